@@ -6,9 +6,9 @@ the model, so it can be printed, compared and stored.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,11 +22,11 @@ class Role(StrEnum):
     """What a parameter or buffer does with the channels of a group."""
 
     PRODUCER = "producer"
-    """Its slices create the channels: dimension 0 of a convolution's weight, and of its bias."""
+    """Its slices create the channels: dimension 0 of a convolution's weight."""
     CONSUMER = "consumer"
     """Its slices read the channels: dimension 1 of the next convolution's weight."""
     FOLLOWER = "follower"
-    """It holds one value a channel on the way: batch-norm weights and statistics, PReLU, layer scale."""
+    """It holds one value a channel on the way: biases, batch-norm weights and statistics, PReLU, layer scale."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,19 +53,18 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
-    """Channels coupled across layers: channel ``i`` is one filter in every producer, and is removed from all members.
+    """Channels coupled across layers: channel ``i`` is removed from all members at once, or from none.
 
-    ``units[i]`` numbers the unit of channel ``i``: channels of one unit can only be removed together (channels that
-    a shuffle interleaves, the attention head that a channel belongs to). ``blocks[i]`` numbers its block: every
-    block must keep the same number of channels (grouped convolution). ``removable[i]`` is False for a channel that
-    must stay.
+    A channel is the smallest thing that can go. In a producer it is mostly one filter; it is several where filters only
+    go together (those that a shuffle interleaves, those of one attention head). ``blocks[i]`` numbers its block: every
+    block must lose the same fraction of its channels (grouped convolution, a cut into halves). ``removable[i]`` is
+    False for a channel that must stay.
     """
 
     name: str
     """Name of the first producer module in execution order."""
     size: int
     members: tuple[Member, ...]
-    units: IndexArray
     blocks: IndexArray
     removable: NDArray[np.bool_]
     exact: bool = True
@@ -75,7 +74,7 @@ class ChannelGroup:
 
     @property
     def producers(self) -> tuple[Member, ...]:
-        """Members with role PRODUCER, weights before biases of the same module."""
+        """Members with role PRODUCER, in execution order."""
         return tuple(m for m in self.members if m.role is Role.PRODUCER)
 
     @property
@@ -88,10 +87,7 @@ class ChannelGroup:
         """The rule that a selection has to keep, in words; empty when channels are free."""
         rules = []
         if self.blocks.size and self.blocks.max() > 0:
-            rules.append(f"equal counts in {int(self.blocks.max()) + 1} blocks")
-        units = int(np.unique(self.units).size)
-        if units < self.size:
-            rules.append(f"{units} whole units")
+            rules.append(f"equal fractions of {int(self.blocks.max()) + 1} blocks")
         fixed = self.size - int(self.removable.sum())
         if fixed:
             rules.append(f"{fixed} channels fixed")
@@ -113,23 +109,46 @@ class Refusal:
     """Names of the parameters whose channels are fixed by it."""
 
 
-@dataclass(frozen=True)
-class LayerShape:
-    """What one call of a convolution or linear layer computes, for counting its cost."""
+@dataclass(frozen=True, eq=False)
+class LayerPort:
+    """One call of a convolution or linear layer: which channel of which group each of its input and output channels is.
+
+    Counts are those of the unpruned network. ``in_group[i]`` is the index into ``ChannelGraph.groups`` of input channel
+    ``i``, or -1 where it stays; ``in_channel[i]`` is its channel in that group. Both are None where nothing is known.
+    """
 
     module: str
     kind: str
     """``conv``, ``conv_transposed`` or ``linear``."""
+    weight: str
+    """Qualified name of the weight, or of a parameter that it is computed from."""
+    owned: bool
+    """Whether ``module`` is itself a convolution or linear layer; False where its code calls the function."""
     in_channels: int
     out_channels: int
     groups: int
     kernel: int
     """Number of kernel positions, k_h·k_w."""
     positions: int
-    """Number of output positions for one call, w_o·h_o times the batch."""
+    """Number of positions at which the kernel is applied in one call, w_o·h_o times the batch."""
     batch: int
-    weight: str = ""
-    """Qualified name of the weight."""
+    in_group: IndexArray | None = None
+    in_channel: IndexArray | None = None
+    out_group: IndexArray | None = None
+    out_channel: IndexArray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class AttributeRule:
+    """An attribute of a module that counts channels or blocks of them, and has to follow their number."""
+
+    module: str
+    name: str
+    value: int
+    """Its value in the unpruned network."""
+    group: IndexArray
+    """Index of the group of each thing counted, or -1; see ``LayerPort``."""
+    channel: IndexArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,14 +157,18 @@ class ChannelGraph:
 
     groups: tuple[ChannelGroup, ...]
     refused: tuple[Refusal, ...]
-    layers: tuple[LayerShape, ...]
+    layers: tuple[LayerPort, ...]
     """Every call of a convolution or linear layer, in execution order."""
     shapes: dict[str, tuple[int, ...]]
     """Shape of every parameter and buffer of the model, by qualified name."""
+    parameters: frozenset[str]
+    """Names of those that are parameters."""
     module_types: dict[str, str]
-    """Class name of every module that owns a parameter or buffer."""
+    """Class name of every module."""
+    batch: int = 1
+    """Number of examples in the inputs that the model was traced on."""
     notes: tuple[str, ...] = ()
-    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    attributes: tuple[AttributeRule, ...] = ()
 
     def group(self, name: str) -> ChannelGroup:
         """Return the group of that name.

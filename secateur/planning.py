@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from fnmatch import fnmatchcase
+from math import gcd
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from secateur import cost
+from secateur.errors import PlanError, UsageError
+from secateur.graph import Role
+
+if TYPE_CHECKING:
+    from secateur.graph import ChannelGraph, ChannelGroup
 
 FORMAT_VERSION = 1
 """Version of the plan's JSON form; raised when an older reader could misread a newer plan."""
+
+Ranking = Literal["normalized", "global", "uniform"]
+Removed = dict[str, list[int]]
 
 
 @dataclass(frozen=True)
@@ -22,10 +39,408 @@ class PruningPlan:
     """Module name -> ascending kept input channels of every convolution and linear layer the plan touches."""
     kept_tensors: dict[str, dict[int, list[int]]] = field(default_factory=dict)
     """Name of every other parameter or buffer -> dimension -> ascending kept indices."""
-    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Module name -> attribute -> new value, for layers of the user's own that are registered."""
-    removed: dict[str, list[int]] = field(default_factory=dict)
+    blocks: dict[str, int] = field(default_factory=dict)
+    """Name of a grouped convolution's weight in ``kept_tensors`` -> the blocks that its dimension 1 stands for."""
+    attributes: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Module name -> attribute -> new value, for attributes that count channels (``num_features``, ``num_heads``)."""
+    removed: Removed = field(default_factory=dict)
     """Group name -> removed channels of that group; for people and reports, not read by ``apply``."""
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Shape in the original model of every tensor that the plan touches, to refuse another model."""
     version: int = FORMAT_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON data; integer keys become strings."""
+        data = asdict(self)
+        data["kept_tensors"] = {name: {str(d): v for d, v in dims.items()} for name, dims in self.kept_tensors.items()}
+        data["shapes"] = {name: list(shape) for name, shape in self.shapes.items()}
+        return data
+
+    def to_json(self) -> str:
+        """Return the plan as a line of JSON."""
+        return json.dumps(self.to_dict(), separators=(",", ":"))
+
+    @classmethod
+    def from_dict(cls, data: Any) -> PruningPlan:
+        """Read a plan from JSON data.
+
+        Raises:
+            PlanError: If the data is no plan, or one of a newer format version.
+        """
+        if not isinstance(data, dict) or not isinstance(data.get("version"), int):
+            raise PlanError("plan: this is no pruning plan: it has no format version.")
+        if data["version"] > FORMAT_VERSION:
+            raise PlanError(
+                f"plan: format version {data['version']} is newer than {FORMAT_VERSION}, the newest this release reads. "
+                "Update secateur."
+            )
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise PlanError(f"plan: unknown field {unknown[0]!r}.")
+        try:
+            values = dict(data)
+            values["kept_tensors"] = {
+                name: {int(d): [int(i) for i in v] for d, v in dims.items()}
+                for name, dims in data.get("kept_tensors", {}).items()
+            }
+            values["shapes"] = {name: tuple(int(n) for n in v) for name, v in data.get("shapes", {}).items()}
+            for key in ("kept_outputs", "kept_inputs", "removed"):
+                values[key] = {name: [int(i) for i in v] for name, v in data.get(key, {}).items()}
+            return cls(**values)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise PlanError(f"plan: damaged: {error}.") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningPlan:
+        """Read a plan from a line of JSON.
+
+        Raises:
+            PlanError: If the text is no plan, or one of a newer format version.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"plan: not JSON: {error}.") from error
+        return cls.from_dict(data)
+
+
+@dataclass(frozen=True)
+class Target:
+    """How much to remove: each a fraction of the unpruned network's, in (0, 1); exactly one is given."""
+
+    macs: float | None = None
+    params: float | None = None
+    channels: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the fractions.
+
+        Raises:
+            UsageError: If not exactly one is given, or it is outside (0, 1).
+        """
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        if len(given) != 1:
+            raise UsageError(
+                f"target: give exactly one of macs, params and channels; found {', '.join(given) or 'none'}."
+            )
+        for name, value in given.items():
+            if not 0 < value < 1:
+                raise UsageError(f"target: {name} is the fraction to remove, between 0 and 1; found {value}.")
+
+    @property
+    def what(self) -> str:
+        """The quantity that the target counts."""
+        return next(f.name for f in fields(self) if getattr(self, f.name) is not None)
+
+    @property
+    def fraction(self) -> float:
+        """The fraction of it to remove."""
+        return float(getattr(self, self.what))
+
+    def removed(self, graph: ChannelGraph, plan: PruningPlan) -> float:
+        """Return the fraction of the quantity that a plan removes."""
+        if self.what == "channels":
+            total = sum(g.size for g in graph.groups)
+            return sum(len(v) for v in plan.removed.values()) / total if total else 0.0
+        count = cost.macs if self.what == "macs" else cost.parameters
+        before = count(graph)
+        return 1 - count(graph, plan) / before if before else 0.0
+
+
+def steps(group: ChannelGroup, order: Sequence[int]) -> list[list[int]]:
+    """Cut a removal order into the smallest steps that keep the group's constraint, the least important first.
+
+    Each step takes from every block of the group in proportion to the block's size, so that after any number of steps
+    all blocks have lost the same fraction. At least one channel of every block stays.
+    """
+    sizes = np.bincount(group.blocks)
+    quota = sizes // gcd(*sizes.tolist())
+    queues: list[list[int]] = [[] for _ in sizes]
+    for channel in order:
+        if group.removable[channel]:
+            queues[group.blocks[channel]].append(channel)
+    count = min(min(len(q), int(n) - 1) // int(k) for q, n, k in zip(queues, sizes, quota, strict=True))
+    return [[c for q, k in zip(queues, quota, strict=True) for c in q[i * k : (i + 1) * k]] for i in range(count)]
+
+
+def matches(group: ChannelGroup, pattern: str, graph: ChannelGraph) -> bool:
+    """Tell whether a pattern names a group: by its name, a member module, or the class of a producer."""
+    for member in group.members:
+        if fnmatchcase(member.module, pattern):
+            return True
+        if member.role is Role.PRODUCER and graph.module_types.get(member.module) == pattern:
+            return True
+    return fnmatchcase(group.name, pattern)
+
+
+def plan_removal(graph: ChannelGraph, removed: Mapping[str, Sequence[int]]) -> PruningPlan:
+    """Turn an explicit choice of channels into a plan.
+
+    Args:
+        graph: The traced network.
+        removed: Group name -> channels of that group to remove.
+
+    Raises:
+        PlanError: If a group or channel does not exist, can't be removed, is the last of its layer, or the choice
+            breaks the group's constraint.
+    """
+    names = {g.name: g for g in graph.groups}
+    checked: Removed = {}
+    for name, chosen in removed.items():
+        if name not in names:
+            raise PlanError(f"{name}: the graph has no such group. Its groups are listed by print(graph).")
+        group = names[name]
+        channels = sorted({int(c) for c in chosen})
+        if not channels:
+            continue
+        if channels[0] < 0 or channels[-1] >= group.size:
+            raise PlanError(f"{name}: channel {channels[-1] if channels[0] >= 0 else channels[0]} does not exist; "
+                            f"the group has {group.size}.")  # fmt: skip
+        fixed = [c for c in channels if not group.removable[c]]
+        if fixed:
+            raise PlanError(f"{name}: channel {fixed[0]} can't be removed: it is coupled to one that has to stay.")
+        if len(channels) == group.size:
+            raise PlanError(f"{name}: cannot remove all {group.size} filters; a layer keeps at least 1.")
+        sizes = np.bincount(group.blocks)
+        gone = np.bincount(group.blocks[channels], minlength=sizes.size)
+        if (gone * sizes[0] != gone[0] * sizes).any():
+            raise PlanError(
+                f"{name}: its {sizes.size} blocks have to lose equal fractions ({group.constraint}); "
+                f"found {gone.tolist()} of {sizes.tolist()}. Choose as many channels in every block."
+            )
+        checked[name] = channels
+    return _build(graph, checked)
+
+
+def _build(graph: ChannelGraph, removed: Removed) -> PruningPlan:
+    masks = cost.masks(graph, removed)
+    touched = {i for i, g in enumerate(graph.groups) if g.name in removed}
+    kept_outputs: dict[str, list[int]] = {}
+    kept_inputs: dict[str, list[int]] = {}
+    direct: set[str] = set()
+    for port in graph.layers:
+        if not port.owned:
+            continue
+        gone_out = cost.lost(port.out_group, port.out_channel, masks)
+        gone_in = cost.lost(port.in_group, port.in_channel, masks)
+        if gone_out.any():
+            kept_outputs[port.module] = np.flatnonzero(~gone_out).tolist()
+        if gone_in.any():
+            kept_inputs[port.module] = np.flatnonzero(~gone_in).tolist()
+        if port.weight == _qualified(port.module, "weight"):
+            direct |= {port.weight, _qualified(port.module, "bias")}
+    kept: dict[tuple[str, int], np.ndarray] = {}
+    blocks: dict[str, int] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for index in sorted(touched):
+        for member in graph.groups[index].members:
+            gone = member.positions[masks[index][member.channels]]
+            if not gone.size:
+                continue
+            shape = graph.shapes[member.tensor]
+            shapes[member.tensor] = shape
+            if member.tensor in direct:
+                continue
+            mask = kept.setdefault((member.tensor, member.dim), np.ones(shape[member.dim] * member.blocks, dtype=bool))
+            mask[gone] = False
+            if member.blocks > 1:
+                blocks[member.tensor] = member.blocks
+    kept_tensors: dict[str, dict[int, list[int]]] = {}
+    for (name, dim), mask in kept.items():
+        kept_tensors.setdefault(name, {})[dim] = np.flatnonzero(mask).tolist()
+    attributes: dict[str, dict[str, int]] = {}
+    for rule in graph.attributes:
+        gone = cost.lost(rule.group, rule.channel, masks)
+        if gone.any():
+            attributes.setdefault(rule.module, {})[rule.name] = rule.value - int(gone.sum())
+    return PruningPlan(
+        kept_outputs=kept_outputs,
+        kept_inputs=kept_inputs,
+        kept_tensors=kept_tensors,
+        blocks=blocks,
+        attributes=attributes,
+        removed=removed,
+        shapes=shapes,
+    )
+
+
+def _qualified(module: str, name: str) -> str:
+    return f"{module}.{name}" if module else name
+
+
+@dataclass(eq=False)
+class _Candidate:
+    """One group that may lose channels: its steps, least important first, and what each costs in importance."""
+
+    name: str
+    steps: list[list[int]]
+    keys: list[float]
+    size: int
+
+    def removed(self, count: int, round_to: int) -> list[int]:
+        """Return the channels of the first ``count`` steps, less those that rounding gives back."""
+        while count and (self.size - sum(map(len, self.steps[:count]))) % round_to:
+            count -= 1
+        return sorted(c for step in self.steps[:count] for c in step)
+
+
+def plan(
+    graph: ChannelGraph,
+    scores: Mapping[str, Tensor],
+    target: Target | None = None,
+    *,
+    round_to: int = 1,
+    min_channels: int = 1,
+    max_ratio: float = 1.0,
+    ratios: Mapping[str, float] | None = None,
+    skip: Sequence[str] = (),
+    ranking: Ranking = "normalized",
+    inexact: bool = False,
+) -> PruningPlan:
+    """Choose the channels to remove: the lowest scores first, until the target is met.
+
+    Args:
+        graph: The traced network.
+        scores: Group name -> one score a channel, shape ``(group.size,)``; the higher, the more important. Groups
+            without scores are left alone.
+        target: The fraction of MACs, parameters or channels to remove; None to follow ``ratios`` alone.
+        round_to: Kept channels are a multiple of this in every group that loses any.
+        min_channels: A group keeps at least this many channels.
+        max_ratio: A group loses at most this fraction of its channels.
+        ratios: Pattern -> fraction of channels to remove from every group that it names, whatever the target says. A
+            pattern is a module name with wildcards or the class name of a layer.
+        skip: Patterns of groups that lose nothing.
+        ranking: ``normalized`` ranks all channels together, each score divided by its group's mean; ``global`` ranks
+            the scores as they are; ``uniform`` removes the same fraction from every group.
+        inexact: Whether groups whose removal can't equal zeroing may lose channels.
+
+    Returns:
+        The plan that removes the least important channels and meets the target.
+
+    Raises:
+        PlanError: If the target can't be met, scores don't fit a group, or a channel's score is not a number.
+        UsageError: If two requests contradict each other or an argument is out of range.
+    """
+    fixed = dict(ratios or {})
+    _check_request(graph, target, fixed, skip, round_to, min_channels, max_ratio, ranking)
+    candidates: list[_Candidate] = []
+    forced: Removed = {}
+    for group in graph.groups:
+        if group.name not in scores or any(matches(group, p, graph) for p in skip) or not (group.exact or inexact):
+            continue
+        values = _values(group, scores[group.name])
+        found = steps(group, np.argsort(values, kind="stable").tolist())
+        ratio = next((r for p, r in fixed.items() if matches(group, p, graph)), None)
+        limit = min(max_ratio if ratio is None else ratio, 1.0) * group.size
+        while found and (group.size - _length(found) < max(min_channels, 1) or _length(found) > limit + 1e-9):
+            found.pop()
+        scale = float(np.abs(values).mean()) or 1.0
+        keys = [float(values[step].mean()) / (scale if ranking == "normalized" else 1.0) for step in found]
+        if ranking == "uniform":
+            keys = [_length(found[: i + 1]) / group.size for i in range(len(found))]
+        candidate = _Candidate(group.name, found, keys, group.size)
+        if ratio is None:
+            candidates.append(candidate)
+        elif removed := candidate.removed(len(found), round_to):
+            forced[group.name] = removed
+    if target is None:
+        return _build(graph, forced)
+    return _search(graph, candidates, forced, target, round_to)
+
+
+def _length(found: Sequence[Sequence[int]]) -> int:
+    return sum(len(step) for step in found)
+
+
+def _values(group: ChannelGroup, scores: Tensor) -> np.ndarray:
+    values = scores.detach().to("cpu").double().numpy()
+    if values.shape != (group.size,):
+        raise PlanError(f"{group.name}: {group.size} channels need as many scores; found shape {tuple(values.shape)}.")
+    if np.isnan(values).any():
+        raise PlanError(f"{group.name}: the score of channel {int(np.isnan(values).argmax())} is not a number.")
+    return np.asarray(values)
+
+
+def _search(
+    graph: ChannelGraph, candidates: list[_Candidate], forced: Removed, target: Target, round_to: int
+) -> PruningPlan:
+    """Find the fewest steps, in order of importance over all groups, that meet the target."""
+    order = sorted(
+        ((key, index, i) for index, c in enumerate(candidates) for i, key in enumerate(np.maximum.accumulate(c.keys))),
+        key=lambda entry: (entry[0], entry[2], entry[1]),
+    )
+
+    def taking(count: int) -> PruningPlan:
+        taken = np.bincount([index for _, index, _ in order[:count]], minlength=len(candidates))
+        removed = dict(forced)
+        for candidate, steps_taken in zip(candidates, taken.tolist(), strict=True):
+            if gone := candidate.removed(steps_taken, round_to):
+                removed[candidate.name] = gone
+        return PruningPlan(removed=removed)
+
+    def enough(candidate: PruningPlan) -> bool:
+        return target.removed(graph, candidate) >= target.fraction - 1e-12
+
+    everything = taking(len(order))
+    if not enough(everything):
+        most = target.removed(graph, everything)
+        raise PlanError(
+            f"target: cannot remove {target.fraction:.1%} of the {target.what}; all that may go is {most:.1%}. "
+            f"Lower --{target.what} (now {target.fraction:g}), or skip and fix fewer layers."
+        )
+    low, high = 0, len(order)
+    while low < high:
+        middle = (low + high) // 2
+        if enough(taking(middle)):
+            high = middle
+        else:
+            low = middle + 1
+    return _build(graph, taking(low).removed)
+
+
+def _check_request(
+    graph: ChannelGraph,
+    target: Target | None,
+    ratios: Mapping[str, float],
+    skip: Sequence[str],
+    round_to: int,
+    min_channels: int,
+    max_ratio: float,
+    ranking: str,
+) -> None:
+    if target is None and not ratios:
+        raise UsageError("plan: nothing is asked for: give a target or ratios.")
+    if ranking not in ("normalized", "global", "uniform"):
+        raise UsageError(f"ranking: expected normalized, global or uniform; found {ranking!r}.")
+    for name, value in (("round_to", round_to), ("min_channels", min_channels)):
+        if value < 1:
+            raise UsageError(f"{name}: expected at least 1; found {value}.")
+    if not 0 < max_ratio <= 1:
+        raise UsageError(f"max_ratio: expected a fraction in (0, 1]; found {max_ratio}.")
+    everything: list[tuple[str, Callable[[ChannelGroup], bool]]] = []
+    for pattern in (*ratios, *skip):
+        everything.append((pattern, lambda g, p=pattern: matches(g, p, graph)))  # type: ignore[misc]
+    refused = {t.rpartition(".")[0] for r in graph.refused for t in r.tensors}
+    for pattern, match in everything:
+        if not any(match(g) for g in graph.groups) and not any(fnmatchcase(m, pattern) for m in refused):
+            if pattern not in graph.module_types.values() and not any(fnmatchcase(m, pattern) for m in graph.module_types):
+                raise UsageError(f"{pattern}: no layer has this name or class. The names are listed by print(graph).")
+    for pattern, ratio in ratios.items():
+        if not 0 <= ratio < 1:
+            raise UsageError(f"ratio of {pattern}: the fraction to remove is in [0, 1); found {ratio}.")
+        for group in graph.groups:
+            if not matches(group, pattern, graph):
+                continue
+            clash = next((p for p in skip if matches(group, p, graph)), None)
+            if clash is not None and ratio > 0:
+                raise UsageError(f"{group.name}: ratio {ratio:g} (by {pattern!r}) contradicts skip {clash!r}.")
+            other = next((p for p, r in ratios.items() if p != pattern and r != ratio and matches(group, p, graph)), None)
+            if other is not None:
+                raise UsageError(
+                    f"{group.name}: ratio {ratio:g} (by {pattern!r}) contradicts ratio {ratios[other]:g} (by {other!r})."
+                )
+            if group.size - int(ratio * group.size) < min_channels:
+                raise UsageError(
+                    f"{group.name}: ratio {ratio:g} of {group.size} channels contradicts min_channels {min_channels}."
+                )

@@ -1,0 +1,1 @@
+"""Secateur makes trained PyTorch CNNs smaller and faster by removing redundant filters."""

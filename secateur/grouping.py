@@ -1,0 +1,320 @@
+"""From the labels of a traced run to the groups of coupled channels, and to what can't be pruned and why."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import gcd
+
+import numpy as np
+from torch import nn
+
+from secateur.graph import AttributeRule, ChannelGraph, ChannelGroup, LayerPort, Member, Refusal, Role
+from secateur.labels import Home, Labels
+from secateur.rules.flow import Call, Cause, Flow, Site
+
+
+@dataclass(eq=False)
+class Grouping:
+    """A graph together with the class of every label, from which a failed trial finds what to give up."""
+
+    graph: ChannelGraph
+    classes: Labels
+    group_of: Labels
+    """Index of the group of every class, or -1."""
+    sites: list[Site]
+
+
+def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str, ...], batch: int) -> Grouping:
+    """Assemble the groups of a traced run.
+
+    A *class* of joined labels is one channel. Classes made by the same layers form a group; so do classes that blocks
+    of one layer or one cut tie together. Inside a group, blocks of several constraints are refined into cells, and all
+    cells lose the same fraction, which satisfies every constraint at once.
+    """
+    classes = flow.store.classes()
+    count = int(classes.max()) + 1 if classes.size else 0
+    produced = _marked(count, classes, flow.produced)
+    frozen, causes = _caused(count, classes, flow.frozen)
+    inexactly, inexact_causes = _caused(count, classes, flow.inexact)
+
+    producing = {id(a): a for a in flow.produced}
+    homes = [h for h in flow.store.homes if produced[classes[h.start : h.start + h.size]].any()]
+    made = _home_keys(flow, list(producing.values()))
+    signature = _signatures(count, classes, [h for h in homes if (h.tensor, h.dim, h.blocks) in made])
+    group_of_signature = _linked(signature, flow, classes, produced)
+
+    free = produced & ~frozen
+    group_id = np.full(count, -1, dtype=np.int64)
+    group_id[produced] = group_of_signature[signature[produced]]
+
+    sizes = np.bincount(group_id[group_id >= 0], minlength=int(group_id.max()) + 1 if count else 0)
+    first = _first_position(homes, made, classes, count)
+    channel_of = np.full(count, -1, dtype=np.int64)
+    members: dict[int, list[Member]] = defaultdict(list)
+    order: list[int] = []
+    by_group: dict[int, Labels] = {}
+    live = np.flatnonzero(group_id >= 0)
+    live = live[np.lexsort((first[live], group_id[live]))]
+    bounds = np.concatenate([[0], np.cumsum(sizes)])
+    for g in range(sizes.size):
+        own = live[bounds[g] : bounds[g + 1]]
+        if own.size and free[own].any():
+            by_group[g] = own
+            channel_of[own] = np.arange(own.size)
+            order.append(g)
+    kept_group = np.full(sizes.size + 1, -1, dtype=np.int64)
+    kept_group[order] = order
+    group_id = kept_group[group_id]
+
+    _members(flow, homes, made, classes, group_id, channel_of, members)
+    cells = _cells(flow, classes, group_id, channel_of, by_group)
+    order.sort(key=lambda g: int(first[by_group[g]].min()))
+    groups: list[ChannelGroup] = []
+    index_of: dict[int, int] = {}
+    names: dict[str, int] = {}
+    lost: dict[int, str] = {}
+    for g in order:
+        own = by_group[g]
+        removable = free[own].copy()
+        cell = cells[g]
+        reason = _unsplittable(cell, removable)
+        if reason:
+            lost[g] = reason
+            continue
+        exact = not inexactly[own].any()
+        why = "" if exact else _text(inexact_causes[int(own[np.flatnonzero(inexactly[own])[0]])])
+        name = _group_name(members[g], names)
+        index_of[g] = len(groups)
+        groups.append(
+            ChannelGroup(name, own.size, tuple(members[g]), cell, removable, exact, why)
+        )
+    final = np.full(sizes.size + 1, -1, dtype=np.int64)
+    for g, index in index_of.items():
+        final[g] = index
+    group_id = final[group_id]
+    channel_of[group_id < 0] = -1
+
+    refused = _refusals(flow, homes, made, classes, produced, frozen, causes, lost, by_group, members)
+    shapes = {name: tuple(t.shape) for name, t in flow.named.items()}
+    graph = ChannelGraph(
+        groups=tuple(groups),
+        refused=tuple(refused),
+        layers=tuple(_port(call, classes, group_id, channel_of) for call in flow.calls),
+        shapes=shapes,
+        parameters=frozenset(n for n, t in flow.named.items() if isinstance(t, nn.Parameter)),
+        module_types=dict(module_types),
+        batch=batch,
+        notes=notes,
+        attributes=tuple(
+            AttributeRule(a.module, a.name, a.value, *_places(a.labels, classes, group_id, channel_of))
+            for a in flow.attributes
+        ),
+    )
+    return Grouping(graph, classes, group_id, flow.sites)
+
+
+def _text(cause: Cause) -> str:
+    where = f" in {cause.module}" if cause.module else ""
+    line = f" ({cause.source})" if cause.source else ""
+    return f"{cause.operator}{where}{line}: {cause.reason}"
+
+
+def _marked(count: int, classes: Labels, arrays: list[Labels]) -> np.ndarray:
+    mark = np.zeros(count, dtype=bool)
+    for labels in arrays:
+        mark[classes[labels]] = True
+    return mark
+
+
+def _caused(count: int, classes: Labels, found: list[tuple[Labels, Cause]]) -> tuple[np.ndarray, dict[int, Cause]]:
+    mark = np.zeros(count, dtype=bool)
+    causes: dict[int, Cause] = {}
+    for labels, cause in found:
+        own = classes[labels]
+        for c in own[~mark[own]].tolist():
+            causes.setdefault(c, cause)
+        mark[own] = True
+    return mark, causes
+
+
+def _home_keys(flow: Flow, arrays: list[Labels]) -> set[tuple[str, int, int]]:
+    """Return the parameter dimensions that make channels."""
+    keys = set()
+    for labels in arrays:
+        for label in {int(labels.flat[0]), int(labels.flat[-1])}:
+            home = flow.store.home(label)
+            if home is not None:
+                keys.add((home.tensor, home.dim, home.blocks))
+    return keys
+
+
+def _signatures(count: int, classes: Labels, homes: list[Home]) -> Labels:
+    """Number the sets of layers that make a class; classes with the same number have the same makers."""
+    makers: list[list[int]] = [[] for _ in range(count)]
+    for index, home in enumerate(homes):
+        for c in np.unique(classes[home.start : home.start + home.size]).tolist():
+            makers[c].append(index)
+    known: dict[tuple[int, ...], int] = {}
+    return np.array([known.setdefault(tuple(m), len(known)) for m in makers], dtype=np.int64)
+
+
+def _linked(signature: Labels, flow: Flow, classes: Labels, produced: np.ndarray) -> Labels:
+    """Unite signatures whose classes one constraint ties together; return the group of every signature."""
+    parent = np.arange(int(signature.max()) + 1 if signature.size else 0)
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = int(parent[i])
+        return i
+
+    for share in flow.shares:
+        own = classes[np.concatenate(share.blocks)]
+        found = np.unique(signature[own[produced[own]]]).tolist()
+        for other in found[1:]:
+            parent[root(other)] = root(found[0])
+    return np.array([root(i) for i in range(parent.size)], dtype=np.int64)
+
+
+def _first_position(homes: list[Home], made: set[tuple[str, int, int]], classes: Labels, count: int) -> Labels:
+    """Return for every class the first label that makes it, which gives channels and groups their order."""
+    first = np.full(count, np.iinfo(np.int64).max, dtype=np.int64)
+    for home in homes:
+        if (home.tensor, home.dim, home.blocks) in made:
+            labels = np.arange(home.start, home.start + home.size)
+            np.minimum.at(first, classes[labels], labels)
+    return first
+
+
+def _members(
+    flow: Flow,
+    homes: list[Home],
+    made: set[tuple[str, int, int]],
+    classes: Labels,
+    group_id: Labels,
+    channel_of: Labels,
+    members: dict[int, list[Member]],
+) -> None:
+    read = _home_keys(flow, flow.consumed)
+    for home in homes:
+        own = classes[home.start : home.start + home.size]
+        ids = group_id[own]
+        key = (home.tensor, home.dim, home.blocks)
+        role = Role.PRODUCER if key in made else Role.CONSUMER if key in read else Role.FOLLOWER
+        module = home.tensor.rpartition(".")[0]
+        present = np.unique(ids)
+        if present.size == 1 and present[0] >= 0:
+            g = int(present[0])
+            member = Member(home.tensor, module, home.dim, role, np.arange(home.size), channel_of[own], home.blocks)
+            members[g].append(member)
+            continue
+        for g in present[present >= 0].tolist():
+            positions = np.flatnonzero(ids == g)
+            members[g].append(
+                Member(home.tensor, module, home.dim, role, positions, channel_of[own[positions]], home.blocks)
+            )
+
+
+def _cells(
+    flow: Flow, classes: Labels, group_id: Labels, channel_of: Labels, by_group: dict[int, Labels]
+) -> dict[int, Labels]:
+    """Number for every group the cells of its channels: those with equal counts in every block of every constraint."""
+    rows: dict[int, list[Labels]] = defaultdict(list)
+    for share in flow.shares:
+        touched: set[int] = set()
+        owned = [classes[block] for block in share.blocks]
+        for own in owned:
+            touched.update(np.unique(group_id[own]).tolist())
+        for g in touched - {-1}:
+            counts = np.zeros((len(owned), by_group[g].size), dtype=np.int64)
+            for index, own in enumerate(owned):
+                mine = own[group_id[own] == g]
+                np.add.at(counts[index], channel_of[mine], 1)
+            if (counts == counts[:1]).all() and len(touched) == 1:
+                continue
+            rows[g].append(counts)
+    cells: dict[int, Labels] = {}
+    for g, own in by_group.items():
+        if g in rows:
+            stacked = np.concatenate(rows[g]).T
+            _, inverse = np.unique(stacked, axis=0, return_inverse=True)
+            order = {c: i for i, c in enumerate(dict.fromkeys(inverse.reshape(-1).tolist()))}
+            cells[g] = np.array([order[c] for c in inverse.reshape(-1).tolist()], dtype=np.int64)
+        else:
+            cells[g] = np.zeros(own.size, dtype=np.int64)
+    return cells
+
+
+def quotas(cells: Labels) -> Labels:
+    """Return how many channels each cell loses in one step: the smallest counts in proportion to the cells' sizes."""
+    sizes = np.bincount(cells)
+    return np.asarray(sizes // gcd(*sizes.tolist()), dtype=np.int64)
+
+
+def _unsplittable(cells: Labels, removable: np.ndarray) -> str:
+    """Say why no step can be taken at all; empty where one can."""
+    sizes = np.bincount(cells)
+    quota = quotas(cells)
+    if (sizes == quota).any():
+        return "its channels only go together" if sizes.size == 1 else "its blocks can't lose equal fractions"
+    if (np.bincount(cells, weights=removable) < quota).any():
+        return "every block has to lose channels, and one has none that can go"
+    return ""
+
+
+def _group_name(members: list[Member], names: dict[str, int]) -> str:
+    producer = next((m for m in members if m.role is Role.PRODUCER), members[0])
+    name = producer.module.removesuffix(".parametrizations.weight") or producer.tensor
+    names[name] = names.get(name, 0) + 1
+    return name if names[name] == 1 else f"{name}#{names[name]}"
+
+
+def _places(
+    labels: Labels | None, classes: Labels, group_id: Labels, channel_of: Labels
+) -> tuple[Labels | None, Labels | None]:
+    if labels is None:
+        return None, None
+    own = classes[labels]
+    return group_id[own], channel_of[own]
+
+
+def _port(call: Call, classes: Labels, group_id: Labels, channel_of: Labels) -> LayerPort:
+    in_group, in_channel = _places(call.inputs, classes, group_id, channel_of)
+    out_group, out_channel = _places(call.outputs, classes, group_id, channel_of)
+    return LayerPort(
+        call.module, call.kind, call.weight, call.owned, call.in_channels, call.out_channels, call.groups, call.kernel,
+        call.positions, call.batch, in_group, in_channel, out_group, out_channel,
+    )  # fmt: skip
+
+
+def _refusals(
+    flow: Flow,
+    homes: list[Home],
+    made: set[tuple[str, int, int]],
+    classes: Labels,
+    produced: np.ndarray,
+    frozen: np.ndarray,
+    causes: dict[int, Cause],
+    lost: dict[int, str],
+    by_group: dict[int, Labels],
+    members: dict[int, list[Member]],
+) -> list[Refusal]:
+    """List what makes channels that can't go: one entry a cause, with the parameters it fixes."""
+    tensors: dict[Cause, dict[str, None]] = {}
+    for home in homes:
+        if (home.tensor, home.dim, home.blocks) not in made:
+            continue
+        own = np.unique(classes[home.start : home.start + home.size])
+        for c in own[produced[own] & frozen[own]].tolist():
+            tensors.setdefault(causes[c], {})[home.tensor] = None
+    found = [Refusal(c.operator, c.module, c.source, c.reason, tuple(names)) for c, names in tensors.items()]
+    for g, reason in lost.items():
+        own = [m for m in members[g] if m.role is Role.PRODUCER]
+        causes_of = [s.cause for s in flow.shares if (classes[np.concatenate(s.blocks)][:, None] == by_group[g][:1]).any()]
+        cause = causes_of[0] if causes_of else Cause("coupling", own[0].module if own else "", "", "")
+        found.append(
+            Refusal(cause.operator, cause.module, cause.source, reason, tuple(dict.fromkeys(m.tensor for m in own)))
+        )
+    return found

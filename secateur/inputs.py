@@ -1,0 +1,94 @@
+"""Example inputs: one tensor, positional arguments or keyword arguments, and the isolation of a run on them."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return example inputs as positional and keyword arguments: a tuple is the former, a dict the latter."""
+    if isinstance(example_inputs, tuple):
+        return example_inputs, {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return (example_inputs,), {}
+
+
+def mapped(value: Any, change: Any) -> Any:
+    """Return nested lists, tuples and dicts with ``change`` applied to every tensor."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {k: mapped(v, change) for k, v in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(mapped(v, change) for v in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(mapped(v, change) for v in value)
+    return copy.copy(value)
+
+
+def tensors_of(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Yield every tensor in nested containers, data classes and plain objects, in a fixed order."""
+    seen = set() if seen is None else seen
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if id(value) in seen or isinstance(value, (str, bytes, int, float, type(None), nn.Module, type)):
+        return
+    seen.add(id(value))
+    if isinstance(value, Mapping):
+        for key in value:
+            yield from tensors_of(value[key], seen)
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        for item in value:
+            yield from tensors_of(item, seen)
+    elif is_dataclass(value) or hasattr(value, "__dict__"):
+        for item in vars(value).values():
+            yield from tensors_of(item, seen)
+
+
+def batch_size(example_inputs: Any) -> int:
+    """Return the number of examples: the leading size of the first argument where that is a tensor, else 1."""
+    positional, keyword = arguments(example_inputs)
+    first = next(iter((*positional, *keyword.values())), None)
+    return int(first.shape[0]) if isinstance(first, Tensor) and first.ndim > 1 else 1
+
+
+@contextmanager
+def left_as_found(*models: nn.Module) -> Iterator[None]:
+    """Run forwards inside, and leave no mark: modes, buffers, random states and backend flags are put back."""
+    modes = [(m, m.training) for model in models for m in model.modules()]
+    buffers = [
+        (m, key, tensor, tensor.clone() if tensor is not None else None, tensor._version if tensor is not None else 0)
+        for model in models
+        for m in model.modules()
+        for key, tensor in m._buffers.items()
+    ]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    cuda = sorted({t.device.index for model in models for t in model.parameters() if t.device.type == "cuda"})
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=cuda), torch.no_grad():
+            # The fused attention kernel is one opaque operator; the plain path is made of those that have rules.
+            torch.backends.mha.set_fastpath_enabled(False)
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for module, training in modes:
+            module.training = training
+        for module, key, tensor, value, version in buffers:
+            module._buffers[key] = tensor
+            if tensor is not None and value is not None and tensor._version != version:
+                with torch.no_grad():
+                    tensor.copy_(value)

@@ -1,0 +1,129 @@
+"""Channel labels: the integers that follow every channel through a network, and the joins between them.
+
+A *label* names one index of one dimension of one tensor. A tensor's *axes* map some of its dimensions to a vector of
+labels, one an index; a dimension without labels (batch, space) can never lose an index. An element of the tensor goes
+when any of its labels goes, so what is left is always a rectangular tensor.
+
+Labels that have to go together are *joined*; :meth:`LabelStore.classes` gives the finest partition of all labels in
+which joined ones are together: the connected components of the joins.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Labels = NDArray[np.int64]
+Axes = dict[int, Labels]
+
+
+@dataclass(frozen=True)
+class Home:
+    """A run of labels that was made for one dimension of one parameter or buffer."""
+
+    tensor: str
+    dim: int
+    start: int
+    size: int
+    blocks: int = 1
+    """More than 1 for the channels of a grouped convolution, of which its weight holds one block; see ``Member``."""
+
+
+class LabelStore:
+    """Hands out labels and remembers which have to go together."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.homes: list[Home] = []
+        self._starts: list[int] = []
+        self._left: list[Labels] = []
+        self._right: list[Labels] = []
+
+    def fresh(self, size: int) -> Labels:
+        """Return ``size`` new labels in a row, joined to nothing."""
+        labels = np.arange(self.count, self.count + size, dtype=np.int64)
+        self.count += size
+        return labels
+
+    def fresh_for(self, tensor: str, dim: int, size: int, blocks: int = 1) -> Labels:
+        """Return new labels for dimension ``dim`` of a parameter or buffer, and remember whose they are."""
+        self.homes.append(Home(tensor, dim, self.count, size, blocks))
+        self._starts.append(self.count)
+        return self.fresh(size)
+
+    def home(self, label: int) -> Home | None:
+        """Return the parameter dimension for which a label was made, if it was made for one."""
+        index = bisect_right(self._starts, label) - 1
+        if index < 0:
+            return None
+        home = self.homes[index]
+        return home if label < home.start + home.size else None
+
+    def join(self, left: Labels, right: Labels) -> None:
+        """Let every label of ``left`` go together with its counterpart in ``right``, broadcasting."""
+        if left is right:
+            return
+        a, b = np.broadcast_arrays(left, right)
+        self._left.append(a.reshape(-1))
+        self._right.append(b.reshape(-1))
+
+    def classes(self) -> Labels:
+        """Return the class of every label, numbered from 0."""
+        if not self._left:
+            return np.arange(self.count, dtype=np.int64)
+        rows, columns = np.concatenate(self._left), np.concatenate(self._right)
+        graph = coo_matrix((np.ones(rows.size, dtype=np.int8), (rows, columns)), shape=(self.count, self.count))
+        return np.asarray(connected_components(graph, directed=False)[1], dtype=np.int64)
+
+
+def runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Cut two shapes of equal size into the shortest runs of dimensions with equal products.
+
+    Dimensions of size 1 belong to no run: they carry no labels.
+
+    >>> runs((2, 6, 1, 5), (2, 3, 2, 5))
+    [([0], [0]), ([1], [1, 2]), ([3], [3])]
+    """
+    left = [d for d, size in enumerate(old) if size != 1]
+    right = [d for d, size in enumerate(new) if size != 1]
+    result = []
+    i = j = 0
+    while i < len(left) and j < len(right):
+        a, b = [left[i]], [right[j]]
+        product_a, product_b = old[left[i]], new[right[j]]
+        i, j = i + 1, j + 1
+        while product_a != product_b:
+            if product_a < product_b:
+                a.append(left[i])
+                product_a *= old[left[i]]
+                i += 1
+            else:
+                b.append(right[j])
+                product_b *= new[right[j]]
+                j += 1
+        result.append((a, b))
+    return result
+
+
+def merged(labels: Labels, dims: Sequence[int], dim: int, shape: Sequence[int]) -> Labels:
+    """Return the labels of several dimensions merged into one, of which only ``dim`` carries labels."""
+    laid_out = labels.reshape([labels.size if d == dim else 1 for d in dims])
+    return np.broadcast_to(laid_out, [shape[d] for d in dims]).reshape(-1)
+
+
+def varying(labels: Labels) -> list[int]:
+    """Return the axes of a label array along which labels differ."""
+    return [
+        axis
+        for axis, size in enumerate(labels.shape)
+        if size > 1 and not np.array_equal(np.broadcast_to(labels.take([0], axis=axis), labels.shape), labels)
+    ]

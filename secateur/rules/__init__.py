@@ -1,0 +1,11 @@
+"""How channel labels flow through each operator of ATen: one file a family, one function an operator.
+
+An operator without a rule freezes every channel it touches; nothing is guessed. To add a rule, write a function
+``rule(flow, args, kwargs, out)`` in the file of its family and register it with :func:`secateur.rules.registry.rule`.
+"""
+
+from secateur.rules import contraction, creation, movement, pointwise, reduction
+from secateur.rules.flow import Flow
+from secateur.rules.registry import RULES, rule
+
+__all__ = ["RULES", "Flow", "contraction", "creation", "movement", "pointwise", "reduction", "rule"]

@@ -1,0 +1,287 @@
+"""What a rule works with: the labels of the tensors of one run, and what the run has found so far."""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from secateur.labels import Axes, Labels, LabelStore
+
+_SKIPPED = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
+_STDLIB = sysconfig.get_path("stdlib")
+
+
+@dataclass(frozen=True)
+class Cause:
+    """An operator call that fixed channels, or assumed something of the code around it."""
+
+    operator: str
+    module: str
+    source: str
+    reason: str
+
+
+@dataclass(eq=False)
+class Site:
+    """A place where the user's own code handles channels in a way that may depend on their number.
+
+    ``options`` says what may be assumed of the code, the likeliest first and ``"freeze"`` last. The first that holds
+    is found by running the pruned network; ``choice`` is the one in force.
+    """
+
+    key: int
+    """Ordinal of the operator call in the run, the same in every run of the model."""
+    cause: Cause
+    labels: Labels
+    options: tuple[str, ...]
+    choice: int
+
+
+@dataclass(eq=False)
+class Share:
+    """Blocks of channels that must all lose the same fraction."""
+
+    cause: Cause
+    blocks: tuple[Labels, ...]
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a layer: the labels of its input and output channels, and what its cost depends on."""
+
+    module: str
+    kind: str
+    weight: str
+    owned: bool
+    inputs: Labels | None
+    outputs: Labels | None
+    in_channels: int
+    out_channels: int
+    groups: int = 1
+    kernel: int = 1
+    positions: int = 1
+    batch: int = 1
+
+
+@dataclass(eq=False)
+class Attribute:
+    """An attribute of a module that counts the distinct labels left."""
+
+    module: str
+    name: str
+    labels: Labels
+    value: int
+
+
+class Labelled:
+    """The labels of one tensor, and whether it was computed from parameters and buffers alone."""
+
+    __slots__ = ("axes", "owner", "weight")
+
+    def __init__(self, owner: object, axes: Axes, weight: bool) -> None:
+        self.owner = owner
+        self.axes = axes
+        self.weight = weight
+
+
+_ATTRIBUTE = "_secateur_labels"
+_NOTHING: Axes = {}
+
+
+@dataclass(eq=False)
+class Flow:
+    """The labels of every tensor of one traced run, and the joins, freezes and assumptions found on the way."""
+
+    named: dict[str, Tensor]
+    """Every parameter and buffer of the model."""
+    decisions: Mapping[int, int] = field(default_factory=dict)
+    """For sites whose first option was seen not to hold: key -> index of the option to take."""
+    banned: Mapping[tuple[str, int], Cause] = field(default_factory=dict)
+    """Dimensions of parameters that were seen not to be prunable, and why."""
+
+    def __post_init__(self) -> None:
+        self.store = LabelStore()
+        # Labels outlive the run on tensors that the model keeps; a token tells whose they are and holds nothing.
+        self.token = object()
+        self.frozen: list[tuple[Labels, Cause]] = []
+        self.inexact: list[tuple[Labels, Cause]] = []
+        self.sites: list[Site] = []
+        self.shares: list[Share] = []
+        self.calls: list[Call] = []
+        self.attributes: list[Attribute] = []
+        self.produced: list[Labels] = []
+        self.consumed: list[Labels] = []
+        self.module = ""
+        self.layer: nn.Module | None = None
+        self.operator = ""
+        self.ordinal = 0
+        self.shape_before: tuple[int, ...] = ()
+        self.stride_before: tuple[int, ...] = ()
+        self._names: dict[int, str] = {}
+        for name, tensor in self.named.items():
+            self._names.setdefault(id(tensor), name)
+        self._leaves: dict[int, Labelled] = {}
+        self._virtual: dict[tuple[str, int], Labels] = {}
+
+    # Labels of tensors
+
+    def labelled(self, tensor: Tensor) -> Labelled | None:
+        """Return what is known of a tensor, or None."""
+        known: Labelled | None = getattr(tensor, _ATTRIBUTE, None)
+        if known is not None and known.owner is self.token:
+            return known
+        key = id(tensor)
+        if key not in self._names:
+            return None
+        if key not in self._leaves:
+            self._leaves[key] = self._label_leaf(self._names[key], tensor)
+        return self._leaves[key]
+
+    def _label_leaf(self, name: str, tensor: Tensor) -> Labelled:
+        # The kernel positions of a convolution's weight are never channels.
+        kernel = tensor.ndim > 2 and tensor.shape[0] > 1
+        dims = [d for d, size in enumerate(tensor.shape) if size > 1 and not (kernel and d > 1)]
+        axes = {d: self.store.fresh_for(name, d, tensor.shape[d]) for d in dims}
+        self.frozen.extend((axes[d], self.banned[name, d]) for d in dims if (name, d) in self.banned)
+        return Labelled(self.token, axes, weight=True)
+
+    def axes(self, tensor: Tensor) -> Axes:
+        """Return the labelled dimensions of a tensor; empty where it carries no labels."""
+        known = self.labelled(tensor)
+        return known.axes if known is not None else _NOTHING
+
+    def is_weight(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor was computed from parameters and buffers alone."""
+        known = self.labelled(tensor)
+        return known is not None and known.weight
+
+    def took_part(self, tensor: Tensor) -> bool:
+        """Tell whether a parameter or buffer was read in the run."""
+        return id(tensor) in self._leaves
+
+    def name(self, tensor: Tensor) -> str:
+        """Return the qualified name of a parameter or buffer; empty for any other tensor."""
+        return self._names.get(id(tensor), "")
+
+    def set(self, tensor: Tensor, axes: Axes, *, weight: bool = False) -> None:
+        """Give a tensor its labels. A parameter or buffer that is written in place joins its own with them."""
+        if id(tensor) in self._names:
+            own = self.axes(tensor)
+            for dim, labels in axes.items():
+                if dim in own:
+                    self.store.join(own[dim], labels)
+                else:
+                    self.freeze(labels, "is written into a tensor of the model")
+        elif axes or weight or getattr(tensor, _ATTRIBUTE, None) is not None:
+            setattr(tensor, _ATTRIBUTE, Labelled(self.token, axes, weight))
+
+    def virtual(self, weight: Tensor, size: int, blocks: int) -> Labels | None:
+        """Return labels for all the channels of which a grouped convolution's weight holds one block on dimension 1.
+
+        None where the weight is computed: then every block has to lose the same indices.
+        """
+        name = self.name(weight)
+        if not name:
+            return None
+        key = (name, size)
+        if key not in self._virtual:
+            self._virtual[key] = labels = self.store.fresh_for(name, 1, size, blocks)
+            if (name, 1) in self.banned:
+                self.frozen.append((labels, self.banned[name, 1]))
+        return self._virtual[key]
+
+    # What a rule may find
+
+    def cause(self, reason: str) -> Cause:
+        """Return the present operator call as the cause of something."""
+        return Cause(self.operator, self.module, source_line(), reason)
+
+    def freeze(self, labels: Labels, reason: str) -> None:
+        """Keep every channel of these labels."""
+        self.frozen.append((labels.reshape(-1), self.cause(reason)))
+
+    def freeze_tensor(self, tensor: Tensor, reason: str, dims: Iterable[int] | None = None) -> None:
+        """Keep every channel of a tensor, or those along some of its dimensions."""
+        axes = self.axes(tensor)
+        for dim in axes if dims is None else dims:
+            if dim in axes:
+                self.freeze(axes[dim], reason)
+
+    def mark_inexact(self, labels: Labels, reason: str) -> None:
+        """Let these channels be pruned only when asked: removing them can't equal zeroing them."""
+        self.inexact.append((labels.reshape(-1), self.cause(reason)))
+
+    def fixed(self, size: int, reason: str) -> Labels:
+        """Return new labels that never go: positions that the user's code writes or that nothing is known of."""
+        labels = self.store.fresh(size)
+        self.freeze(labels, reason)
+        return labels
+
+    def assume(self, labels: Labels, reason: str, *options: str) -> str:
+        """Return what to assume of the user's code at this call, and remember it to be tested.
+
+        ``"freeze"`` is always the last resort; the labels are frozen here when it is reached.
+        """
+        every = (*options, "freeze")
+        choice = min(self.decisions.get(self.ordinal, 0), len(every) - 1)
+        self.sites.append(Site(self.ordinal, self.cause(reason), labels.reshape(-1), every, choice))
+        if every[choice] == "freeze":
+            self.freeze(labels, reason)
+        return every[choice]
+
+    def share(self, blocks: Sequence[Labels], reason: str) -> None:
+        """Let all blocks lose the same fraction of their channels."""
+        if len(blocks) > 1:
+            self.shares.append(Share(self.cause(reason), tuple(blocks)))
+
+    def combine(self, tensors: Sequence[Tensor], shape: Sequence[int]) -> Axes:
+        """Return the axes of an element-wise combination, joining the labels that meet.
+
+        A label that meets an index without one is frozen: the two would no longer have the same number.
+        """
+        ndim = len(shape)
+        result: Axes = {}
+        for tensor in tensors:
+            offset = ndim - tensor.ndim
+            for dim, labels in self.axes(tensor).items():
+                known = result.setdefault(dim + offset, labels)
+                if known.size != labels.size:
+                    raise AssertionError(f"{self.operator}: {known.size} and {labels.size} labels meet")
+                self.store.join(known, labels)
+        if result:
+            for tensor in tensors:
+                offset = ndim - tensor.ndim
+                own = self.axes(tensor)
+                for dim, labels in result.items():
+                    if dim >= offset and tensor.shape[dim - offset] > 1 and dim - offset not in own:
+                        self.freeze(labels, "meets a tensor whose values there are no known channels")
+        return result
+
+    def without(self, axes: Axes, dims: Iterable[int], what: str) -> Axes:
+        """Return the axes less ``dims``, whose labels become inexact: an operator mixes the channels themselves."""
+        gone = set(dims)
+        for dim in gone & axes.keys():
+            self.mark_inexact(axes[dim], f"{what} over the channels themselves")
+        return {d: labels for d, labels in axes.items() if d not in gone}
+
+
+def source_line() -> str:
+    """Return ``file:line`` of the innermost frame outside torch, Python and this package; empty if there is none."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        own = path.startswith(_SKIPPED) or (path.startswith(_STDLIB) and "site-packages" not in path)
+        if not own:
+            parts = Path(path).parts
+            shown = "/".join(parts[parts.index("site-packages") + 1 :]) if "site-packages" in parts else path
+            return f"{shown}:{frame.f_lineno}"
+        if frame.f_back is None:
+            return ""
+        frame = frame.f_back
+    return ""

@@ -1,0 +1,436 @@
+"""Rules for operators that move elements and compute nothing: views, permutations, joins, cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from secateur.labels import Axes, Labels, merged, runs, varying
+from secateur.rules.flow import Attribute, Flow
+from secateur.rules.registry import rule, tensors_in
+
+HEAD_COUNTS = ("num_heads", "n_heads", "nhead", "heads", "num_attention_heads")
+"""Names under which a module keeps the number of blocks that it cuts its channels into."""
+
+_HARD_CODED = "sizes written in the code do not follow the removed channels"
+
+
+def _along_heads(flow: Flow, shape: Sequence[int], labels: Labels) -> int | None:
+    """Return the axis that counts the heads of the module at work, if it says how many it has."""
+    for name in HEAD_COUNTS:
+        heads = getattr(flow.layer, name, None)
+        if isinstance(heads, int) and not isinstance(heads, bool) and heads > 1:
+            for axis, size in enumerate(shape):
+                if size == heads and axis in varying(labels):
+                    return axis
+    return None
+
+
+def _split(flow: Flow, labels: Labels, shape: Sequence[int]) -> dict[int, Labels]:
+    """Cut one labelled dimension into several; one of them is chosen to lose channels, whole rows at a time.
+
+    Which one the code lets vary can't be read off the sizes. The module's own count of heads tells; without one the
+    longest is tried first, then the others.
+    """
+    block = labels.reshape(shape)
+    axes = varying(block)
+    if len(axes) <= 1:
+        axis = axes[0] if axes else 0
+        return {axis: np.ascontiguousarray(np.moveaxis(block, axis, 0).reshape(shape[axis], -1)[:, 0])}
+    order = sorted(axes, key=lambda a: (-shape[a], -a))
+    heads = _along_heads(flow, shape, block)
+    if heads is not None:
+        order = [heads, *(a for a in order if a != heads)]
+    option = flow.assume(labels, "is cut into blocks of fixed sizes", *(f"along {a}" for a in order))
+    axis = order[0] if option == "freeze" else int(option.split()[1])
+    rows = np.moveaxis(block, axis, 0).reshape(shape[axis], -1)
+    flow.store.join(rows[:, :1], rows)
+    left = np.ascontiguousarray(rows[:, 0])
+    if axis == heads:
+        for name in HEAD_COUNTS:
+            if getattr(flow.layer, name, None) == shape[axis]:
+                flow.attributes.append(Attribute(flow.module, name, left, shape[axis]))
+    return {axis: left}
+
+
+def reshaped(flow: Flow, axes: Axes, old: Sequence[int], new: Sequence[int], *, trusted: bool = False) -> Axes:
+    """Carry axes through a reshape from shape ``old`` to shape ``new``."""
+    result: Axes = {}
+    for left, right in runs(old, new):
+        inside = [d for d in left if d in axes]
+        if not inside:
+            continue
+        if len(left) == len(right) == 1:
+            result[right[0]] = axes[left[0]]
+            continue
+        if len(inside) > 1:
+            for dim in inside:
+                flow.freeze(axes[dim], "is merged with another dimension of channels")
+            continue
+        vector = merged(axes[inside[0]], left, inside[0], old)
+        if len(right) == 1:
+            result[right[0]] = vector
+            if not trusted:
+                flow.assume(axes[inside[0]], _HARD_CODED, "follow")
+        else:
+            cut = _split(flow, vector, [new[d] for d in right])
+            result |= {right[axis]: labels for axis, labels in cut.items()}
+    return result
+
+
+@rule("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::_reshape_alias", "aten::view_copy", "aten::unflatten")
+def view(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Merge and cut dimensions; every element keeps its labels."""
+    x = args[0]
+    axes = flow.axes(x)
+    if not axes:
+        return
+    if tuple(x.shape) == tuple(out.shape):
+        flow.assume(np.concatenate(list(axes.values())), _HARD_CODED, "follow")
+        return flow.set(out, axes, weight=flow.is_weight(x))
+    untouched = {d for left, right in runs(x.shape, out.shape) if len(left) == len(right) == 1 for d in left}
+    fixed = [axes[d] for d in axes if d in untouched]
+    if fixed and not flow.is_weight(x):
+        flow.assume(np.concatenate(fixed), _HARD_CODED, "follow")
+    flow.set(out, reshaped(flow, axes, x.shape, out.shape), weight=flow.is_weight(x))
+
+
+@rule("aten::permute", "aten::permute_copy")
+def permute(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Reorder dimensions."""
+    x, order = args[:2]
+    axes = flow.axes(x)
+    flow.set(out, {new: axes[d % x.ndim] for new, d in enumerate(order) if d % x.ndim in axes}, weight=flow.is_weight(x))
+
+
+@rule("aten::transpose", "aten::transpose_", "aten::swapaxes", "aten::t", "aten::t_", "aten::numpy_T", "aten::movedim")
+def transpose(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Exchange two dimensions."""
+    x = args[0]
+    a, b = (args[1] % x.ndim, args[2] % x.ndim) if len(args) > 2 else (0, x.ndim - 1)
+    exchange = {a: b, b: a}
+    axes = {exchange.get(d, d): labels for d, labels in flow.axes(x).items()} if x.ndim > 1 else flow.axes(x)
+    flow.set(out, axes, weight=flow.is_weight(x))
+
+
+@rule("aten::unsqueeze", "aten::unsqueeze_", "aten::squeeze", "aten::squeeze_")
+def squeeze(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Add or drop dimensions of size 1."""
+    x = args[0]
+    axes = flow.axes(x)
+    before = flow.shape_before or x.shape
+    flow.set(out, reshaped(flow, axes, before, out.shape, trusted=True), weight=flow.is_weight(x))
+
+
+@rule("aten::as_strided", "aten::as_strided_")
+def as_strided(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Keep the channels where sizes and strides stay the same (a memory format); freeze them otherwise."""
+    x = args[0]
+    axes = dict(flow.axes(x))
+    same = flow.shape_before == tuple(out.shape) and all(
+        size == 1 or old == new for size, old, new in zip(out.shape, flow.stride_before, out.stride(), strict=True)
+    )
+    if not same:
+        for labels in axes.values():
+            flow.freeze(labels, "is read through strides written in the code")
+        axes = {}
+    flow.set(out, axes, weight=flow.is_weight(x))
+
+
+@rule("aten::expand", "aten::expand_copy", "aten::repeat", "aten::tile")
+def expand(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Repeat along dimensions: equal copies may be as many as the code makes of them."""
+    x = args[0]
+    offset = out.ndim - x.ndim
+    own = flow.axes(x)
+    axes: Axes = {}
+    for dim, size in enumerate(out.shape):
+        before = x.shape[dim - offset] if dim >= offset else 1
+        labels = own.get(dim - offset)
+        if labels is not None:
+            axes[dim] = labels if size == before else np.tile(labels, size // before)
+        elif before == 1 and size > 1:
+            axes[dim] = flow.store.fresh(size)
+            flow.assume(axes[dim], "is repeated a fixed number of times", "follow")
+    flow.set(out, axes, weight=flow.is_weight(x))
+
+
+@rule("aten::repeat_interleave")
+def repeat_interleave(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Repeat every index of one dimension in place."""
+    x = args[0]
+    dim = args[2] if len(args) > 2 else kwargs.get("dim")
+    axes = dict(flow.axes(x))
+    if not isinstance(args[1] if len(args) > 1 else None, int) or dim is None:
+        flow.freeze_tensor(x, "is repeated by a tensor of counts")
+        return
+    if dim % x.ndim in axes:
+        axes[dim % x.ndim] = np.repeat(axes[dim % x.ndim], args[1])
+    flow.set(out, axes, weight=flow.is_weight(x))
+
+
+@rule("aten::cat", "aten::concat", "aten::concatenate", "aten::_cat")
+def cat(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Lay tensors side by side; along the other dimensions their channels join."""
+    tensors = [t for t in args[0] if not (t.ndim == 1 and t.shape[0] == 0)]
+    if not any(flow.axes(t) for t in tensors):
+        return
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
+    axes: Axes = {}
+    for d in {d for t in tensors for d in flow.axes(t) if d != dim}:
+        labels = next(flow.axes(t)[d] for t in tensors if d in flow.axes(t))
+        for t in tensors:
+            own = flow.axes(t).get(d)
+            if own is not None:
+                flow.store.join(labels, own)
+            elif t.shape[d] > 1:
+                flow.freeze(labels, "is laid beside a tensor whose values there are no known channels")
+        axes[d] = labels
+    if any(dim in flow.axes(t) for t in tensors):
+        parts = []
+        for t in tensors:
+            own = flow.axes(t).get(dim)
+            parts.append(own if own is not None else flow.fixed(t.shape[dim], "is no known channel"))
+        axes[dim] = np.concatenate(parts)
+    flow.set(out, axes, weight=all(flow.is_weight(t) for t in tensors))
+
+
+@rule("aten::stack")
+def stack(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Lay tensors along a new dimension; their channels join."""
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
+    joined = flow.combine(list(args[0]), args[0][0].shape)
+    axes = {d + (d >= dim): labels for d, labels in joined.items()}
+    flow.set(out, axes, weight=all(flow.is_weight(t) for t in args[0]))
+
+
+@rule("aten::slice", "aten::slice_copy", "aten::narrow")
+def slice_(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Cut a range out of a dimension; whether its bounds follow the channels is found by trying."""
+    x = args[0]
+    dim = (args[1] if len(args) > 1 else 0) % x.ndim
+    axes = dict(flow.axes(x))
+    labels = axes.get(dim)
+    if labels is not None:
+        size = x.shape[dim]
+        start = args[2] if len(args) > 2 and args[2] is not None else 0
+        start = max(start + size, 0) if start < 0 else min(start, size)
+        step = args[4] if len(args) > 4 else 1
+        index = np.arange(start, start + out.shape[dim] * step, step)
+        axes[dim] = labels[index]
+        if index.size == size:
+            flow.assume(labels, _HARD_CODED, "follow")
+        elif step == 1:
+            blocks = [labels[:start], axes[dim], labels[start + index.size :]]
+            _cut(flow, labels, [b for b in blocks if b.size])
+        else:
+            flow.freeze(labels, "is read at every other index")
+        if index.size == 1:
+            del axes[dim]
+    flow.set(out, axes, weight=flow.is_weight(x))
+
+
+def _cut(flow: Flow, labels: Labels, blocks: Sequence[Labels]) -> None:
+    """Cut a dimension into ranges; the code is taken to cut it at the same fractions once channels are gone."""
+    if len(blocks) > 1 and flow.assume(labels, "is cut at indices written in the code", "share") == "share":
+        flow.share(blocks, "is cut into ranges in fixed proportion")
+
+
+@rule("aten::split", "aten::split_with_sizes", "aten::split_copy", "aten::split_with_sizes_copy", "aten::unsafe_split",
+      "aten::unsafe_split_with_sizes", "aten::chunk", "aten::unsafe_chunk", "aten::tensor_split")  # fmt: skip
+def split(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Sequence[Tensor]) -> None:
+    """Cut a dimension into ranges that follow one another."""
+    x = args[0]
+    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % x.ndim
+    axes = flow.axes(x)
+    labels = axes.get(dim)
+    start = 0
+    blocks = []
+    for piece in out:
+        own = dict(axes)
+        if labels is not None:
+            own[dim] = labels[start : start + piece.shape[dim]]
+            blocks.append(own[dim])
+            start += piece.shape[dim]
+            if piece.shape[dim] == 1:
+                del own[dim]
+        flow.set(piece, own, weight=flow.is_weight(x))
+    if labels is not None:
+        if any(b.size == 1 for b in blocks):
+            flow.freeze(labels, "is cut into single channels")
+        else:
+            _cut(flow, labels, blocks)
+
+
+@rule("aten::select", "aten::select_copy", "aten::unbind", "aten::unbind_copy")
+def select(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Take single indices of a dimension: its channels are frozen, the others kept."""
+    x = args[0]
+    axes = flow.axes(x)
+    if not axes:
+        return
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % x.ndim
+    if dim in axes:
+        flow.freeze(axes[dim], "is read one channel at a time")
+    left = {d - (d > dim): labels for d, labels in axes.items() if d != dim}
+    for result in out if isinstance(out, (list, tuple)) else [out]:
+        flow.set(result, left, weight=flow.is_weight(x))
+
+
+@rule("aten::index_select", "aten::gather", "aten::take_along_dim")
+def index_select(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Read a dimension at given indices: its channels are frozen, those of the others kept."""
+    x, dim, index = args[:3]
+    axes = dict(flow.axes(x))
+    flow.freeze_tensor(index, "is used as an index")
+    if dim % x.ndim in axes:
+        flow.freeze(axes.pop(dim % x.ndim), "is read at given indices")
+    if index.ndim > 1:
+        for d in list(axes):
+            flow.freeze(axes.pop(d), "is read at given indices")
+    flow.set(out, axes)
+
+
+@rule("aten::index", "aten::_unsafe_index")
+def index(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Read some dimensions at given indices: their channels are frozen, those of the others kept."""
+    x, indices = args[:2]
+    axes = flow.axes(x)
+    for tensor in tensors_in(indices):
+        flow.freeze_tensor(tensor, "is used as an index")
+    if not axes:
+        return
+    # A mask of n dimensions stands for n of them.
+    consumed: list[int] = []
+    dim = 0
+    for entry in indices:
+        width = entry.ndim if isinstance(entry, Tensor) and entry.dtype.is_floating_point is False and entry.element_size() == 1 else 1
+        if entry is not None:
+            consumed.extend(range(dim, dim + width))
+        dim += width
+    flow.freeze_tensor(x, "is read at given indices", consumed)
+    kept = [d for d in range(x.ndim) if d not in consumed]
+    added = out.ndim - len(kept)
+    adjacent = consumed == list(range(consumed[0], consumed[0] + len(consumed))) if consumed else True
+    first = consumed[0] if consumed and adjacent else 0
+    position = {d: i if i < first else i + added for i, d in enumerate(kept)}
+    flow.set(out, {position[d]: axes[d] for d in kept if d in axes}, weight=False)
+
+
+@rule("aten::flip")
+def flip(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Reverse dimensions: what is left of the channels is reversed too."""
+    x = args[0]
+    dims = {d % x.ndim for d in args[1]}
+    axes = {d: labels[::-1] if d in dims else labels for d, labels in flow.axes(x).items()}
+    flow.set(out, axes, weight=flow.is_weight(x))
+
+
+@rule("aten::roll")
+def roll(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Shift a dimension around: exact where both parts lose the same fraction, and the shift follows."""
+    x, shifts = args[:2]
+    dims = args[2] if len(args) > 2 else []
+    axes = dict(flow.axes(x))
+    if not dims:
+        flow.freeze_tensor(x, "is rolled over all its elements")
+        return
+    for shift, dim in zip(shifts, dims, strict=True):
+        labels = axes.get(dim % x.ndim)
+        if labels is not None:
+            start = -shift % labels.size
+            _cut(flow, labels, [b for b in (labels[:start], labels[start:]) if b.size])
+            axes[dim % x.ndim] = np.roll(labels, shift)
+    flow.set(out, axes, weight=flow.is_weight(x))
+
+
+@rule("aten::constant_pad_nd", "aten::pad")
+def pad(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Add constant positions at the ends: those are as many as the code says, and are kept."""
+    x, widths = args[:2]
+    axes = dict(flow.axes(x))
+    for dim in list(axes):
+        back = x.ndim - 1 - dim
+        low, high = widths[2 * back : 2 * back + 2] if 2 * back < len(widths) else (0, 0)
+        if low < 0 or high < 0:
+            flow.freeze(axes.pop(dim), "is cut at its ends by a fixed number of channels")
+        elif low or high:
+            reason = "is padded with a number of channels written in the code"
+            axes[dim] = np.concatenate([flow.fixed(low, reason), axes[dim], flow.fixed(high, reason)])
+    flow.set(out, axes, weight=flow.is_weight(x))
+
+
+@rule("aten::pixel_shuffle", "aten::pixel_unshuffle")
+def pixel_shuffle(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Exchange channels for space: the r·r channels of one position go together."""
+    x = args[0]
+    axes = dict(flow.axes(x))
+    channel = x.ndim - 3
+    flow.freeze_tensor(x, "is shuffled as if it were space", [channel + 1, channel + 2])
+    labels = axes.get(channel)
+    result = {d: v for d, v in axes.items() if d < channel}
+    if labels is not None:
+        if out.shape[channel] < x.shape[channel]:
+            rows = labels.reshape(out.shape[channel], -1)
+            flow.store.join(rows[:, :1], rows)
+            result[channel] = np.ascontiguousarray(rows[:, 0])
+        else:
+            result[channel] = np.repeat(labels, out.shape[channel] // x.shape[channel])
+    flow.set(out, {d: v for d, v in result.items() if out.shape[d] > 1})
+
+
+@rule("aten::channel_shuffle", "aten::native_channel_shuffle")
+def channel_shuffle(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Interleave g blocks of channels: the channels at one place of every block go together."""
+    x, groups = args[:2]
+    axes = dict(flow.axes(x))
+    labels = axes.get(1)
+    if labels is not None:
+        block = labels.reshape(groups, -1)
+        flow.store.join(block[:1], block)
+        axes[1] = block.T.reshape(-1)
+    flow.set(out, axes)
+
+
+@rule("aten::unfold", "aten::unfold_copy")
+def unfold(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Slide a window along one dimension, which must be space; the window becomes a last dimension."""
+    x, dim = args[0], args[1] % args[0].ndim
+    flow.freeze_tensor(x, "is cut into windows as if it were space", [dim])
+    flow.set(out, {d: labels for d, labels in flow.axes(x).items() if d != dim})
+
+
+@rule("aten::im2col")
+def im2col(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Gather windows into channels: every channel stands k_h·k_w times in a row."""
+    x = args[0]
+    channel = x.ndim - 3
+    flow.freeze_tensor(x, "is cut into windows as if it were space", [channel + 1, channel + 2])
+    axes = {d: labels for d, labels in flow.axes(x).items() if d < channel}
+    labels = flow.axes(x).get(channel)
+    if labels is not None:
+        axes[channel] = np.repeat(labels, prod(args[1]))
+    elif x.shape[channel] == 1:
+        axes = {d: v for d, v in axes.items() if d != channel}
+    flow.set(out, axes)
+
+
+@rule("aten::col2im")
+def col2im(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Add windows up into space: the k_h·k_w rows of one channel go together."""
+    x = args[0]
+    channel = x.ndim - 2
+    flow.freeze_tensor(x, "is folded as if it were space", [x.ndim - 1])
+    axes = {d: labels for d, labels in flow.axes(x).items() if d < channel}
+    labels = flow.axes(x).get(channel)
+    if labels is not None and out.shape[out.ndim - 3] > 1:
+        rows = labels.reshape(out.shape[out.ndim - 3], -1)
+        flow.store.join(rows[:, :1], rows)
+        axes[out.ndim - 3] = np.ascontiguousarray(rows[:, 0])
+    elif labels is not None:
+        flow.freeze(labels, "is folded into a single channel")
+    flow.set(out, axes)

@@ -1,0 +1,149 @@
+"""A model and a plan become a smaller model: parameters, buffers and the attributes that count channels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import PlanError
+
+if TYPE_CHECKING:
+    from secateur.planning import PruningPlan
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """Return a copy of the model without the channels that the plan removes; the model itself is untouched.
+
+    The copy is of the model's own class. Its parameters hold exactly the kept elements; attributes that count channels
+    (``in_channels``, ``groups``, ``num_features``, ``normalized_shape`` …) follow. Tied parameters stay tied, frozen
+    ones frozen, hooks and modes are kept.
+
+    Args:
+        model: The model the plan was made for, or one of the same architecture.
+        plan: What to keep.
+
+    Raises:
+        PlanError: If the plan names a module or tensor that the model lacks, or that has another shape.
+    """
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, shape in plan.shapes.items():
+        if name not in tensors:
+            raise PlanError(f"{name}: the plan prunes it, but the model has no such tensor. Is this the right model?")
+        if tuple(tensors[name].shape) != tuple(shape):
+            raise PlanError(
+                f"{name}: the plan was made for shape {tuple(shape)}, the model has {tuple(tensors[name].shape)}. "
+                "Apply it to the unpruned model."
+            )
+    memo: dict[int, Any] = {}
+    modules = dict(model.named_modules())
+    for module in modules.values():
+        for value in vars(module).values():
+            # A tensor computed from parameters can't be deep-copied; it is computed anew at the next forward.
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    for name in plan.kept_outputs.keys() | plan.kept_inputs.keys():
+        layer = modules.get(name)
+        if not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
+            found = type(layer).__name__ if layer is not None else "nothing"
+            raise PlanError(f"{name}: the plan expects a convolution or linear layer; the model has {found}.")
+        _cut_layer(name, layer, plan, tensors, memo)
+    for name, dims in plan.kept_tensors.items():
+        tensor = tensors[name]
+        full, half = dims.get(0), dims.get(1)
+        if name in plan.blocks and half is not None:
+            value = _cut_blocks(tensor, full, half, plan.blocks[name])
+        else:
+            value = _select(tensor, dims)
+        memo[id(tensor)] = _like(tensor, value)
+    small = copy.deepcopy(model, memo)
+    _set_attributes(small, plan)
+    return small
+
+
+def _cut_layer(
+    name: str,
+    layer: nn.Linear | nn.modules.conv._ConvNd,
+    plan: PruningPlan,
+    tensors: dict[str, Tensor],
+    memo: dict[int, Any],
+) -> None:
+    prefix = f"{name}." if name else ""
+    weight, bias = tensors.get(f"{prefix}weight"), tensors.get(f"{prefix}bias")
+    kept_in, kept_out = plan.kept_inputs.get(name), plan.kept_outputs.get(name)
+    if weight is not None and id(weight) not in memo:
+        transposed = isinstance(layer, _TRANSPOSED)
+        full, half = (kept_in, kept_out) if transposed else (kept_out, kept_in)
+        groups = getattr(layer, "groups", 1)
+        if groups == 1:
+            value = _select(weight, {0: full, 1: half})
+        elif is_depthwise(layer):
+            value = _select(weight, {0: full})
+        else:
+            value = _cut_blocks(weight, full, half, groups)
+        memo[id(weight)] = _like(weight, value)
+    if bias is not None and kept_out is not None:
+        memo[id(bias)] = _like(bias, _select(bias, {0: kept_out}))
+
+
+def is_depthwise(layer: nn.Module) -> bool:
+    """Tell whether a convolution reads one input channel a group, so that a removed channel takes its group along."""
+    groups = getattr(layer, "groups", 1)
+    return groups > 1 and groups == getattr(layer, "in_channels", 0)
+
+
+def _select(tensor: Tensor, kept: dict[int, list[int] | None] | dict[int, list[int]]) -> Tensor:
+    value = tensor.detach()
+    for dim, indices in kept.items():
+        if indices is not None:
+            value = value.index_select(dim, torch.tensor(indices, device=tensor.device))
+    return value.clone() if value.data_ptr() == tensor.data_ptr() else value
+
+
+def _cut_blocks(tensor: Tensor, full: Sequence[int] | None, half: Sequence[int] | None, blocks: int) -> Tensor:
+    """Cut a weight that holds, on dimension 1, one block of the channels that ``half`` counts: each block its own."""
+    rows, columns = tensor.shape[0] // blocks, tensor.shape[1]
+    kept_rows = list(full) if full is not None else list(range(tensor.shape[0]))
+    kept_columns = list(half) if half is not None else list(range(columns * blocks))
+    parts = []
+    for b in range(blocks):
+        r = [i for i in kept_rows if b * rows <= i < (b + 1) * rows]
+        c = [i - b * columns for i in kept_columns if b * columns <= i < (b + 1) * columns]
+        parts.append(_select(tensor, {0: r, 1: c}))
+    return torch.cat(parts)
+
+
+def _like(old: Tensor, value: Tensor) -> Tensor:
+    if isinstance(old, nn.Parameter):
+        return nn.Parameter(value.contiguous(), requires_grad=old.requires_grad)
+    return value.contiguous()
+
+
+def _set_attributes(model: nn.Module, plan: PruningPlan) -> None:
+    modules: dict[str, Any] = dict(model.named_modules())
+    for name in plan.kept_outputs.keys() | plan.kept_inputs.keys():
+        layer = modules[name]
+        kept_in, kept_out = plan.kept_inputs.get(name), plan.kept_outputs.get(name)
+        if isinstance(layer, nn.Linear):
+            layer.in_features = len(kept_in) if kept_in is not None else layer.in_features
+            layer.out_features = len(kept_out) if kept_out is not None else layer.out_features
+            continue
+        if is_depthwise(layer) and kept_in is not None:
+            layer.groups = len(kept_in)
+        layer.in_channels = len(kept_in) if kept_in is not None else layer.in_channels
+        layer.out_channels = len(kept_out) if kept_out is not None else layer.out_channels
+    for name in plan.kept_tensors:
+        owner = modules.get(name.rpartition(".")[0])
+        if isinstance(owner, nn.PReLU):
+            owner.num_parameters = owner.weight.numel()
+        elif isinstance(owner, nn.Embedding):
+            owner.num_embeddings, owner.embedding_dim = owner.weight.shape
+    for name, values in plan.attributes.items():
+        for attribute, value in values.items():
+            old = getattr(modules[name], attribute)
+            setattr(modules[name], attribute, type(old)((value,)) if isinstance(old, tuple) else value)

@@ -1,0 +1,167 @@
+"""One run of the model under a dispatch mode, in which labels flow through every operator: model → ChannelGraph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as module_registry
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from secateur import trial
+from secateur.errors import TraceError
+from secateur.graph import ChannelGraph
+from secateur.grouping import group_channels
+from secateur.inputs import arguments, batch_size, left_as_found, mapped, tensors_of
+from secateur.rules import RULES, Flow
+from secateur.rules.flow import Cause
+from secateur.rules.pointwise import is_pointwise, pointwise
+from secateur.rules.registry import tensors_in
+
+_MOST_TRIALS = 12
+_RESHAPING = ("aten::squeeze_", "aten::unsqueeze_", "aten::as_strided_", "aten::as_strided")
+"""Operators whose rule has to know the shape that their input had before."""
+
+
+class _LabelMode(TorchDispatchMode):
+    """Runs every operator as it is, then lets the labels flow by its rule."""
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        flow = self.flow
+        flow.ordinal += 1
+        flow.operator = str(func)
+        name = func._schema.name
+        rule = RULES.get(name)
+        if rule is None and is_pointwise(func):
+            rule = pointwise
+        flow.shape_before = tuple(args[0].shape) if name in _RESHAPING else ()
+        flow.stride_before = args[0].stride() if name in _RESHAPING else ()
+        out = func(*args, **kwargs)
+        if rule is not None:
+            rule(flow, args, kwargs, out)
+        else:
+            operands = tensors_in((*args, *kwargs.values()))
+            for tensor in operands:
+                flow.freeze_tensor(tensor, "no rule says how channels flow through this operator")
+            for tensor in tensors_in(out if isinstance(out, (tuple, list)) else (out,)):
+                flow.set(tensor, {})
+        return out
+
+
+@contextmanager
+def _module_paths(model: nn.Module, flow: Flow) -> Iterator[None]:
+    """Keep the flow told which module's forward is running."""
+    names = {id(m): name for name, m in model.named_modules()}
+    stack: list[tuple[str, nn.Module | None]] = [("", None)]
+
+    def enter(module: nn.Module, args: Any) -> None:
+        stack.append((names.get(id(module), stack[-1][0]), module))
+        flow.module, flow.layer = stack[-1]
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        stack.pop()
+        flow.module, flow.layer = stack[-1]
+
+    hooks = [
+        module_registry.register_module_forward_pre_hook(enter),
+        module_registry.register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _run(model: nn.Module, flow: Flow, example_inputs: Any) -> None:
+    positional, keyword = arguments(mapped(example_inputs, lambda t: t.clone()))
+    try:
+        with _module_paths(model, flow), _LabelMode(flow):
+            outputs = model(*positional, **keyword)
+    except AssertionError:
+        raise
+    except Exception as error:
+        where = f" in {flow.module}" if flow.module else ""
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TraceError(
+            f"trace: the model fails on the example inputs{where}: {type(error).__name__}: {text} "
+            "Check their shapes, types and device."
+        ) from error
+    flow.operator, flow.module = "model output", ""
+    for tensor in tensors_of(outputs):
+        for labels in flow.axes(tensor).values():
+            flow.frozen.append((labels.reshape(-1), Cause("model output", "", "", "is returned by the model")))
+
+
+def _record(model: nn.Module, example_inputs: Any, decisions: Mapping[int, int], banned: Any) -> tuple[Flow, list[str]]:
+    """Let labels flow through one forward in eval mode, and one in train mode where that runs further layers."""
+    notes: list[str] = []
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    with left_as_found(model):
+        model.eval()
+        flow = Flow(named, decisions, banned)
+        _run(model, flow, example_inputs)
+        idle = _idle(model, flow)
+        if idle:
+            model.train()
+            for module in model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+            calls = len(flow.calls)
+            try:
+                _run(model, flow, example_inputs)
+            except TraceError as error:
+                notes.append(f"in train mode {error}")
+            # Costs are those of inference.
+            del flow.calls[calls:]
+            notes.extend(f"{name}: never runs, so it is left as it is" for name in _idle(model, flow))
+    return flow, notes
+
+
+def _idle(model: nn.Module, flow: Flow) -> list[str]:
+    """Return the modules none of whose parameters took part in the run."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+        and not any(flow.took_part(p) for p in module.parameters(recurse=False))
+    ]
+
+
+def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
+    """Find the coupled channels of a network by running it once, with whatever control flow it has.
+
+    Labels flow through every operator of one forward in eval mode (and of one in train mode where that runs further
+    layers, as auxiliary heads). Where the network's own code may depend on the number of channels, a trial pruning is
+    run and compared with the masked original; what does not hold is given up and listed in ``graph.refused``.
+
+    Args:
+        model: The network; left as found: parameters, buffers, modes, hooks, random state.
+        example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments.
+
+    Returns:
+        The groups that can be pruned and what can't, each with operator, module, source line and reason.
+
+    Raises:
+        TraceError: If the model fails on the example inputs.
+    """
+    decisions: dict[int, int] = {}
+    banned: dict[tuple[str, int], Cause] = {}
+    types = {name: type(module).__name__ for name, module in model.named_modules()}
+    batch = batch_size(example_inputs)
+    for _ in range(_MOST_TRIALS):
+        flow, notes = _record(model, example_inputs, decisions, banned)
+        grouping = group_channels(flow, types, tuple(notes), batch)
+        failures = trial.failing(model, example_inputs, flow, grouping)
+        if not failures:
+            return grouping.graph
+        trial.give_up(failures, flow, grouping, decisions, banned)
+    raise TraceError("trace: what the pruned network computes could not be explained; please report this network.")

@@ -1,0 +1,179 @@
+"""Trial prunings: is what was assumed of the user's own code true?
+
+Every group loses about half of its channels in a copy of the network, which then has to run and to compute what the
+masked original computes. What fails is traced back to the assumption behind it; the next one is tried, or the channels
+are kept and listed with the line that failed.
+"""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from secateur.errors import SecateurError
+from secateur.graph import Role
+from secateur.inputs import mapped
+from secateur.planning import plan_removal, steps
+from secateur.rules.flow import Cause, Flow
+from secateur.surgery import cut
+from secateur.verification import compare
+
+if TYPE_CHECKING:
+    from secateur.graph import ChannelGroup
+    from secateur.grouping import Grouping
+
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A group that did not survive the trial, and what was seen."""
+
+    group: int
+    reason: str
+    sources: tuple[str, ...] = ()
+    """``file:line`` of the user's code that was running, innermost last."""
+
+
+def _selection(group: ChannelGroup, rng: np.random.Generator) -> list[int]:
+    found = steps(group, rng.permutation(group.size).tolist())
+    return sorted(c for step in found[: max(1, len(found) // 2)] for c in step)
+
+
+def failing(model: nn.Module, example_inputs: Any, flow: Flow, grouping: Grouping) -> list[Failure]:
+    """Return the groups that the network can't be pruned in as assumed; empty when all is well."""
+    everything = [i for i in range(len(grouping.graph.groups))]
+    if not everything:
+        return []
+    failures = _attempt(model, example_inputs, grouping, everything)
+    if failures is None:
+        return []
+    if failures:
+        return failures
+    # It failed, but not in a place that tells a group: halve until it does.
+    return _isolate(model, example_inputs, grouping, everything)
+
+
+def _isolate(model: nn.Module, example_inputs: Any, grouping: Grouping, chosen: list[int]) -> list[Failure]:
+    failures = _attempt(model, example_inputs, grouping, chosen)
+    if failures is None:
+        return []
+    if failures:
+        return failures
+    if len(chosen) == 1:
+        return [Failure(chosen[0], "the pruned network computes something else")]
+    middle = len(chosen) // 2
+    found = _isolate(model, example_inputs, grouping, chosen[:middle])
+    found += _isolate(model, example_inputs, grouping, chosen[middle:])
+    return found or [Failure(i, "the pruned network computes something else") for i in chosen]
+
+
+def _attempt(model: nn.Module, example_inputs: Any, grouping: Grouping, chosen: list[int]) -> list[Failure] | None:
+    """Prune some groups and compare. None: all is well. Empty: it failed, no telling where."""
+    graph = grouping.graph
+    rng = np.random.default_rng(0)
+    picked = {graph.groups[i].name: _selection(graph.groups[i], rng) for i in range(len(graph.groups))}
+    plan = plan_removal(graph, {graph.groups[i].name: picked[graph.groups[i].name] for i in chosen})
+    exact = [i for i in chosen if graph.groups[i].exact]
+    try:
+        difference = compare(model, cut(model, plan), plan, example_inputs, _TOLERANCE)
+    except SecateurError:
+        raise
+    except Exception as error:
+        sources = _sources(error)
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if len(chosen) == 1:
+            return [Failure(chosen[0], f"with fewer channels the model's own code fails: {text}", sources)]
+        return _blamed(grouping, chosen, sources, f"with fewer channels the model's own code fails: {text}")
+    if not exact:
+        return None
+    if len(exact) < len(chosen):
+        # Inexact groups change values, so values are compared without them.
+        return _attempt(model, example_inputs, grouping, exact)
+    if not difference.mismatched and difference.error <= _TOLERANCE:
+        return None
+    difference = _in_double(model, plan, example_inputs) or difference
+    if not difference.mismatched and difference.error <= _TOLERANCE:
+        return None
+    return _mismatched(grouping, chosen, difference.mismatched)
+
+
+def _in_double(model: nn.Module, plan: Any, example_inputs: Any) -> Any:
+    """Compare once more in fp64, where rounding can't tip a data-dependent choice; None where it does not run."""
+    import copy
+
+    doubled = copy.deepcopy(model).double()
+    inputs = mapped(example_inputs, lambda t: t.double() if t.is_floating_point() else t)
+    try:
+        return compare(doubled, cut(doubled, plan), plan, inputs, 1e-6)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+
+
+def _sources(error: BaseException) -> tuple[str, ...]:
+    """Return ``file:line`` of every frame of an error, in the form that causes have."""
+    found = []
+    for frame in traceback.extract_tb(error.__traceback__):
+        path = frame.filename
+        shown = path.split("site-packages/")[-1] if "site-packages/" in path else path
+        found.append(f"{shown}:{frame.lineno}")
+    return tuple(found)
+
+
+def _blamed(grouping: Grouping, chosen: list[int], sources: tuple[str, ...], reason: str) -> list[Failure]:
+    """Return the groups that an assumption about the failing line concerns."""
+    blamed: list[int] = []
+    for source in reversed(sources):
+        for site in grouping.sites:
+            if site.cause.source == source and site.options[site.choice] != "freeze":
+                blamed.extend(np.unique(grouping.group_of[grouping.classes[site.labels]]).tolist())
+        found = [i for i in dict.fromkeys(blamed) if i in chosen]
+        if found:
+            return [Failure(i, reason, (source,)) for i in found]
+    return []
+
+
+def _mismatched(grouping: Grouping, chosen: list[int], layers: dict[str, list[int]]) -> list[Failure]:
+    """Return the groups whose channels a layer reads wrongly: those of the first such layer that concerns a group."""
+    ports = {p.module: p for p in grouping.graph.layers}
+    for port in grouping.graph.layers:
+        if port.module not in layers or port.in_group is None:
+            continue
+        found = np.unique(ports[port.module].in_group[layers[port.module]])  # type: ignore[index]
+        blamed = [i for i in found.tolist() if i in chosen]
+        if blamed:
+            return [Failure(i, f"{port.module} would read other channels than in the original") for i in blamed]
+    return []
+
+
+def give_up(
+    failures: list[Failure],
+    flow: Flow,
+    grouping: Grouping,
+    decisions: dict[int, int],
+    banned: dict[tuple[str, int], Cause],
+) -> None:
+    """Take the next option of the assumptions behind the failures; without any left, keep the group's channels."""
+    for failure in failures:
+        mine = [
+            site
+            for site in flow.sites
+            if site.options[site.choice] != "freeze"
+            and (grouping.group_of[grouping.classes[site.labels]] == failure.group).any()
+        ]
+        blamed = [s for s in mine if s.cause.source in failure.sources] or [s for s in mine if len(s.options) > 2]
+        blamed = blamed or mine
+        lines = {(s.cause.source, s.options) for s in blamed if s.cause.source}
+        for site in flow.sites:
+            if site in blamed or (site.cause.source, site.options) in lines:
+                decisions[site.key] = site.choice + 1
+        if not blamed:
+            group = grouping.graph.groups[failure.group]
+            source = failure.sources[-1] if failure.sources else ""
+            for member in group.members:
+                if member.role is Role.PRODUCER:
+                    banned[member.tensor, member.dim] = Cause("trial pruning", group.name, source, failure.reason)

@@ -1,0 +1,230 @@
+"""The law of exactness: the pruned network equals the original with the removed channels zeroed where they are read.
+
+Both networks run on the same inputs. In the original, every layer that the plan names has its removed input channels
+set to zero just before it reads them. The outputs then have to agree; so does what every one of those layers reads,
+channel by channel, which tells a wrong channel from a right one even where the outputs happen to agree.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.inputs import arguments, left_as_found, mapped, tensors_of
+
+if TYPE_CHECKING:
+    from secateur.planning import PruningPlan
+
+Readings = dict[str, list[Tensor]]
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """What :func:`verify` found."""
+
+    exact: bool
+    """Whether everything compared agrees to the tolerance, and nothing was left unchecked."""
+    max_error: float
+    """Largest absolute difference of an output, over the largest absolute value of that output."""
+    tolerance: float
+    dtype: str
+    """Precision of the comparison."""
+    compared: int
+    """Number of output tensors compared."""
+    mismatched: tuple[str, ...] = ()
+    """Layers that read something else than in the original, in execution order."""
+    refused: tuple[str, ...] = ()
+    """What could not be checked, and why."""
+
+
+@dataclass(eq=False)
+class Difference:
+    """How a pruned network differs from its masked original on one input."""
+
+    error: float = 0.0
+    compared: int = 0
+    mismatched: dict[str, list[int]] = field(default_factory=dict)
+    """Layer -> input channels of the original that it reads differently."""
+    notes: list[str] = field(default_factory=list)
+
+
+def channel_dim(layer: nn.Module, x: Tensor) -> int:
+    """Return the dimension of a layer's input that counts its channels."""
+    if isinstance(layer, nn.Linear):
+        return x.ndim - 1
+    weight_ndim = layer.weight.ndim if isinstance(layer.weight, Tensor) else x.ndim
+    return 1 if x.ndim == weight_ndim else 0
+
+
+def _sums(x: Tensor, dim: int) -> Tensor:
+    """Return two sums for every channel, enough to tell channels apart: of its values, and weighted by position."""
+    rows = x.detach().movedim(dim, 0).reshape(x.shape[dim], -1).to(torch.float64 if x.device.type != "mps" else x.dtype)
+    ramp = torch.linspace(0.5, 1.5, rows.shape[1], dtype=rows.dtype, device=rows.device)
+    return torch.stack([rows.mean(1), (rows * ramp).mean(1), rows.abs().mean(1)], 1)
+
+
+def _masking(name: str, removed: Tensor, kept: Tensor, readings: Readings) -> Callable[..., Any]:
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = args[0] if args else kwargs["input"]
+        dim = channel_dim(layer, x)
+        readings[name].append(_sums(x.index_select(dim, kept.to(x.device)), dim))
+        shape = [1] * x.ndim
+        shape[dim] = -1
+        masked = x * (~removed.to(x.device)).to(x.dtype).reshape(shape)
+        return ((masked, *args[1:]), kwargs) if args else (args, {**kwargs, "input": masked})
+
+    return hook
+
+
+def _reading(name: str, readings: Readings) -> Callable[..., None]:
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        readings[name].append(_sums(x, channel_dim(layer, x)))
+
+    return hook
+
+
+def masked_copy(model: nn.Module, plan: PruningPlan, readings: Readings) -> nn.Module:
+    """Return the original with removed channels zeroed where they are read, sharing all tensors it can with it.
+
+    Layers read through a hook. A weight that the code uses without a layer of its own has its removed columns zeroed.
+    """
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    memo: dict[int, Any] = {id(t): t for t in tensors.values()}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor):
+                memo[id(value)] = value
+    for name, dims in plan.kept_tensors.items():
+        tensor = tensors[name]
+        if 1 in dims and isinstance(tensor, nn.Parameter) and name not in plan.blocks:
+            value = tensor.detach().clone()
+            gone = torch.ones(tensor.shape[1], dtype=torch.bool, device=tensor.device)
+            gone[dims[1]] = False
+            value[:, gone] = 0
+            memo[id(tensor)] = nn.Parameter(value, requires_grad=tensor.requires_grad)
+    reference = copy.deepcopy(model, memo)
+    modules = dict(reference.named_modules())
+    for name, kept in plan.kept_inputs.items():
+        layer = modules[name]
+        count = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+        removed = torch.ones(int(count), dtype=torch.bool)  # type: ignore[arg-type]
+        removed[kept] = False
+        layer.register_forward_pre_hook(_masking(name, removed, torch.tensor(kept), readings), with_kwargs=True)
+    return reference
+
+
+def compare(model: nn.Module, small: nn.Module, plan: PruningPlan, example_inputs: Any, tolerance: float) -> Difference:
+    """Run the pruned network and the masked original on the same inputs, in eval mode, and compare.
+
+    Raises:
+        Exception: Whatever the pruned network's own forward raises.
+    """
+    difference = Difference()
+    original: Readings = defaultdict(list)
+    pruned: Readings = defaultdict(list)
+    reference = masked_copy(model, plan, original)
+    modules = dict(small.named_modules())
+    hooks = [
+        modules[name].register_forward_pre_hook(_reading(name, pruned), with_kwargs=True) for name in plan.kept_inputs
+    ]
+    try:
+        outputs = []
+        for network in (small, reference):
+            with left_as_found(network):
+                torch.manual_seed(0)
+                network.eval()
+                positional, keyword = arguments(mapped(example_inputs, lambda t: t.clone()))
+                outputs.append(list(tensors_of(network(*positional, **keyword))))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    _compare_outputs(outputs[1], outputs[0], difference)
+    for name, kept in plan.kept_inputs.items():
+        if len(original[name]) != len(pruned[name]):
+            difference.mismatched[name] = kept
+            continue
+        if not original[name]:
+            difference.notes.append(f"{name}: never runs in eval mode")
+        for want, found in zip(original[name], pruned[name], strict=True):
+            scale = max(float(want.abs().max()), 1e-12) if want.numel() else 1.0
+            wrong = ((want - found).abs() > tolerance * scale).any(1) if want.shape == found.shape else None
+            if wrong is None:
+                difference.mismatched[name] = kept
+            elif bool(wrong.any()):
+                channels = [kept[i] for i in wrong.nonzero().flatten().tolist()]
+                difference.mismatched.setdefault(name, []).extend(channels)
+    return difference
+
+
+def _compare_outputs(want: list[Tensor], found: list[Tensor], difference: Difference) -> None:
+    if len(want) != len(found):
+        difference.error = float("inf")
+        difference.notes.append(f"outputs: the original returns {len(want)} tensors, the pruned network {len(found)}")
+        return
+    for index, (a, b) in enumerate(zip(want, found, strict=True)):
+        if a.shape != b.shape:
+            difference.error = float("inf")
+            difference.notes.append(f"output {index}: shape {tuple(b.shape)} instead of {tuple(a.shape)}")
+            continue
+        difference.compared += 1
+        if not a.numel():
+            continue
+        kind = torch.complex128 if a.is_complex() else torch.float64
+        left, right = a.to(kind), b.to(kind)
+        same = left == right
+        gap = torch.where(same, torch.zeros_like(left.abs()), (left - right).abs())
+        finite = left.abs()[torch.isfinite(left.abs())]
+        scale = max(float(finite.max()), 1e-30) if finite.numel() else 1.0
+        error = float(gap.max()) / scale
+        difference.error = max(difference.error, error if error == error else float("inf"))
+
+
+def verify(
+    model: nn.Module, small: nn.Module, plan: PruningPlan, example_inputs: Any, *, tolerance: float | None = None
+) -> VerificationReport:
+    """Check that a pruned network computes what the original does with the removed channels zeroed where they are read.
+
+    Both run in eval mode on the example inputs, in fp64 where the model and its inputs allow it. The check is of
+    structure: run it before fine-tuning or compensation, which change what is computed on purpose.
+
+    Args:
+        model: The original; left as found.
+        small: What :func:`secateur.apply` made of it; left as found.
+        plan: The plan applied.
+        example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments.
+        tolerance: Largest difference allowed, relative to the largest value of each output and of what each layer
+            reads; by default 1e-9 in fp64 and 1e-3 in fp32.
+
+    Returns:
+        The report: ``exact``, ``max_error``, the layers that read something else, and what could not be checked.
+    """
+    refused: list[str] = []
+    result: Difference | None = None
+    limit = 0.0
+    dtype = "float64"
+    try:
+        limit = 1e-9 if tolerance is None else tolerance
+        doubled = [copy.deepcopy(network).double() for network in (model, small)]
+        inputs = mapped(example_inputs, lambda t: t.double() if t.is_floating_point() else t)
+        result = compare(doubled[0], doubled[1], plan, inputs, limit)
+    except Exception as error:
+        dtype, limit = "float32", 1e-3 if tolerance is None else tolerance
+        try:
+            result = compare(model, small, plan, example_inputs, limit)
+        except Exception as second:
+            text = str(second).splitlines()[0] if str(second) else type(second).__name__
+            return VerificationReport(False, float("inf"), limit, dtype, 0, (), (f"the pruned network fails: {text}",))
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        refused.append(f"fp64: the model does not run in it ({text}); compared in fp32")
+    notes = [n for n in result.notes if n not in refused]
+    exact = result.error <= limit and not result.mismatched
+    return VerificationReport(
+        exact, result.error, limit, dtype, result.compared, tuple(result.mismatched), (*refused, *notes)
+    )
