@@ -86,6 +86,7 @@ def layer_costs(graph: ChannelGraph, plan: PruningPlan | None = None) -> list[La
             int(lost(port.out_group, port.out_channel, removed).sum()),
         )
         for port in graph.layers
+        if port.kind != "registered"
     ]
 
 

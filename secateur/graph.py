@@ -119,7 +119,7 @@ class LayerPort:
 
     module: str
     kind: str
-    """``conv``, ``conv_transposed`` or ``linear``."""
+    """``conv``, ``conv_transposed``, ``linear``, or ``registered`` for a layer class that the user registered."""
     weight: str
     """Qualified name of the weight, or of a parameter that it is computed from."""
     owned: bool

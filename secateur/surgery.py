@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import PlanError
+from secateur.layers import layer_rule
 
 if TYPE_CHECKING:
     from secateur.planning import PruningPlan
@@ -49,6 +50,8 @@ def cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
                 memo[id(value)] = value.detach().clone()
     for name in plan.kept_outputs.keys() | plan.kept_inputs.keys():
         layer = modules.get(name)
+        if layer_rule(layer) is not None:
+            continue
         if not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
             found = type(layer).__name__ if layer is not None else "nothing"
             raise PlanError(f"{name}: the plan expects a convolution or linear layer; the model has {found}.")
@@ -129,6 +132,9 @@ def _set_attributes(model: nn.Module, plan: PruningPlan) -> None:
     for name in plan.kept_outputs.keys() | plan.kept_inputs.keys():
         layer = modules[name]
         kept_in, kept_out = plan.kept_inputs.get(name), plan.kept_outputs.get(name)
+        if (rule := layer_rule(layer)) is not None:
+            rule.resize(layer, kept_in, kept_out)
+            continue
         if isinstance(layer, nn.Linear):
             layer.in_features = len(kept_in) if kept_in is not None else layer.in_features
             layer.out_features = len(kept_out) if kept_out is not None else layer.out_features

@@ -16,6 +16,7 @@ from secateur.errors import TraceError
 from secateur.graph import ChannelGraph
 from secateur.grouping import group_channels
 from secateur.inputs import arguments, batch_size, left_as_found, mapped, tensors_of
+from secateur.layers import layer_rule
 from secateur.rules import RULES, Flow
 from secateur.rules.flow import Cause
 from secateur.rules.pointwise import is_pointwise, pointwise
@@ -36,6 +37,8 @@ class _LabelMode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         flow = self.flow
+        if flow.paused:
+            return func(*args, **kwargs)
         flow.ordinal += 1
         flow.operator = str(func)
         name = func._schema.name
@@ -65,8 +68,16 @@ def _module_paths(model: nn.Module, flow: Flow) -> Iterator[None]:
     def enter(module: nn.Module, args: Any) -> None:
         stack.append((names.get(id(module), stack[-1][0]), module))
         flow.module, flow.layer = stack[-1]
+        if layer_rule(module) is not None:
+            flow.paused += 1
 
     def leave(module: nn.Module, args: Any, out: Any) -> None:
+        rule = layer_rule(module)
+        if rule is not None:
+            flow.paused -= 1
+            if not flow.paused:
+                flow.operator = type(module).__name__
+                rule.flow(flow, module, args, out)
         stack.pop()
         flow.module, flow.layer = stack[-1]
 
@@ -160,7 +171,7 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     for _ in range(_MOST_TRIALS):
         flow, notes = _record(model, example_inputs, decisions, banned)
         grouping = group_channels(flow, types, tuple(notes), batch)
-        failures = trial.failing(model, example_inputs, flow, grouping)
+        failures = trial.failing(model, example_inputs, grouping)
         if not failures:
             return grouping.graph
         trial.give_up(failures, flow, grouping, decisions, banned)

@@ -7,7 +7,7 @@ are kept and listed with the line that failed.
 
 from __future__ import annotations
 
-import traceback
+import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from secateur.errors import SecateurError
 from secateur.graph import Role
 from secateur.inputs import mapped
 from secateur.planning import plan_removal, steps
-from secateur.rules.flow import Cause, Flow
+from secateur.rules.flow import Cause, Flow, shown
 from secateur.surgery import cut
 from secateur.verification import compare
 
@@ -44,51 +44,54 @@ def _selection(group: ChannelGroup, rng: np.random.Generator) -> list[int]:
     return sorted(c for step in found[: max(1, len(found) // 2)] for c in step)
 
 
-def failing(model: nn.Module, example_inputs: Any, flow: Flow, grouping: Grouping) -> list[Failure]:
+def failing(model: nn.Module, example_inputs: Any, grouping: Grouping) -> list[Failure]:
     """Return the groups that the network can't be pruned in as assumed; empty when all is well."""
-    everything = [i for i in range(len(grouping.graph.groups))]
-    if not everything:
-        return []
-    failures = _attempt(model, example_inputs, grouping, everything)
-    if failures is None:
-        return []
-    if failures:
-        return failures
-    # It failed, but not in a place that tells a group: halve until it does.
-    return _isolate(model, example_inputs, grouping, everything)
+    failures: list[Failure] = []
+    chosen = list(range(len(grouping.graph.groups)))
+    while chosen:
+        found = _attempt(model, example_inputs, grouping, chosen)
+        if found is None:
+            break
+        # It may have failed in a place that tells no group: halve until it does.
+        found = found or _isolate(model, example_inputs, grouping, chosen)
+        failures += found
+        gone = {failure.group for failure in found}
+        chosen = [i for i in chosen if i not in gone]
+    return failures
 
 
 def _isolate(model: nn.Module, example_inputs: Any, grouping: Grouping, chosen: list[int]) -> list[Failure]:
-    failures = _attempt(model, example_inputs, grouping, chosen)
-    if failures is None:
-        return []
-    if failures:
-        return failures
-    if len(chosen) == 1:
-        return [Failure(chosen[0], "the pruned network computes something else")]
-    middle = len(chosen) // 2
-    found = _isolate(model, example_inputs, grouping, chosen[:middle])
-    found += _isolate(model, example_inputs, grouping, chosen[middle:])
-    return found or [Failure(i, "the pruned network computes something else") for i in chosen]
+    """Return failures of some of the groups, which together fail without telling where."""
+    if len(chosen) > 1:
+        middle = len(chosen) // 2
+        for half in (chosen[:middle], chosen[middle:]):
+            found = _attempt(model, example_inputs, grouping, half)
+            if found is not None:
+                return found or _isolate(model, example_inputs, grouping, half)
+    # Each half passes alone: what fails is the combination.
+    return [Failure(i, "the pruned network computes something else") for i in chosen]
 
 
 def _attempt(model: nn.Module, example_inputs: Any, grouping: Grouping, chosen: list[int]) -> list[Failure] | None:
     """Prune some groups and compare. None: all is well. Empty: it failed, no telling where."""
     graph = grouping.graph
     rng = np.random.default_rng(0)
-    picked = {graph.groups[i].name: _selection(graph.groups[i], rng) for i in range(len(graph.groups))}
-    plan = plan_removal(graph, {graph.groups[i].name: picked[graph.groups[i].name] for i in chosen})
+    picked = [_selection(group, rng) for group in graph.groups]
+    plan = plan_removal(graph, {graph.groups[i].name: picked[i] for i in chosen})
     exact = [i for i in chosen if graph.groups[i].exact]
     try:
-        difference = compare(model, cut(model, plan), plan, example_inputs, _TOLERANCE)
+        small = cut(model, plan)
+        difference = compare(model, small, plan, example_inputs, _TOLERANCE)
     except SecateurError:
         raise
     except Exception as error:
-        sources = _sources(error)
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = f"with fewer channels the model's own code fails: {text}"
+        frames = _frames(error, small)
+        sources = tuple(source for source, _ in frames)
         if len(chosen) == 1:
-            return [Failure(chosen[0], f"with fewer channels the model's own code fails: {text}", sources)]
-        return _blamed(grouping, chosen, sources, f"with fewer channels the model's own code fails: {text}")
+            return [Failure(chosen[0], reason, sources)]
+        return _blamed(grouping, chosen, frames, reason)
     if not exact:
         return None
     if len(exact) < len(chosen):
@@ -104,8 +107,6 @@ def _attempt(model: nn.Module, example_inputs: Any, grouping: Grouping, chosen: 
 
 def _in_double(model: nn.Module, plan: Any, example_inputs: Any) -> Any:
     """Compare once more in fp64, where rounding can't tip a data-dependent choice; None where it does not run."""
-    import copy
-
     doubled = copy.deepcopy(model).double()
     inputs = mapped(example_inputs, lambda t: t.double() if t.is_floating_point() else t)
     try:
@@ -114,24 +115,28 @@ def _in_double(model: nn.Module, plan: Any, example_inputs: Any) -> Any:
         return None
 
 
-def _sources(error: BaseException) -> tuple[str, ...]:
-    """Return ``file:line`` of every frame of an error, in the form that causes have."""
+def _frames(error: BaseException, model: nn.Module) -> list[tuple[str, str]]:
+    """Return ``file:line`` and module path of every frame of an error, outermost first."""
+    names = {id(module): name for name, module in model.named_modules()}
     found = []
-    for frame in traceback.extract_tb(error.__traceback__):
-        path = frame.filename
-        shown = path.split("site-packages/")[-1] if "site-packages/" in path else path
-        found.append(f"{shown}:{frame.lineno}")
-    return tuple(found)
+    module = ""
+    trace = error.__traceback__
+    while trace is not None:
+        module = names.get(id(trace.tb_frame.f_locals.get("self")), module)
+        found.append((shown(trace.tb_frame.f_code.co_filename, trace.tb_lineno), module))
+        trace = trace.tb_next
+    return found
 
 
-def _blamed(grouping: Grouping, chosen: list[int], sources: tuple[str, ...], reason: str) -> list[Failure]:
-    """Return the groups that an assumption about the failing line concerns."""
-    blamed: list[int] = []
-    for source in reversed(sources):
+def _blamed(grouping: Grouping, chosen: list[int], frames: list[tuple[str, str]], reason: str) -> list[Failure]:
+    """Return the groups that an assumption about the failing line of the failing module concerns."""
+    wanted = set(chosen)
+    for source, module in reversed(frames):
+        blamed: dict[int, None] = {}
         for site in grouping.sites:
-            if site.cause.source == source and site.options[site.choice] != "freeze":
-                blamed.extend(np.unique(grouping.group_of[grouping.classes[site.labels]]).tolist())
-        found = [i for i in dict.fromkeys(blamed) if i in chosen]
+            if site.cause.source == source and site.cause.module == module and site.options[site.choice] != "freeze":
+                blamed |= dict.fromkeys(np.unique(grouping.group_of[grouping.classes[site.labels]]).tolist())
+        found = [i for i in blamed if i in wanted]
         if found:
             return [Failure(i, reason, (source,)) for i in found]
     return []
@@ -162,14 +167,15 @@ def give_up(
         mine = [
             site
             for site in flow.sites
-            if site.options[site.choice] != "freeze"
+            if len(site.options) > 1 + ("follow" in site.options)
+            and site.options[site.choice] != "freeze"
             and (grouping.group_of[grouping.classes[site.labels]] == failure.group).any()
         ]
-        blamed = [s for s in mine if s.cause.source in failure.sources] or [s for s in mine if len(s.options) > 2]
-        blamed = blamed or mine
-        lines = {(s.cause.source, s.options) for s in blamed if s.cause.source}
+        blamed = [s for s in mine if s.cause.source in failure.sources] or mine
+        # The same line run for another block of the network fails alike.
+        lines = {(s.cause.source, s.options, s.choice) for s in blamed}
         for site in flow.sites:
-            if site in blamed or (site.cause.source, site.options) in lines:
+            if (site.cause.source, site.options, site.choice) in lines:
                 decisions[site.key] = site.choice + 1
         if not blamed:
             group = grouping.graph.groups[failure.group]

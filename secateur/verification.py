@@ -58,8 +58,8 @@ def channel_dim(layer: nn.Module, x: Tensor) -> int:
     """Return the dimension of a layer's input that counts its channels."""
     if isinstance(layer, nn.Linear):
         return x.ndim - 1
-    weight_ndim = layer.weight.ndim if isinstance(layer.weight, Tensor) else x.ndim
-    return 1 if x.ndim == weight_ndim else 0
+    weight = getattr(layer, "weight", None)
+    return 1 if not isinstance(weight, Tensor) or x.ndim == weight.ndim else 0
 
 
 def _sums(x: Tensor, dim: int) -> Tensor:
@@ -69,14 +69,14 @@ def _sums(x: Tensor, dim: int) -> Tensor:
     return torch.stack([rows.mean(1), (rows * ramp).mean(1), rows.abs().mean(1)], 1)
 
 
-def _masking(name: str, removed: Tensor, kept: Tensor, readings: Readings) -> Callable[..., Any]:
+def _masking(name: str, kept: Tensor, readings: Readings) -> Callable[..., Any]:
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = args[0] if args else kwargs["input"]
         dim = channel_dim(layer, x)
-        readings[name].append(_sums(x.index_select(dim, kept.to(x.device)), dim))
-        shape = [1] * x.ndim
-        shape[dim] = -1
-        masked = x * (~removed.to(x.device)).to(x.dtype).reshape(shape)
+        index = kept.to(x.device)
+        read = x.index_select(dim, index)
+        readings[name].append(_sums(read, dim))
+        masked = torch.zeros_like(x).index_copy(dim, index, read)
         return ((masked, *args[1:]), kwargs) if args else (args, {**kwargs, "input": masked})
 
     return hook
@@ -113,10 +113,7 @@ def masked_copy(model: nn.Module, plan: PruningPlan, readings: Readings) -> nn.M
     modules = dict(reference.named_modules())
     for name, kept in plan.kept_inputs.items():
         layer = modules[name]
-        count = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
-        removed = torch.ones(int(count), dtype=torch.bool)  # type: ignore[arg-type]
-        removed[kept] = False
-        layer.register_forward_pre_hook(_masking(name, removed, torch.tensor(kept), readings), with_kwargs=True)
+        layer.register_forward_pre_hook(_masking(name, torch.tensor(kept), readings), with_kwargs=True)
     return reference
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import sysconfig
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from secateur.labels import Axes, Labels, LabelStore
 
-_SKIPPED = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
+_SKIPPED = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}", "<")
 _STDLIB = sysconfig.get_path("stdlib")
 
 
@@ -120,6 +121,8 @@ class Flow:
         self.module = ""
         self.layer: nn.Module | None = None
         self.operator = ""
+        self.paused = 0
+        """Depth of layers whose operators are not looked at, because a registered rule speaks for them."""
         self.ordinal = 0
         self.shape_before: tuple[int, ...] = ()
         self.stride_before: tuple[int, ...] = ()
@@ -235,6 +238,11 @@ class Flow:
             self.freeze(labels, reason)
         return every[choice]
 
+    def call(self, layer: nn.Module, inputs: Labels | None, outputs: Labels | None) -> None:
+        """Note what a registered layer reads and makes, so that a plan tells it what it keeps of both."""
+        counts = [labels.size if labels is not None else 0 for labels in (inputs, outputs)]
+        self.calls.append(Call(self.module, "registered", "", True, inputs, outputs, *counts))
+
     def share(self, blocks: Sequence[Labels], reason: str) -> None:
         """Let all blocks lose the same fraction of their channels."""
         if len(blocks) > 1:
@@ -271,17 +279,21 @@ class Flow:
         return {d: labels for d, labels in axes.items() if d not in gone}
 
 
+def shown(path: str, line: int) -> str:
+    """Return ``file:line``, installed packages by their own path."""
+    parts = Path(path).parts
+    if "site-packages" in parts:
+        path = "/".join(parts[parts.index("site-packages") + 1 :])
+    return f"{path}:{line}"
+
+
 def source_line() -> str:
     """Return ``file:line`` of the innermost frame outside torch, Python and this package; empty if there is none."""
     frame = sys._getframe(1)
-    while frame is not None:
+    while True:
         path = frame.f_code.co_filename
-        own = path.startswith(_SKIPPED) or (path.startswith(_STDLIB) and "site-packages" not in path)
-        if not own:
-            parts = Path(path).parts
-            shown = "/".join(parts[parts.index("site-packages") + 1 :]) if "site-packages" in parts else path
-            return f"{shown}:{frame.f_lineno}"
+        if not path.startswith(_SKIPPED) and not (path.startswith(_STDLIB) and "site-packages" not in path):
+            return shown(path, frame.f_lineno)
         if frame.f_back is None:
             return ""
         frame = frame.f_back
-    return ""

@@ -24,9 +24,9 @@ def _along_heads(flow: Flow, shape: Sequence[int], labels: Labels) -> int | None
     for name in HEAD_COUNTS:
         heads = getattr(flow.layer, name, None)
         if isinstance(heads, int) and not isinstance(heads, bool) and heads > 1:
-            for axis, size in enumerate(shape):
-                if size == heads and axis in varying(labels):
-                    return axis
+            # Of (3, heads, size) and (heads, size), the last but one.
+            found = [a for a in varying(labels) if shape[a] == heads]
+            return next((a for a in found if a == len(shape) - 2), found[0] if found else None)
     return None
 
 
@@ -41,10 +41,8 @@ def _split(flow: Flow, labels: Labels, shape: Sequence[int]) -> dict[int, Labels
     if len(axes) <= 1:
         axis = axes[0] if axes else 0
         return {axis: np.ascontiguousarray(np.moveaxis(block, axis, 0).reshape(shape[axis], -1)[:, 0])}
-    order = sorted(axes, key=lambda a: (-shape[a], -a))
     heads = _along_heads(flow, shape, block)
-    if heads is not None:
-        order = [heads, *(a for a in order if a != heads)]
+    order = [heads] if heads is not None else sorted(axes, key=lambda a: (-shape[a], -a))
     option = flow.assume(labels, "is cut into blocks of fixed sizes", *(f"along {a}" for a in order))
     axis = order[0] if option == "freeze" else int(option.split()[1])
     rows = np.moveaxis(block, axis, 0).reshape(shape[axis], -1)
