@@ -49,6 +49,8 @@ class Member:
     positions: IndexArray
     channels: IndexArray
     blocks: int = 1
+    read: bool = False
+    """Whether the code reads the channels along it, as every consumer does; a tied weight may do so as a producer."""
 
 
 @dataclass(frozen=True, eq=False)

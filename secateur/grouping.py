@@ -207,13 +207,17 @@ def _members(
         present = np.unique(ids)
         if present.size == 1 and present[0] >= 0:
             g = int(present[0])
-            member = Member(home.tensor, module, home.dim, role, np.arange(home.size), channel_of[own], home.blocks)
-            members[g].append(member)
+            positions = np.arange(home.size)
+            members[g].append(
+                Member(home.tensor, module, home.dim, role, positions, channel_of[own], home.blocks, key in read)
+            )
             continue
         for g in present[present >= 0].tolist():
             positions = np.flatnonzero(ids == g)
             members[g].append(
-                Member(home.tensor, module, home.dim, role, positions, channel_of[own[positions]], home.blocks)
+                Member(
+                    home.tensor, module, home.dim, role, positions, channel_of[own[positions]], home.blocks, key in read
+                )
             )
 
 

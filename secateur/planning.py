@@ -43,6 +43,9 @@ class PruningPlan:
     """Name of a grouped convolution's weight in ``kept_tensors`` -> the blocks that its dimension 1 stands for."""
     attributes: dict[str, dict[str, int]] = field(default_factory=dict)
     """Module name -> attribute -> new value, for attributes that count channels (``num_features``, ``num_heads``)."""
+    reads: dict[str, dict[int, list[int]]] = field(default_factory=dict)
+    """Name of a parameter that code reads channels with, outside a layer of its own -> dimension -> kept indices; it is
+    for ``verify``, which zeroes the others."""
     removed: Removed = field(default_factory=dict)
     """Group name -> removed channels of that group; for people and reports, not read by ``apply``."""
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -52,7 +55,8 @@ class PruningPlan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON data; integer keys become strings."""
         data = asdict(self)
-        data["kept_tensors"] = {name: {str(d): v for d, v in dims.items()} for name, dims in self.kept_tensors.items()}
+        for key in ("kept_tensors", "reads"):
+            data[key] = {name: {str(d): v for d, v in dims.items()} for name, dims in data[key].items()}
         data["shapes"] = {name: list(shape) for name, shape in self.shapes.items()}
         return data
 
@@ -80,10 +84,11 @@ class PruningPlan:
             raise PlanError(f"plan: unknown field {unknown[0]!r}.")
         try:
             values = dict(data)
-            values["kept_tensors"] = {
-                name: {int(d): [int(i) for i in v] for d, v in dims.items()}
-                for name, dims in data.get("kept_tensors", {}).items()
-            }
+            for key in ("kept_tensors", "reads"):
+                values[key] = {
+                    name: {int(d): [int(i) for i in v] for d, v in dims.items()}
+                    for name, dims in data.get(key, {}).items()
+                }
             values["shapes"] = {name: tuple(int(n) for n in v) for name, v in data.get("shapes", {}).items()}
             for key in ("kept_outputs", "kept_inputs", "removed"):
                 values[key] = {name: [int(i) for i in v] for name, v in data.get(key, {}).items()}
@@ -219,6 +224,7 @@ def _build(graph: ChannelGraph, removed: Removed) -> PruningPlan:
     kept_outputs: dict[str, list[int]] = {}
     kept_inputs: dict[str, list[int]] = {}
     direct: set[str] = set()
+    outside = {port.weight for port in graph.layers if not port.owned}
     for port in graph.layers:
         if not port.owned:
             continue
@@ -232,6 +238,7 @@ def _build(graph: ChannelGraph, removed: Removed) -> PruningPlan:
             direct |= {port.weight, _qualified(port.module, "bias")}
     kept: dict[tuple[str, int], np.ndarray] = {}
     blocks: dict[str, int] = {}
+    reads: dict[str, dict[int, list[int]]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for index in sorted(touched):
         for member in graph.groups[index].members:
@@ -240,6 +247,10 @@ def _build(graph: ChannelGraph, removed: Removed) -> PruningPlan:
                 continue
             shape = graph.shapes[member.tensor]
             shapes[member.tensor] = shape
+            if member.read and member.tensor in outside and member.blocks == 1:
+                dims = reads.setdefault(member.tensor, {})
+                before = dims.get(member.dim, range(shape[member.dim]))
+                dims[member.dim] = sorted(set(before) - set(gone.tolist()))
             if member.tensor in direct:
                 continue
             mask = kept.setdefault((member.tensor, member.dim), np.ones(shape[member.dim] * member.blocks, dtype=bool))
@@ -259,6 +270,7 @@ def _build(graph: ChannelGraph, removed: Removed) -> PruningPlan:
         kept_inputs=kept_inputs,
         kept_tensors=kept_tensors,
         blocks=blocks,
+        reads=reads,
         attributes=attributes,
         removed=removed,
         shapes=shapes,

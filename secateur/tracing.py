@@ -174,5 +174,5 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
         failures = trial.failing(model, example_inputs, grouping)
         if not failures:
             return grouping.graph
-        trial.give_up(failures, flow, grouping, decisions, banned)
+        trial.give_up(failures, grouping, decisions, banned)
     raise TraceError("trace: what the pruned network computes could not be explained; please report this network.")

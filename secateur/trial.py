@@ -18,7 +18,7 @@ from secateur.errors import SecateurError
 from secateur.graph import Role
 from secateur.inputs import mapped
 from secateur.planning import plan_removal, steps
-from secateur.rules.flow import Cause, Flow, shown
+from secateur.rules.flow import Cause, Site, shown
 from secateur.surgery import cut
 from secateur.verification import compare
 
@@ -54,10 +54,41 @@ def failing(model: nn.Module, example_inputs: Any, grouping: Grouping) -> list[F
             break
         # It may have failed in a place that tells no group: halve until it does.
         found = found or _isolate(model, example_inputs, grouping, chosen)
+        found += _alike(grouping, chosen, found)
         failures += found
         gone = {failure.group for failure in found}
         chosen = [i for i in chosen if i not in gone]
     return failures
+
+
+def _alike(grouping: Grouping, chosen: list[int], failures: list[Failure]) -> list[Failure]:
+    """Return failures of further groups about which the same line of code was assumed the same.
+
+    A network repeats its blocks, and finding each one's failure by a run of its own would take long.
+    """
+    found: dict[int, Failure] = {}
+    gone = {failure.group for failure in failures}
+    for failure in failures:
+        blamed = _alternatives(grouping, failure)
+        lines = {(s.cause.source, s.options, s.choice) for s in blamed}
+        for site in grouping.sites:
+            if (site.cause.source, site.options, site.choice) in lines:
+                for i in np.unique(grouping.group_of[grouping.classes[site.labels]]).tolist():
+                    if i in chosen and i not in gone:
+                        found.setdefault(i, Failure(i, failure.reason, failure.sources))
+    return list(found.values())
+
+
+def _alternatives(grouping: Grouping, failure: Failure) -> list[Site]:
+    """Return the sites that concern a failed group and have a further option to try."""
+    mine = [
+        site
+        for site in grouping.sites
+        if "follow" not in site.options
+        and site.options[site.choice] != "freeze"
+        and (grouping.group_of[grouping.classes[site.labels]] == failure.group).any()
+    ]
+    return [s for s in mine if s.cause.source in failure.sources] or mine
 
 
 def _isolate(model: nn.Module, example_inputs: Any, grouping: Grouping, chosen: list[int]) -> list[Failure]:
@@ -157,26 +188,15 @@ def _mismatched(grouping: Grouping, chosen: list[int], layers: dict[str, list[in
 
 def give_up(
     failures: list[Failure],
-    flow: Flow,
     grouping: Grouping,
     decisions: dict[int, int],
     banned: dict[tuple[str, int], Cause],
 ) -> None:
     """Take the next option of the assumptions behind the failures; without any left, keep the group's channels."""
     for failure in failures:
-        mine = [
-            site
-            for site in flow.sites
-            if len(site.options) > 1 + ("follow" in site.options)
-            and site.options[site.choice] != "freeze"
-            and (grouping.group_of[grouping.classes[site.labels]] == failure.group).any()
-        ]
-        blamed = [s for s in mine if s.cause.source in failure.sources] or mine
-        # The same line run for another block of the network fails alike.
-        lines = {(s.cause.source, s.options, s.choice) for s in blamed}
-        for site in flow.sites:
-            if (site.cause.source, site.options, site.choice) in lines:
-                decisions[site.key] = site.choice + 1
+        blamed = _alternatives(grouping, failure)
+        for site in blamed:
+            decisions[site.key] = site.choice + 1
         if not blamed:
             group = grouping.graph.groups[failure.group]
             source = failure.sources[-1] if failure.sources else ""

@@ -1,7 +1,7 @@
 """The law of exactness: the pruned network equals the original with the removed channels zeroed where they are read.
 
 Both networks run on the same inputs. In the original, every layer that the plan names has its removed input channels
-set to zero just before it reads them. The outputs then have to agree; so does what every one of those layers reads,
+set to zero just before it reads them; a parameter that the code reads channels with directly has its columns zeroed. The outputs then have to agree; so does what every one of those layers reads,
 channel by channel, which tells a wrong channel from a right one even where the outputs happen to agree.
 """
 
@@ -101,14 +101,12 @@ def masked_copy(model: nn.Module, plan: PruningPlan, readings: Readings) -> nn.M
         for value in vars(module).values():
             if isinstance(value, Tensor):
                 memo[id(value)] = value
-    for name, dims in plan.kept_tensors.items():
-        tensor = tensors[name]
-        if 1 in dims and isinstance(tensor, nn.Parameter) and name not in plan.blocks:
-            value = tensor.detach().clone()
-            gone = torch.ones(tensor.shape[1], dtype=torch.bool, device=tensor.device)
-            gone[dims[1]] = False
-            value[:, gone] = 0
-            memo[id(tensor)] = nn.Parameter(value, requires_grad=tensor.requires_grad)
+    for name, dims in plan.reads.items():
+        value = tensors[name].detach().clone()
+        for dim, kept in dims.items():
+            index = torch.tensor(kept, device=value.device)
+            value = torch.zeros_like(value).index_copy(dim, index, value.index_select(dim, index))
+        memo[id(tensors[name])] = nn.Parameter(value, requires_grad=tensors[name].requires_grad)
     reference = copy.deepcopy(model, memo)
     modules = dict(reference.named_modules())
     for name, kept in plan.kept_inputs.items():

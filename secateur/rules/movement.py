@@ -16,6 +16,9 @@ from secateur.rules.registry import rule, tensors_in
 HEAD_COUNTS = ("num_heads", "n_heads", "nhead", "heads", "num_attention_heads")
 """Names under which a module keeps the number of blocks that it cuts its channels into."""
 
+WIDTHS = ("attn_dim", "inner_dim", "attention_dim", "all_head_size", "width", "split_size")
+"""Names under which a module keeps the number of channels that it merges blocks into, or cuts them at."""
+
 _HARD_CODED = "sizes written in the code do not follow the removed channels"
 
 
@@ -55,6 +58,14 @@ def _split(flow: Flow, labels: Labels, shape: Sequence[int]) -> dict[int, Labels
     return {axis: left}
 
 
+def _count_width(flow: Flow, labels: Labels) -> None:
+    """Let an attribute of the module at work follow, where it is the number of these channels."""
+    for name in WIDTHS:
+        value = getattr(flow.layer, name, None)
+        if isinstance(value, int) and not isinstance(value, bool) and value == labels.size:
+            flow.attributes.append(Attribute(flow.module, name, labels, labels.size))
+
+
 def reshaped(flow: Flow, axes: Axes, old: Sequence[int], new: Sequence[int], *, trusted: bool = False) -> Axes:
     """Carry axes through a reshape from shape ``old`` to shape ``new``."""
     result: Axes = {}
@@ -72,6 +83,7 @@ def reshaped(flow: Flow, axes: Axes, old: Sequence[int], new: Sequence[int], *, 
         vector = merged(axes[inside[0]], left, inside[0], old)
         if len(right) == 1:
             result[right[0]] = vector
+            _count_width(flow, vector)
             if not trusted:
                 flow.assume(axes[inside[0]], _HARD_CODED, "follow")
         else:
@@ -225,6 +237,9 @@ def slice_(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tenso
         elif step == 1:
             blocks = [labels[:start], axes[dim], labels[start + index.size :]]
             _cut(flow, labels, [b for b in blocks if b.size])
+        elif size % step == 0 and start < step and index.size == size // step:
+            rows = labels.reshape(-1, step)
+            flow.store.join(rows[:, :1], rows)
         else:
             flow.freeze(labels, "is read at every other index")
         if index.size == 1:
@@ -261,6 +276,7 @@ def split(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Sequen
         if any(b.size == 1 for b in blocks):
             flow.freeze(labels, "is cut into single channels")
         else:
+            _count_width(flow, blocks[0])
             _cut(flow, labels, blocks)
 
 
@@ -400,6 +416,21 @@ def unfold(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tenso
     x, dim = args[0], args[1] % args[0].ndim
     flow.freeze_tensor(x, "is cut into windows as if it were space", [dim])
     flow.set(out, {d: labels for d, labels in flow.axes(x).items() if d != dim})
+
+
+@rule("aten::glu")
+def glu(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Gate the first half of a dimension by the second: the channels of both halves join in pairs."""
+    x = args[0]
+    dim = (args[1] if len(args) > 1 else -1) % x.ndim
+    axes = dict(flow.axes(x))
+    if dim in axes:
+        first, second = np.split(axes[dim], 2)
+        flow.store.join(first, second)
+        axes[dim] = first
+        if first.size == 1:
+            flow.freeze(axes.pop(dim), "is gated by its only partner")
+    flow.set(out, axes)
 
 
 @rule("aten::im2col")

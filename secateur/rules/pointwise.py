@@ -126,8 +126,10 @@ def batch_norm(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: A
         elif own is not None:
             flow.freeze(own, "normalises values that are no known channels")
     result = out[0] if isinstance(out, (tuple, list)) else out
-    if isinstance(flow.layer, nn.modules.batchnorm._NormBase) and flow.layer.num_features == x.shape[1]:
-        _count(flow, "num_features", axes, 1)
+    if isinstance(flow.layer, nn.modules.batchnorm._NormBase) and 1 in axes:
+        # Instance norm folds the batch into the channels.
+        labels = axes[1][: flow.layer.num_features]
+        flow.attributes.append(Attribute(flow.module, "num_features", labels, labels.size))
     flow.set(result, axes, weight=flow.is_weight(x))
 
 

@@ -76,6 +76,27 @@ rule(
 )(_spatial(3))
 
 
+@rule("aten::max_unpool2d", "aten::max_unpool3d")
+def max_unpool(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Put values back where pooling took them from: channels join with those of the indices."""
+    x, indices = args[:2]
+    space = range(2, x.ndim)
+    flow.freeze_tensor(x, "is unpooled as if it were space", space)
+    axes = flow.combine([x, indices], x.shape)
+    flow.set(out, {d: labels for d, labels in axes.items() if d < 2})
+
+
+@rule("torchvision::roi_align", "torchvision::roi_pool")
+def roi_align(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Pool regions of a feature map: the channels stay."""
+    x, boxes = args[:2]
+    flow.freeze_tensor(x, "is pooled over regions as if it were space", [0, 2, 3])
+    flow.freeze_tensor(boxes, "gives regions")
+    axes = flow.axes(x)
+    for result in _results(out):
+        flow.set(result, {1: axes[1]} if 1 in axes else {})
+
+
 def _dims(value: Any, ndim: int) -> list[int]:
     if value is None or value == []:
         return list(range(ndim))
