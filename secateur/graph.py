@@ -139,6 +139,13 @@ class LayerPort:
     out_group: IndexArray | None = None
     out_channel: IndexArray | None = None
 
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulate operations of the unpruned call, for all its examples."""
+        if self.kind == "registered":
+            return 0
+        return self.in_channels // self.groups * self.out_channels * self.kernel * self.positions
+
 
 @dataclass(frozen=True, eq=False)
 class AttributeRule:
@@ -182,3 +189,38 @@ class ChannelGraph:
             if group.name == name:
                 return group
         raise KeyError(name)
+
+    def share_of_macs(self, group: ChannelGroup) -> float:
+        """Return the share of all MACs that lies in layers which make or read the group's channels."""
+        index = self.groups.index(group)
+        touching = sum(
+            p.macs for p in self.layers if any(g is not None and (g == index).any() for g in (p.in_group, p.out_group))
+        )
+        return touching / max(sum(p.macs for p in self.layers), 1)
+
+    def __str__(self) -> str:
+        """Return the groups as a table, then what can't be pruned and why."""
+        header = ("group", "size", "MACs", "constraint", "producers", "consumers")
+        rows = [header]
+        for group in self.groups:
+            rule = group.constraint if group.exact else ", ".join(filter(None, ("inexact", group.constraint)))
+            producers = list(dict.fromkeys(m.module or m.tensor for m in group.producers))
+            consumers = list(dict.fromkeys(m.module or m.tensor for m in group.consumers))
+            share = f"{self.share_of_macs(group):.1%}"
+            rows.append((group.name, str(group.size), share, rule or "-", _listed(producers), _listed(consumers)))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        channels = sum(g.size for g in self.groups)
+        lines.append(f"{len(self.groups)} groups, {channels} channels; {len(self.refused)} reasons why others stay:")
+        for refusal in self.refused:
+            where = ", ".join(filter(None, (refusal.module, refusal.source)))
+            at = f" ({where})" if where else ""
+            lines.append(f"  {_listed(list(refusal.tensors))}: {refusal.operator}{at}: {refusal.reason}")
+        lines.extend(f"  note: {note}" for note in self.notes)
+        return "\n".join(lines)
+
+
+def _listed(names: list[str], most: int = 2) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" +{len(names) - most}" if len(names) > most else ""
+    return ", ".join(names[:most]) + more if names else "-"
