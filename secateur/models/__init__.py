@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from secateur.models.cifar_resnet import CifarResNet, PadShortcut, resnet20, resnet56, resnet110
+from secateur.models.cifar_resnet import CifarResNet, resnet20, resnet56, resnet110
 from secateur.models.lenet import LeNet5, lenet5
+from secateur.models.pad_shortcut import PadShortcut
 from secateur.models.vgg import CifarVGG, vgg16
 
 if TYPE_CHECKING:
