@@ -1,0 +1,419 @@
+"""One file holds a pruned network: it comes back bit for bit, or the reason is told."""
+
+from __future__ import annotations
+
+import copy
+import json
+import struct
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load as parse
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from secateur import checkpoint, planning
+from secateur.errors import CheckpointError, UsageError
+from secateur.models import lenet5, resnet20
+from secateur.planning import PruningPlan, plan_removal
+from secateur.surgery import cut
+from secateur.tracing import trace
+
+
+class Net(nn.Module):
+    """Two convolutions, batch norm and a linear layer, with buffers of odd kinds."""
+
+    def __init__(self, width: int = 6, hidden: int = 5, bias: bool = True) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, width, 3, bias=bias)
+        self.bn = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, hidden, 3)
+        self.fc = nn.Linear(hidden * 4, 3)
+        self.register_buffer("steps", torch.tensor(7))
+        self.register_buffer("table", torch.arange(6, dtype=torch.int16).reshape(2, 3).T)
+        self.register_buffer("flag", torch.tensor([True, False]))
+        self.register_buffer("empty", torch.empty(0, 3))
+        self.register_buffer("scratch", torch.ones(2), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv1(x)).relu()
+        return self.fc(self.conv2(x).relu().flatten(1))
+
+
+class Tied(nn.Module):
+    """Two layers that are one parameter under two names, and a buffer that is a view of another."""
+
+    def __init__(self, tie: bool = True) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 1)
+        self.a = nn.Conv2d(4, 4, 1, bias=False)
+        self.b = nn.Conv2d(4, 4, 1, bias=False)
+        if tie:
+            self.b.weight = self.a.weight
+        self.register_buffer("whole", torch.arange(6.0))
+        self.register_buffer("part", self.whole[1:3])
+        self.register_buffer("folded", self.whole.view(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(self.stem(x).relu()).relu())
+
+
+EXAMPLE = torch.randn(2, 2, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def bits(value: Tensor) -> bytes:
+    return value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def assert_same(found: nn.Module, expected: nn.Module) -> None:
+    a, b = found.state_dict(), expected.state_dict()
+    assert list(a) == list(b)
+    for name, value in b.items():
+        assert a[name].dtype == value.dtype, name
+        assert a[name].shape == value.shape, name
+        assert bits(a[name]) == bits(value), name
+
+
+def prune(model: nn.Module, removed: dict[str, list[int]], example: Tensor = EXAMPLE) -> tuple[nn.Module, PruningPlan]:
+    plan = plan_removal(trace(model, example), removed)
+    return cut(model, plan), plan
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> tuple[dict[str, object], list[dict[str, list[int]]], torch.dtype]:
+    width, hidden = draw(st.integers(2, 7)), draw(st.integers(2, 5))
+    rounds = []
+    sizes = {"conv1": width, "conv2": hidden}
+    for _ in range(draw(st.integers(0, 3))):
+        removed = {n: sorted(draw(st.sets(st.integers(0, k - 1), max_size=k - 1))) for n, k in sizes.items()}
+        sizes = {n: k - len(removed[n]) for n, k in sizes.items()}
+        # A layer of one filter can lose none and is no group.
+        rounds.append({n: channels for n, channels in removed.items() if channels})
+    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
+    return {"width": width, "hidden": hidden, "bias": draw(st.booleans())}, rounds, dtype
+
+
+@settings(max_examples=40, deadline=None)
+@given(programs(), st.integers(0, 2**31))
+def test_any_chain_of_plans_comes_back_bit_for_bit(tmp_path_factory, program, seed):
+    options, rounds, dtype = program
+    torch.manual_seed(seed)
+    model = Net(**options)
+    plans = []
+    for removed in rounds:
+        model, plan = prune(model, removed)
+        plans.append(plan)
+    model = model.to(dtype)
+    with torch.no_grad():
+        model.bn.running_var.uniform_(0.5, 2)
+        model.fc.weight[0, 0], model.fc.bias[0] = torch.nan, -0.0
+    path = tmp_path_factory.mktemp("files") / "small.safetensors"
+    checkpoint.save(model, plans, path, {"note": [1, "ü"]})
+    fresh = Net(**options)
+    before = copy.deepcopy(fresh.state_dict())
+    loaded = checkpoint.load(fresh, path)
+    assert type(loaded) is Net
+    assert loaded is not fresh
+    assert_same(loaded, model)
+    assert all(torch.equal(fresh.state_dict()[n], v) for n, v in before.items()), "the model given is left as it was"
+    x = EXAMPLE.to(dtype)
+    assert bits(loaded.eval()(x)) == bits(model.eval()(x))
+    assert checkpoint.read_header(path) == checkpoint.Header("Net", tuple(plans), {"note": [1, "ü"]}, {})
+    assert checkpoint.is_checkpoint(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.uint8, torch.int64, torch.bool])
+def test_every_storable_type_comes_back(tmp_path, dtype):
+    model = nn.Module()
+    model.register_buffer("x", (torch.arange(12) % 5).reshape(3, 4).to(dtype).T)
+    model.register_buffer("scalar", torch.ones((), dtype=dtype))
+    checkpoint.save(model, None, tmp_path / "f")
+    fresh = nn.Module()
+    fresh.register_buffer("x", torch.zeros(4, 3))
+    fresh.register_buffer("scalar", torch.zeros(()))
+    assert_same(checkpoint.load(fresh, tmp_path / "f"), model)
+
+
+def test_channels_last_weights_keep_their_values(tmp_path):
+    model = Net().to(memory_format=torch.channels_last)
+    checkpoint.save(model, None, tmp_path / "f")
+    assert_same(checkpoint.load(Net(), tmp_path / "f"), model)
+
+
+def test_conjugate_views_are_stored_as_what_they_show(tmp_path):
+    model = nn.Module()
+    model.register_buffer("x", torch.tensor([1 + 2j, 3 - 1j]).conj())
+    checkpoint.save(model, None, tmp_path / "f")
+    assert load_file(tmp_path / "f")["x"].tolist() == [1 - 2j, 3 + 1j]
+
+
+def test_tied_weights_are_stored_once_and_tied_again(tmp_path):
+    model, plan = prune(Tied(), {})
+    checkpoint.save(model, plan, tmp_path / "f")
+    assert "b.weight" not in load_file(tmp_path / "f")
+    assert checkpoint.read_header(tmp_path / "f").aliases == {"b.weight": "a.weight"}
+    for fresh in (Tied(), Tied(tie=False)):
+        loaded = checkpoint.load(fresh, tmp_path / "f")
+        assert loaded.a.weight is loaded.b.weight
+        assert_same(loaded, model)
+    assert loaded.a.weight.requires_grad
+
+
+def test_views_of_one_memory_are_stored_apart(tmp_path):
+    model = Tied()
+    model.whole += 1
+    checkpoint.save(model, None, tmp_path / "f")
+    tensors = load_file(tmp_path / "f")
+    assert tensors["part"].tolist() == [2, 3]
+    assert tensors["folded"].shape == (2, 3)
+    assert_same(checkpoint.load(Tied(), tmp_path / "f"), model)
+
+
+def test_weights_untied_after_building_are_refused_by_a_model_that_ties_them(tmp_path):
+    checkpoint.save(Tied(tie=False), None, tmp_path / "f")
+    with pytest.raises(CheckpointError, match=r"a.weight and b.weight are one tied tensor in the model given and two"):
+        checkpoint.load(Tied(), tmp_path / "f")
+
+
+def test_frozen_parameters_and_modes_are_the_fresh_models_own(tmp_path):
+    checkpoint.save(Net(), None, tmp_path / "f")
+    fresh = Net().eval()
+    fresh.conv1.weight.requires_grad_(False)
+    loaded = checkpoint.load(fresh, tmp_path / "f")
+    assert not loaded.conv1.weight.requires_grad
+    assert loaded.conv2.weight.requires_grad
+    assert not loaded.training
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
+def test_wrappers_are_taken_off(tmp_path, wrap):
+    model, plan = prune(Net(), {"conv1": [0, 3]})
+    checkpoint.save(wrap(model), plan, tmp_path / "f")
+    assert_same(checkpoint.load(Net(), tmp_path / "f"), model)
+
+
+def test_same_network_gives_the_same_bytes(tmp_path):
+    model, plan = prune(Net(), {"conv1": [0, 3]})
+    checkpoint.save(model, plan, tmp_path / "a", {"k": 1})
+    checkpoint.save(model, plan, tmp_path / "b", {"k": 1})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_the_papers_networks_come_back(tmp_path):
+    for build, shape, group in ((lenet5, (1, 1, 28, 28), "conv2"), (resnet20, (1, 3, 32, 32), "layer2.1.conv1")):
+        model, plan = prune(build(), {group: [1, 4, 5]}, torch.zeros(shape))
+        checkpoint.save(model, plan, tmp_path / "f")
+        assert_same(checkpoint.load(build(), tmp_path / "f"), model)
+
+
+# What is refused, and how it is said.
+
+
+@pytest.fixture
+def stored(tmp_path):
+    model, plan = prune(Net(), {"conv1": [0, 3], "conv2": [1]})
+    checkpoint.save(model, plan, tmp_path / "small.safetensors")
+    return tmp_path / "small.safetensors"
+
+
+def rewrite(path, change):
+    """Change the JSON header of a file, or its tensors, and write it back."""
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["secateur"])
+    tensors = parse(content)
+    change(header, tensors)
+    save_file(tensors, path, {"secateur": json.dumps(header)})
+
+
+def test_a_model_of_another_class_is_refused(stored):
+    class Other(Net):
+        pass
+
+    with pytest.raises(CheckpointError, match=r"holds a Net, and the model given is a .*Other"):
+        checkpoint.load(Other(), stored)
+    assert_same(checkpoint.load(Other(), stored, any_class=True), checkpoint.load(Net(), stored))
+    with pytest.raises(CheckpointError, match="holds a Net, and the model given is a LeNet5"):
+        checkpoint.load(lenet5(), stored)
+    with pytest.raises(CheckpointError, match=r"conv1.weight has shape .* has \(20, 1, 5, 5\)"):
+        checkpoint.load(lenet5(), stored, any_class=True)
+
+
+def test_the_first_tensor_of_another_shape_is_named_with_both_shapes(stored):
+    with pytest.raises(
+        CheckpointError, match=r"has shape \(6,.*in the Net that was pruned, and the model given has \(8,"
+    ):
+        checkpoint.load(Net(width=8), stored)
+    with pytest.raises(CheckpointError, match=r"conv1.bias has shape \(6,\) .* given has no such tensor"):
+        checkpoint.load(Net(bias=False), stored)
+
+
+def test_tensors_that_the_plan_does_not_touch_are_compared_too(tmp_path):
+    model, plan = prune(Net(hidden=5), {"conv1": [2]})
+    checkpoint.save(model, plan, tmp_path / "f")
+    other = Net(hidden=5)
+    other.fc = nn.Linear(20, 4)
+    with pytest.raises(
+        CheckpointError, match=r"fc.weight has shape \(3, 20\) in the file and \(4, 20\) in the Net given"
+    ):
+        checkpoint.load(other, tmp_path / "f")
+
+
+def test_missing_and_unknown_tensors_are_counted_and_named(stored):
+    def swap(header, tensors):
+        tensors["head.weight"] = tensors.pop("fc.weight")
+        header["sha256"] = checkpoint.pruned._digest(tensors)
+
+    rewrite(stored, swap)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load(Net(), stored)
+    assert "1 tensor of the model not in the file (first: fc.weight)" in str(caught.value)
+    assert "1 tensor of the file not in the model (first: head.weight)" in str(caught.value)
+
+
+def test_a_deeper_network_of_the_same_class_is_refused(tmp_path):
+    from secateur.models import resnet56
+
+    model, plan = prune(resnet20(), {"layer1.0.conv1": [0]}, torch.zeros(1, 3, 32, 32))
+    checkpoint.save(model, plan, tmp_path / "f")
+    with pytest.raises(CheckpointError, match=r"tensors of the model not in the file \(first: layer1.3.conv1.weight\)"):
+        checkpoint.load(resnet56(), tmp_path / "f")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(0, 1, exclude_max=True))
+def test_a_file_cut_anywhere_is_refused(tmp_path_factory, share):
+    path = tmp_path_factory.mktemp("files") / "f"
+    checkpoint.save(Net(), None, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(CheckpointError, match=r"empty|truncated|no safetensors file"):
+        checkpoint.load(Net(), path)
+
+
+def test_a_truncated_file_is_said_to_be_one(stored):
+    stored.write_bytes(stored.read_bytes()[:-1])
+    assert checkpoint.is_checkpoint(stored)
+    with pytest.raises(CheckpointError, match="truncated or damaged; copy it again"):
+        checkpoint.load(Net(), stored)
+
+
+def test_a_flipped_bit_is_noticed(stored):
+    content = bytearray(stored.read_bytes())
+    content[-5] ^= 1
+    stored.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged: the tensors aren't the ones that were saved"):
+        checkpoint.load(Net(), stored)
+
+
+def test_files_of_other_kinds_are_refused_each_with_its_kind(tmp_path):
+    path = tmp_path / "f"
+    save_file({"conv1.weight": torch.zeros(2, 2)}, path)
+    assert not checkpoint.is_checkpoint(path)
+    with pytest.raises(CheckpointError, match="not one of Secateur's: it holds no plan"):
+        checkpoint.load(Net(), path)
+    torch.save({"a": torch.zeros(2)}, path)
+    assert not checkpoint.is_checkpoint(path)
+    with pytest.raises(CheckpointError, match=r"zip archive, as torch.save writes; expected a safetensors file"):
+        checkpoint.load(Net(), path)
+    path.write_text("model: lenet5\nweights: none\n")
+    with pytest.raises(CheckpointError, match="this is no safetensors file"):
+        checkpoint.load(Net(), path)
+    path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="the file is empty"):
+        checkpoint.load(Net(), path)
+    save_file({"secateur": torch.zeros(2)}, path)
+    assert not checkpoint.is_checkpoint(path)
+
+
+def test_newer_versions_are_refused_with_both_versions(stored):
+    def newer_file(header, tensors):
+        header["format_version"] = checkpoint.pruned.FORMAT_VERSION + 1
+
+    def newer_plan(header, tensors):
+        header["format_version"] = checkpoint.pruned.FORMAT_VERSION
+        header["plans"][0]["version"] = planning.FORMAT_VERSION + 3
+        header["plans"][0]["unheard_of"] = {}
+
+    rewrite(stored, newer_file)
+    with pytest.raises(CheckpointError, match=r"newer Secateur \(file format 2; this one reads up to 1\); upgrade"):
+        checkpoint.load(Net(), stored)
+    rewrite(stored, newer_plan)
+    with pytest.raises(CheckpointError, match=rf"plan format {planning.FORMAT_VERSION + 3}; this one reads up to"):
+        checkpoint.load(Net(), stored)
+
+
+@pytest.mark.parametrize("key", ["format_version", "model", "plans", "extra", "aliases", "sha256"])
+def test_a_header_without_a_part_is_refused(stored, key):
+    rewrite(stored, lambda header, tensors: header.pop(key))
+    with pytest.raises(CheckpointError, match="the plan in the metadata can't be read"):
+        checkpoint.load(Net(), stored)
+
+
+def test_a_plan_that_fits_no_such_layer_is_refused(stored):
+    def misfit(header, tensors):
+        header["plans"][0]["kept_outputs"]["bn"] = [0]
+
+    rewrite(stored, misfit)
+    with pytest.raises(CheckpointError, match="the plan doesn't fit the model given: bn: "):
+        checkpoint.load(Net(), stored)
+
+
+def test_a_missing_file_is_a_usage_error(tmp_path):
+    for read in (checkpoint.is_checkpoint, checkpoint.read_header, lambda p: checkpoint.load(Net(), p)):
+        with pytest.raises(UsageError, match=r"gone.safetensors: no such file"):
+            read(tmp_path / "gone.safetensors")
+        with pytest.raises(UsageError, match="can't be read"):
+            read(tmp_path)
+
+
+def odd(value: object) -> nn.Module:
+    model = nn.Module()
+    model.register_buffer("odd", value)
+    return model
+
+
+class WithExtraState(nn.Module):
+    def get_extra_state(self):
+        return {"step": 3}
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: odd(torch.zeros(2, device="meta")), "odd is a tensor on the meta device"),
+        (lambda: odd(torch.eye(3).to_sparse()), "layout torch.sparse_coo"),
+        (lambda: odd(torch.zeros(2, dtype=torch.complex128)), "a tensor's type can't be stored"),
+        (lambda: nn.LazyLinear(3), "weight is a lazy parameter without a shape"),
+        (WithExtraState, "_extra_state is extra state of type dict"),
+    ],
+)
+def test_what_safetensors_has_no_form_for_is_refused_by_name(tmp_path, model, message):
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.save(model(), None, tmp_path / "f")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_data_is_refused(stored):
+    with torch.device("meta"):
+        fresh = Net()
+    with pytest.raises(UsageError, match=r"conv1.weight of the model given has no data"):
+        checkpoint.load(fresh, stored)
+
+
+@pytest.mark.parametrize("extra", [{"a": torch.zeros(1)}, {"a": float("nan")}])
+def test_extra_that_is_no_json_is_refused(tmp_path, extra):
+    with pytest.raises(UsageError, match="extra holds something that JSON has no form for"):
+        checkpoint.save(Net(), None, tmp_path / "f", extra)
+
+
+def test_a_class_whose_own_loading_changes_values_is_refused(stored):
+    class Rounding(Net):
+        def _load_from_state_dict(self, state, prefix, *rest):
+            super()._load_from_state_dict(state, prefix, *rest)
+            self.steps.add_(1)
+
+    with pytest.raises(CheckpointError, match="steps isn't what the file holds"):
+        checkpoint.load(Rounding(), stored, any_class=True)
