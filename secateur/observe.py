@@ -184,7 +184,7 @@ def batches(data: Iterable[Any], device: torch.device | str) -> Iterator[Batch]:
         elif isinstance(item, Mapping):
             labels = item.get("labels")
             inputs = {key: value for key, value in item.items() if key != "labels"}
-        inputs, labels = _to(inputs, device), _to(labels, device)
+        inputs, labels = moved(inputs, device), moved(labels, device)
         size = _size(inputs)
         if isinstance(inputs, Mapping):
             yield Batch((), dict(inputs), labels, size)
@@ -194,13 +194,14 @@ def batches(data: Iterable[Any], device: torch.device | str) -> Iterator[Batch]:
             yield Batch((inputs,), {}, labels, size)
 
 
-def _to(value: Any, device: torch.device | str) -> Any:
+def moved(value: Any, device: torch.device | str) -> Any:
+    """Return nested containers with every tensor on a device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, Mapping):
-        return {key: _to(part, device) for key, part in value.items()}
+        return {key: moved(part, device) for key, part in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_to(part, device) for part in value)
+        return type(value)(moved(part, device) for part in value)
     return value
 
 
