@@ -1,0 +1,351 @@
+r"""Least squares: the layers that read a pruned group are refitted to give what they gave before.
+
+A few hundred unlabelled images are run through the original and the pruned network in step. Each reading layer gets
+
+.. math:: W' = \arg\min \lVert Y - W' Z \rVert^2 + \lambda \lVert W' - W_{keep} \rVert^2
+
+with Y the layer's outputs in the original network, Z its unfolded input in the pruned one, and λ a fraction of the
+mean diagonal of :math:`Z Z^T`. Layers are solved first to last, each against what the layers before it, already
+refitted, feed to it. Everything is accumulated as second moments in fp64.
+
+Departures from the plain ridge: the penalty pulls towards the weights that plain dropping leaves, not towards zero. So
+the error on the data is never above that of plain dropping, and with fewer observations than inputs the undetermined
+part of the weights stays as it was. A layer with a bias is also refitted in its bias, without penalty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from secateur import observe
+from secateur.compensate.report import LayerCompensation
+from secateur.errors import CriterionError, PlanError, UsageError
+from secateur.planning import PruningPlan
+
+RIDGE = 1e-4
+
+
+class _Reached(BaseException):  # noqa: N818 - a signal to leave a forward early, not an error
+    """The layer has run; what comes after it in the forward is not needed."""
+
+
+@dataclass
+class NormalEquations:
+    """Second moments of a layer's inputs and of the error of its outputs, block by block. All sums in fp64."""
+
+    inputs: Tensor
+    r""":math:`\sum z z^T`, shape ``(blocks, D, D)``."""
+    errors: Tensor
+    r""":math:`\sum z r^T`, shape ``(blocks, D, C_out / blocks)``; r is the output wanted less the output given."""
+    error_power: Tensor
+    r""":math:`\sum r^2`, a scalar."""
+    output_power: Tensor
+    """Summed square of the outputs wanted, a scalar."""
+    count: Tensor
+    """Number of observations."""
+
+    @classmethod
+    def empty(cls, blocks: int, width: int, outputs: int, device: torch.device) -> NormalEquations:
+        """Return the moments of no observation."""
+        shapes: list[tuple[int, ...]] = [(blocks, width, width), (blocks, width, outputs // blocks), (), (), ()]
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+
+    def update(self, rows: Tensor, wanted: Tensor, given: Tensor) -> None:
+        """Add observations: inputs ``(blocks, n, D)``, outputs wanted and given ``(n, C_out)``."""
+        z, y = rows.to(self.inputs), wanted.to(self.inputs)
+        r = y - given.to(self.inputs)
+        self.inputs.baddbmm_(z.mT, z)
+        self.errors.baddbmm_(z.mT, r.reshape(len(r), len(z), -1).movedim(1, 0))
+        self.error_power += r.square().sum()
+        self.output_power += y.square().sum()
+        self.count += len(r)
+
+    def all_reduce(self) -> None:
+        """Add the observations of all processes, when there are several."""
+        observe.all_reduce(self.inputs, self.errors, self.error_power, self.output_power, self.count)
+
+    def solve(self, ridge: float, bias: bool) -> tuple[Tensor, float]:
+        """Solve for the change of the weights.
+
+        Args:
+            ridge: λ, as a fraction of the mean diagonal.
+            bias: Whether the last input is the constant 1, which bears no penalty.
+
+        Returns:
+            Change, shape ``(blocks, D, C_out / blocks)``, and the summed square of the error that remains.
+        """
+        diagonal = self.inputs.diagonal(dim1=1, dim2=2)
+        weighed = diagonal[:, :-1] if bias else diagonal
+        penalty = (ridge * weighed.mean(1, keepdim=True)).expand_as(diagonal).clone()
+        # Inputs that never fire leave their weights undetermined; the floor keeps these as they are.
+        penalty += 1e-12 * diagonal.mean(1, keepdim=True).clamp(min=1e-300)
+        if bias:
+            penalty[:, -1] = 1e-12 * diagonal[:, -1]
+        change = torch.linalg.solve(self.inputs + torch.diag_embed(penalty), self.errors)
+        after = self.error_power - 2 * (change * self.errors).sum() + (change * (self.inputs @ change)).sum()
+        return change, float(after.clamp(min=0))
+
+
+def unfold(layer: nn.Module, x: Tensor, at: Tensor | None) -> Tensor:
+    """Arrange what a layer's outputs are computed from.
+
+    Args:
+        layer: A convolution or linear layer.
+        x: Its input.
+        at: For a convolution, flat indices of output positions, the same for every image; all by default.
+
+    Returns:
+        Shape ``(blocks, n, D)``; D runs over input channels of a block, then kernel positions, as in the weight. Rows
+        run over images, then positions.
+    """
+    if isinstance(layer, nn.Linear):
+        return x.reshape(1, -1, x.shape[-1])
+    assert isinstance(layer, observe.CONVOLUTIONS)
+    x = _padded(layer, x)
+    extent = x.shape[2:]
+    kernel = layer.kernel_size
+    outputs = [
+        (size - dilation * (k - 1) - 1) // stride + 1
+        for size, k, stride, dilation in zip(extent, kernel, layer.stride, layer.dilation, strict=True)
+    ]
+    at = torch.arange(math.prod(outputs)) if at is None else at
+    index = torch.zeros(len(at), math.prod(kernel), dtype=torch.long)
+    place, tap = at.clone(), torch.arange(math.prod(kernel))
+    factor = 1
+    for axis in reversed(range(len(extent))):
+        start = place % outputs[axis] * layer.stride[axis]
+        offset = tap % kernel[axis] * layer.dilation[axis]
+        index += (start[:, None] + offset[None, :]) * factor
+        place, tap = place // outputs[axis], tap // kernel[axis]
+        factor *= extent[axis]
+    count, channels = x.shape[:2]
+    taken = x.flatten(2).index_select(2, index.flatten().to(x.device)).reshape(count, channels, len(at), -1)
+    width = channels // layer.groups
+    taken = taken.reshape(count, layer.groups, width, len(at), -1)
+    return taken.permute(1, 0, 3, 2, 4).reshape(layer.groups, count * len(at), -1)
+
+
+def _padded(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    x = x[None] if x.dim() == layer.weight.dim() - 1 else x
+    sides: Sequence[int] = layer._reversed_padding_repeated_twice
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return nn.functional.pad(x, list(sides), mode=mode) if any(sides) else x
+
+
+def _outputs(layer: nn.Module, y: Tensor, at: Tensor | None, channels: Tensor | None) -> Tensor:
+    """Arrange a layer's outputs as ``(n, C_out)``, in the order of :func:`unfold`."""
+    if not isinstance(layer, nn.Linear):
+        y = y[None] if y.dim() == layer.weight.dim() - 1 else y  # type: ignore[union-attr, operator]
+        y = y.flatten(2)
+        y = y if at is None else y.index_select(2, at.to(y.device))
+        y = y.movedim(1, 2)
+    y = y.reshape(-1, y.shape[-1])
+    return y if channels is None else y.index_select(1, channels.to(y.device))
+
+
+def _shrunk(original: nn.Module, pruned: nn.Module, plan: PruningPlan) -> list[str]:
+    """Names of the layers that lost inputs."""
+    names = []
+    for name, kept in plan.kept_inputs.items():
+        try:
+            before, after = original.get_submodule(name), pruned.get_submodule(name)
+        except AttributeError as error:
+            raise PlanError(f"{name}: the plan names a layer that the model lacks. Pass the model it was made for.") from error
+        width = getattr(before, "in_features", getattr(before, "in_channels", None))
+        if before is after or width is None:
+            raise PlanError(f"{name}: compensation needs the original and the pruned network, as two models.")
+        if len(kept) < width:
+            names.append(name)
+    return names
+
+
+def _refusal(name: str, layer: nn.Module, tied: Mapping[int, list[str]], memory: int) -> str:
+    """Why a layer can't be refitted; empty when it can."""
+    if not isinstance(layer, (*observe.CONVOLUTIONS, nn.Linear)):
+        return f"least squares is not defined for {type(layer).__name__}"
+    if not isinstance(layer, nn.Linear) and layer.groups > 1 and layer.weight.shape[1] == 1:
+        return "depthwise: every output reads one channel, so none can stand in for another"
+    if is_parametrized(layer):
+        return "its weight is computed by a parametrization"
+    others = [other for other in tied[id(layer.weight)] if other != name]
+    if others:
+        return f"its weight is shared with {', '.join(others)}"
+    blocks = getattr(layer, "groups", 1)
+    width = layer.weight[0].numel() + (layer.bias is not None)
+    need = 8 * blocks * width * (width + layer.weight.shape[0] // blocks)
+    if need > memory:
+        return f"{blocks}×{width} unfolded inputs need {need / 2**20:.0f} MiB of moments, more than {memory / 2**20:.0f}"
+    return ""
+
+
+def refit(
+    original: nn.Module,
+    pruned: nn.Module,
+    plan: PruningPlan,
+    data: Iterable[Any],
+    *,
+    ridge: float = RIDGE,
+    positions: int = observe.POSITIONS,
+    exact: bool = False,
+    seed: int = 0,
+    memory: int = observe.MEMORY,
+    everywhere: bool = False,
+) -> list[LayerCompensation]:
+    """Refit the layers that read pruned groups, in place.
+
+    The data are read once a layer, up to the layer. Convolutions (grouped ones block by block) and linear layers are
+    refitted; a layer called several times is fitted to all its calls.
+
+    Args:
+        original: The network before pruning.
+        pruned: The pruned network; weights and biases of the reading layers are replaced.
+        plan: What was pruned.
+        data: Batches, see :func:`secateur.observe.batches`. Labels are not read.
+        ridge: λ, as a fraction of the mean diagonal of the inputs' second moments.
+        positions: Output positions read of each image, drawn at random where a map has more.
+        exact: Read every position.
+        seed: Seed of the draw.
+        memory: Bytes of moments that a layer may need; a layer that needs more is left alone.
+        everywhere: Refit also the layers after the first pruned group whose own inputs are complete, since what is
+            fed to them has changed too.
+
+    Returns:
+        One entry a layer, in execution order.
+
+    Raises:
+        DataError: If the data are empty, don't fit, or can be read only once.
+        CriterionError: If a layer's inputs or outputs hold NaN or infinity.
+        PlanError: If the plan names layers that the models lack.
+        UsageError: If an option is out of range.
+    """
+    if ridge < 0 or positions < 1:
+        raise UsageError(f"least squares: ridge {ridge} and positions {positions} must be at least 0 and 1.")
+    shrunk = _shrunk(original, pruned, plan)
+    device = observe.device_of(pruned)
+    calls = _calls(pruned, data, device)
+    ordered = [name for name in calls if name in shrunk]
+    report = [LayerCompensation("least_squares", name, False, "it does not run") for name in shrunk if name not in calls]
+    if everywhere and ordered:
+        names = list(calls)
+        ordered = names[names.index(ordered[0]) :]
+    tied: dict[int, list[str]] = {}
+    for name, module in pruned.named_modules():
+        if isinstance(getattr(module, "weight", None), Tensor):
+            tied.setdefault(id(module.weight), []).append(name)
+    refusals = {name: _refusal(name, pruned.get_submodule(name), tied, memory) for name in ordered}
+    observe.require_passes(data, 1 + sum(not reason for reason in refusals.values()))
+    for name in ordered:
+        if refusals[name]:
+            report.append(LayerCompensation("least_squares", name, False, refusals[name]))
+            continue
+        equations = _accumulate(
+            original, pruned, plan, name, calls[name], data, None if exact else positions, torch.Generator().manual_seed(seed)
+        )
+        report.append(_replace(name, pruned.get_submodule(name), equations, ridge))
+    return report
+
+
+def _calls(model: nn.Module, data: Iterable[Any], device: torch.device) -> dict[str, int]:
+    """Count the calls of every convolution and linear layer on the first batch, in the order of their first call."""
+    calls: dict[str, int] = {}
+    with observe.evaluating(model), torch.no_grad(), ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, observe.READERS):
+
+                def count(_: nn.Module, __: Any, ___: Any, name: str = name) -> None:
+                    calls[name] = calls.get(name, 0) + 1
+
+                stack.callback(module.register_forward_hook(count).remove)
+        samples = 0
+        for batch in observe.batches(data, device):
+            observe.forward(model, batch, 1)
+            samples = batch.size
+            break
+    observe.require_samples(samples, device)
+    return calls
+
+
+def _accumulate(
+    original: nn.Module,
+    pruned: nn.Module,
+    plan: PruningPlan,
+    name: str,
+    calls: int,
+    data: Iterable[Any],
+    positions: int | None,
+    generator: torch.Generator,
+) -> NormalEquations:
+    before, layer = original.get_submodule(name), pruned.get_submodule(name)
+    assert isinstance(layer, (*observe.CONVOLUTIONS, nn.Linear))
+    kept = plan.kept_outputs.get(name)
+    channels = None if kept is None else torch.tensor(kept, dtype=torch.long)
+    blocks, bias = getattr(layer, "groups", 1), layer.bias is not None
+    device = observe.device_of(pruned)
+    sums_on = torch.device("cpu") if device.type == "mps" else device
+    equations = NormalEquations.empty(blocks, layer.weight[0].numel() + bias, len(layer.weight), sums_on)
+    with observe.evaluating(original), observe.evaluating(pruned), torch.no_grad():
+        for number, batch in enumerate(observe.batches(data, device), start=1):
+            wanted = _run_to(original, before, batch, number, calls)
+            given = _run_to(pruned, layer, batch, number, calls)
+            for (_, y), (x, made) in zip(wanted, given, strict=True):
+                at = _draw(layer, made, positions, generator)
+                rows = unfold(layer, x, at)
+                if bias:
+                    rows = torch.cat((rows, rows.new_ones(*rows.shape[:2], 1)), 2)
+                equations.update(rows, _outputs(before, y, at, channels), _outputs(layer, made, at, None))
+            if not bool(torch.isfinite(equations.error_power)):
+                raise CriterionError(
+                    f"{name}: NaN or infinity in its outputs at batch {number}. Check the weights and that the inputs are normalised."
+                )
+    equations.all_reduce()
+    return equations
+
+
+def _draw(layer: nn.Module, y: Tensor, positions: int | None, generator: torch.Generator) -> Tensor | None:
+    if isinstance(layer, nn.Linear) or positions is None:
+        return None
+    count = math.prod(y.shape[-(layer.weight.dim() - 2) :])  # type: ignore[union-attr, operator]
+    return torch.randperm(count, generator=generator)[:positions].sort().values if count > positions else None
+
+
+def _run_to(model: nn.Module, layer: nn.Module, batch: observe.Batch, number: int, calls: int) -> list[tuple[Tensor, Tensor]]:
+    """Run the model until the layer has been called so often; return its inputs and outputs."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        # Clones, since what follows in the forward may write into either.
+        seen.append(((args[0] if args else kwargs["input"]).clone(), output.clone()))
+        if len(seen) == calls:
+            raise _Reached
+
+    handle = layer.register_forward_hook(hook, with_kwargs=True)
+    try:
+        observe.forward(model, batch, number)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return seen
+
+
+def _replace(name: str, layer: nn.Module, equations: NormalEquations, ridge: float) -> LayerCompensation:
+    assert isinstance(layer, (*observe.CONVOLUTIONS, nn.Linear))
+    bias = layer.bias is not None
+    change, after = equations.solve(ridge, bias)
+    weight, shift = (change[:, :-1], change[:, -1].flatten()) if bias else (change, None)
+    with torch.no_grad():
+        layer.weight += weight.mT.reshape(layer.weight.shape).to(layer.weight)
+        if shift is not None and layer.bias is not None:
+            layer.bias += shift.to(layer.bias)
+    power = float(equations.output_power) or 1.0
+    few = float(equations.count) < equations.inputs.shape[1]
+    reason = f"{int(equations.count)} observations of {equations.inputs.shape[1]} inputs: partly as dropped" if few else ""
+    return LayerCompensation("least_squares", name, True, reason, float(equations.error_power) / power, after / power)
