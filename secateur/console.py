@@ -1,0 +1,220 @@
+"""What people see in the terminal: tables, numbers with units, progress bars, and errors of one line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from secateur.graph import ChannelGraph
+
+WIDTH = 120
+"""Columns of what is written to a file or a pipe, where there is no terminal to ask."""
+
+
+def output(stream: TextIO | None = None) -> Console:
+    """Return the console for results, on standard output."""
+    stream = stream or sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else WIDTH, highlight=False, emoji=False)
+
+
+def error_line(text: str, kind: str = "error") -> None:
+    """Write one line to standard error, whatever line breaks the text holds."""
+    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+    colour = "red" if kind == "error" else "yellow"
+    console.print(f"[bold {colour}]{kind}:[/]", " ".join(text.split()), markup=True, soft_wrap=True)
+
+
+def write_json(value: Any, stream: TextIO | None = None) -> None:
+    """Write ``value`` as the one JSON document of a command."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False), file=stream or sys.stdout)
+
+
+class Steps:
+    """Progress of a command's steps on standard error; silent when that is no terminal.
+
+    A step is a line with a spinner until its length is known, and with a bar from then on.
+    """
+
+    def __init__(self) -> None:
+        console = Console(stderr=True, highlight=False, emoji=False)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("[dim]{task.fields[note]}"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Steps:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, step: str, done: int, total: int | None = None, note: str = "") -> None:
+        """Show that ``done`` of ``total`` units of ``step`` are finished."""
+        if step not in self._tasks:
+            self._tasks[step] = self._progress.add_task(step, total=total, note=note)
+        self._progress.update(self._tasks[step], completed=done, total=total, note=note)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Show ``name`` as running until the block ends."""
+        self(name, 0)
+        yield
+        self(name, 1, 1)
+
+
+class _OneLine(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        error_line(record.getMessage(), "warning" if record.levelno < logging.ERROR else "error")
+
+
+@contextmanager
+def log_lines() -> Iterator[None]:
+    """Show the package's own log messages from WARNING up as lines on standard error."""
+    logger, handler = logging.getLogger("secateur"), _OneLine(logging.WARNING)
+    logger.addHandler(handler)
+    propagate, logger.propagate = logger.propagate, False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+
+
+def quantity(value: float) -> str:
+    """Write a count with three digits and the SI prefix that people say it with.
+
+    Example:
+        >>> quantity(2293000), quantity(980), quantity(0)
+        ('2.29 M', '980', '0')
+    """
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g} {prefix}"
+    return f"{value:.3g}"
+
+
+def size(count: float) -> str:
+    """Write a number of bytes with a decimal prefix.
+
+    Example:
+        >>> size(1728000)
+        '1.73 MB'
+    """
+    return f"{quantity(count)}{'' if abs(count) >= 1e3 else ' '}B"
+
+
+def change(before: float, after: float) -> str:
+    """Write how a quantity changed, in percent of what it was.
+
+    Example:
+        >>> change(200, 13), change(4, 5), change(0, 1)
+        ('−93.5%', '+25.0%', '')
+    """
+    if before == 0:
+        return ""
+    percent = 100 * (after - before) / before
+    return f"{'−' if percent < 0 else '+'}{abs(percent):.1f}%"
+
+
+def comparison(before: Mapping[str, Any], after: Mapping[str, Any], metric: str = "accuracy") -> Table:
+    """Tabulate a network before and after pruning; what was not measured is left out.
+
+    Args:
+        before: Any of ``test``, ``validation`` (fractions), ``macs``, ``parameters``, ``file_bytes``, ``latency_ms``.
+        after: The same of the pruned network.
+        metric: Name of what ``test`` and ``validation`` hold.
+    """
+    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for name in ("before", "after", "change"):
+        table.add_column(name, justify="right")
+    for key, name in (("test", f"{metric}, test set"), ("validation", f"{metric}, validation set")):
+        if before.get(key) is not None and after.get(key) is not None:
+            points = 100 * (after[key] - before[key])
+            sign = "−" if points < 0 else "+"
+            table.add_row(name, f"{before[key]:.2%}", f"{after[key]:.2%}", f"{sign}{abs(points):.2f} points")
+    for key, name, write in (
+        ("macs", "MACs", quantity),
+        ("parameters", "parameters", quantity),
+        ("file_bytes", "file size", size),
+        ("latency_ms", "CPU latency", lambda ms: f"{ms:.3g} ms"),
+    ):
+        if before.get(key) is not None and after.get(key) is not None:
+            table.add_row(name, write(before[key]), write(after[key]), change(before[key], after[key]))
+    return table
+
+
+def widths(before: Mapping[str, int], after: Mapping[str, int]) -> Table:
+    """Tabulate the number of filters of every layer before and after, narrower layers marked by a bar."""
+    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    table.add_column("layer")
+    for name in ("before", "after"):
+        table.add_column(name, justify="right")
+    table.add_column("kept")
+    for name, old in before.items():
+        new = after.get(name, old)
+        full = max(1, round(24 * new / old)) if new else 0
+        table.add_row(name, str(old), str(new), "[green]" + "█" * full + "[/][dim]" + "░" * (24 - full) + "[/]")
+    return table
+
+
+def groups(graph: ChannelGraph, macs: Mapping[str, int]) -> Table:
+    """Tabulate the channel groups of a network.
+
+    Args:
+        graph: What :func:`secateur.trace` found.
+        macs: Group name -> MACs of the layers that produce it.
+    """
+    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    table.add_column("group", overflow="fold")
+    table.add_column("channels", justify="right")
+    table.add_column("written by", overflow="fold")
+    table.add_column("read by", overflow="fold")
+    table.add_column("constraint", overflow="fold")
+    table.add_column("MACs", justify="right")
+    total = sum(macs.values()) or 1
+    for group in graph.groups:
+        rule = (
+            group.constraint if group.exact else ", ".join(filter(None, (group.constraint, f"inexact: {group.reason}")))
+        )
+        table.add_row(
+            group.name,
+            str(group.size),
+            _some(dict.fromkeys(m.module for m in group.producers)),
+            _some(dict.fromkeys(m.module for m in group.consumers)),
+            rule,
+            f"{macs.get(group.name, 0) / total:.1%}",
+        )
+    return table
+
+
+def refusals(graph: ChannelGraph) -> Table:
+    """Tabulate what can't be pruned, and why."""
+    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    for name in ("not pruned", "in module", "at", "because"):
+        table.add_column(name, overflow="fold")
+    for refusal in graph.refused:
+        table.add_row(refusal.operator, refusal.module, refusal.source, refusal.reason)
+    return table
+
+
+def _some(names: Sequence[str] | Mapping[str, Any], most: int = 3) -> str:
+    listed = list(names)
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
