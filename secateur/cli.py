@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from secateur import config, console
+from secateur import console, options
 from secateur.errors import DataError, SecateurError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 app = typer.Typer(
     name="secateur",
@@ -22,50 +27,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-
-ModelArgument = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="MODEL",
-        help="lenet5, vgg16, resnet20, resnet56, resnet110; torchvision:NAME; timm:NAME; path/to/file.py:FUNCTION; "
-        "package.module:FUNCTION.",
-        show_default=False,
-    ),
-]
-ModelOption = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="The same as the argument MODEL.")]
-ModelOptions = Annotated[
-    list[str] | None,
-    typer.Option("--model-option", metavar="NAME=VALUE", help="Argument of the model's function; repeatable."),
-]
-Weights = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE",
-        help="Trained weights: a file that Secateur saved, a safetensors file or a state dict saved by torch; or "
-        "'pretrained' for what torchvision or timm publish.",
-    ),
-]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        metavar="DATA",
-        help="digits; mnist:ROOT, cifar10:ROOT, imagefolder:ROOT; path/to/file.py:FUNCTION; package.module:FUNCTION.",
-    ),
-]
-DataOptions = Annotated[
-    list[str] | None,
-    typer.Option("--data-option", metavar="NAME=VALUE", help="Argument of the data's loader; repeatable."),
-]
-Input = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="SHAPE",
-        help="Shape of the model's input with its batch, e.g. 1x3x224x224; NAME=SHAPE for a keyword argument, "
-        "SHAPE:long for integers; repeatable. Taken from the data or the model's source unless given.",
-    ),
-]
-Seed = Annotated[int | None, typer.Option(min=0, help="Seed of weights, data order and every other draw.")]
-Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to standard output and nothing else.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -80,6 +41,88 @@ def _root(
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+
+
+@app.command()
+def trace(
+    model: options.ModelArgument = None,
+    model_flag: options.ModelFlag = None,
+    model_option: options.ModelOptions = None,
+    weights: options.Weights = None,
+    input_shape: options.InputShapes = None,
+    as_json: options.Json = False,
+) -> None:
+    """Show which channels of a network can be removed together, and what can't be removed and why."""
+    with _steps(as_json) as steps:
+        import secateur as sc
+        from secateur.sources import open_model
+
+        with steps.step("building the model"):
+            found = open_model(
+                options.one(model, model_flag),
+                options.values("--model-option", model_option),
+                weights,
+                input_shape or (),
+            )
+        with steps.step("tracing"):
+            started = time.perf_counter()
+            graph = sc.trace(found.model, found.inputs)
+            seconds = time.perf_counter() - started
+    if as_json:
+        console.write_json({"model": found.name, "seconds": seconds, **console.graph_values(graph)})
+    else:
+        console.show_graph(graph, found.name, seconds)
+
+
+@app.command()
+def prune(
+    model: options.ModelArgument = None,
+    model_flag: options.ModelFlag = None,
+    model_option: options.ModelOptions = None,
+    weights: options.Weights = None,
+    data: options.Data = None,
+    data_option: options.DataOptions = None,
+    input_shape: options.InputShapes = None,
+    method: Annotated[
+        str, typer.Option(metavar="CRITERION", help="How channels are ranked: l1, l2, fpgm, taylor, corrnet, cshe, …")
+    ] = "l1",
+    method_option: Annotated[
+        list[str] | None,
+        typer.Option("--method-option", metavar="NAME=VALUE", help="Option of the criterion; repeatable."),
+    ] = None,
+    macs: options.Macs = None,
+    params: options.Params = None,
+    channels: options.Channels = None,
+    ratio: options.Ratios = None,
+    skip: options.Skip = None,
+    round_to: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Keep a multiple of N channels in every group that loses any.")
+    ] = 1,
+    min_channels: Annotated[int, typer.Option(metavar="N", min=1, help="Keep at least N channels in every group.")] = 1,
+    max_ratio: Annotated[
+        float, typer.Option(metavar="FRACTION", min=0, max=1, help="Remove at most this fraction of any group.")
+    ] = 1.0,
+    ranking: options.Ranking = "normalized",
+    inexact: Annotated[
+        bool,
+        typer.Option("--inexact", help="Prune also groups whose removal can't equal zeroing (layer norm, softmax)."),
+    ] = False,
+    compensate: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Adjust what stays, before any training: merge, least_squares, recalibrate."),
+    ] = None,
+    batches: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Training batches that criterion and compensation see.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of fresh weights and of the data's order.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the pruned network here: safetensors, with its plan.", show_default=False),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Remove the least important channels of a network, once and without training, and verify the result."""
+    raise NotImplementedError
 
 
 @app.command(name="config")

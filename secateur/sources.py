@@ -30,11 +30,14 @@ PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 NESTED = ("state_dict", "model_state_dict", "model")
 """Keys under which training scripts store the state dict among other things."""
 
+PRETRAINED = "pretrained"
+"""Stands for the weights that torchvision or timm publish."""
+
 CIFAR_SIDE = 32
 """Height and width of the images that a network of :data:`secateur.models.MODELS` takes unless it names another."""
 
 _SHAPE = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
-_DTYPES = {"float": torch.float32, "long": torch.int64, "int": torch.int32, "bool": torch.bool, "uint8": torch.uint8}
+DTYPES = {"float": torch.float32, "long": torch.int64, "int": torch.int32, "bool": torch.bool, "uint8": torch.uint8}
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,50 @@ def model(spec: str, options: Mapping[str, Any] | None = None, *, pretrained: bo
     sizes = {name: p.default for name, p in inspect.signature(factory).parameters.items()} | options
     side = sizes.get("in_size", CIFAR_SIDE)
     return SourceModel(built, _noise((1, sizes["in_channels"], side, side)), spec)
+
+
+def open_model(
+    spec: str,
+    options: Mapping[str, Any] | None = None,
+    weights: str | None = None,
+    shapes: Iterable[str] = (),
+    bundle: DataBundle | None = None,
+) -> SourceModel:
+    """Build a model, fitted to its data, and fill it with its weights.
+
+    Args:
+        spec: As in :func:`model`.
+        options: As in :func:`model`; what they leave open of classes, channels and image size follows ``bundle``.
+        weights: File that :func:`secateur.save` or :func:`load_weights` knows; ``pretrained``; or None for fresh ones.
+        shapes: As in :func:`inputs`; without any, example inputs come from the data, else from the model's source.
+        bundle: The data that the model is to run on.
+
+    Returns:
+        The model, in eval mode, pruned if the file holds a pruned one, and its example inputs.
+
+    Raises:
+        UsageError: If model, weights and inputs can't be found, or don't fit each other.
+        CheckpointError: If the file is Secateur's, and damaged or another model's.
+    """
+    from secateur import checkpoint
+
+    options = dict(options or {})
+    if bundle is not None:
+        options = {**_fitting(spec, bundle), **options}
+    found = model(spec, options, pretrained=weights == PRETRAINED)
+    shapes = list(shapes)
+    example = found.example_inputs
+    if shapes:
+        example = inputs(shapes)
+    elif bundle is not None:
+        example = _noise((1, *bundle.input_shape))
+    built = found.model
+    if weights is not None and weights != PRETRAINED:
+        if checkpoint.is_checkpoint(weights):
+            built = checkpoint.load(built, weights)
+        else:
+            load_weights(built, weights)
+    return SourceModel(built.eval(), example, found.name)
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -213,12 +260,12 @@ def inputs(shapes: Iterable[str]) -> Any:
     made: list[tuple[str | None, Tensor]] = []
     for text in shapes:
         match = _SHAPE.fullmatch(text)
-        dtype = match and _DTYPES.get(match["dtype"] or "float")
+        dtype = match and DTYPES.get(match["dtype"] or "float")
         size = [int(n) for n in match["shape"].split("x")] if match else []
         if not match or dtype is None or 0 in size:
             raise UsageError(
                 f"--input {text}: not a shape; write 1x3x224x224, NAME=1x3x224x224 or NAME=1x16:long "
-                f"(types: {', '.join(_DTYPES)})."
+                f"(types: {', '.join(DTYPES)})."
             )
         made.append((match["name"], _noise(size, dtype)))
     names = [name for name, _ in made]
@@ -244,6 +291,22 @@ def absolute(spec: str) -> str:
     if head.endswith(".py"):
         return f"{Path(head).expanduser().absolute()}{colon}{tail}"
     return spec
+
+
+def _fitting(spec: str, bundle: DataBundle) -> dict[str, Any]:
+    """Options that make a known network take the images and tell the classes of a data set."""
+    kind, _, name = spec.partition(":")
+    channels, side = bundle.input_shape[0], bundle.input_shape[-1]
+    classes = len(bundle.classes)
+    if kind == "timm":
+        return {"num_classes": classes, "in_chans": channels}
+    if kind == "torchvision":
+        return {"num_classes": classes}
+    from secateur.models import MODELS
+
+    wanted = {"num_classes": classes, "in_channels": channels, "in_size": side}
+    known = inspect.signature(MODELS[spec]).parameters if spec in MODELS else {}
+    return {key: value for key, value in wanted.items() if key in known}
 
 
 def _torchvision(name: str, options: dict[str, Any], pretrained: bool) -> SourceModel:
