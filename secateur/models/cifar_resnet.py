@@ -1,0 +1,178 @@
+"""ResNet-20, 56 and 110 for 32×32 images, the networks of CFP's table 3, with both kinds of shortcut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from secateur.errors import UsageError
+from secateur.models.pad_shortcut import PadShortcut, centred
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STREAMS = (16, 32, 64)
+"""Channels of the three stages (He et al. 2016, section 4.2)."""
+
+
+def _shortcut(kind: str, in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    if in_channels == out_channels and stride == 1:
+        return nn.Sequential()
+    if kind == "A":
+        return PadShortcut(in_channels, centred(in_channels, out_channels), stride)
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions with batch norm around a shortcut (He et al. 2016, fig. 2).
+
+    Args:
+        in_channels: Channels of the input.
+        internal: Filters of ``conv1``, which no other layer is coupled to.
+        out_channels: Filters of ``conv2`` and channels of the residual stream.
+        stride: Stride of ``conv1`` and of the shortcut.
+        shortcut: ``"A"``, :class:`PadShortcut`, or ``"B"``, a 1×1 convolution with batch norm; either only where the
+            shape changes.
+    """
+
+    def __init__(self, in_channels: int, internal: int, out_channels: int, stride: int, shortcut: str) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, internal, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(internal)
+        self.conv2 = nn.Conv2d(internal, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.shortcut = _shortcut(shortcut, in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output, after the ReLU that follows the sum."""
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class CifarResNet(nn.Module):
+    """A ResNet of ``6 n + 2`` layers for 32×32 images: three stages of n blocks, then global average pooling.
+
+    He et al. 2016, section 4.2. Modules are named as in the published weights: ``conv1``, ``bn1``,
+    ``layer1.0.conv1`` …, ``linear``. ResNet-56 takes 125,485,696 MACs with option A shortcuts. Convolutions and the
+    linear layer are drawn by He et al. 2015 (normal, fan-in). Departures: none.
+
+    Args:
+        depth: Layers with weights, ``6 n + 2``.
+        shortcut: ``"A"`` pads with zeros (:class:`PadShortcut`), ``"B"`` projects by 1×1 convolution.
+        stem: Filters of the first convolution.
+        streams: Channels of the residual stream in the three stages.
+        internal: Filters of the blocks' first convolutions: per stage a number, or one number a block; None takes the
+            streams'.
+        num_classes: Outputs of the linear layer.
+        in_channels: Channels of the image.
+
+    Shapes:
+        input ``(N, in_channels, H, W)``, output (logits) ``(N, num_classes)``.
+
+    Raises:
+        UsageError: If the depth isn't ``6 n + 2``, the shortcut's kind is unknown, a width is below 1, or the number
+            of widths doesn't match three stages of n blocks.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        shortcut: str = "A",
+        stem: int = 16,
+        streams: Sequence[int] = STREAMS,
+        internal: Sequence[int | Sequence[int]] | None = None,
+        num_classes: int = 10,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise UsageError(f"resnet: a CIFAR ResNet has 6n + 2 layers (20, 56, 110, ...), found depth={depth}")
+        if shortcut not in ("A", "B"):
+            raise UsageError(
+                f"resnet{depth}: shortcut is 'A' (zero-padded) or 'B' (1x1 projection), found {shortcut!r}"
+            )
+        blocks = (depth - 2) // 6
+        widths = _block_widths(depth, blocks, streams, internal)
+        if min(stem, num_classes, in_channels, *streams, *(w for stage in widths for w in stage)) < 1:
+            raise UsageError(
+                f"resnet{depth}: every width is at least 1; found stem={stem}, streams={tuple(streams)}, "
+                f"internal={internal}, num_classes={num_classes}, in_channels={in_channels}"
+            )
+        self.conv1 = nn.Conv2d(in_channels, stem, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        channels = stem
+        stages: list[nn.Sequential] = []
+        for stage, (stream, inner) in enumerate(zip(streams, widths, strict=True)):
+            layer = nn.Sequential()
+            for block, width in enumerate(inner):
+                stride = 2 if stage and not block else 1
+                layer.append(BasicBlock(channels, width, stream, stride, shortcut))
+                channels = stream
+            stages.append(layer)
+        self.layer1, self.layer2, self.layer3 = stages
+        self.linear = nn.Linear(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of a batch of images."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        logits: Tensor = self.linear(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        return logits
+
+
+def _block_widths(
+    depth: int, blocks: int, streams: Sequence[int], internal: Sequence[int | Sequence[int]] | None
+) -> list[list[int]]:
+    """Return the internal widths, by stage and block."""
+    given = list(streams) if internal is None else list(internal)
+    widths = [list(w) if isinstance(w, Sequence) else [w] * blocks for w in given]
+    if len(streams) != 3 or [len(w) for w in widths] != [blocks] * 3:
+        raise UsageError(
+            f"resnet{depth}: expected three streams, and for three stages one internal width or {blocks} of them; "
+            f"found streams={tuple(streams)}, internal={internal}"
+        )
+    return widths
+
+
+def resnet20(
+    shortcut: str = "A",
+    stem: int = 16,
+    streams: Sequence[int] = STREAMS,
+    internal: Sequence[int | Sequence[int]] | None = None,
+    num_classes: int = 10,
+    in_channels: int = 3,
+) -> CifarResNet:
+    """Build ResNet-20 with fresh weights; arguments and errors are :class:`CifarResNet`'s."""
+    return CifarResNet(20, shortcut, stem, streams, internal, num_classes, in_channels)
+
+
+def resnet56(
+    shortcut: str = "A",
+    stem: int = 16,
+    streams: Sequence[int] = STREAMS,
+    internal: Sequence[int | Sequence[int]] | None = None,
+    num_classes: int = 10,
+    in_channels: int = 3,
+) -> CifarResNet:
+    """Build ResNet-56 with fresh weights; arguments and errors are :class:`CifarResNet`'s."""
+    return CifarResNet(56, shortcut, stem, streams, internal, num_classes, in_channels)
+
+
+def resnet110(
+    shortcut: str = "A",
+    stem: int = 16,
+    streams: Sequence[int] = STREAMS,
+    internal: Sequence[int | Sequence[int]] | None = None,
+    num_classes: int = 10,
+    in_channels: int = 3,
+) -> CifarResNet:
+    """Build ResNet-110 with fresh weights; arguments and errors are :class:`CifarResNet`'s."""
+    return CifarResNet(110, shortcut, stem, streams, internal, num_classes, in_channels)
