@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from secateur import console, options
-from secateur.errors import DataError, SecateurError, UsageError
+from secateur.errors import DataError, SecateurError, UsageError, VerificationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -117,12 +118,90 @@ def prune(
     seed: Annotated[int, typer.Option(min=0, help="Seed of fresh weights and of the data's order.")] = 0,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write the pruned network here: safetensors, with its plan.", show_default=False),
+        typer.Option(
+            metavar="FILE", help="Write the pruned network here: safetensors, with its plan.", show_default=False
+        ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Remove the least important channels of a network, once and without training, and verify the result."""
-    raise NotImplementedError
+    with _steps(as_json) as steps:
+        import secateur as sc
+        from secateur import sources
+        from secateur.compensate import compensate as move
+
+        goal = options.target(macs, params, channels)
+        ratios = options.fractions("--ratio", ratio)
+        if not goal and not ratios:
+            raise UsageError("prune: how much? Give --macs, --params or --channels, or --ratio for some layers.")
+        if out is not None:
+            sources.writable(out)
+        bundle = None
+        if data is not None:
+            with steps.step("loading the data"):
+                bundle = sources.data(data, options.values("--data-option", data_option))
+        with steps.step("building the model"):
+            sources.seed(seed)
+            found = sources.open_model(
+                options.one(model, model_flag),
+                options.values("--model-option", model_option),
+                weights,
+                input_shape or (),
+                bundle,
+            )
+        sample = None if bundle is None else sources.sample(bundle, batches, seed)
+        with steps.step("tracing"):
+            graph = sc.trace(found.model, found.inputs)
+        with steps.step(f"scoring by {method}"):
+            given = options.values("--method-option", method_option)
+            scores = sc.score(found.model, graph, method, data=sample, seed=seed, **given)
+        with steps.step("pruning"):
+            plan = sc.plan(
+                graph,
+                scores,
+                sc.Target(**goal) if goal else None,
+                round_to=round_to,
+                min_channels=min_channels,
+                max_ratio=max_ratio,
+                ratios=ratios,
+                skip=skip or (),
+                ranking=ranking,
+                inexact=inexact,
+            )
+            small = sc.apply(found.model, plan)
+        with steps.step("verifying"):
+            check = sc.verify(found.model, small, plan, found.inputs)
+        if not check.exact and not inexact:
+            raise VerificationError(
+                f"{found.name}: the pruned network differs from the original with the removed channels zeroed, by "
+                f"{check.max_error:.1e} of its output ({'; '.join((*check.mismatched, *check.refused)[:2])}); "
+                "nothing was saved. Please report it."
+            )
+        moved = None
+        if compensate is not None:
+            with steps.step(f"compensating by {compensate}"):
+                moved = move(found.model, small, plan, compensate, sample, graph=graph, example_inputs=found.inputs)
+        before, after = ({"macs": sc.macs(graph, p), "parameters": sc.parameters(graph, p)} for p in (None, plan))
+        if bundle is not None:
+            from secateur.training import evaluate
+
+            for network, measured in ((found.model, before), (small, after)):
+                with steps.step("evaluating"):
+                    measured["test"] = evaluate(network, sources.batches(bundle.test))
+        if out is not None:
+            sc.save(small, plan, out)
+            after["file_bytes"] = out.stat().st_size
+    values = {
+        "model": found.name,
+        "method": method,
+        "before": before,
+        "after": after,
+        "widths": {"before": console.graph_widths(graph), "after": console.graph_widths(graph, plan)},
+        "verification": dataclasses.asdict(check),
+        "compensation": None if moved is None else dataclasses.asdict(moved),
+        "file": None if out is None else str(out),
+    }
+    console.write_json(values) if as_json else console.show_pruned(values)
 
 
 @app.command(name="config")
@@ -135,12 +214,21 @@ def config_command(
     ] = False,
 ) -> None:
     """Check a run's configuration and print it with every default, as YAML; or print its JSON schema."""
+    from secateur import config
+
     if schema == (file is not None):
         raise UsageError("config: give either a FILE to check or --schema.")
     if file is None:
         typer.echo(config.schema())
     else:
         typer.echo(config.to_yaml(config.load(file)), nl=False)
+
+
+@contextmanager
+def _steps(as_json: bool) -> Iterator[console.Steps]:
+    """Show progress; with ``--json``, keep what the user's own code prints off standard output."""
+    with console.Steps() as steps, redirect_stdout(sys.stderr) if as_json else nullcontext():
+        yield steps
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

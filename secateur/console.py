@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from secateur.graph import ChannelGraph
+    from secateur.graph import ChannelGraph, Member
+    from secateur.planning import PruningPlan
 
 WIDTH = 120
 """Columns of what is written to a file or a pipe, where there is no terminal to ask."""
@@ -141,10 +144,7 @@ def comparison(before: Mapping[str, Any], after: Mapping[str, Any], metric: str 
         after: The same of the pruned network.
         metric: Name of what ``test`` and ``validation`` hold.
     """
-    table = Table(show_edge=False, pad_edge=False, header_style="bold")
-    table.add_column("")
-    for name in ("before", "after", "change"):
-        table.add_column(name, justify="right")
+    table = _table("", "before>", "after>", "change>")
     for key, name in (("test", f"{metric}, test set"), ("validation", f"{metric}, validation set")):
         if before.get(key) is not None and after.get(key) is not None:
             points = 100 * (after[key] - before[key])
@@ -163,11 +163,7 @@ def comparison(before: Mapping[str, Any], after: Mapping[str, Any], metric: str 
 
 def widths(before: Mapping[str, int], after: Mapping[str, int]) -> Table:
     """Tabulate the number of filters of every layer before and after, narrower layers marked by a bar."""
-    table = Table(show_edge=False, pad_edge=False, header_style="bold")
-    table.add_column("layer")
-    for name in ("before", "after"):
-        table.add_column(name, justify="right")
-    table.add_column("kept")
+    table = _table("layer", "before>", "after>", "kept")
     for name, old in before.items():
         new = after.get(name, old)
         full = max(1, round(24 * new / old)) if new else 0
@@ -175,46 +171,130 @@ def widths(before: Mapping[str, int], after: Mapping[str, int]) -> Table:
     return table
 
 
-def groups(graph: ChannelGraph, macs: Mapping[str, int]) -> Table:
-    """Tabulate the channel groups of a network.
+def graph_values(graph: ChannelGraph) -> dict[str, Any]:
+    """Return a channel graph as JSON values: its groups, what can't be pruned, and what it costs."""
+    from secateur import cost
 
-    Args:
-        graph: What :func:`secateur.trace` found.
-        macs: Group name -> MACs of the layers that produce it.
-    """
-    table = Table(show_edge=False, pad_edge=False, header_style="bold")
-    table.add_column("group", overflow="fold")
-    table.add_column("channels", justify="right")
-    table.add_column("written by", overflow="fold")
-    table.add_column("read by", overflow="fold")
-    table.add_column("constraint", overflow="fold")
-    table.add_column("MACs", justify="right")
-    total = sum(macs.values()) or 1
-    for group in graph.groups:
-        rule = (
-            group.constraint if group.exact else ", ".join(filter(None, (group.constraint, f"inexact: {group.reason}")))
-        )
+    return {
+        "macs": cost.macs(graph),
+        "parameters": cost.parameters(graph),
+        "prunable_channels": _prunable(graph),
+        "groups": [
+            {
+                "name": group.name,
+                "channels": group.size,
+                "prunable_channels": int(group.removable.sum()),
+                "producers": _modules(group.producers),
+                "consumers": _modules(group.consumers),
+                "constraint": group.constraint,
+                "exact": group.exact,
+                "reason": group.reason,
+                "macs": macs,
+            }
+            for group, macs in zip(graph.groups, _group_macs(graph), strict=True)
+        ],
+        "refused": [asdict(refusal) for refusal in graph.refused],
+        "notes": list(graph.notes),
+    }
+
+
+def show_graph(graph: ChannelGraph, name: str, seconds: float) -> None:
+    """Print the groups of a network, what can't be pruned, and a line that sums it up."""
+    from secateur import cost
+
+    out = output()
+    table = _table("group", "channels>", "written by", "read by", "constraint", "MACs>")
+    total = cost.macs(graph) or 1
+    for group, macs in zip(graph.groups, _group_macs(graph), strict=True):
+        rules = [group.constraint] if group.constraint else []
+        rules += [] if group.exact else [f"inexact: {group.reason}"]
         table.add_row(
-            group.name,
+            escape(group.name),
             str(group.size),
-            _some(dict.fromkeys(m.module for m in group.producers)),
-            _some(dict.fromkeys(m.module for m in group.consumers)),
-            rule,
-            f"{macs.get(group.name, 0) / total:.1%}",
+            escape(_some(_modules(group.producers))),
+            escape(_some(_modules(group.consumers))),
+            escape(", ".join(rules)),
+            f"{macs / total:.1%}",
         )
-    return table
+    out.print(table)
+    if graph.refused:
+        refused = _table("not pruned", "in module", "at", "because")
+        for refusal in graph.refused:
+            row = (refusal.operator, refusal.module, refusal.source, refusal.reason)
+            refused.add_row(*map(escape, row))
+        out.print()
+        out.print(refused)
+    for note in graph.notes:
+        out.print(f"note: {note}", markup=False)
+    out.print(
+        f"\n{name}: {len(graph.groups)} groups, {_prunable(graph)} prunable channels, {quantity(total)} MACs, "
+        f"{quantity(cost.parameters(graph))} parameters, traced in {seconds:.2f} s",
+        style="bold",
+        markup=False,
+    )
 
 
-def refusals(graph: ChannelGraph) -> Table:
-    """Tabulate what can't be pruned, and why."""
+def graph_widths(graph: ChannelGraph, plan: PruningPlan | None = None) -> dict[str, int]:
+    """Return the output channels of every layer, by module name, after a plan if one is given."""
+    from secateur import cost
+
+    return {layer.module: layer.out_channels for layer in cost.layer_costs(graph, plan)}
+
+
+def show_pruned(values: Mapping[str, Any]) -> None:
+    """Print what pruning once came to."""
+    out = output()
+    out.print(widths(values["widths"]["before"], values["widths"]["after"]))
+    out.print()
+    out.print(comparison(values["before"], values["after"]))
+    out.print()
+    out.print(verdict(values["verification"]), markup=False)
+    for layer in (values["compensation"] or {}).get("layers", ()):
+        if layer["reason"]:
+            out.print(f"not compensated: {layer['module']}: {layer['reason']}", markup=False)
+    if values["file"]:
+        out.print(f"saved: {values['file']}", markup=False)
+
+
+def verdict(check: Mapping[str, Any]) -> str:
+    """Say in a line how the pruned network compares with the original whose removed channels are zeroed."""
+    bits = {"float64": "fp64", "float32": "fp32"}.get(check["dtype"], check["dtype"])
+    found = "exact" if check["exact"] else "not exact"
+    unchecked = f"; unchecked: {'; '.join(check['refused'])}" if check["refused"] else ""
+    return (
+        f"verified {found}: it differs from the original with the removed channels zeroed by at most "
+        f"{check['max_error']:.1e} of the output, in {bits}{unchecked}"
+    )
+
+
+def _group_macs(graph: ChannelGraph) -> list[int]:
+    """MACs, for one example, of the layers that write each group's channels."""
+    from secateur import cost
+
+    spent: dict[str, int] = {}
+    for layer in cost.layer_costs(graph):
+        spent[layer.module] = spent.get(layer.module, 0) + layer.macs
+    return [sum(spent.get(module, 0) for module in _modules(group.producers)) for group in graph.groups]
+
+
+def _prunable(graph: ChannelGraph) -> int:
+    return sum(int(group.removable.sum()) for group in graph.groups)
+
+
+def _modules(members: Iterable[Member]) -> list[str]:
+    return list(dict.fromkeys(member.module for member in members))
+
+
+def _table(*columns: str) -> Table:
+    """Make a plain table; a column whose name ends in ``>`` holds numbers, set to the right."""
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
-    for name in ("not pruned", "in module", "at", "because"):
-        table.add_column(name, overflow="fold")
-    for refusal in graph.refused:
-        table.add_row(refusal.operator, refusal.module, refusal.source, refusal.reason)
+    for column in columns:
+        if column.endswith(">"):
+            table.add_column(column[:-1], justify="right", no_wrap=True)
+        else:
+            table.add_column(column, overflow="fold")
     return table
 
 
-def _some(names: Sequence[str] | Mapping[str, Any], most: int = 3) -> str:
-    listed = list(names)
-    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

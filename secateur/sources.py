@@ -48,6 +48,17 @@ class SourceModel:
     example_inputs: Any | None
     name: str
 
+    @property
+    def inputs(self) -> Any:
+        """Example inputs.
+
+        Raises:
+            UsageError: If the source tells none.
+        """
+        if self.example_inputs is None:
+            raise UsageError(f"{self.name}: what it takes is not known; give --input SHAPE, e.g. --input 1x3x224x224.")
+        return self.example_inputs
+
 
 def model(spec: str, options: Mapping[str, Any] | None = None, *, pretrained: bool = False) -> SourceModel:
     """Build the model that ``spec`` names.
@@ -122,8 +133,6 @@ def open_model(
         UsageError: If model, weights and inputs can't be found, or don't fit each other.
         CheckpointError: If the file is Secateur's, and damaged or another model's.
     """
-    from secateur import checkpoint
-
     options = dict(options or {})
     if bundle is not None:
         options = {**_fitting(spec, bundle), **options}
@@ -136,6 +145,8 @@ def open_model(
         example = _noise((1, *bundle.input_shape))
     built = found.model
     if weights is not None and weights != PRETRAINED:
+        from secateur import checkpoint
+
         if checkpoint.is_checkpoint(weights):
             built = checkpoint.load(built, weights)
         else:
@@ -295,7 +306,7 @@ def absolute(spec: str) -> str:
 
 def _fitting(spec: str, bundle: DataBundle) -> dict[str, Any]:
     """Options that make a known network take the images and tell the classes of a data set."""
-    kind, _, name = spec.partition(":")
+    kind = spec.partition(":")[0]
     channels, side = bundle.input_shape[0], bundle.input_shape[-1]
     classes = len(bundle.classes)
     if kind == "timm":
