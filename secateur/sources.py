@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import inspect
 import math
-import pickle
 import re
 import sys
 import traceback
@@ -24,11 +23,8 @@ from secateur.errors import DataError, SecateurError, UsageError
 if TYPE_CHECKING:
     from secateur.data import DataBundle
 
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
-"""What data parallelism, compilation and the usual trainers put before every key of a state dict."""
-
-NESTED = ("state_dict", "model_state_dict", "model")
-"""Keys under which training scripts store the state dict among other things."""
+PREFIXES = ("model.", "net.")
+"""What trainers that hold the network as an attribute put before every key of a state dict."""
 
 PRETRAINED = "pretrained"
 """Stands for the weights that torchvision or timm publish."""
@@ -155,17 +151,25 @@ def open_model(
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Fill ``model`` with a plain state dict: a safetensors file, or what ``torch.load(weights_only=True)`` reads.
+    """Fill ``model`` with a plain state dict; see :func:`secateur.checkpoint.load_weights` for what is read.
 
-    A state dict nested under ``state_dict``, ``model_state_dict`` or ``model`` is found, and a prefix that data
-    parallelism, compilation or a trainer put before every key is taken off.
+    A prefix that a trainer's own module put before every key (:data:`PREFIXES`) is taken off.
 
     Raises:
-        UsageError: If the file is missing or unreadable, holds no state dict, or is another model's.
+        UsageError: If there is no such file, or it holds another model's weights; the model is then left as it was.
+        CheckpointError: If the file is damaged, or holds no state dict.
     """
-    path = Path(path)
-    state = _unprefixed(read_state_dict(path), model)
+    from secateur import checkpoint
+
     own = model.state_dict()
+    state = checkpoint.load_weights(path)
+    for prefix in PREFIXES:
+        if all(key.startswith(prefix) for key in state) and not any(key.startswith(prefix) for key in own):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    for wrapper in ("module.", "_orig_mod."):
+        # Reading takes a wrapper's name off; here it is a part of the model's own.
+        if all(key.startswith(wrapper) for key in own) and not any(key.startswith(wrapper) for key in state):
+            state = {wrapper + key: value for key, value in state.items()}
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
     if missing or unexpected:
@@ -180,40 +184,6 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
                 f"{type(model).__name__}; give the file of this very model, or build the model with --model-option."
             )
     model.load_state_dict(state)
-
-
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read a state dict from a file without unpickling anything but tensors.
-
-    Raises:
-        UsageError: If the file is missing, unreadable, or holds no state dict.
-    """
-    import safetensors
-    from safetensors.torch import load_file
-
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file; --weights takes a safetensors file or a state dict saved by torch.")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise UsageError(f"{path}: not a readable safetensors file: {_line(error)}") from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UsageError(
-            f"{path}: holds more than tensors, and Secateur unpickles no foreign objects; "
-            "save the state dict alone: torch.save(model.state_dict(), ...)."
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UsageError(f"{path}: not a file that torch can read: {_line(error)}") from error
-    for key in NESTED:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UsageError(f"{path}: holds no state dict, neither at the top nor under {', '.join(NESTED)}.")
-    return {str(key): value for key, value in content.items()}
 
 
 def data(spec: str, options: Mapping[str, Any] | None = None) -> DataBundle:
@@ -429,19 +399,6 @@ def _guard(spec: str, function: Callable[..., Any], options: dict[str, Any], wha
         raise UsageError(
             f"{spec}: {type(error).__name__} at {last.filename}:{last.lineno}: {_line(error)}{hint}"
         ) from error
-
-
-def _unprefixed(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Take off prefixes that all keys carry, one after another, as long as the model has none of that name."""
-    own = tuple(model.state_dict())
-    changed = True
-    while changed:
-        changed = False
-        for prefix in PREFIXES:
-            if all(k.startswith(prefix) for k in state) and not any(k.startswith(prefix) for k in own):
-                state = {k.removeprefix(prefix): v for k, v in state.items()}
-                changed = True
-    return state
 
 
 def _noise(shape: Iterable[int], dtype: torch.dtype = torch.float32) -> Tensor:
