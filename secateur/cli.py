@@ -1,0 +1,280 @@
+"""The command line: parse, call, print. Every error is one line; 2 is a wrong request, 1 a failed run, 130 Ctrl-C."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from secateur import console, options
+from secateur.errors import DataError, SecateurError, UsageError, VerificationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+app = typer.Typer(
+    name="secateur",
+    help="Make trained PyTorch CNNs smaller by removing redundant filters, and prove that nothing else changed.",
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"secateur {installed('secateur')}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def trace(
+    model: options.ModelArgument = None,
+    model_flag: options.ModelFlag = None,
+    model_option: options.ModelOptions = None,
+    weights: options.Weights = None,
+    input_shape: options.InputShapes = None,
+    as_json: options.Json = False,
+) -> None:
+    """Show which channels of a network can be removed together, and what can't be removed and why."""
+    with _steps(as_json) as steps:
+        import secateur as sc
+        from secateur.sources import open_model
+
+        with steps.step("building the model"):
+            found = open_model(
+                options.one(model, model_flag),
+                options.values("--model-option", model_option),
+                weights,
+                input_shape or (),
+            )
+        with steps.step("tracing"):
+            started = time.perf_counter()
+            graph = sc.trace(found.model, found.inputs)
+            seconds = time.perf_counter() - started
+    if as_json:
+        console.write_json({"model": found.name, "seconds": seconds, **console.graph_values(graph)})
+    else:
+        console.show_graph(graph, found.name, seconds)
+
+
+@app.command()
+def prune(
+    model: options.ModelArgument = None,
+    model_flag: options.ModelFlag = None,
+    model_option: options.ModelOptions = None,
+    weights: options.Weights = None,
+    data: options.Data = None,
+    data_option: options.DataOptions = None,
+    input_shape: options.InputShapes = None,
+    method: Annotated[
+        str, typer.Option(metavar="CRITERION", help="How channels are ranked: l1, l2, fpgm, taylor, corrnet, cshe, …")
+    ] = "l1",
+    method_option: Annotated[
+        list[str] | None,
+        typer.Option("--method-option", metavar="NAME=VALUE", help="Option of the criterion; repeatable."),
+    ] = None,
+    macs: options.Macs = None,
+    params: options.Params = None,
+    channels: options.Channels = None,
+    ratio: options.Ratios = None,
+    skip: options.Skip = None,
+    round_to: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Keep a multiple of N channels in every group that loses any.")
+    ] = 1,
+    min_channels: Annotated[int, typer.Option(metavar="N", min=1, help="Keep at least N channels in every group.")] = 1,
+    max_ratio: Annotated[
+        float, typer.Option(metavar="FRACTION", min=0, max=1, help="Remove at most this fraction of any group.")
+    ] = 1.0,
+    ranking: options.Ranking = "normalized",
+    inexact: Annotated[
+        bool,
+        typer.Option("--inexact", help="Prune also groups whose removal can't equal zeroing (layer norm, softmax)."),
+    ] = False,
+    compensate: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Adjust what stays, before any training: merge, least_squares, recalibrate."),
+    ] = None,
+    batches: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Training batches that criterion and compensation see.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of fresh weights and of the data's order.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write the pruned network here: safetensors, with its plan.", show_default=False
+        ),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Remove the least important channels of a network, once and without training, and verify the result."""
+    with _steps(as_json) as steps:
+        import secateur as sc
+        from secateur import sources
+        from secateur.compensate import compensate as move
+
+        goal = options.target(macs, params, channels)
+        ratios = options.fractions("--ratio", ratio)
+        if not goal and not ratios:
+            raise UsageError("prune: how much? Give --macs, --params or --channels, or --ratio for some layers.")
+        if out is not None:
+            sources.writable(out)
+        bundle = None
+        if data is not None:
+            with steps.step("loading the data"):
+                bundle = sources.data(data, options.values("--data-option", data_option))
+        with steps.step("building the model"):
+            sources.seed(seed)
+            found = sources.open_model(
+                options.one(model, model_flag),
+                options.values("--model-option", model_option),
+                weights,
+                input_shape or (),
+                bundle,
+            )
+        sample = None if bundle is None else sources.sample(bundle, batches, seed)
+        with steps.step("tracing"):
+            graph = sc.trace(found.model, found.inputs)
+        with steps.step(f"scoring by {method}"):
+            given = options.values("--method-option", method_option)
+            scores = sc.score(found.model, graph, method, data=sample, seed=seed, **given)
+        with steps.step("pruning"):
+            plan = sc.plan(
+                graph,
+                scores,
+                sc.Target(**goal) if goal else None,
+                round_to=round_to,
+                min_channels=min_channels,
+                max_ratio=max_ratio,
+                ratios=ratios,
+                skip=skip or (),
+                ranking=ranking,
+                inexact=inexact,
+            )
+            small = sc.apply(found.model, plan)
+        with steps.step("verifying"):
+            check = sc.verify(found.model, small, plan, found.inputs)
+        if not check.exact and not inexact:
+            raise VerificationError(
+                f"{found.name}: the pruned network differs from the original with the removed channels zeroed, by "
+                f"{check.max_error:.1e} of its output ({'; '.join((*check.mismatched, *check.refused)[:2])}); "
+                "nothing was saved. Please report it."
+            )
+        moved = None
+        if compensate is not None:
+            with steps.step(f"compensating by {compensate}"):
+                moved = move(found.model, small, plan, compensate, sample, graph=graph, example_inputs=found.inputs)
+        before, after = ({"macs": sc.macs(graph, p), "parameters": sc.parameters(graph, p)} for p in (None, plan))
+        if bundle is not None:
+            from secateur.training import evaluate
+
+            for network, measured in ((found.model, before), (small, after)):
+                with steps.step("evaluating"):
+                    measured["test"] = evaluate(network, sources.batches(bundle.test))
+        if out is not None:
+            sc.save(small, plan, out)
+            after["file_bytes"] = out.stat().st_size
+    values = {
+        "model": found.name,
+        "method": method,
+        "before": before,
+        "after": after,
+        "widths": {"before": console.graph_widths(graph), "after": console.graph_widths(graph, plan)},
+        "verification": dataclasses.asdict(check),
+        "compensation": None if moved is None else dataclasses.asdict(moved),
+        "file": None if out is None else str(out),
+    }
+    console.write_json(values) if as_json else console.show_pruned(values)
+
+
+@app.command(name="config")
+def config_command(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="Configuration to check and complete.", show_default=False)
+    ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of a configuration file instead.")
+    ] = False,
+) -> None:
+    """Check a run's configuration and print it with every default, as YAML; or print its JSON schema."""
+    from secateur import config
+
+    if schema == (file is not None):
+        raise UsageError("config: give either a FILE to check or --schema.")
+    if file is None:
+        typer.echo(config.schema())
+    else:
+        typer.echo(config.to_yaml(config.load(file)), nl=False)
+
+
+@contextmanager
+def _steps(as_json: bool) -> Iterator[console.Steps]:
+    """Show progress; with ``--json``, keep what the user's own code prints off standard output."""
+    with console.Steps() as steps, redirect_stdout(sys.stderr) if as_json else nullcontext():
+        yield steps
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Words after the program's name; those of the process unless given.
+
+    Returns:
+        The exit status: 0 success, 1 a failed run, 2 a wrong request, 130 interrupted.
+    """
+    debug = bool(os.environ.get("SECATEUR_DEBUG"))
+    try:
+        with warnings.catch_warnings(), console.log_lines():
+            if not debug:
+                # What a dependency has to say to programmers would bury the one line that people need.
+                warnings.simplefilter("ignore")
+            status = app(list(sys.argv[1:] if arguments is None else arguments), "secateur", standalone_mode=False)
+    except typer.TyperException as error:
+        console.error_line(error.format_message())
+        return error.exit_code
+    except (UsageError, DataError) as error:
+        console.error_line(str(error))
+        return 2
+    except SecateurError as error:
+        console.error_line(str(error))
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        status = 130
+    except BrokenPipeError:
+        # The reader of our output has gone; a further write at exit would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        console.error_line(_unforeseen(error))
+        return 1
+    if status == 130:
+        console.error_line("interrupted.")
+    return status if isinstance(status, int) else 0
+
+
+def _unforeseen(error: Exception) -> str:
+    """Say in one line what nobody foresaw, and where: a full disk, memory that is used up, or a fault of ours."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {last.filename}:{last.lineno}: {error} (SECATEUR_DEBUG=1 shows the traceback.)"

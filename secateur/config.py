@@ -1,0 +1,282 @@
+"""A run as a typed YAML file: what ``secateur compress --config run.yaml`` reads, and every run directory keeps."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from secateur.checkpoint import write_atomic
+from secateur.engine import Settings
+from secateur.errors import UsageError
+from secateur.training import TrainingSettings
+
+FILE = "run.yaml"
+"""Name under which a run directory keeps its configuration."""
+
+
+class _Section(BaseModel):
+    # A misspelt key would otherwise leave a default in force that nobody asked for.
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TargetConfig(_Section):
+    """How much to remove, as a fraction of the original; exactly one amount is given."""
+
+    macs: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="Fraction of the MACs to remove.")
+    params: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Fraction of the parameters to remove."
+    )
+    channels: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Fraction of the removable channels to remove."
+    )
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> TargetConfig:
+        given = list(self.model_dump(exclude_none=True))
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of macs, params and channels; found {', '.join(given) or 'none'}")
+        return self
+
+
+@dataclass(frozen=True)
+class Baseline(TrainingSettings):
+    """How the network is trained before it is compressed, where no weights are given."""
+
+    epochs: int = 10
+    """Passes over the training data."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """What the learning rate follows over the training."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that can't be trained with."""
+        super().__post_init__()
+        if self.epochs < 1:
+            raise UsageError(f"epochs: must be at least 1, found {self.epochs}.")
+
+
+if TYPE_CHECKING:
+    CheckedSettings = Settings
+    CheckedBaseline = Baseline
+else:
+    # The engine's own dataclasses, with every value checked and converted: YAML takes 1e-3 for a word.
+    _STRICT = ConfigDict(extra="forbid")
+    CheckedSettings = pydantic_dataclass(Settings, config=_STRICT, frozen=True)
+    CheckedBaseline = pydantic_dataclass(Baseline, config=_STRICT, frozen=True)
+
+
+class RunConfig(_Section):
+    """Everything that defines a compression run."""
+
+    model: str = Field(
+        description="lenet5, vgg16, resnet20, resnet56, resnet110; torchvision:NAME; timm:NAME; "
+        "path/to/file.py:FUNCTION; or package.module:FUNCTION."
+    )
+    model_options: dict[str, Any] = Field(
+        default_factory=dict, description="Keyword arguments of the model's function, e.g. num_classes."
+    )
+    weights: str | None = Field(
+        None,
+        description="Trained weights: a safetensors file or a state dict saved by torch, or 'pretrained' for those "
+        "that torchvision or timm publish. Without weights the baseline is trained first.",
+    )
+    data: str = Field(
+        description="digits; mnist:ROOT, cifar10:ROOT, imagefolder:ROOT; path/to/file.py:FUNCTION; "
+        "or package.module:FUNCTION."
+    )
+    data_options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the data's loader.")
+    input: tuple[str, ...] = Field(
+        (), description="Shapes of the model's inputs, e.g. 1x3x224x224; taken from the data unless given."
+    )
+    method: str = Field("cfp", description="Compression method.")
+    settings: CheckedSettings = Field(
+        default_factory=lambda: CheckedSettings(), description="Episodes, optimisation and training of the method."
+    )
+    tolerance: float = Field(
+        0.5, ge=0, description="Loss that is accepted, in points of the metric on the validation set."
+    )
+    target: TargetConfig | None = Field(None, description="Where to stop; without a target, where the tolerance ends.")
+    baseline: CheckedBaseline = Field(
+        default_factory=lambda: CheckedBaseline(), description="Training before compression, where no weights are given."
+    )
+    batch_size: int = Field(128, ge=1, description="Images a training step.")
+    seed: int = Field(0, ge=0, description="Seed of weights, data order and every other draw.")
+    run_dir: str | None = Field(None, description="Folder of the run's files; runs/MODEL-METHOD unless given.")
+
+
+    @field_validator("settings", mode="before")
+    @classmethod
+    def _lone_values(cls, value: Any) -> Any:
+        """Take a lone value where a list is meant: ``skip: conv1``, ``widths: {conv1: 4}``."""
+        if not isinstance(value, Mapping):
+            return value
+        lists = {f.name for f in fields(Settings) if str(f.type).startswith("tuple[")}
+        return {k: [v] if k in lists and not isinstance(v, (list, tuple)) else v for k, v in value.items()}
+
+
+def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read a configuration from a YAML file.
+
+    Args:
+        path: YAML file.
+        overrides: Values that go before those of the file; a mapping is merged into the file's mapping.
+
+    Raises:
+        UsageError: If the file is missing or no YAML, a key is unknown or doubled, or a value is out of range; the
+            message says in which line.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        _refuse_doubled(tree, path)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else f"{path}"
+        raise UsageError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: a configuration is a mapping such as 'model: lenet5', found {_kind(values)}.")
+    try:
+        return RunConfig.model_validate(_merge(values, overrides or {}))
+    except ValidationError as error:
+        raise UsageError(explain(error, str(path), tree)) from error
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def build(values: Mapping[str, Any]) -> RunConfig:
+    """Make a configuration of values that come from the command line.
+
+    Raises:
+        UsageError: If a key is unknown, one is missing, or a value is out of range.
+    """
+    try:
+        return RunConfig.model_validate(dict(values))
+    except ValidationError as error:
+        raise UsageError(explain(error, "")) from error
+
+
+def save(config: RunConfig, path: str | Path) -> None:
+    """Write a configuration as YAML that :func:`load` reads back to an equal one, whole or not at all."""
+    write_atomic(path, to_yaml(config).encode())
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Return a configuration as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
+
+
+def schema() -> str:
+    """Return the JSON schema of a configuration file, for editors that complete and check YAML."""
+    values = {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunConfig.model_json_schema()}
+    for section, made in (("Settings", Settings), ("Baseline", Baseline), ("Baseline", TrainingSettings)):
+        for name, text in _attribute_docstrings(made).items():
+            values["$defs"][section]["properties"][name].setdefault("description", text)
+    return json.dumps(values, indent=2, ensure_ascii=False)
+
+
+def explain(error: ValidationError, place: str, tree: yaml.Node | None = None) -> str:
+    """Put pydantic's first finding in one line: where, what was found, and what to do.
+
+    Args:
+        error: What validation raised.
+        place: File that the values come from; empty for the command line.
+        tree: The file's YAML nodes, for line numbers.
+    """
+    unknown = ("extra_forbidden", "unexpected_keyword_argument")
+    # An unknown key often explains the missing one, so it is told first.
+    findings = sorted(error.errors(), key=lambda e: e["type"] not in unknown)
+    first = findings[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    line = _line_of(tree, location)
+    where = (f"{place}:{line}: " if line else f"{place}: ") if place else ""
+    if first["type"] in unknown:
+        known = _keys(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        advice = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}."
+        text = f"{key}: no such key; {advice}"
+    elif first["type"] == "missing":
+        text = f"{key}: missing; " + (f"add '{key}: …'." if place else f"give --{key} or a --config file that has it.")
+    elif first["type"] == "value_error":
+        text = f"{key}: {first['ctx']['error']}."
+    else:
+        message = first["msg"].removeprefix("Input ")
+        text = f"{key}: {message[0].lower()}{message[1:]}, found {first['input']!r}."
+    more = len({finding["loc"][:2] for finding in findings}) - 1
+    return f"{where}{text}" + (f" ({more} more like this.)" if more else "")
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _keys(location: list[str]) -> list[str]:
+    """Names of the keys that a place in a configuration knows."""
+    section: Any = {"settings": Settings, "baseline": Baseline, "target": TargetConfig}.get("".join(location[:1]), RunConfig)
+    return [f.name for f in fields(section)] if is_dataclass(section) else list(section.model_fields)
+
+
+def _attribute_docstrings(made: type) -> dict[str, str]:
+    """Return the text that stands under each field of a dataclass."""
+    (body,) = ast.parse(inspect.cleandoc(inspect.getsource(made))).body
+    assert isinstance(body, ast.ClassDef)
+    return {
+        field.target.id: " ".join(inspect.cleandoc(text.value.value).split())
+        for field, text in itertools.pairwise(body.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
+
+
+def _line_of(tree: yaml.Node | None, location: list[str]) -> int | None:
+    """Line, counted from 1, of the key at ``location``, or of the last mapping on the way to it."""
+    line = None
+    for part in location:
+        if not isinstance(tree, yaml.MappingNode):
+            break
+        found = next(((k, v) for k, v in tree.value if k.value == part), None)
+        if found is None:
+            break
+        line, tree = found[0].start_mark.line + 1, found[1]
+    return line
+
+
+def _refuse_doubled(node: yaml.Node | None, path: Path) -> None:
+    """Refuse a key that stands twice in one mapping: YAML readers keep the last and say nothing."""
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in seen:
+                raise UsageError(f"{path}:{line}: {name}: already given in line {seen[name]}; remove one.")
+            seen[name] = line
+            _refuse_doubled(value, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_doubled(value, path)
+
+
+def _kind(value: object) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"

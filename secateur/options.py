@@ -1,0 +1,166 @@
+"""The options that commands share, and how their words become values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import typer
+import yaml
+
+from secateur.errors import UsageError
+
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="lenet5, vgg16, resnet20, resnet56, resnet110; torchvision:NAME; timm:NAME; path/to/file.py:FUNCTION; "
+        "package.module:FUNCTION.",
+        show_default=False,
+    ),
+]
+ModelFlag = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="The same as the argument MODEL.")]
+ModelOptions = Annotated[
+    list[str] | None,
+    typer.Option("--model-option", metavar="NAME=VALUE", help="Argument of the model's function; repeatable."),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Trained weights: a file that Secateur saved, a safetensors file or a state dict saved by torch; or "
+        "'pretrained' for what torchvision or timm publish.",
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DATA",
+        help="digits; mnist:ROOT, cifar10:ROOT, imagefolder:ROOT; path/to/file.py:FUNCTION; package.module:FUNCTION.",
+    ),
+]
+DataOptions = Annotated[
+    list[str] | None,
+    typer.Option("--data-option", metavar="NAME=VALUE", help="Argument of the data's loader; repeatable."),
+]
+InputShapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="SHAPE",
+        help="Shape of the model's input with its batch, e.g. 1x3x224x224; NAME=SHAPE for a keyword argument, "
+        "SHAPE:long for integers; repeatable. Taken from the data or the model's source unless given.",
+    ),
+]
+Macs = Annotated[float | None, typer.Option(metavar="FRACTION", help="Fraction of the MACs to remove, in (0, 1).")]
+Params = Annotated[
+    float | None, typer.Option(metavar="FRACTION", help="Fraction of the parameters to remove, in (0, 1).")
+]
+Channels = Annotated[
+    float | None, typer.Option(metavar="FRACTION", help="Fraction of the prunable channels to remove, in (0, 1).")
+]
+Ratios = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ratio",
+        metavar="PATTERN=FRACTION",
+        help="Fraction of channels to remove from every group that a pattern names, whatever the target; repeatable.",
+    ),
+]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Leave alone what a pattern names: a module, with wildcards, or the class of a layer; repeatable.",
+    ),
+]
+Ranking = Annotated[
+    Literal["normalized", "global", "uniform"],
+    typer.Option(
+        help="normalized: rank all channels together, scores divided by their group's mean; global: scores as they "
+        "are; uniform: the same fraction from every group."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to standard output, and nothing else.")]
+
+
+def one(argument: str | None, flag: str | None) -> str:
+    """Return the model, which may be given as an argument or as ``--model``.
+
+    Raises:
+        UsageError: If it is given twice or not at all.
+    """
+    if argument is not None and flag is not None:
+        raise UsageError(f"MODEL is given twice: {argument} and --model {flag}; give one.")
+    given = argument or flag
+    if not given:
+        raise UsageError("MODEL is missing; name one, e.g. lenet5 or torchvision:resnet18 (--help lists the forms).")
+    return given
+
+
+def values(option: str, texts: Sequence[str] | None) -> dict[str, Any]:
+    """Read ``NAME=VALUE`` texts; a value is written as in YAML.
+
+    Args:
+        option: Name of the command-line option, for messages.
+        texts: What was given.
+
+    Raises:
+        UsageError: If a text has no ``=``, its value is no YAML, or a name is given twice.
+
+    Example:
+        >>> values("--set", ["lr=1e-3", "widths=[4, 5]", "merge=true", "name=a=b"])
+        {'lr': 0.001, 'widths': [4, 5], 'merge': True, 'name': 'a=b'}
+    """
+    read: dict[str, Any] = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise UsageError(f"{option} {text}: write NAME=VALUE.")
+        if name in read:
+            raise UsageError(f"{option} {name}: given twice; give one value.")
+        try:
+            read[name] = _scalar(yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise UsageError(f"{option} {text}: the value can't be read; write it as in YAML, e.g. [4, 5].") from None
+    return read
+
+
+def _scalar(value: Any) -> Any:
+    # YAML 1.1 takes 1e-3, without a dot, for a word.
+    if isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            return value
+        return number if math.isfinite(number) else value
+    return value
+
+
+def fractions(option: str, texts: Sequence[str] | None) -> dict[str, float]:
+    """Read ``PATTERN=FRACTION`` texts.
+
+    Raises:
+        UsageError: If a text is not of that form.
+    """
+    read = values(option, texts)
+    for pattern, value in read.items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
+            raise UsageError(f"{option} {pattern}={value}: write PATTERN=FRACTION with a fraction in [0, 1).")
+    return read
+
+
+def target(macs: float | None, params: float | None, channels: float | None) -> dict[str, float]:
+    """Collect the target that ``--macs``, ``--params`` or ``--channels`` gives; empty if none does.
+
+    Raises:
+        UsageError: If more than one is given, or a fraction is not between 0 and 1.
+    """
+    given = {k: v for k, v in (("macs", macs), ("params", params), ("channels", channels)) if v is not None}
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(f'--{name}' for name in given)} contradict each other; give one.")
+    for name, value in given.items():
+        if not 0 < value < 1:
+            raise UsageError(f"--{name} {value:g}: is the fraction to remove, above 0 and below 1.")
+    return given

@@ -1,0 +1,422 @@
+"""Find the model, the weights and the data that a run names in one word: ``torchvision:resnet18``, ``net.py:build``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import math
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import DataError, SecateurError, UsageError
+
+if TYPE_CHECKING:
+    from secateur.data import DataBundle
+
+PREFIXES = ("model.", "net.")
+"""What trainers that hold the network as an attribute put before every key of a state dict."""
+
+PRETRAINED = "pretrained"
+"""Stands for the weights that torchvision or timm publish."""
+
+CIFAR_SIDE = 32
+"""Height and width of the images that a network of :data:`secateur.models.MODELS` takes unless it names another."""
+
+_SHAPE = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
+DTYPES = {"float": torch.float32, "long": torch.int64, "int": torch.int32, "bool": torch.bool, "uint8": torch.uint8}
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """A model, and the inputs to run it on where its source knows them."""
+
+    model: nn.Module
+    example_inputs: Any | None
+    name: str
+
+    @property
+    def inputs(self) -> Any:
+        """Example inputs.
+
+        Raises:
+            UsageError: If the source tells none.
+        """
+        if self.example_inputs is None:
+            raise UsageError(f"{self.name}: what it takes is not known; give --input SHAPE, e.g. --input 1x3x224x224.")
+        return self.example_inputs
+
+
+def model(spec: str, options: Mapping[str, Any] | None = None, *, pretrained: bool = False) -> SourceModel:
+    """Build the model that ``spec`` names.
+
+    Args:
+        spec: ``lenet5`` or another of :data:`secateur.models.MODELS`; ``torchvision:NAME``; ``timm:NAME``;
+            ``path/to/file.py:FUNCTION``; ``package.module:FUNCTION``. A function (or class) is called with
+            ``options`` and returns the model, or the model and its example inputs.
+        options: Keyword arguments of the function, e.g. ``{"num_classes": 10}``.
+        pretrained: Take the weights that torchvision or timm publish; may download.
+
+    Returns:
+        The model in train mode as its source left it, with example inputs where the source tells them.
+
+    Raises:
+        UsageError: If there is no such source, or it fails, or it returns no model.
+    """
+    options = dict(options or {})
+    kind, _, name = spec.partition(":")
+    if kind == "torchvision":
+        return _torchvision(name, options, pretrained)
+    if kind == "timm":
+        return _timm(name, options, pretrained)
+    if pretrained:
+        raise UsageError(f"--weights pretrained: {spec} has no published weights; name a file instead.")
+    if ":" in spec:
+        built = _call(spec, options, "model")
+        if isinstance(built, tuple) and len(built) == 2:
+            built, inputs = built
+        else:
+            inputs = None
+        if not isinstance(built, nn.Module):
+            raise UsageError(
+                f"{spec}: returned {type(built).__name__}; a model source returns a torch.nn.Module, "
+                "or a pair of it and its example inputs."
+            )
+        return SourceModel(built, inputs, spec)
+    from secateur.models import MODELS
+
+    if spec not in MODELS:
+        raise UsageError(
+            f"{spec}: no such model{_suggest(spec, MODELS)} Known are {', '.join(sorted(MODELS))}; others are named "
+            "torchvision:NAME, timm:NAME, path/to/file.py:FUNCTION or package.module:FUNCTION."
+        )
+    factory = MODELS[spec]
+    built = _guard(spec, factory, options, "model")
+    sizes = {name: p.default for name, p in inspect.signature(factory).parameters.items()} | options
+    side = sizes.get("in_size", CIFAR_SIDE)
+    return SourceModel(built, _noise((1, sizes["in_channels"], side, side)), spec)
+
+
+def open_model(
+    spec: str,
+    options: Mapping[str, Any] | None = None,
+    weights: str | None = None,
+    shapes: Iterable[str] = (),
+    bundle: DataBundle | None = None,
+) -> SourceModel:
+    """Build a model, fitted to its data, and fill it with its weights.
+
+    Args:
+        spec: As in :func:`model`.
+        options: As in :func:`model`; what they leave open of classes, channels and image size follows ``bundle``.
+        weights: File that :func:`secateur.save` or :func:`load_weights` knows; ``pretrained``; or None for fresh ones.
+        shapes: As in :func:`inputs`; without any, example inputs come from the data, else from the model's source.
+        bundle: The data that the model is to run on.
+
+    Returns:
+        The model, in eval mode, pruned if the file holds a pruned one, and its example inputs.
+
+    Raises:
+        UsageError: If model, weights and inputs can't be found, or don't fit each other.
+        CheckpointError: If the file is Secateur's, and damaged or another model's.
+    """
+    options = dict(options or {})
+    if bundle is not None:
+        options = {**_fitting(spec, bundle), **options}
+    found = model(spec, options, pretrained=weights == PRETRAINED)
+    shapes = list(shapes)
+    example = found.example_inputs
+    if shapes:
+        example = inputs(shapes)
+    elif bundle is not None:
+        example = _noise((1, *bundle.input_shape))
+    built = found.model
+    if weights is not None and weights != PRETRAINED:
+        from secateur import checkpoint
+
+        if checkpoint.is_checkpoint(weights):
+            built = checkpoint.load(built, weights)
+        else:
+            load_weights(built, weights)
+    return SourceModel(built.eval(), example, found.name)
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Fill ``model`` with a plain state dict; see :func:`secateur.checkpoint.load_weights` for what is read.
+
+    A prefix that a trainer's own module put before every key (:data:`PREFIXES`) is taken off.
+
+    Raises:
+        UsageError: If there is no such file, or it holds another model's weights; the model is then left as it was.
+        CheckpointError: If the file is damaged, or holds no state dict.
+    """
+    from secateur import checkpoint
+
+    own = model.state_dict()
+    state = checkpoint.load_weights(path)
+    for prefix in PREFIXES:
+        if all(key.startswith(prefix) for key in state) and not any(key.startswith(prefix) for key in own):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    for wrapper in ("module.", "_orig_mod."):
+        # Reading takes a wrapper's name off; here it is a part of the model's own.
+        if all(key.startswith(wrapper) for key in own) and not any(key.startswith(wrapper) for key in state):
+            state = {wrapper + key: value for key, value in state.items()}
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    if missing or unexpected:
+        raise UsageError(
+            f"{path}: not the weights of this {type(model).__name__}: "
+            f"{_count(missing, 'missing')}, {_count(unexpected, 'unexpected')}."
+        )
+    for key, value in state.items():
+        if value.shape != own[key].shape:
+            raise UsageError(
+                f"{path}: {key} has shape {tuple(value.shape)} in the file and {tuple(own[key].shape)} in "
+                f"{type(model).__name__}; give the file of this very model, or build the model with --model-option."
+            )
+    model.load_state_dict(state)
+
+
+def data(spec: str, options: Mapping[str, Any] | None = None) -> DataBundle:
+    """Load the data sets that ``spec`` names.
+
+    Args:
+        spec: ``digits``; ``mnist:ROOT``, ``cifar10:ROOT`` or ``imagefolder:ROOT``; or ``path/to/file.py:FUNCTION``
+            or ``package.module:FUNCTION``, which is called with ``options`` and returns a
+            :class:`secateur.data.DataBundle`.
+        options: Keyword arguments of the loader, e.g. ``{"image_size": 224}``.
+
+    Raises:
+        UsageError: If there is no such source, or the function fails or returns something else.
+        DataError: If the data is missing or unreadable.
+    """
+    from secateur.data import DATASETS, DataBundle, load
+
+    options = dict(options or {})
+    kind = spec.partition(":")[0]
+    if kind in DATASETS:
+        bundle = _guard(spec, load, {"name": spec, **options}, "data")
+    elif ":" in spec:
+        bundle = _call(spec, options, "data")
+    else:
+        raise UsageError(
+            f"{spec}: no such data{_suggest(kind, DATASETS)} Known are {', '.join(sorted(DATASETS))}; others are named "
+            "path/to/file.py:FUNCTION or package.module:FUNCTION."
+        )
+    if not isinstance(bundle, DataBundle):
+        raise UsageError(f"{spec}: returned {type(bundle).__name__}; a data source returns a secateur.data.DataBundle.")
+    for part in ("train", "validation", "test"):
+        if len(getattr(bundle, part)) == 0:
+            raise DataError(f"{spec}: the {part} set is empty; nothing can be measured on it.")
+    return bundle
+
+
+def inputs(shapes: Iterable[str]) -> Any:
+    """Make example inputs of the shapes that ``--input`` gives.
+
+    One shape gives a tensor, several a tuple of positional arguments, named ones a dict of keyword arguments.
+
+    Args:
+        shapes: Texts such as ``1x3x224x224``, ``ids=1x16:long``; the type is ``float`` unless given.
+
+    Raises:
+        UsageError: If a text is no shape, or only some of several are named.
+
+    Example:
+        >>> inputs(["1x3x8x8"]).shape
+        torch.Size([1, 3, 8, 8])
+        >>> sorted(inputs(["image=2x1x8x8", "mask=2x8:bool"]))
+        ['image', 'mask']
+    """
+    shapes = list(shapes)
+    made: list[tuple[str | None, Tensor]] = []
+    for text in shapes:
+        match = _SHAPE.fullmatch(text)
+        dtype = match and DTYPES.get(match["dtype"] or "float")
+        size = [int(n) for n in match["shape"].split("x")] if match else []
+        if not match or dtype is None or 0 in size:
+            raise UsageError(
+                f"--input {text}: not a shape; write 1x3x224x224, NAME=1x3x224x224 or NAME=1x16:long "
+                f"(types: {', '.join(DTYPES)})."
+            )
+        made.append((match["name"], _noise(size, dtype)))
+    names = [name for name, _ in made]
+    if any(names) and not all(names):
+        raise UsageError(f"--input {' --input '.join(shapes)}: name all inputs or none.")
+    if any(names):
+        return {cast(str, name): value for name, value in made}
+    return made[0][1] if len(made) == 1 else tuple(value for _, value in made)
+
+
+def absolute(spec: str) -> str:
+    """Make the path inside a model, weights or data spec absolute, so that it holds from any folder.
+
+    Example:
+        >>> absolute("torchvision:resnet18")
+        'torchvision:resnet18'
+        >>> absolute("mnist:data") == f"mnist:{Path('data').absolute()}"
+        True
+    """
+    head, colon, tail = spec.partition(":")
+    if head in ("mnist", "cifar10", "imagefolder"):
+        return f"{head}:{Path(tail).expanduser().absolute()}"
+    if head.endswith(".py"):
+        return f"{Path(head).expanduser().absolute()}{colon}{tail}"
+    return spec
+
+
+def _fitting(spec: str, bundle: DataBundle) -> dict[str, Any]:
+    """Options that make a known network take the images and tell the classes of a data set."""
+    kind = spec.partition(":")[0]
+    channels, side = bundle.input_shape[0], bundle.input_shape[-1]
+    classes = len(bundle.classes)
+    if kind == "timm":
+        return {"num_classes": classes, "in_chans": channels}
+    if kind == "torchvision":
+        return {"num_classes": classes}
+    from secateur.models import MODELS
+
+    wanted = {"num_classes": classes, "in_channels": channels, "in_size": side}
+    known = inspect.signature(MODELS[spec]).parameters if spec in MODELS else {}
+    return {key: value for key, value in wanted.items() if key in known}
+
+
+def _torchvision(name: str, options: dict[str, Any], pretrained: bool) -> SourceModel:
+    import torchvision
+
+    registry = torchvision.models
+    if name not in registry.list_models():
+        raise UsageError(f"torchvision:{name}: no such model{_suggest(name, registry.list_models())}")
+    builder = registry.get_model_builder(name)
+    # A detector or segmenter would otherwise download weights for its backbone.
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        options.setdefault("weights_backbone", None)
+    built = _guard(f"torchvision:{name}", builder, {"weights": None, **options}, "model")
+    if pretrained:
+        published = registry.get_model_weights(name)
+        try:
+            entry = published["DEFAULT"]
+        except KeyError:
+            raise UsageError(f"torchvision:{name}: no weights are published for this model.") from None
+        try:
+            state = torch.hub.load_state_dict_from_url(
+                entry.url, map_location="cpu", check_hash=True, weights_only=True, progress=sys.stderr.isatty()
+            )
+        except OSError as error:
+            raise UsageError(f"torchvision:{name}: the published weights can't be fetched: {_line(error)}") from error
+        try:
+            built.load_state_dict(state)
+        except RuntimeError as error:
+            raise UsageError(
+                f"torchvision:{name}: the published weights don't fit the model that --model-option makes: "
+                f"{_line(error)}"
+            ) from error
+    module = builder.__module__
+    shape: tuple[int, ...] = (1, 3, 224, 224)
+    if ".video" in module:
+        shape = (1, 3, 16, 224, 224) if "mvit" in name or "swin" in name else (1, 3, 16, 112, 112)
+    elif name == "inception_v3":
+        shape = (1, 3, 299, 299)
+    if ".detection" in module:
+        # Detectors take a list of images, one positional argument.
+        return SourceModel(built, ([_noise((3, 320, 320))],), f"torchvision:{name}")
+    return SourceModel(built, _noise(shape), f"torchvision:{name}")
+
+
+def _timm(name: str, options: dict[str, Any], pretrained: bool) -> SourceModel:
+    try:
+        import timm
+    except ImportError:
+        raise UsageError(f"timm:{name}: timm is not installed; pip install 'secateur[timm]'.") from None
+    if not timm.is_model(name):
+        raise UsageError(f"timm:{name}: no such model{_suggest(name, timm.list_models())}")
+    built = _guard(
+        f"timm:{name}", timm.create_model, {"model_name": name, "pretrained": pretrained, **options}, "model"
+    )
+    shape = built.default_cfg["input_size"]
+    return SourceModel(built, _noise((1, *shape)), f"timm:{name}")
+
+
+def _call(spec: str, options: dict[str, Any], what: str) -> Any:
+    """Import the function that ``path/to/file.py:FUNCTION`` or ``package.module:FUNCTION`` names, and call it."""
+    place, _, name = spec.rpartition(":")
+    if place.endswith(".py"):
+        path = Path(place).expanduser()
+        if not path.is_file():
+            raise UsageError(f"{spec}: no such file: {path}")
+        module = _guard(spec, lambda: _import_file(path), {}, what)
+    else:
+        try:
+            found = importlib.util.find_spec(place)
+        except (ImportError, ValueError):
+            found = None
+        if found is None:
+            raise UsageError(f"{spec}: no module {place!r} to import; name it by its path, path/to/file.py:{name}.")
+        module = _guard(spec, importlib.import_module, {"name": place}, what)
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        raise UsageError(f"{spec}: {place} has no function {name!r}{_suggest(name, known)}")
+    return _guard(spec, function, options, what)
+
+
+def _import_file(path: Path) -> Any:
+    """Import a Python file under its own name; files beside it can be imported from it, as if it were run."""
+    folder = str(path.parent.absolute())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    name = f"secateur_source_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    # Registered before it runs: dataclasses and pickling look the module up by name.
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _guard(spec: str, function: Callable[..., Any], options: dict[str, Any], what: str) -> Any:
+    """Call what the user names, and say where it fails: it is any code, so it may raise anything."""
+    try:
+        return function(**options)
+    except SecateurError:
+        raise
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        hint = ""
+        if isinstance(error, TypeError) and "argument" in str(error):
+            hint = f" Arguments are given as --{what}-option NAME=VALUE."
+        raise UsageError(
+            f"{spec}: {type(error).__name__} at {last.filename}:{last.lineno}: {_line(error)}{hint}"
+        ) from error
+
+
+def _noise(shape: Iterable[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Seeded noise, so that two runs trace and verify on the same input; the global generator stays untouched."""
+    shape = tuple(shape)
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(math.prod(shape)), dtype=dtype)
+    return torch.zeros(shape, dtype=dtype)
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else "."
+
+
+def _count(keys: list[str], word: str) -> str:
+    return f"{len(keys)} {word}" + (f" ({keys[0]}{', …' if len(keys) > 1 else ''})" if keys else "")
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
