@@ -1,0 +1,201 @@
+"""Compress a network and keep a record of it: the loop in a run directory, from which a killed run goes on."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.engine.loop import Engine, Event, Progress
+from secateur.engine.pairing import CorrelationRegulariser, largest_correlations
+from secateur.engine.result import CompressResult, summarise
+from secateur.engine.rundir import RunDirectory
+from secateur.engine.settings import Settings
+from secateur.engine.state import State
+from secateur.errors import RunError, UsageError
+from secateur.planning import Target
+from secateur.training import Batches, Loss, Metric
+
+__all__ = [
+    "CompressResult",
+    "CorrelationRegulariser",
+    "Engine",
+    "Event",
+    "RunDirectory",
+    "Settings",
+    "State",
+    "compress",
+    "largest_correlations",
+    "resume",
+]
+
+
+def compress(
+    model: nn.Module,
+    method: Any = "cfp",
+    *,
+    train: Batches,
+    validation: Batches,
+    test: Batches | None = None,
+    example_inputs: Any = None,
+    tolerance: float = 0.5,
+    target: Target | None = None,
+    run_dir: str | Path | None = None,
+    seed: int = 0,
+    loss: Loss | None = None,
+    metric: Metric | Any = None,
+    progress: Progress | None = None,
+    describe: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> CompressResult:
+    """Prune and fine-tune a trained network round by round, as long as its accuracy allows or to a target.
+
+    With ``method="cfp"`` each round is an episode of Singh et al. 2020: select the most correlated filter pairs of every
+    layer, train them towards |ρ| = 1, drop one filter of each pair, fine-tune, and accept the result if the metric on
+    the validation data has recovered to within ``tolerance`` of the unpruned network's; otherwise go back. Phase 1 prunes
+    all layers at once; phase 2 layer after layer. Any other method is a criterion: each round the lowest-scoring
+    channels of every group go.
+
+    Args:
+        model: The trained network; it is copied, never changed.
+        method: ``cfp``, the name of a criterion, or a criterion.
+        train: Training batches ``(inputs, target)``, walked through once an epoch.
+        validation: Held-out batches of the training data; every decision is taken on them.
+        test: Test batches. Only ever reported, of the last epoch.
+        example_inputs: A tensor, a tuple or a dict to trace the network on; the first validation example when None.
+        tolerance: Points (hundredths) of the metric that may be lost on the validation data. Unused with a target.
+        target: Stop when this fraction is removed, whatever the metric; ``widths`` among the settings does the same
+            for given widths.
+        run_dir: Folder for the run's files: its configuration, history, result, models, and the state from which
+            :func:`resume` goes on. Nothing is written when None.
+        seed: Seed of everything that is drawn.
+        loss: ``loss(output, target)``; cross entropy when None.
+        metric: None for accuracy; a ``torchmetrics.Metric``; or ``metric(model, batches) -> float``, higher is better.
+        progress: Called with an :class:`Event` at each stage, batch and episode.
+        describe: JSON values that go into ``config.json``, e.g. names of the model and the data.
+        **settings: Fields of :class:`Settings`.
+
+    Returns:
+        The pruned network with its plan (for the unpruned one), the history and the report.
+
+    Raises:
+        UsageError: If a setting is unknown or out of range, or ``run_dir`` holds another run.
+        RunError: If the loss is not finite, the target is out of reach, or ``run_dir`` is in use.
+        DataError: If data are empty or no pairs of inputs and targets.
+        TraceError: If the network can't be run on the example inputs.
+    """
+    chosen = Settings.of(settings)
+    engine = Engine(
+        model, method, train=train, validation=validation, test=test, example_inputs=example_inputs, tolerance=tolerance,
+        target=target, seed=seed, settings=chosen, loss=loss, metric=metric, progress=progress,
+    )  # fmt: skip
+    if run_dir is None:
+        return _run(engine, engine.init(), None)
+    main = engine.runtime.is_main_process
+    with RunDirectory(run_dir, write=main) as directory:
+        if directory.started:
+            raise UsageError(f"{directory.path}: holds a run already; resume it, or choose another run directory.")
+        state = engine.init()
+        directory.begin(engine.original, _configuration(engine, describe))
+        directory.store(state)
+        return _run(engine, state, directory)
+
+
+def resume(
+    run_dir: str | Path,
+    model: nn.Module,
+    *,
+    train: Batches,
+    validation: Batches,
+    test: Batches | None = None,
+    example_inputs: Any = None,
+    method: Any = None,
+    loss: Loss | None = None,
+    metric: Metric | Any = None,
+    progress: Progress | None = None,
+) -> CompressResult:
+    """Go on with a run that was killed, from its last whole step; the data must be those it began with.
+
+    Args:
+        run_dir: The folder given to :func:`compress`.
+        model: The unpruned model, freshly built; its weights are read from the folder.
+        train: As in :func:`compress`.
+        validation: As in :func:`compress`.
+        test: As in :func:`compress`.
+        example_inputs: As in :func:`compress`.
+        method: The criterion, where it is no name; read from the folder when None.
+        loss: As in :func:`compress`.
+        metric: As in :func:`compress`.
+        progress: As in :func:`compress`.
+
+    Returns:
+        What the uninterrupted run returns; on a CPU, with the same seed and threads, in the same bits.
+
+    Raises:
+        UsageError: If there is no run in the folder.
+        RunError: If another process is running it.
+        CheckpointError: If a file is damaged, or the model is another.
+    """
+    with RunDirectory(run_dir) as directory:
+        if not directory.started:
+            raise UsageError(f"{directory.path}: holds no run to resume; compress writes one.")
+        config = directory.configuration()
+        original = directory.baseline(model)
+        target = config["target"]
+        engine = Engine(
+            original, method or config["method"], train=train, validation=validation, test=test,
+            example_inputs=example_inputs, tolerance=config["tolerance"], target=None if target is None else Target(**target),
+            seed=config["seed"], settings=Settings.of(config["settings"]), loss=loss, metric=metric, progress=progress,
+        )  # fmt: skip
+        stored, tensors = directory.restore()
+        return _run(engine, engine.resume(stored, tensors), directory)
+
+
+def _run(engine: Engine, state: State, directory: RunDirectory | None) -> CompressResult:
+    if directory is not None:
+        directory.write_history(state)
+    while not engine.finished(state):
+        rounds, goals = len(state.history), len(state.milestones)
+        state = engine.step(state)
+        if directory is not None:
+            directory.store(state)
+            if len(state.history) > rounds:
+                directory.write_history(state)
+            if len(state.milestones) > goals:
+                directory.write_milestone(state, engine.plan(state.removed))
+    result = summarise(engine, state, directory)
+    if directory is not None:
+        directory.finish(result)
+    return result
+
+
+def _configuration(engine: Engine, describe: Mapping[str, Any] | None) -> dict[str, Any]:
+    target = engine.target
+    if not isinstance(engine.method, str) and not hasattr(engine.method, "name") and not callable(engine.method):
+        raise UsageError(f"method: is a name or a criterion, found {type(engine.method).__name__}.")
+    method = engine.method if isinstance(engine.method, str) else getattr(engine.method, "name", None) or engine.method.__name__
+    versions = {}
+    for package in ("secateur", "torch", "torchvision", "accelerate", "torchmetrics"):
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {
+        "method": method,
+        "model": f"{type(engine.original).__module__}.{type(engine.original).__qualname__}",
+        "tolerance": engine.tolerance,
+        "target": None if target is None else {target.what: target.fraction},
+        "seed": engine.seed,
+        "settings": engine.settings.plain(),
+        "versions": versions,
+        "machine": {
+            "system": platform.platform(), "processor": platform.processor() or platform.machine(),
+            "python": platform.python_version(), "threads": torch.get_num_threads(), "device": str(engine.runtime.device),
+            "processes": engine.runtime.num_processes,
+        },
+        **dict(describe or {}),
+    }  # fmt: skip

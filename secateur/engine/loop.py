@@ -1,0 +1,596 @@
+"""The prune-and-fine-tune loop as init, step and finished over an explicit state.
+
+A step is at most one epoch of training, and the state between two steps can be stored and taken up again: a run killed
+anywhere goes on from its last whole step and, on a CPU with the same seed, ends in the same bits.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from secateur import cost, observe, training
+from secateur.criteria import singh2020cfp as cfp
+from secateur.engine import pairing
+from secateur.engine.settings import Settings
+from secateur.engine.state import Removed, State
+from secateur.errors import RunError, UsageError
+from secateur.graph import ChannelGraph, ChannelGroup
+from secateur.planning import PruningPlan, Target, plan_removal
+from secateur.surgery import cut
+from secateur.tracing import trace
+from secateur.training import Batches, Distillation, Loss, Metric, Stage
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a run is doing, for progress bars and logs."""
+
+    kind: Literal["stage", "batch", "episode", "milestone"]
+    """``stage``: a stage of training begins an epoch; ``batch``: a batch is done; ``episode``, ``milestone``: ``record`` is
+    complete."""
+    stage: str
+    """``optimise``, ``finetune`` or ``final``."""
+    round: int
+    phase: int
+    epoch: int = 0
+    epochs: int = 0
+    batch: int = 0
+    batches: int | None = None
+    loss: float = math.nan
+    record: Mapping[str, Any] | None = None
+
+
+Progress = Callable[[Event], None]
+
+
+class Engine:
+    """Everything of a run that does not change: the unpruned network, the data, the settings.
+
+    Args:
+        model: The unpruned, trained network; copied, never changed.
+        method: ``cfp``, or the name of a criterion (or the criterion itself).
+        train: Training batches.
+        validation: Held-out batches of the training data: what every decision is taken on.
+        test: Test batches, only ever reported.
+        example_inputs: What the network is traced on; the first validation example when None.
+        tolerance: Points (hundredths) of the metric that may be lost on the validation data; unused with a target.
+        target: Fraction to remove, in place of the tolerance.
+        seed: Seed of everything that is drawn.
+        settings: The rest.
+        loss: ``loss(output, target)``; cross entropy when None.
+        metric: See :func:`secateur.training.evaluate`.
+        progress: Called with an :class:`Event` now and then.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Any,
+        *,
+        train: Batches,
+        validation: Batches,
+        test: Batches | None = None,
+        example_inputs: Any = None,
+        tolerance: float = 0.5,
+        target: Target | None = None,
+        seed: int = 0,
+        settings: Settings | None = None,
+        loss: Loss | None = None,
+        metric: Metric | Any = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.settings = settings or Settings()
+        self.method, self.seed, self.tolerance, self.target = method, seed, tolerance, target
+        self.train, self.validation, self.test = train, validation, test
+        self.loss, self.metric = loss, metric
+        self.progress: Progress = progress or (lambda _event: None)
+        self._check_request()
+        self.runtime: Accelerator = training.accelerator(self.settings.device, self.settings.precision)
+        self.original = copy.deepcopy(model).to(self.runtime.device)
+        self.example_inputs = self._example(example_inputs)
+        self.graph: ChannelGraph = trace(self.original, self.example_inputs)
+        chosen = self.settings
+        self.groups = pairing.eligible(
+            self.graph, internal_only=chosen.internal_only, linear=chosen.linear or bool(chosen.widths), skip=chosen.skip
+        )
+        self.goals = [self._goal(widths) for widths in chosen.widths]
+        if self.goals:
+            named = {name for goal in self.goals for name in goal}
+            self.groups = [group for group in self.groups if group.name in named]
+        if not self.groups:
+            raise UsageError("compress: the network has no group of filters that these settings let go; see trace for the reasons.")
+        self._stage: Stage | None = None
+        self._regulariser: pairing.CorrelationRegulariser | None = None
+        self._traced: tuple[nn.Module, ChannelGraph] | None = None
+
+    def _check_request(self) -> None:
+        for name, batches in (("train", self.train), ("validation", self.validation), ("test", self.test)):
+            if batches is not None and iter(batches) is batches:
+                raise UsageError(f"{name}: an iterator can be walked through only once; give a DataLoader or a list.")
+        if self.target is not None and self.settings.widths:
+            raise UsageError("target: widths are given as well; give one of them.")
+        if not self.tolerance >= 0:
+            raise UsageError(f"tolerance: is in points of the metric and not negative, found {self.tolerance}.")
+
+    def _example(self, given: Any) -> Any:
+        from accelerate.utils import send_to_device
+
+        if given is None:
+            first = next(iter(self.validation), None)
+            if first is None:
+                raise UsageError("validation: the data is empty; give at least one batch.")
+            given = send_to_device(first[0], self.runtime.device)
+            given = _first_example(given)
+        return send_to_device(given, self.runtime.device)
+
+    def _goal(self, widths: Mapping[str, int]) -> dict[str, int]:
+        """Turn widths by module into widths by group."""
+        goal: dict[str, int] = {}
+        for module, width in widths.items():
+            found = [g for g in self.groups if any(m.module == module for m in g.producers)]
+            if not found:
+                known = ", ".join(g.name for g in self.groups)
+                raise UsageError(f"widths: {module} has no filters that can be pruned here; groups are {known}.")
+            group = found[0]
+            if not group.size - pairing.most_removable(group, 1) <= width <= group.size:
+                raise UsageError(f"widths: {module} can have 1 to {group.size} filters within its constraint, found {width}.")
+            if goal.get(group.name, width) != width:
+                raise UsageError(f"widths: {module} shares its channels with {group.name}, which is to have {goal[group.name]}.")
+            goal[group.name] = width
+        return goal
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the tolerance decides when to stop, rather than a target or widths."""
+        return self.target is None and not self.goals
+
+    @property
+    def limit(self) -> float:
+        """Points, as a fraction of the metric."""
+        return self.tolerance / 100
+
+    # The loop
+
+    def init(self) -> State:
+        """Return the state before the first round: the unpruned network, measured."""
+        state = State(model=copy.deepcopy(self.original))
+        state.metric = self._measure(state.network)
+        state.baseline = {
+            "validation": state.metric,
+            "test": None if self.test is None else self._measure(state.network, self.test),
+        }
+        if self.bounded:
+            state.accepted = _copied(state.network)
+            state.phase = 1 if 1 in self.settings.phases else 2
+        return state
+
+    def finished(self, state: State) -> bool:
+        """Tell whether the run is over."""
+        return state.stage == "done"
+
+    def step(self, state: State) -> State:
+        """Take one step, in place, and return the state: at most one epoch of training."""
+        started = time.perf_counter()
+        {
+            "select": self._select, "optimise": self._optimise, "drop": self._drop, "finetune": self._finetune,
+            "judge": self._judge, "final": self._final, "settle": self._settle,
+        }[state.stage](state)  # fmt: skip
+        spent = time.perf_counter() - started
+        state.seconds += spent
+        if state.episode:
+            state.episode["seconds"] = state.episode.get("seconds", 0.0) + spent
+        return state
+
+    def resume(self, state: State, tensors: Mapping[str, Tensor]) -> State:
+        """Give a stored state its network back."""
+        state.model = self.network(state.removed)
+        state.model.load_state_dict(tensors)
+        return state
+
+    def network(self, removed: Removed) -> nn.Module:
+        """Return the unpruned network cut to what a selection leaves of it."""
+        return cut(self.original, self.plan(removed)) if removed else copy.deepcopy(self.original)
+
+    def plan(self, removed: Removed) -> PruningPlan:
+        """Return the plan, for the unpruned network, that removes these channels."""
+        return plan_removal(self.graph, removed) if removed else PruningPlan()
+
+    def present(self, state: State) -> ChannelGraph:
+        """Return the channel graph of the network as it is now."""
+        if self._traced is None or self._traced[0] is not state.model:
+            self._traced = (state.network, trace(state.network, self.example_inputs))
+        return self._traced[1]
+
+    def alive(self, state: State, group: str) -> list[int]:
+        """Return the channels that a group still has."""
+        gone = set(state.removed.get(group, []))
+        return [c for c in range(self.graph.group(group).size) if c not in gone]
+
+    # Select
+
+    def _select(self, state: State) -> None:
+        if self._arrived(state):
+            state.stage, state.epoch = "final", 0
+            return
+        counts = self._counts(state)
+        pairs, going = self._choose(state, counts)
+        if not going:
+            self._nothing_left(state)
+            return
+        graph = self.present(state)
+        state.pairs = {
+            name: [[alive[d], alive[k]] for d, k in chosen] for name, chosen in pairs.items() for alive in [self.alive(state, name)]
+        }
+        state.going = {name: [alive[c] for c in chosen] for name, chosen in going.items() for alive in [self.alive(state, name)]}
+        if self.target is not None:
+            self._trim(state)
+        before = self._scores(state, graph)
+        state.episode = {
+            "round": state.round,
+            "phase": state.phase,
+            "group": self.groups[state.position].name if state.phase == 2 else None,
+            "removed": {name: sorted(chosen) for name, chosen in state.going.items()},
+            "pairs": [
+                {"group": name, "dropped": d, "kept": k, "abs_rho_before": round(rho, 6)}
+                for name, chosen in state.pairs.items()
+                for (d, k), rho in zip(chosen, before[name], strict=True)
+            ],
+            "abs_rho_before": {name: max(values) for name, values in before.items()},
+            "abs_rho_after": {},
+            "metric_before": state.metric,
+        }
+        optimises = self.settings.optimise_epochs > 0 and bool(state.pairs or self.settings.optimise == "none")
+        state.stage, state.epoch = ("optimise" if optimises else "drop"), 0
+
+    def _arrived(self, state: State) -> bool:
+        if self.settings.max_rounds is not None and state.round > self.settings.max_rounds:
+            state.goal = max(state.goal, len(self.goals) - 1)
+            return True
+        if self.target is not None:
+            return self.target.removed(self.graph, self.plan(state.removed)) >= self.target.fraction - 1e-12
+        if self.goals:
+            return all(len(self.alive(state, name)) <= width for name, width in self.goals[state.goal].items())
+        return False
+
+    def _nothing_left(self, state: State) -> None:
+        if self.target is not None:
+            reached = self.target.removed(self.graph, self.plan(state.removed))
+            raise RunError(
+                f"target: {self.target.what} {self.target.fraction:g} is out of reach: with nothing left to remove, {reached:.3f} "
+                "is gone. Ask for less, or let more groups go (linear, skip, internal_only, min_width)."
+            )
+        if self.goals:
+            raise RunError(f"widths: {self.goals[state.goal]} can't be reached within the groups' constraints.")
+        self._next_place(state)
+
+    def _next_place(self, state: State) -> None:
+        """Phase 1 gives way to phase 2, a group of phase 2 to the next, the last to the end."""
+        if state.phase == 1:
+            state.phase, state.position = 2, 0
+        else:
+            state.position += 1
+        over = 2 not in self.settings.phases or state.position >= len(self.groups)
+        state.stage, state.epoch = ("final" if over else "select"), 0
+
+    def _counts(self, state: State) -> dict[str, int]:
+        """Return how many channels of each group go in this round."""
+        chosen = self.settings
+        groups = [self.groups[state.position]] if state.phase == 2 else self.groups
+        if state.phase == 2 and chosen.phase2_pairs is not None:
+            return {group.name: chosen.phase2_pairs for group in groups}
+        counts = self._by_rule(groups)
+        if not self.goals:
+            return counts
+        goal = self.goals[state.goal]
+        left = {name: len(self.alive(state, name)) - width for name, width in goal.items()}
+        if not chosen.rounds:
+            return {name: min(counts[name], n) for name, n in left.items()}
+        remaining = max(1, chosen.rounds[state.goal] - state.goal_round)
+        return {name: self._paced(n, goal[name], remaining) for name, n in left.items()}
+
+    def _paced(self, left: int, width: int, rounds: int) -> int:
+        if left <= 0 or rounds == 1:
+            return max(0, left)
+        if self.settings.pace == "linear":
+            return round(left / rounds)
+        now = left + width
+        return min(left, round(now - now * (width / now) ** (1 / rounds)))
+
+    def _by_rule(self, groups: list[ChannelGroup]) -> dict[str, int]:
+        rule, fraction = self.settings.pairs, self.settings.fraction
+        sizes = [group.size for group in groups]
+        if rule == "width":
+            numbers = [cfp.pairs_by_width(size, fraction) for size in sizes]
+        elif rule == "macs":
+            macs = pairing.layer_macs(self.graph)
+            shares = [sum(macs.get(m.module, 0) for m in group.producers) for group in groups]
+            numbers = cfp.pairs_by_macs(shares, sizes, fraction)
+        elif isinstance(rule, int):
+            numbers = [rule] * len(groups)
+        elif isinstance(rule, dict):
+            numbers = [next((n for start, n in rule.items() if g.name.startswith(start)), 0) for g in groups]
+        else:
+            distinct = sorted({group.size for group in self.groups})
+            if len(distinct) != len(rule):
+                raise UsageError(f"pairs: {list(rule)} needs one number for each of the widths {distinct}.")
+            numbers = [rule[distinct.index(size)] for size in sizes]
+        return {group.name: n for group, n in zip(groups, numbers, strict=True)}
+
+    def _choose(self, state: State, counts: Mapping[str, int]) -> tuple[pairing.Pairs, Removed]:
+        """Choose pairs (CFP) or channels (any criterion), numbered as in the present network."""
+        graph, chosen = self.present(state), self.settings
+        wanted = {name: n for name, n in counts.items() if n > 0}
+        pairs: pairing.Pairs = {}
+        if self.method == "cfp":
+            for name, count in wanted.items():
+                found = pairing.select_pairs(
+                    state.network, graph, graph.group(name), count,
+                    share=chosen.share, signed=chosen.signed, min_width=chosen.min_width,
+                )  # fmt: skip
+                if found:
+                    pairs[name] = found
+            return pairs, {name: [d for d, _ in found] for name, found in pairs.items()}
+        scores = self._criterion_scores(state, graph, list(wanted))
+        lowest = {
+            name: pairing.select_lowest(graph.group(name), scores[name], n, min_width=chosen.min_width) for name, n in wanted.items()
+        }
+        return {}, {name: channels for name, channels in lowest.items() if channels}
+
+    def _criterion_scores(self, state: State, graph: ChannelGraph, groups: list[str]) -> dict[str, Tensor]:
+        from secateur.scoring import score
+
+        with training.seeded(self.seed, state.round, 1):
+            data = _Some(self.train, self.settings.criterion_batches)
+            return score(
+                state.network, graph, self.method, data=data, groups=groups, loss=self.loss, seed=self.seed,
+                **self.settings.criterion,
+            )  # fmt: skip
+
+    def _trim(self, state: State) -> None:
+        """Leave out of the last round what is not needed to reach the target: the least correlated pairs stay."""
+        assert self.target is not None
+        order = [
+            (place / len(chosen), name, place) for name, chosen in state.going.items() for place in range(len(chosen))
+        ]
+        steps = {name: pairing.step_size(self.graph.group(name)) for name in state.going}
+
+        def taking(count: int) -> Removed:
+            taken = dict.fromkeys(state.going, 0)
+            for _, name, place in sorted(order)[:count]:
+                taken[name] = place + 1
+            return {name: state.going[name][: -(-n // steps[name]) * steps[name]] for name, n in taken.items() if n}
+
+        if any(len(self.graph.group(name).blocks) and self.graph.group(name).blocks.max() > 0 for name in state.going):
+            return  # blocks lose equal fractions, which a prefix of the choice doesn't
+
+        low, high = 1, len(order)
+        while low < high:
+            middle = (low + high) // 2
+            reached = self.target.removed(self.graph, self.plan(_union(state.removed, taking(middle))))
+            low, high = (low, middle) if reached >= self.target.fraction - 1e-12 else (middle + 1, high)
+        state.going = taking(low)
+        kept = {name: set(channels) for name, channels in state.going.items()}
+        state.pairs = {
+            name: [pair for pair in chosen if pair[0] in kept.get(name, set())] for name, chosen in state.pairs.items()
+        }
+        state.pairs = {name: chosen for name, chosen in state.pairs.items() if chosen}
+
+    # Optimise
+
+    def _local_pairs(self, state: State) -> pairing.Pairs:
+        """Return the episode's pairs, numbered as in the present network."""
+        found: pairing.Pairs = {}
+        for name, chosen in state.pairs.items():
+            place = {channel: i for i, channel in enumerate(self.alive(state, name))}
+            found[name] = [(place[d], place[k]) for d, k in chosen]
+        return found
+
+    def _make_regulariser(self, state: State, graph: ChannelGraph) -> pairing.CorrelationRegulariser:
+        chosen = self.settings
+        return pairing.CorrelationRegulariser(
+            state.network, graph, self._local_pairs(state),
+            form=chosen.form, strength=chosen.strength, share=chosen.share, signed=chosen.signed,
+        )  # fmt: skip
+
+    def _scores(self, state: State, graph: ChannelGraph) -> dict[str, list[float]]:
+        return self._make_regulariser(state, graph).by_group() if state.pairs else {}
+
+    def _optimise(self, state: State) -> None:
+        chosen, graph = self.settings, self.present(state)
+        regulariser = self._make_regulariser(state, graph) if state.pairs and chosen.optimise == "correlation" else None
+        reached: Callable[[], bool] | None = None
+        if regulariser is not None and chosen.correlation_target is not None:
+            goal, made = chosen.correlation_target, regulariser
+            reached = lambda: made.minimum >= goal  # noqa: E731
+        over = self._train(
+            state, "optimise", chosen.optimise_epochs, chosen.training(chosen.optimise_lr), regulariser=regulariser, stop=reached
+        )
+        if over:
+            after = self._scores(state, graph)
+            flat = [rho for values in after.values() for rho in values]
+            for pair, rho in zip(state.episode["pairs"], flat, strict=True):
+                pair["abs_rho_after"] = round(rho, 6)
+            state.episode["abs_rho_after"] = {name: max(values) for name, values in after.items()}
+            state.stage = "drop"
+
+    # Drop, fine-tune, judge
+
+    def _drop(self, state: State) -> None:
+        graph = self.present(state)
+        local = {}
+        for name, channels in state.going.items():
+            place = {channel: i for i, channel in enumerate(self.alive(state, name))}
+            local[name] = sorted(place[c] for c in channels)
+        plan = plan_removal(graph, local)
+        state.model = cut(self._merged(state, graph, plan), plan)
+        state.removed = _union(state.removed, state.going)
+        state.episode["metric_dropped"] = self._measure(state.network)
+        tunes = self.settings.finetune_epochs > 0
+        if not tunes:
+            state.episode["metric_tuned"] = state.episode["metric_dropped"]
+        state.stage, state.epoch = ("finetune" if tunes else "judge"), 0
+
+    def _merged(self, state: State, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
+        """Return the present network, the filters that go folded into their partners' consumers if so set."""
+        if not self.settings.merge or not state.pairs:
+            return state.network
+        from secateur.compensate.merging import merge
+
+        partners = {name: dict(chosen) for name, chosen in self._local_pairs(state).items()}
+        example = next(observe.batches([(self.example_inputs, None)], self.runtime.device))
+        network, report = merge(state.network, graph, plan, example, partners)
+        state.episode["merged"] = {layer.module: layer.reason if not layer.applied else "" for layer in report}
+        return network
+
+    def _finetune(self, state: State) -> None:
+        if self._train(state, "finetune", self.settings.finetune_epochs, self.settings.training()):
+            state.episode["metric_tuned"] = self._measure(state.network)
+            state.stage = "judge"
+
+    def _judge(self, state: State) -> None:
+        plan = self.plan(state.removed)
+        tuned = state.episode["metric_tuned"]
+        accepted = not self.bounded or tuned >= state.baseline["validation"] - self.limit - 1e-12
+        state.episode |= {
+            "macs": cost.macs(self.graph, plan),
+            "parameters": cost.parameters(self.graph, plan),
+            "widths": self.widths(plan),
+            "accepted": accepted,
+            "images": state.images,
+        }
+        state.history.append(state.episode)
+        self.progress(Event("episode", "judge", state.round, state.phase, record=state.episode))
+        state.episode, state.pairs, state.going = {}, {}, {}
+        state.round += 1
+        state.goal_round += 1
+        state.stage = "select"
+        if accepted:
+            state.metric = tuned
+            state.accepted_removed = copy.deepcopy(state.removed)
+            if self.bounded:
+                state.accepted = _copied(state.network)
+        else:
+            self._revert(state)
+            self._next_place(state)
+
+    def _revert(self, state: State) -> None:
+        assert state.accepted is not None
+        state.removed = copy.deepcopy(state.accepted_removed)
+        self.resume(state, state.accepted)
+
+    # The end of a run, or of one goal of a chain
+
+    def _final(self, state: State) -> None:
+        chosen = self.settings
+        if chosen.final_epochs and not self._train(
+            state, "final", chosen.final_epochs, chosen.training(chosen.final_lr, "cosine")
+        ):
+            return
+        state.stage = "settle"
+
+    def _settle(self, state: State) -> None:
+        measured = self._measure(state.network)
+        if self.bounded and measured < state.baseline["validation"] - self.limit - 1e-12:
+            self._revert(state)
+            measured = self._measure(state.network)
+        state.metric = measured
+        plan = self.plan(state.removed)
+        milestone = {
+            "goal": state.goal,
+            "round": state.round - 1,
+            "validation": measured,
+            "test": None if self.test is None else self._measure(state.network, self.test),
+            "macs": cost.macs(self.graph, plan),
+            "parameters": cost.parameters(self.graph, plan),
+            "widths": self.widths(plan),
+            "images": state.images,
+        }
+        state.milestones.append(milestone)
+        self.progress(Event("milestone", "final", state.round, state.phase, record=milestone))
+        state.goal, state.goal_round = state.goal + 1, 0
+        state.stage, state.epoch = ("select" if state.goal < len(self.goals) else "done"), 0
+
+    # Means
+
+    def _train(self, state: State, name: str, epochs: int, settings: training.TrainingSettings, **options: Any) -> bool:
+        """Run the next epoch of a stage; True when it was the stage's last."""
+        if state.epoch == 0:
+            state.stages += 1
+            self._stage = None
+        if self._stage is None:
+            listens = self.settings.distillation > 0
+            self._stage = Stage(
+                state.network, settings, epochs=epochs, seed=self.seed, number=state.stages, runtime=self.runtime,
+                loss=self.loss, teacher=self.original if listens else None,
+                distillation=Distillation(self.settings.distillation, self.settings.temperature) if listens else None,
+                **options,
+            )  # fmt: skip
+            if state.training is not None:
+                self._stage.restore(state.training)
+        event = Event("stage", name, state.round, state.phase, state.epoch + 1, epochs)
+        self.progress(event)
+
+        def on_batch(batch: int, batches: int | None, loss: float) -> None:
+            self.progress(
+                Event("batch", name, event.round, event.phase, event.epoch, epochs, batch=batch, batches=batches, loss=loss)
+            )
+
+        record = self._stage.run_epoch(self.train, state.epoch, on_batch)
+        state.epoch += 1
+        state.images += record.images
+        over = record.stopped or state.epoch >= epochs
+        state.training = None if over else self._stage.state()
+        if over:
+            state.model = self._stage.close()
+            self._stage = None
+            state.epoch = 0
+        return over
+
+    def _measure(self, model: nn.Module, batches: Batches | None = None) -> float:
+        return training.evaluate(model, self.validation if batches is None else batches, self.metric, runtime=self.runtime)
+
+    def widths(self, plan: PruningPlan) -> dict[str, int]:
+        """Return the output channels of every convolution and linear layer under a plan."""
+        return {layer.module: layer.out_channels for layer in cost.layer_costs(self.graph, plan)}
+
+
+class _Some:
+    """The first batches of some data, again and again."""
+
+    def __init__(self, batches: Batches, count: int) -> None:
+        self.batches, self.count = batches, count
+
+    def __iter__(self) -> Any:
+        for number, batch in enumerate(self.batches):
+            if number >= self.count:
+                return
+            yield batch
+
+
+def _union(first: Mapping[str, list[int]], second: Mapping[str, list[int]]) -> Removed:
+    return {name: sorted({*first.get(name, []), *second.get(name, [])}) for name in [*first, *(n for n in second if n not in first)]}
+
+
+def _copied(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def _first_example(inputs: Any) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs[:1]
+    if isinstance(inputs, Mapping):
+        return {key: _first_example(value) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(_first_example(value) for value in inputs)
+    return inputs

@@ -1,0 +1,342 @@
+"""From a network's channel groups to an episode: which pairs, which filters go, and the regulariser over them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from secateur import cost
+from secateur.criteria import singh2020cfp as cfp
+from secateur.engine.settings import Share
+from secateur.errors import PlanError
+from secateur.graph import ChannelGraph, ChannelGroup, Member
+from secateur.planning import steps
+
+Pairs = dict[str, list[tuple[int, int]]]
+"""Group name -> (dropped, kept) channels."""
+
+
+@dataclass(frozen=True)
+class Producer:
+    """One weight whose rows are the filters of a group's channels."""
+
+    tensor: str
+    module: str
+    dim: int
+    rows: Tensor
+    """Positions along ``dim`` of each channel that the weight produces, ``(present channels, positions a channel)``."""
+    index: Tensor
+    """Row of ``rows`` of each channel of the group; -1 where the weight does not produce it."""
+    weight: float
+    """Share in the group's score."""
+
+    def filters(self, model: nn.Module) -> Tensor:
+        """Return the filters, one a row: ``(present channels, elements)``."""
+        return self.select(model, torch.arange(len(self.rows)))
+
+    def select(self, model: nn.Module, which: Tensor) -> Tensor:
+        """Return the filters of some rows, differentiable, at the cost of those rows only."""
+        weight = model.get_parameter(self.tensor)
+        positions = self.rows[which].flatten().to(weight.device)
+        return weight.index_select(self.dim, positions).movedim(self.dim, 0).reshape(len(which), -1)
+
+
+def producers(graph: ChannelGraph, group: ChannelGroup, share: Share = "mean") -> list[Producer]:
+    """Return the weights of a group that have filters to correlate, with their share in its score.
+
+    Biases, weights of one element a filter (a depthwise 1×1) and layouts in which channels own different numbers of
+    positions have none.
+    """
+    macs = layer_macs(graph)
+    found: list[Producer] = []
+    for member in group.producers:
+        shape = graph.shapes[member.tensor]
+        rows = _rows(member)
+        if len(shape) < 2 or rows is None:
+            continue
+        elements = int(np.prod(shape)) // shape[member.dim] * rows.shape[1]
+        if elements < 2:
+            continue
+        index = torch.full((group.size,), -1, dtype=torch.int64)
+        index[torch.from_numpy(np.unique(member.channels))] = torch.arange(len(rows))
+        weight = float(macs.get(member.module, 0)) if share == "macs" else 1.0
+        if share == "first" and found:
+            weight = 0.0
+        found.append(Producer(member.tensor, member.module, member.dim, rows, index, weight))
+    if found and not any(p.weight > 0 for p in found):
+        raise PlanError(f"{group.name}: none of its producers has MACs to weight by; use share 'mean'.")
+    return found
+
+
+def _rows(member: Member) -> Tensor | None:
+    if member.blocks > 1 and member.dim != 0:
+        return None
+    order = np.lexsort((member.positions, member.channels))
+    _, counts = np.unique(member.channels, return_counts=True)
+    if not counts.size or counts.min() != counts.max():
+        return None
+    return torch.from_numpy(np.asarray(member.positions)[order].reshape(counts.size, -1).copy()).long()
+
+
+def layer_macs(graph: ChannelGraph) -> dict[str, int]:
+    """Return the MACs of each layer for one example, over all its calls (Singh et al. 2020, eqs. 1-3)."""
+    macs: dict[str, int] = {}
+    for layer in cost.layer_costs(graph):
+        macs[layer.module] = macs.get(layer.module, 0) + layer.macs
+    return macs
+
+
+def correlations(model: nn.Module, graph: ChannelGraph, group: ChannelGroup, *, share: Share, signed: bool) -> Tensor | None:
+    """Score every pair of a group, ``(size, size)`` on the CPU; None where it has no filters to correlate.
+
+    Channels that are produced by different sets of layers (a padded shortcut) score -1: none can stand in for the other.
+    """
+    sources = producers(graph, group, share)
+    if not sources:
+        return None
+    total = torch.zeros(group.size, group.size, dtype=torch.float64)
+    weight = torch.zeros_like(total)
+    alike = torch.ones_like(total, dtype=torch.bool)
+    for source in sources:
+        with torch.no_grad():
+            rho = cfp.pearson(source.filters(model)).double().cpu()
+        here = source.index >= 0
+        alike &= here[:, None] == here[None, :]
+        which = torch.nonzero(here).flatten()
+        block = (which[:, None], which[None, :])
+        total[block] += source.weight * (rho if signed else rho.abs())
+        weight[block] += source.weight
+    scored = torch.where(weight > 0, total / weight.clamp_min(1e-300), 0.0)
+    return torch.where(alike, scored, -1.0)
+
+
+def norms(model: nn.Module, graph: ChannelGraph, group: ChannelGroup) -> Tensor:
+    """Return the L1 norm of each channel's filters over all producers, ``(size,)``."""
+    total = torch.zeros(group.size, dtype=torch.float64)
+    for source in producers(graph, group):
+        with torch.no_grad():
+            lengths = source.filters(model).double().abs().sum(dim=1).cpu()
+        here = source.index >= 0
+        total[here] += lengths[source.index[here]]
+    return total
+
+
+def step_size(group: ChannelGroup) -> int:
+    """Return the smallest number of channels that a group can lose at once, so that its blocks keep equal fractions."""
+    sizes = np.bincount(group.blocks)
+    return int((sizes // np.gcd.reduce(sizes)).sum())
+
+
+def most_removable(group: ChannelGroup, min_width: int = 1) -> int:
+    """Return how many channels of a group may go at most, its constraint and ``min_width`` kept."""
+    possible = steps(group, range(group.size))
+    if not possible:
+        return 0
+    return min(len(possible), max(0, group.size - min_width) // len(possible[0])) * len(possible[0])
+
+
+def _whole(group: ChannelGroup, count: int, min_width: int) -> int:
+    """Round a number of channels to what the constraint allows; at least one step if any may go."""
+    if count <= 0:
+        return 0
+    step = step_size(group)
+    return min(max(1, round(count / step)) * step, most_removable(group, min_width))
+
+
+def select_pairs(
+    model: nn.Module, graph: ChannelGraph, group: ChannelGroup, count: int, *, share: Share, signed: bool, min_width: int = 1
+) -> list[tuple[int, int]]:
+    """Choose about ``count`` channels of a group to drop, each with the partner that stays.
+
+    Blocks lose the same fraction each, so the number is rounded to what the group's constraint allows; empty where
+    nothing may go.
+    """
+    wanted = _whole(group, count, min_width)
+    scores = correlations(model, graph, group, share=share, signed=signed) if wanted else None
+    if scores is None:
+        return []
+    return cfp.select_pairs(
+        scores,
+        wanted,
+        norms=norms(model, graph, group),
+        removable=torch.from_numpy(group.removable),
+        blocks=torch.from_numpy(group.blocks),
+    )
+
+
+def select_lowest(group: ChannelGroup, scores: Tensor, count: int, *, min_width: int = 1) -> list[int]:
+    """Choose about ``count`` channels of a group with the lowest scores, its constraint kept."""
+    wanted = _whole(group, count, min_width)
+    order = torch.sort(scores.double().cpu(), stable=True).indices.tolist()
+    taken: list[int] = []
+    for step in steps(group, order):
+        if len(taken) + len(step) > wanted:
+            break
+        taken += step
+    return sorted(taken)
+
+
+def eligible(
+    graph: ChannelGraph, *, internal_only: bool = False, linear: bool = False, skip: Sequence[str] = ()
+) -> list[ChannelGroup]:
+    """Return the groups that a run may prune, in execution order: exact ones with filters, as the settings allow."""
+    kinds = {layer.module: layer.kind for layer in graph.layers}
+    chosen = []
+    for group in graph.groups:
+        sources = [m for m in group.producers if len(graph.shapes[m.tensor]) >= 2]
+        dense = [m for m in sources if not _depthwise(graph, m)]
+        if not group.exact or not dense or not most_removable(group):
+            continue
+        if internal_only and len({m.module for m in dense}) > 1:
+            continue
+        if not linear and any(kinds.get(m.module) == "linear" for m in dense):
+            continue
+        if any(m.module.startswith(prefix) for m in sources for prefix in skip):
+            continue
+        chosen.append(group)
+    return chosen
+
+
+def _depthwise(graph: ChannelGraph, member: Member) -> bool:
+    return any(
+        layer.module == member.module and layer.groups == layer.in_channels > 1 for layer in graph.layers
+    )
+
+
+class CorrelationRegulariser:
+    r"""The term that trains an episode's pairs towards |ρ| = 1: λ times a form of :func:`singh2020cfp.regulariser`.
+
+    Only the filters of the selected pairs are read, in a handful of operations for all layers together, so a step costs
+    O(pairs · filter size). Computed in fp32 (or wider) whatever the precision of the run.
+
+    Args:
+        model: The model that trains; its parameters are looked up by name.
+        graph: Its channel graph.
+        pairs: Group name -> (dropped, kept) channels.
+        form: One of ``paper``, ``pair``, ``layer_mean``, ``log``.
+        strength: λ.
+        share: How a coupled group's producers share in its score.
+        signed: Train towards ρ = 1 instead.
+
+    Raises:
+        CriterionError: If ``pairs`` holds no pair.
+        KeyError: If the graph has no group of a name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: ChannelGraph,
+        pairs: Mapping[str, Sequence[tuple[int, int]]],
+        *,
+        form: cfp.Form = "pair",
+        strength: float = 1.0,
+        share: Share = "mean",
+        signed: bool = False,
+    ) -> None:
+        self.form, self.strength, self.signed = form, strength, signed
+        self._model = model
+        self._sizes = [len(p) for p in pairs.values()]
+        if not sum(self._sizes):
+            raise cfp.CriterionError("regulariser: the episode has no pair; select at least one.")
+        self.groups = list(pairs)
+        # One entry a filter length, so that all filters of that length are correlated at once.
+        buckets: dict[int, list[tuple[Producer, Tensor, Tensor, float]]] = {}
+        start = 0
+        for name, chosen in pairs.items():
+            sources = producers(graph, graph.group(name), share)
+            ends = torch.tensor(chosen, dtype=torch.int64).reshape(-1, 2)
+            for source in sources:
+                rows = source.index[ends]
+                here = (rows >= 0).all(dim=1)
+                if source.weight > 0 and bool(here.any()):
+                    slots = start + torch.nonzero(here).flatten()
+                    length = source.filters(model).shape[1]
+                    buckets.setdefault(length, []).append((source, rows[here], slots, source.weight))
+            start += len(chosen)
+        self._parts: list[tuple[list[tuple[nn.Parameter, int, Tensor, int]], Tensor, Tensor]] = []
+        self._slots, weights = [], []
+        for entries in buckets.values():
+            reads, first, second, offset = [], [], [], 0
+            for source, rows, slots, weight in entries:
+                distinct, place = torch.unique(rows, return_inverse=True)
+                parameter = model.get_parameter(source.tensor)
+                reads.append((parameter, source.dim, source.rows[distinct].flatten().to(parameter.device), len(distinct)))
+                first.append(place[:, 0] + offset)
+                second.append(place[:, 1] + offset)
+                offset += len(distinct)
+                self._slots.append(slots)
+                weights.append(torch.full((len(slots),), weight, dtype=torch.float64))
+            device = reads[0][0].device
+            self._parts.append((reads, torch.cat(first).to(device), torch.cat(second).to(device)))
+        device = self._parts[0][0][0][0].device
+        slot = torch.cat(self._slots)
+        weight_of = torch.cat(weights)
+        total = torch.zeros(start, dtype=torch.float64).index_add(0, slot, weight_of)
+        self._slot, self._weight = slot.to(device), (weight_of / total[slot]).to(device)
+        self._total, self._last = start, torch.zeros(start)
+
+    def scores(self) -> Tensor:
+        """Return the score of every pair, ``(pairs,)``, in the order given: |ρ|, or ρ for ``signed``."""
+        found = []
+        for reads, first, second in self._parts:
+            filters = torch.cat([
+                parameter.index_select(dim, positions).movedim(dim, 0).reshape(count, -1)
+                for parameter, dim, positions, count in reads
+            ])  # fmt: skip
+            found.append(cfp.pair_correlation(filters.index_select(0, first), filters.index_select(0, second)))
+        rho = torch.cat(found)
+        rho = rho if self.signed else rho.abs()
+        return torch.zeros(self._total, dtype=rho.dtype, device=rho.device).index_add(
+            0, self._slot, rho * self._weight.to(rho.dtype)
+        )
+
+    def __call__(self) -> Tensor:
+        """Return λ times the regulariser, a differentiable scalar."""
+        scores = self.scores()
+        self._last = scores.detach()
+        return self.strength * cfp.regulariser(list(scores.split(self._sizes)), self.form)
+
+    @property
+    def minimum(self) -> float:
+        """Smallest score of a pair at the last call: what the optimisation waits for."""
+        return float(self._last.min())
+
+    def by_group(self) -> dict[str, list[float]]:
+        """Return the present score of each pair, by group."""
+        with torch.no_grad():
+            parts = self.scores().cpu().split(self._sizes)
+        return {name: part.tolist() for name, part in zip(self.groups, parts, strict=True)}
+
+
+def largest_correlations(model: nn.Module, graph: ChannelGraph) -> dict[str, float]:
+    """Return the largest |ρ| between two filters of each convolution and linear layer: the paper's analysis.
+
+    Layers with one filter, or one element a filter, have none and are left out.
+    """
+    found: dict[str, float] = {}
+    for layer in graph.layers:
+        if layer.module in found or not layer.weight:
+            continue
+        weight = model.get_parameter(layer.weight).detach()
+        if layer.kind == "conv_transposed":
+            weight = weight.transpose(0, 1)
+        if len(weight) < 2 or weight[0].numel() < 2:
+            continue
+        rho = cfp.pearson(weight.reshape(len(weight), -1)).abs()
+        found[layer.module] = float(rho.triu(diagonal=1).max())
+    return found
+
+
+def as_plain(pairs: Pairs, scores: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """Return pairs as JSON: one object a pair, with the score at selection."""
+    return [
+        {"group": name, "dropped": dropped, "kept": kept, "score": round(score, 6)}
+        for name, chosen in pairs.items()
+        for (dropped, kept), score in zip(chosen, scores[name], strict=True)
+    ]

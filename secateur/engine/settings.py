@@ -1,0 +1,179 @@
+"""What defines a compression run, beside the model and the data: plain values that go into ``config.json``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from secateur.criteria.singh2020cfp import Form
+from secateur.errors import UsageError
+from secateur.training import Distillation, TrainingSettings
+
+Share = Literal["mean", "macs", "first"]
+"""How the producers of a coupled group share in the score of its pairs."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of :func:`secateur.compress`; every field is a keyword of it and a key of ``settings:`` in a run file.
+
+    The defaults are the method of Singh et al. 2020 as far as the paper states it; see
+    :mod:`secateur.criteria.singh2020cfp` for what it leaves open.
+    """
+
+    # What goes in one episode
+    fraction: float = 1 / 16
+    """p: share of a group's *original* width that goes in one episode."""
+    pairs: str | int | tuple[int, ...] | dict[str, int] = "width"
+    """Filters a group and episode: ``width``, max(1, round(p·c)); ``macs``, shared out by MACs; one number for every
+    group; a tuple with one number for each distinct original width, ascending ((1, 2, 4) for ResNet-56); or a mapping
+    from the start of a module name to a number."""
+    phase2_pairs: int | None = None
+    """The same in phase 2; as in phase 1 when None."""
+    share: Share = "mean"
+    """Score of a coupled group: ``mean`` over its producers, ``macs``-weighted mean, or the ``first`` only."""
+    signed: bool = False
+    """Pair by ρ instead of |ρ|: a negative pair can't be merged through a ReLU."""
+    internal_only: bool = False
+    """Leave alone the groups that several layers produce together, the residual streams."""
+    linear: bool = False
+    """Prune the outputs of linear layers too."""
+    skip: tuple[str, ...] = ()
+    """Starts of module names whose groups are left alone."""
+    min_width: int = 1
+    """Channels that a group keeps in any case."""
+
+    # Where to go
+    widths: tuple[dict[str, int], ...] = ()
+    """Final widths by module name, one mapping after the other: ``({"conv1": 4, "conv2": 5}, {"conv1": 3, "conv2": 5})``.
+    Takes the place of a target."""
+    rounds: tuple[int, ...] = ()
+    """Number of episodes to each of ``widths``, spread by ``pace``; by ``pairs`` when empty."""
+    pace: Literal["geometric", "linear"] = "geometric"
+    """With ``rounds``: the same share, or the same number, of filters in each episode."""
+    max_rounds: int | None = None
+    """Episodes after which the run ends whatever was reached."""
+    phases: tuple[int, ...] = (1, 2)
+    """1: all groups at once; 2: group after group, first to last. With a target or widths only 1 is used."""
+
+    # Optimisation of the pairs
+    optimise: Literal["correlation", "none"] = "correlation"
+    """``correlation``: train the pairs towards |ρ| = 1 before one filter of each goes. ``none``: plain training on the
+    same number of images, the ablation of table 5."""
+    form: Form = "pair"
+    strength: float = 1.0
+    """λ, the weight of the regulariser."""
+    optimise_epochs: int = 1
+    """Most epochs of optimisation in an episode; 0 drops at once."""
+    correlation_target: float | None = 0.99
+    """min |ρ| over the episode's pairs at which the optimisation ends early; None runs all epochs, so that runs with
+    and without optimisation see the same number of images."""
+    optimise_lr: float | None = None
+    """Learning rate of the optimisation; ``lr`` when None."""
+    merge: bool = False
+    """Fold each dropped filter into its partner's consumers."""
+
+    # Training
+    finetune_epochs: int = 2
+    final_epochs: int = 0
+    """Epochs of fine-tuning beside those of the episode, where a target or a set of widths is reached and at the end."""
+    final_lr: float | None = None
+    """Peak learning rate of the final epochs, which follow a cosine to 0; ``lr`` when None."""
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = 0.01
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: float = 0.0
+    label_smoothing: float = 0.0
+    clip_norm: float | None = None
+    distillation: float = 0.0
+    """Weight of the unpruned network's teaching in the loss, in [0, 1]."""
+    temperature: float = 4.0
+
+    # How it is computed
+    device: str = "auto"
+    precision: str = "no"
+    criterion: dict[str, Any] = field(default_factory=dict)
+    """Options of the criterion, for methods other than ``cfp``."""
+    criterion_batches: int = 8
+    """Batches of the training data that a criterion sees."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range, each in one line."""
+        _require(0 < self.fraction < 1, "fraction", "is in (0, 1)", self.fraction)
+        if isinstance(self.pairs, str):
+            _require(self.pairs in ("width", "macs"), "pairs", "is width, macs, a number, a list or a mapping", self.pairs)
+        counts = [self.pairs] if isinstance(self.pairs, int) else self.pairs
+        counts = list(counts.values()) if isinstance(counts, dict) else counts
+        _require(isinstance(counts, str) or all(n >= 0 for n in counts), "pairs", "are not negative", self.pairs)
+        _choice("share", self.share, get_args(Share))
+        _choice("form", self.form, get_args(Form))
+        _choice("optimise", self.optimise, ("correlation", "none"))
+        _choice("pace", self.pace, ("geometric", "linear"))
+        _require(self.min_width >= 1, "min_width", "is at least 1", self.min_width)
+        for name in ("optimise_epochs", "finetune_epochs", "final_epochs", "criterion_batches"):
+            _require(getattr(self, name) >= 0, name, "is not negative", getattr(self, name))
+        _require(self.strength >= 0, "strength", "is not negative", self.strength)
+        target = self.correlation_target
+        _require(target is None or 0 < target <= 1, "correlation_target", "is in (0, 1]", target)
+        _require(set(self.phases) <= {1, 2} and bool(self.phases), "phases", "are of 1 and 2", self.phases)
+        _require(all(r >= 1 for r in self.rounds), "rounds", "are at least 1 each", self.rounds)
+        _require(
+            not self.rounds or len(self.rounds) == len(self.widths), "rounds", f"needs {len(self.widths)} numbers", self.rounds
+        )
+        self.training()
+        Distillation(self.distillation, self.temperature)
+
+    def training(self, lr: float | None = None, schedule: Literal["cosine"] | None = None) -> TrainingSettings:
+        """Return how the weights of a stage are trained."""
+        return TrainingSettings(
+            self.optimizer, lr or self.lr, self.momentum, self.nesterov, self.weight_decay, schedule or self.schedule,
+            self.warmup, self.label_smoothing, self.clip_norm,
+        )  # fmt: skip
+
+    def plain(self) -> dict[str, Any]:
+        """Return the settings as JSON values, which :meth:`of` takes back."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Settings:
+        """Make settings of plain values, as YAML or JSON gives them.
+
+        Raises:
+            UsageError: If a key is unknown or a value is out of range or of the wrong kind.
+        """
+        known = {f.name for f in fields(cls)}
+        for name in values:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}."
+                raise UsageError(f"{name}: no such setting; {hint}")
+        ready = {name: _plain_to_setting(name, value) for name, value in values.items()}
+        try:
+            return cls(**ready)
+        except TypeError as error:
+            raise UsageError(f"settings: a value is of the wrong kind: {error}") from error
+
+
+def _plain_to_setting(name: str, value: Any) -> Any:
+    """Turn a list into the tuple that a frozen setting holds, and a lone mapping or number into a chain of one."""
+    if name == "widths" and isinstance(value, Mapping):
+        value = [value]
+    if name == "rounds" and isinstance(value, int):
+        value = [value]
+    if name == "skip" and isinstance(value, str):
+        value = [value]
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _require(holds: bool, name: str, rule: str, found: object) -> None:
+    if not holds:
+        raise UsageError(f"{name}: {rule}, found {found!r}.")
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, name, f"is one of {', '.join(choices)}", value)

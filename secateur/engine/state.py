@@ -1,0 +1,147 @@
+"""Where a run stands: everything that a killed run needs to go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from secateur.checkpoint import write_atomic
+from secateur.errors import CheckpointError
+
+FORMAT_VERSION = 1
+"""Version of the file's layout; raised when an older reader could misread a newer file."""
+
+_KEY = "secateur-run"
+
+Removed = dict[str, list[int]]
+"""Group name -> removed channels, numbered as in the unpruned network."""
+
+
+@dataclass
+class State:
+    """State of the loop between two steps.
+
+    Channels are numbered as in the unpruned network throughout, so that records of different rounds compare.
+    """
+
+    stage: str = "select"
+    """What comes next: ``select``, ``optimise``, ``drop``, ``finetune``, ``judge``, ``final``, ``settle``, ``done``."""
+    phase: int = 1
+    """1: all groups at once; 2: group after group."""
+    position: int = 0
+    """Phase 2: index of the group, in execution order."""
+    round: int = 1
+    epoch: int = 0
+    """Epochs done in the present stage of training."""
+    stages: int = 0
+    """Stages of training begun; the order of the examples follows from it."""
+    goal: int = 0
+    """Index into the chain of widths."""
+    goal_round: int = 0
+    """Episodes made towards the present goal."""
+    images: int = 0
+    """Training images seen in all."""
+    metric: float = 0.0
+    """Metric of the last accepted network on the validation data."""
+    seconds: float = 0.0
+    """Working time, over all processes that took part in the run."""
+    removed: Removed = field(default_factory=dict)
+    accepted_removed: Removed = field(default_factory=dict)
+    pairs: dict[str, list[list[int]]] = field(default_factory=dict)
+    """The present episode's pairs, group name -> [dropped, kept]."""
+    going: Removed = field(default_factory=dict)
+    """The channels that go at the end of the present optimisation."""
+    episode: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    milestones: list[dict[str, Any]] = field(default_factory=list)
+    baseline: dict[str, Any] = field(default_factory=dict)
+
+    # Not plain data
+    model: nn.Module | None = field(default=None, repr=False)
+    accepted: dict[str, Tensor] | None = field(default=None, repr=False)
+    """State dict to go back to; None where every round is accepted."""
+    training: dict[str, Any] | None = field(default=None, repr=False)
+    """Optimizer state of a stage under way, between two epochs."""
+
+    @property
+    def network(self) -> nn.Module:
+        """The network as it is now."""
+        assert self.model is not None
+        return self.model
+
+    def plain(self) -> dict[str, Any]:
+        """Return what is plain data."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("model", "accepted", "training")}
+
+    def save(self, path: Path) -> None:
+        """Write the state into one file, atomically."""
+        tensors: dict[str, Tensor] = {f"model/{k}": v for k, v in self.network.state_dict().items() if isinstance(v, Tensor)}
+        if self.accepted is not None:
+            tensors |= {f"accepted/{k}": v for k, v in self.accepted.items()}
+        training = _flatten(self.training, "training", tensors)
+        record = {
+            "version": FORMAT_VERSION, "state": self.plain(), "training": training, "accepted": self.accepted is not None,
+        }  # fmt: skip
+        stored = {k: v.detach().to("cpu").clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+        write_atomic(path, to_bytes(stored, metadata={_KEY: json.dumps(record, separators=(",", ":"))}))
+
+    @classmethod
+    def load(cls, path: Path) -> tuple[State, dict[str, Tensor]]:
+        """Read a state, and the state dict of its network, which the caller puts into a network of the right shape.
+
+        Raises:
+            CheckpointError: If the file is missing, damaged or something else.
+        """
+        tensors, record = _read(path)
+        try:
+            state = cls(**record["state"])
+            if record["accepted"]:
+                state.accepted = {k.removeprefix("accepted/"): v for k, v in tensors.items() if k.startswith("accepted/")}
+            state.training = _restore(record["training"], tensors)
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: damaged, or written by another release: {error}.") from error
+        return state, {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")}
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file, so there is no run to resume; the run directory or its name is another.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = json.loads((file.metadata() or {})[_KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: damaged, or not the state of a run: {' '.join(str(error).split())}.") from error
+    if record.get("version") != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format version {record.get('version')}, this release resumes {FORMAT_VERSION} only.")
+    return tensors, record
+
+
+def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Turn nested data with tensors into JSON, the tensors put aside under names; integer keys are kept as pairs."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {"items": [[k, _flatten(v, f"{name}/{k}", tensors)] for k, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return {"list": [_flatten(v, f"{name}/{i}", tensors) for i, v in enumerate(value)]}
+    return {"value": value}
+
+
+def _restore(value: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "items" in value:
+        return {k: _restore(v, tensors) for k, v in value["items"]}
+    if "list" in value:
+        return [_restore(v, tensors) for v in value["list"]]
+    return value["value"]
