@@ -381,7 +381,8 @@ def recover(original: nn.Module, pruned: nn.Module) -> RecoveredPlan:
     """
     plan = RecoveredPlan({}, {}, {})
     layers = {name: m for name, m in original.named_modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear))}
-    before, after = dict(original.named_parameters()), dict(pruned.named_parameters())
+    before = dict(original.named_parameters(remove_duplicate=False))
+    after = dict(pruned.named_parameters(remove_duplicate=False))
     for name, tensor in after.items():
         if name not in before:
             raise ValueError(f"{name} is not a parameter of the original")

@@ -294,7 +294,7 @@ def functional_conv() -> Net:
     )
 
 
-@case(prunable={"conv1": 8, "weight": 6})
+@case(prunable={"conv1": 8, "weight": 6}, outputs=("matrix",))
 def functional_linear() -> Net:
     """Functional linear layer and matrix product on raw parameters."""
     return Net(

@@ -367,7 +367,7 @@ def tied_weights() -> Net:
     return net
 
 
-@case(inputs=lambda: torch.randn(3, 10), prunable={"encoder": 6})
+@case(inputs=lambda: torch.randn(3, 10), prunable={"encoder": 6}, outputs=())
 def tied_autoencoder() -> Net:
     """Encoder and decoder share one matrix, the decoder transposed."""
     return Net(

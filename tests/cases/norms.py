@@ -70,7 +70,7 @@ def layer_norm_without_parameters() -> Net:
     return Net(forward, conv1=conv(3, 8), head=nn.Linear(8, 4))
 
 
-@case()
+@case(normalising=True)
 def layer_norm_by_hand() -> Net:
     """Mean and variance over the channels, written out (SAM, early ConvNeXt)."""
 
@@ -96,13 +96,13 @@ def layer_norm_over_map() -> Net:
     return with_norm(nn.LayerNorm([8, 6]))
 
 
-@case()
+@case(normalising=True)
 def layer_norm_over_everything() -> Net:
     """Layer norm over channels and positions at once."""
     return with_norm(nn.LayerNorm([8, 8, 6]))
 
 
-@case()
+@case(normalising=True)
 def rms_norm() -> Net:
     """Root-mean-square norm over the channels."""
     return Net(
@@ -275,7 +275,7 @@ def threshold_parameter() -> Net:
     )
 
 
-@case()
+@case(normalising=True)
 def weight_norm() -> Net:
     """Weight norm: a filter's length runs over its input channels."""
     return Net(
@@ -286,18 +286,21 @@ def weight_norm() -> Net:
     )
 
 
-@case()
-def weight_norm_old_style() -> Net:
-    """Weight norm by hooks, as older code has it."""
-    return Net(
+@case(normalising=True)
+def weight_norm_old_style() -> nn.Module:
+    """Weight norm by hooks, as older code has it; a run without gradients makes the weights copyable."""
+    net = Net(
         lambda m, x: m.head(m.conv2(m.conv1(x).relu()).relu()),
         conv1=nn.utils.weight_norm(conv(3, 8)),
         conv2=nn.utils.weight_norm(conv(8, 6)),
         head=conv(6, 4),
     )
+    with torch.no_grad():
+        net(torch.randn(1, 3, 8, 6))
+    return net
 
 
-@case()
+@case(normalising=True)
 def spectral_norm() -> Net:
     """Spectral norm: the weight's largest singular value runs over all channels."""
     return Net(
@@ -308,7 +311,7 @@ def spectral_norm() -> Net:
     )
 
 
-@case()
+@case(normalising=True)
 def weight_standardisation() -> Net:
     """Weights standardised over their input channels in the forward."""
 

@@ -57,7 +57,7 @@ def hard_coded_zeros() -> Net:
     return Net(forward, conv1=conv(3, 8), head=conv(8, 4))
 
 
-@case()
+@case(normalising=True)
 def hard_coded_divisor() -> Net:
     """Features divided by their number, taken of the shape: not a change of shape, but of value."""
 
@@ -252,7 +252,7 @@ def one_layer() -> Net:
     return Net(lambda m, x: m.head(x), head=conv(3, 4))
 
 
-@case(prunable={"conv1": 8})
+@case(prunable={"conv1": 8, "conv2": 6}, outputs=("head", "head2"))
 def two_networks_in_one() -> Net:
     """Two towers that never meet; the outputs are returned side by side."""
 
@@ -262,7 +262,7 @@ def two_networks_in_one() -> Net:
     return Net(forward, conv1=conv(3, 8), conv2=conv(3, 6), head=conv(8, 4), head2=conv(6, 4))
 
 
-@case(prunable={"blocks.0.0": 8, "blocks.1.0": 8, "stem": 6})
+@case(prunable={"blocks.0.0": 8, "blocks.1.0": 8, "stem": 6}, outputs=("heads.main",))
 def modules_in_containers() -> Net:
     """ModuleList, ModuleDict and reversed order of use."""
 

@@ -115,7 +115,7 @@ def split_sizes_refused() -> Net:
     return Net(forward, conv1=conv(3, 8), a=conv(2, 6), b=conv(6, 6), head=conv(6, 4))
 
 
-@case(prunable={"a": 6, "b": 5})
+@case(prunable={"a": 6, "b": 5}, outputs=("head_a", "head_b"))
 def split_of_concat() -> Net:
     """What was concatenated is split again, at the widths of the parts."""
 
@@ -441,7 +441,7 @@ def moved_dimensions() -> Net:
     return Net(forward, conv1=conv(3, 8), fc=nn.Linear(8, 8), head=conv(8, 4))
 
 
-@case(prunable={"conv1": 8})
+@case(prunable={"conv1": 8}, outputs=("matrix",))
 def einsum_pointwise() -> Net:
     """A pointwise convolution written as an einsum with a raw parameter."""
     return Net(

@@ -51,6 +51,8 @@ class Case:
     """Layers that give the network's output: their filters may not be removed."""
     modes: tuple[str, ...] = ("eval",)
     """Modes in which the pruned network has to equal the masked original."""
+    normalising: bool = False
+    """Something is normalised over the channels themselves, so that no selection can equal zeroing."""
 
     @property
     def expectation(self) -> str:
@@ -75,6 +77,7 @@ def case(
     refused: dict[str, str] | None = None,
     outputs: tuple[str, ...] = ("head",),
     modes: tuple[str, ...] = ("eval",),
+    normalising: bool = False,
 ) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
     """Put the decorated builder into the table under its own name."""
 
@@ -92,6 +95,7 @@ def case(
             refused=refused or {},
             outputs=outputs,
             modes=modes,
+            normalising=normalising or bool(inexact),
         )
         return build
 
