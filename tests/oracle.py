@@ -7,7 +7,6 @@ Nothing here looks into the engine. It takes a plan's names and integers, zeroes
 from __future__ import annotations
 
 import copy
-import itertools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,10 +42,6 @@ class Plan(Protocol):
 
 class Group(Protocol):
     """What a random selection reads of a group."""
-
-    @property
-    def units(self) -> Any:
-        """Unit of every channel."""
 
     @property
     def blocks(self) -> Any:
@@ -147,6 +142,14 @@ def _zero_slices(tensor: Tensor, dim: int, kept: Sequence[int]) -> None:
         tensor.index_fill_(dim, torch.tensor(removed, dtype=torch.long), 0)
 
 
+def _zero_block_slices(weight: Tensor, kept: Sequence[int], blocks: int) -> None:
+    """Zero what the filters of each block of a grouped convolution's weight read of the removed input channels."""
+    filters, width = weight.shape[0] // blocks, weight.shape[1]
+    for block in range(blocks):
+        here = [i - block * width for i in kept if block * width <= i < (block + 1) * width]
+        _zero_slices(weight[block * filters : (block + 1) * filters], 1, here)
+
+
 def _raw_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
@@ -170,16 +173,23 @@ def _norm_over_kept(module: nn.Module, small: nn.Module, kept: Sequence[int], x:
 
 
 def masked(
-    model: nn.Module, plan: Plan, *, zero_filters: bool = False, norms_of: nn.Module | None = None
+    model: nn.Module,
+    plan: Plan,
+    *,
+    zero_tensors: bool = False,
+    zero_filters: bool = False,
+    norms_of: nn.Module | None = None,
 ) -> tuple[nn.Module, set[str]]:
     """Copy the original and zero the removed input channels of every layer named in ``plan.kept_inputs``.
 
-    Layers are masked by forward pre-hooks. Raw parameters, and the layers of the pattern that only lend their weight
-    to a functional call, have their slices zeroed instead, which is the same for whatever reads them linearly.
+    Layers are masked by forward pre-hooks. A layer that never runs and only lends its weight to a functional call has
+    the weight's slices zeroed instead, which is the same.
 
     Args:
         model: The original network.
         plan: Names and kept indices.
+        zero_tensors: Zero the removed slices of raw parameters as well: what reads channels linearly without being a
+            layer reads zeros then.
         zero_filters: Zero the removed filters at their producers as well: the other, equally valid, reading of
             "removed", needed where channels are contracted with one another and not by a layer.
         norms_of: The pruned network, to replace norms over channels by the same norm over the kept channels.
@@ -191,9 +201,13 @@ def masked(
     ran: set[str] = set()
     tensors = _raw_tensors(copied)
     for name, dims in plan.kept_tensors.items():
-        if name in tensors and tensors[name].is_floating_point():
+        if zero_tensors and name in tensors and tensors[name].is_floating_point():
+            blocks = int(getattr(plan, "blocks", {}).get(name, 1))
             for dim, kept in dims.items():
-                _zero_slices(tensors[name].data, int(dim), kept)
+                if int(dim) == 1 and blocks > 1:
+                    _zero_block_slices(tensors[name].data, kept, blocks)
+                else:
+                    _zero_slices(tensors[name].data, int(dim), kept)
     for name, kept in plan.kept_inputs.items():
 
         def mask_input(module: nn.Module, arguments: Any, *, name: str = name, kept: Sequence[int] = kept) -> Any:
@@ -242,7 +256,7 @@ def _lend_masked_weights(copied: nn.Module, plan: Plan, ran: set[str], zero_filt
 
 
 def reference(model: nn.Module, plan: Plan, inputs: Any, **options: Any) -> list[Any]:
-    """Outputs of the masked original."""
+    """Return the outputs of the masked original."""
     copied, ran = masked(model, plan, **options)
     outputs = run(copied, inputs)
     if _lend_masked_weights(copied, plan, ran, bool(options.get("zero_filters"))):
@@ -298,6 +312,7 @@ def judge(
         The worst verdict over the modes. Never raises: what either network raises is the verdict ``crash``.
     """
     worst = Verdict("exact")
+    model, small = copy.deepcopy(model), copy.deepcopy(small)
     for mode in modes:
         model.train(mode == "train")
         small.train(mode == "train")
@@ -306,9 +321,9 @@ def judge(
         except Exception as error:  # noqa: BLE001 - whatever the pruned forward raises is the verdict
             return Verdict("crash", f"{mode}: {type(error).__name__}: {error}")
         verdicts = []
-        for zero_filters in (False, True):
+        for tensors, filters in ((False, False), (True, False), (True, True)):
             expected = reference(
-                model, plan, inputs, zero_filters=zero_filters, norms_of=small if norms else None
+                model, plan, inputs, zero_tensors=tensors, zero_filters=filters, norms_of=small if norms else None
             )
             verdicts.append(difference(expected, found))
             if verdicts[-1].exact:
@@ -321,53 +336,25 @@ def judge(
 
 
 def select(group: Group, ratio: float, rng: np.random.Generator) -> list[int]:
-    """Choose random channels of a group that its units, blocks and fixed channels allow.
+    """Choose random channels of a group that its blocks and fixed channels allow.
 
     Args:
-        group: Units, blocks and removable channels.
+        group: Blocks and removable channels.
         ratio: Fraction of the channels to remove, at most.
         rng: Source of randomness.
 
     Returns:
-        Ascending channels; empty where the rules leave no choice at this ratio. At least one channel of each block
-        stays.
+        Ascending channels; empty where the rules leave no choice at this ratio. Every block loses the same fraction,
+        and at least one channel of each block stays.
     """
-    units, blocks = np.asarray(group.units), np.asarray(group.blocks)
-    removable = np.asarray(group.removable)
-    size, n_blocks = len(units), int(blocks.max()) + 1 if len(blocks) else 0
-    free = [u for u in np.unique(units) if removable[units == u].all()]
-    counts = {u: tuple(np.bincount(blocks[units == u], minlength=n_blocks)) for u in free}
-    limit = min(int(round(ratio * size)), size - 1)
-    per_block = np.bincount(blocks, minlength=n_blocks)
-
-    # Units of one kind take the same from the same blocks; a bundle of kinds that takes equally of every block is
-    # one step of the selection. One unit of each kind is a bundle where every unit lies in one block.
-    kinds: dict[tuple[int, ...], list[int]] = {}
-    for u in free:
-        kinds.setdefault(tuple(int(c) for c in counts[u]), []).append(u)
-    for members in kinds.values():
-        rng.shuffle(members)
-    balanced = [k for k in kinds if len(set(k)) == 1]
-    partial = [k for k in kinds if len(set(k)) > 1]
-    bundles: list[tuple[tuple[int, ...], ...]] = [(k,) for k in balanced]
-    for width in range(2, min(len(partial), 8) + 1):
-        bundles += [c for c in itertools.combinations(partial, width) if len(set(np.sum(c, axis=0))) == 1]
-    if len(partial) > 8 and len(set(np.sum(partial, axis=0))) == 1:
-        bundles.append(tuple(partial))
-
-    chosen: list[int] = []
-    taken = np.zeros(n_blocks, dtype=int)
-    while bundles:
-        bundle = bundles[int(rng.integers(len(bundles)))]
-        step = np.sum(bundle, axis=0)
-        fits = all(kinds[k] for k in bundle) and (taken + step < per_block).all() and (taken + step).sum() <= limit
-        if not fits:
-            bundles.remove(bundle)
-            continue
-        for k in bundle:
-            chosen.append(kinds[k].pop())
-        taken += step
-    return sorted(int(c) for c in np.flatnonzero(np.isin(units, chosen)))
+    blocks, removable = np.asarray(group.blocks), np.asarray(group.removable)
+    sizes = np.bincount(blocks)
+    quota = sizes // np.gcd.reduce(sizes)
+    free = [np.flatnonzero((blocks == b) & removable) for b in range(len(sizes))]
+    rounds = min(int(min(len(f), n - 1) // q) for f, n, q in zip(free, sizes, quota, strict=True))
+    rounds = min(rounds, round(ratio * len(blocks) / int(quota.sum())))
+    chosen = [rng.choice(f, size=rounds * q, replace=False) for f, q in zip(free, quota, strict=True)]
+    return sorted(int(c) for c in np.concatenate(chosen))
 
 
 def recover(original: nn.Module, pruned: nn.Module) -> RecoveredPlan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,11 +36,14 @@ def traced(name: str) -> tuple[nn.Module, Any, Any]:
 
 
 def offered(graph: Any, producer: str) -> int:
-    """Count the filters of a producer (a module or a raw parameter) that some group offers to remove."""
+    """Count the filters of a layer or raw parameter that some group offers to remove.
+
+    A depthwise layer's filters follow the channels that it reads, so followers count as well as producers.
+    """
     positions: set[int] = set()
     for group in graph.groups:
-        for member in group.producers:
-            if producer in (member.module, member.tensor):
+        for member in group.members:
+            if member.role != "consumer" and producer in (member.module, member.tensor):
                 free = group.removable[member.channels]
                 positions.update(int(p) for p in member.positions[free])
     return len(positions)
@@ -92,7 +96,9 @@ def test_refuses_with_its_reason(case: Case) -> None:
 
 def test_refusal_names_the_failing_line() -> None:
     _, _, graph = traced("hard_coded_view")
-    assert any("programs.py:" in r.source for r in graph.refused)
+    places = [r.source.rpartition(":") for r in graph.refused if "programs.py" in r.source]
+    lines = [Path(path).read_text().splitlines()[int(number) - 1] for path, _, number in places]
+    assert any("x.view(-1, 6 * 48)" in line for line in lines)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES.values() if c.inexact], ids=ids)
@@ -190,9 +196,7 @@ def test_selection_keeps_the_rules(name: str) -> None:
             channels = oracle.select(group, 0.7, np.random.default_rng(seed))
             gone = np.isin(np.arange(group.size), channels)
             assert group.removable[gone].all()
-            for unit in np.unique(group.units):
-                assert len(set(gone[group.units == unit])) == 1
             kept = np.bincount(group.blocks[~gone], minlength=int(group.blocks.max()) + 1)
             whole = np.bincount(group.blocks)
-            assert len(set(whole - kept)) == 1
+            assert len(set((whole - kept) / whole)) == 1
             assert kept.min() >= 1

@@ -23,8 +23,9 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         state[f"{name}/class"] = type(module)
         state[f"{name}/attributes"] = sorted(module.__dict__)
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-            state[f"{name}/{kind}"] = list(getattr(module, kind).items())
-        state[f"{name}/tensors"] = (list(module._parameters), list(module._buffers), list(module._modules))
+            state[f"{name}/{kind}"] = list(module.__dict__.get(kind, {}).items())
+        for kind in ("_parameters", "_buffers", "_modules"):
+            state[f"{name}/{kind}"] = list(module.__dict__.get(kind, ()))
         if "forward" in module.__dict__:
             state[f"{name}/forward"] = module.__dict__["forward"]
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
@@ -124,9 +125,10 @@ def test_state_is_restored_when_the_forward_raises(after: str, train: bool) -> N
     model.register_buffer("count", torch.zeros(()))
     model.train(train)
     model.conv1.register_forward_hook(lambda *_: None)
+    x = torch.randn(2, 3, 6, 6)
     before, around = fingerprint(model), surroundings()
     with pytest.raises(sc.TraceError) as caught:
-        sc.trace(model, torch.randn(2, 3, 6, 6))
+        sc.trace(model, x)
     assert ("sensor" if after == "layers" else "scale") in str(caught.value)
     assert same(before, fingerprint(model)) == []
     assert same(around, surroundings()) == []
@@ -178,6 +180,7 @@ def test_apply_leaves_the_original_alone(case: Case) -> None:
     assert same(before, fingerprint(model)) == []
     mine = {p.data_ptr() for p in model.parameters() if p.numel()}
     assert not any(p.data_ptr() in mine for p in small.parameters() if p.numel())
-    for (name, a), b in zip(model.named_parameters(), small.parameters(), strict=True):
-        assert a.requires_grad == b.requires_grad, name
+    ours = dict(model.named_parameters())
+    for name, parameter in small.named_parameters():
+        assert parameter.requires_grad == ours[name].requires_grad, name
     assert [m.training for m in model.modules()] == [m.training for m in small.modules()]

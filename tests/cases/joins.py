@@ -233,7 +233,7 @@ def input_concat() -> Net:
     )
 
 
-@case(prunable={"conv2": 6}, refused={"conv1": "input"})
+@case(prunable={"conv2": 6}, refused={"conv1": "add"})
 def input_add() -> Net:
     """The raw input added to features: their channels are the input's."""
     return Net(
