@@ -376,10 +376,11 @@ def recover(original: nn.Module, pruned: nn.Module) -> RecoveredPlan:
         whole = before[name].detach()
         if whole.shape == tensor.shape and torch.equal(whole, tensor):
             continue
-        kept = _kept_indices(name, whole, tensor.detach())
+        grid = _source(name, whole, tensor.detach())
+        kept = [_lines(grid[dim], dim) for dim in range(whole.dim())]
         owner, _, leaf = name.rpartition(".")
         if owner in layers and leaf == "weight":
-            _enter_layer(plan, owner, layers[owner], kept, tuple(whole.shape))
+            _enter_layer(plan, owner, layers[owner], grid, tuple(whole.shape))
         elif owner in layers and leaf == "bias":
             plan.kept_outputs.setdefault(owner, kept[0])
         else:
@@ -396,36 +397,34 @@ class RecoveredPlan:
     kept_tensors: dict[str, dict[int, list[int]]]
 
 
-def _kept_indices(name: str, whole: Tensor, part: Tensor) -> list[list[int]]:
+def _source(name: str, whole: Tensor, part: Tensor) -> np.ndarray:
+    """Find the original's coordinates of every value of a pruned tensor."""
     values = whole.flatten().numpy()
     order = np.argsort(values)
     at = np.searchsorted(values[order], part.flatten().numpy()).clip(max=len(values) - 1)
     source = order[at]
     if not np.array_equal(values[source], part.flatten().numpy()) or whole.dim() != part.dim():
         raise ValueError(f"{name} holds values that the original has not")
-    coordinates = np.stack(np.unravel_index(source, tuple(whole.shape)))
-    grid = coordinates.reshape(whole.dim(), *part.shape)
-    kept = []
-    for dim in range(whole.dim()):
-        lines = np.moveaxis(grid[dim], dim, 0).reshape(part.shape[dim], -1)
-        kept.append([int(i) for i in lines[:, 0]] if lines.size else [])
-    return kept
+    return np.stack(np.unravel_index(source, tuple(whole.shape))).reshape(whole.dim(), *part.shape)
+
+
+def _lines(coordinates: np.ndarray, dim: int) -> list[int]:
+    """Read the kept indices of one dimension off the coordinates along it."""
+    lines = np.moveaxis(coordinates, dim, 0).reshape(coordinates.shape[dim], -1)
+    return [int(i) for i in lines[:, 0]] if lines.size else []
 
 
 def _enter_layer(
-    plan: RecoveredPlan, name: str, layer: nn.Module, kept: list[list[int]], shape: tuple[int, ...]
+    plan: RecoveredPlan, name: str, layer: nn.Module, grid: np.ndarray, shape: tuple[int, ...]
 ) -> None:
+    """Turn the kept slices of a layer's weight into channels; a grouped layer counts one dimension by blocks."""
     groups = int(getattr(layer, "groups", 1))
-    if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        inputs, outputs, n_in, n_out = kept[0], kept[1], shape[0], shape[1] * groups
-        if groups > 1:
-            used = sorted({i // (n_in // groups) for i in inputs})
-            outputs = [g * shape[1] + o for g in used for o in outputs]
-    else:
-        outputs, inputs, n_out, n_in = kept[0], kept[1], shape[0], shape[1] * groups
-        if groups > 1:
-            used = sorted({o // (n_out // groups) for o in outputs})
-            inputs = [g * shape[1] + i for g in used for i in inputs]
+    transposed = isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+    whole = _lines(grid[0], 0)  # this dimension counts all channels
+    block = grid[0] // (shape[0] // groups)
+    partial = sorted({int(i) for i in (block * shape[1] + grid[1]).flat})
+    outputs, inputs = (partial, whole) if transposed else (whole, partial)
+    n_out, n_in = (shape[1] * groups, shape[0]) if transposed else (shape[0], shape[1] * groups)
     if len(outputs) < n_out:
         plan.kept_outputs[name] = outputs
     if len(inputs) < n_in:

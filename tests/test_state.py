@@ -21,6 +21,8 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         state[f"{name}/mode"] = module.training
         state[f"{name}/class"] = type(module)
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
         state[f"{name}/attributes"] = sorted(module.__dict__)
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             state[f"{name}/{kind}"] = list(module.__dict__.get(kind, {}).items())

@@ -37,15 +37,15 @@ def shuffle_native() -> Net:
     )
 
 
-@case(prunable={"conv1": 12, "grouped": 12})
+@case(prunable={"conv1": 18, "grouped": 18})
 def shuffle_between_groups() -> Net:
     """Grouped convolution, shuffle, grouped convolution (ShuffleNet v1)."""
     return Net(
         lambda m, x: m.head(m.last(shuffled(m.grouped(m.conv1(x).relu()), 3)).relu()),
-        conv1=conv(3, 12),
-        grouped=conv(12, 12, groups=3),
-        last=conv(12, 12, groups=3),
-        head=conv(12, 4),
+        conv1=conv(3, 18),
+        grouped=conv(18, 18, groups=3),
+        last=conv(18, 18, groups=3),
+        head=conv(18, 4),
     )
 
 
@@ -194,7 +194,7 @@ def flip_channels_residual() -> Net:
     return Net(forward, conv1=conv(3, 8), head=conv(8, 4))
 
 
-@case(prunable={"conv1": 7})
+@case()
 def roll_channels() -> Net:
     """Channels rolled by one: the last is carried to the front, so it has to stay."""
     return Net(lambda m, x: m.head(m.conv1(x).relu().roll(1, 1)), conv1=conv(3, 8), head=conv(8, 4))
