@@ -1,0 +1,413 @@
+"""What users' programs do around the layers: control flow, containers, modes, integers in the code."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from tests.cases.table import Net, case, conv, conv_bn, image, pooled
+
+
+@case(prunable={"0": 8}, refused={"2": "aten.view"}, outputs=("head",))
+def hard_coded_view() -> nn.Module:
+    """view(-1, K): fewer channels would change the batch dimension instead."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = getattr(m, "2")(getattr(m, "0")(x).relu()).relu()
+        return m.head(x.view(-1, 6 * 48))
+
+    return Net(forward, **{"0": conv(3, 8), "2": conv(8, 6), "head": nn.Linear(6 * 48, 4)})
+
+
+@case(refused={"conv1": ""})
+def hard_coded_reshape() -> Net:
+    """reshape(n, 2, 4, h, w): both parts of the channel dimension are written as integers."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = m.conv1(x)
+        return m.head(x.reshape(x.shape[0], 2, 4, 8, 6).amax(1))
+
+    return Net(forward, conv1=conv(3, 8), head=conv(4, 4))
+
+
+@case()
+def hard_coded_inferred() -> Net:
+    """reshape(n, 8, -1): fewer channels silently regroup the map."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = m.conv1(x)
+        return m.head(x.reshape(x.shape[0], 8, -1).mean(2))
+
+    return Net(forward, conv1=conv(3, 8), head=nn.Linear(8, 4))
+
+
+@case()
+def hard_coded_zeros() -> Net:
+    """A sum with zeros of a size written in the code."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = m.conv1(x)
+        return m.head(x + torch.zeros(1, 8, 1, 1, dtype=x.dtype))
+
+    return Net(forward, conv1=conv(3, 8), head=conv(8, 4))
+
+
+@case(normalising=True)
+def hard_coded_divisor() -> Net:
+    """Features divided by their number, taken of the shape: not a change of shape, but of value."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = m.conv1(x)
+        return m.head(x / x.shape[1])
+
+    return Net(forward, conv1=conv(3, 8), head=conv(8, 4))
+
+
+@case()
+def branch_on_width() -> Net:
+    """The program's path depends on the number of channels."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = m.conv1(x)
+        x = x.relu() if x.shape[1] == 8 else x.sigmoid()
+        return m.head(x)
+
+    return Net(forward, conv1=conv(3, 8), head=conv(8, 4))
+
+
+@case(
+    inputs=lambda: ({"image": torch.randn(2, 3, 8, 6), "scale": torch.rand(2, 1, 1, 1)},),
+    prunable={"conv1": 8},
+    outputs=("head", "aux"),
+)
+def dict_in_dict_out() -> Net:
+    """A dict as input and a nested dict as output."""
+
+    def forward(m: Net, batch: dict[str, Tensor]) -> dict[str, Any]:
+        x = m.conv1(batch["image"]).relu() * batch["scale"]
+        return {"out": m.head(x), "more": [{"aux": m.aux(x)}, None, 3]}
+
+    return Net(forward, conv1=conv(3, 8), head=conv(8, 4), aux=conv(8, 2))
+
+
+class Pair(NamedTuple):
+    """Two outputs by name."""
+
+    first: Tensor
+    second: Tensor
+
+
+@case(prunable={"conv1": 8}, outputs=("head", "aux"))
+def named_tuple_out() -> Net:
+    """A named tuple as output."""
+
+    def forward(m: Net, x: Tensor) -> Pair:
+        x = m.conv1(x).relu()
+        return Pair(m.head(x), second=m.aux(x))
+
+    return Net(forward, conv1=conv(3, 8), head=conv(8, 4), aux=conv(8, 2))
+
+
+@case(prunable={"conv1": 8}, outputs=("head", "aux"))
+def ordered_dict_out() -> Net:
+    """An OrderedDict as output (segmentation models)."""
+
+    def forward(m: Net, x: Tensor) -> OrderedDict[str, Tensor]:
+        x = m.conv1(x).relu()
+        return OrderedDict(out=F.interpolate(m.head(x), scale_factor=2), aux=m.aux(x))
+
+    return Net(forward, conv1=conv(3, 8), head=conv(8, 4), aux=conv(8, 2))
+
+
+@case(
+    inputs=lambda: (torch.randn(2, 3, 8, 6), torch.randn(2, 5), 2),
+    prunable={"conv1": 8, "fc": 8},
+)
+def several_inputs() -> Net:
+    """Two tensors and a number as inputs, joined."""
+
+    def forward(m: Net, x: Tensor, y: Tensor, factor: int) -> Tensor:
+        return m.head(m.conv1(x).relu() + factor * m.fc(y)[:, :, None, None])
+
+    return Net(forward, conv1=conv(3, 8), fc=nn.Linear(5, 8), head=conv(8, 4))
+
+
+@case(
+    inputs=lambda: {"left": torch.randn(2, 3, 8, 6), "right": torch.randn(2, 3, 8, 6)},
+    prunable={"conv1": 8},
+)
+def keyword_inputs() -> Net:
+    """Keyword arguments; one tower for both (siamese)."""
+    return Net(
+        lambda m, left, right: m.head((pooled(m.conv1(left)) - pooled(m.conv1(right))).abs()),
+        conv1=conv(3, 8),
+        head=nn.Linear(8, 4),
+    )
+
+
+@case(inputs=lambda: ([torch.randn(3, 8, 6), torch.randn(3, 8, 6)],), prunable={"conv1": 8})
+def list_of_images() -> Net:
+    """A list of images, stacked into a batch (detection)."""
+    return Net(lambda m, images: [m.head(m.conv1(torch.stack(images)))], conv1=conv(3, 8), head=conv(8, 4))
+
+
+@case(inputs=lambda: torch.rand(2, 3, 8, 6), prunable={"conv1": 8})
+def control_flow_on_values() -> Net:
+    """A branch on the input's values."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        if x.mean() > 0:
+            x = x * 2
+        x = m.conv1(x).relu()
+        if bool((x < 0).any()):
+            x = x.abs()
+        return m.head(x)
+
+    return Net(forward, conv1=conv(3, 8), head=conv(8, 4))
+
+
+@case(prunable={"conv1": 8})
+def loop_to_convergence() -> Net:
+    """A loop whose length depends on values of the input."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        scale = x.abs().mean()
+        while scale > 0.1:
+            scale = scale / 2
+        return m.head(m.conv1(x) * scale)
+
+    return Net(forward, conv1=conv(3, 8), head=conv(8, 4))
+
+
+@case(prunable={"conv1": 8, "conv2": 8})
+def in_place() -> Net:
+    """In-place operators on features and on views of them."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = m.conv1(x).relu_()
+        x.mul_(2).add_(m.conv2(x.clone()))
+        x[:, :, 0] *= 0.5
+        x[:, :, :, 1:].clamp_(max=3)
+        x.view(x.shape[0], -1).sub_(0.1)
+        return m.head(F.relu(x, inplace=True))
+
+    return Net(forward, conv1=conv(3, 8), conv2=conv(8, 8), head=conv(8, 4))
+
+
+@case(prunable={"conv2": 6}, outputs=("head", "conv1"))
+def intermediate_output() -> Net:
+    """Features handed out next to the prediction: their layer's filters are outputs."""
+
+    def forward(m: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = m.conv1(x).relu()
+        return m.head(m.conv2(features).relu()), features
+
+    return Net(forward, conv1=conv(3, 8), conv2=conv(8, 6), head=conv(6, 4))
+
+
+@case(outputs=("head", "aux"), modes=("eval", "train"))
+def auxiliary_head_in_training() -> Net:
+    """A second head that runs only in training: pruning must not break it."""
+
+    def forward(m: Net, x: Tensor) -> Any:
+        x = m.conv1(x).relu()
+        out = m.head(m.conv2(x).relu())
+        return (out, m.aux(x)) if m.training else out
+
+    return Net(forward, conv1=conv(3, 8), conv2=conv(8, 6), head=conv(6, 4), aux=conv(8, 4, 1))
+
+
+@case(prunable={"conv1": 8})
+def unused_layer() -> Net:
+    """A layer that never runs stays as it is."""
+    return Net(lambda m, x: m.head(m.conv1(x).relu()), conv1=conv(3, 8), unused=conv(8, 8), head=conv(8, 4))
+
+
+@case(prunable={"conv1": 8})
+def dead_branch() -> Net:
+    """A layer whose result nobody reads."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = m.conv1(x).relu()
+        m.dead(x)
+        return m.head(x)
+
+    return Net(forward, conv1=conv(3, 8), dead=conv(8, 6), head=conv(8, 4))
+
+
+@case(outputs=())
+def no_layer() -> Net:
+    """Nothing to prune at all."""
+    return Net(lambda m, x: F.avg_pool2d(x, 2))
+
+
+@case()
+def one_layer() -> Net:
+    """Only the output layer."""
+    return Net(lambda m, x: m.head(x), head=conv(3, 4))
+
+
+@case(prunable={"conv1": 8, "conv2": 6}, outputs=("head", "head2"))
+def two_networks_in_one() -> Net:
+    """Two towers that never meet; the outputs are returned side by side."""
+
+    def forward(m: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+        return m.head(m.conv1(x).relu()), m.head2(m.conv2(x).relu())
+
+    return Net(forward, conv1=conv(3, 8), conv2=conv(3, 6), head=conv(8, 4), head2=conv(6, 4))
+
+
+@case(prunable={"blocks.0.0": 8, "blocks.1.0": 8, "stem": 6}, outputs=("heads.main",))
+def modules_in_containers() -> Net:
+    """ModuleList, ModuleDict and reversed order of use."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        for block in m.blocks:
+            x = block(x)
+        return m.heads["main"](x)
+
+    return Net(
+        forward,
+        stem=conv(3, 6),
+        blocks=nn.ModuleList([conv_bn(6, 8), conv_bn(8, 8)]),
+        heads=nn.ModuleDict({"main": conv(8, 4)}),
+    )
+
+
+@case(prunable={"conv1": 8, "conv2": 6})
+def gradient_checkpointing() -> Net:
+    """Part of the forward under activation checkpointing."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = torch.utils.checkpoint.checkpoint(lambda y: m.conv2(m.conv1(y).relu()).relu(), x, use_reentrant=False)
+        return m.head(x)
+
+    return Net(forward, conv1=conv(3, 8), conv2=conv(8, 6), head=conv(6, 4))
+
+
+@case(prunable={"conv1": 8})
+def no_grad_inside() -> Net:
+    """The forward switches gradients off and on by itself."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = m.conv1(x).relu()
+        with torch.enable_grad():
+            return m.head(x)
+
+    return Net(forward, conv1=conv(3, 8), head=conv(8, 4))
+
+
+@case(prunable={"conv1": 8})
+def forward_hooks_of_the_user() -> nn.Module:
+    """Hooks that change what passes: a pre-hook on the input, a forward hook on the features."""
+    net = Net(lambda m, x: m.head(m.conv1(x).relu()), conv1=conv(3, 8), head=conv(8, 4))
+    net.conv1.register_forward_pre_hook(lambda module, arguments: (arguments[0] * 0.5,))
+    net.conv1.register_forward_hook(lambda module, arguments, output: output.sigmoid())
+    return net
+
+
+@case(prunable={"conv1": 8})
+def counter_buffer() -> nn.Module:
+    """A buffer that every forward changes."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        m.count += 1
+        return m.head(m.conv1(x).relu())
+
+    net = Net(forward, conv1=conv(3, 8), head=conv(8, 4))
+    net.register_buffer("count", torch.zeros((), dtype=torch.long))
+    return net
+
+
+class Scale(nn.Module):
+    """Scripted below."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return 2x + 1, rectified."""
+        return torch.relu(2 * x + 1)
+
+
+@case(prunable={"conv2": 6})
+def scripted_submodule() -> Net:
+    """A scripted submodule in the middle."""
+    return Net(
+        lambda m, x: m.head(m.conv2(m.scale(m.conv1(x))).relu()),
+        conv1=conv(3, 8),
+        scale=torch.jit.script(Scale()),
+        conv2=conv(8, 6),
+        head=conv(6, 4),
+    )
+
+
+@case(prunable={"conv1": 8})
+def vectorised_map() -> Net:
+    """torch.vmap over the examples."""
+    return Net(
+        lambda m, x: m.head(torch.vmap(lambda one: one * one.mean())(m.conv1(x))), conv1=conv(3, 8), head=conv(8, 4)
+    )
+
+
+@case(prunable={"conv1": 8})
+def module_that_returns_a_tuple() -> Net:
+    """Submodules with several outputs, and outputs handed on as keyword arguments."""
+
+    def inner(m: Net, x: Tensor, *, scale: Tensor) -> tuple[Tensor, Tensor]:
+        y = m.conv(x) * scale
+        return y, y.sigmoid()
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = m.conv1(x)
+        y, gate = m.inner(x, scale=x.mean((2, 3), keepdim=True))
+        return m.head(y * gate)
+
+    return Net(forward, conv1=conv(3, 8), inner=Net(inner, conv=conv(8, 8, groups=8)), head=conv(8, 4))
+
+
+@case(prunable={"conv1": 8})
+def residual_or_not_by_shape() -> Net:
+    """A shortcut that is taken only where the shapes agree."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        for layer in (m.conv1, m.conv2, m.conv3):
+            y = layer(x)
+            x = x + y if x.shape == y.shape else y
+        return m.head(x)
+
+    return Net(forward, conv1=conv(3, 8), conv2=conv(8, 8), conv3=conv(8, 8), head=conv(8, 4))
+
+
+@case(inputs=image(3, 8, 8), prunable={"backbone": 8}, outputs=("boxes", "scores"))
+def detector() -> Net:
+    """A small detector: heads reshaped to one row an anchor, thresholded, sorted."""
+
+    def forward(m: Net, x: Tensor) -> list[Tensor]:
+        x = m.backbone(x).relu()
+        boxes = m.boxes(x).view(x.shape[0], 2, 4, 8, 8).permute(0, 3, 4, 1, 2).reshape(x.shape[0], -1, 4)
+        scores = m.scores(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1).sigmoid()
+        out = []
+        for box, score in zip(boxes, scores, strict=True):
+            order = score.argsort(descending=True)[:5]
+            out += [box[order], score[order]]
+        return out
+
+    return Net(forward, backbone=conv(3, 8), boxes=conv(8, 8, 1), scores=conv(8, 2, 1))
+
+
+@case(inputs=image(3, 8, 8), prunable={"backbone": 8, "fc": 10})
+def region_of_interest() -> nn.Module:
+    """RoI align on features, flattened into linear layers."""
+    from torchvision.ops import roi_align
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        rois = torch.tensor([[0.0, 1.0, 1.0, 5.0, 6.0], [1.0, 0.0, 2.0, 7.0, 7.0]], dtype=x.dtype)
+        x = roi_align(m.backbone(x).relu(), rois, (2, 2))
+        return m.head(m.fc(x.flatten(1)).relu())
+
+    return Net(forward, backbone=conv(3, 8), fc=nn.Linear(32, 10), head=nn.Linear(10, 4))

@@ -1,0 +1,202 @@
+"""The law over the table: what is offered is exact, what is expected is offered, what is refused says why."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import secateur as sc
+from tests import oracle
+from tests.cases import CASES, Case
+
+RATIOS = (0.25, 0.5, 0.8)
+SEEDS = (0, 1, 2)
+
+EXPECTING = [c for c in CASES.values() if c.prunable]
+REFUSING = [c for c in CASES.values() if c.refused]
+
+
+@functools.lru_cache(maxsize=None)
+def traced(name: str) -> tuple[nn.Module, Any, Any]:
+    """Build a case in fp64 with random values, and trace it."""
+    case = CASES[name]
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = oracle.randomise(case.build())
+    inputs = oracle.doubled(case.inputs())
+    return model, inputs, sc.trace(model, inputs)
+
+
+def offered(graph: Any, producer: str) -> int:
+    """Count the filters of a layer or raw parameter that some group offers to remove.
+
+    A depthwise layer's filters follow the channels that it reads, so followers count as well as producers.
+    """
+    positions: set[int] = set()
+    for group in graph.groups:
+        for member in group.members:
+            if member.role != "consumer" and producer in (member.module, member.tensor):
+                free = group.removable[member.channels]
+                positions.update(int(p) for p in member.positions[free])
+    return len(positions)
+
+
+def selection(graph: Any, ratio: float, seed: int, exact: bool = True) -> dict[str, list[int]]:
+    """Choose random channels of every group that is marked as asked."""
+    rng = np.random.default_rng(seed)
+    chosen = {g.name: oracle.select(g, ratio, rng) for g in graph.groups if g.exact == exact}
+    return {name: channels for name, channels in chosen.items() if channels}
+
+
+def ids(case: Case) -> str:
+    """Name a case in pytest's output."""
+    return case.name
+
+
+def test_table_is_broad() -> None:
+    assert len(CASES) >= 80
+    assert {c.expectation for c in CASES.values()} == {"exact", "inexact", "refused", "open"}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=ids)
+def test_outputs_are_never_offered(case: Case) -> None:
+    _, _, graph = traced(case.name)
+    for layer in case.outputs:
+        assert offered(graph, layer) == 0, f"{layer} gives the network's output"
+
+
+@pytest.mark.parametrize("case", EXPECTING, ids=ids)
+def test_finds_what_can_be_pruned(case: Case) -> None:
+    _, _, graph = traced(case.name)
+    found = {producer: offered(graph, producer) for producer in case.prunable}
+    short = {p: (found[p], least) for p, least in case.prunable.items() if found[p] < least}
+    assert not short, f"offered, expected: {short}; refusals: {graph.refused}"
+
+
+@pytest.mark.parametrize("case", REFUSING, ids=ids)
+def test_refuses_with_its_reason(case: Case) -> None:
+    _, _, graph = traced(case.name)
+    for producer, fragment in case.refused.items():
+        assert offered(graph, producer) == 0
+        listed = [
+            r for r in graph.refused if any(t == producer or t.startswith(f"{producer}.") for t in r.tensors)
+        ]
+        assert listed, f"nothing is listed for {producer}: {graph.refused}"
+        texts = " ".join(f"{r.operator} {r.module} {r.source} {r.reason}" for r in listed)
+        assert fragment in texts
+
+
+def test_refusal_names_the_failing_line() -> None:
+    _, _, graph = traced("hard_coded_view")
+    places = [r.source.rpartition(":") for r in graph.refused if "programs.py" in r.source]
+    lines = [Path(path).read_text().splitlines()[int(number) - 1] for path, _, number in places]
+    assert any("x.view(-1, 6 * 48)" in line for line in lines)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES.values() if c.inexact], ids=ids)
+def test_marks_inexact_groups(case: Case) -> None:
+    _, _, graph = traced(case.name)
+    for producer in case.inexact:
+        for group in graph.groups:
+            if any(producer in (m.module, m.tensor) for m in group.producers):
+                assert not group.exact
+                assert group.reason
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("case", CASES.values(), ids=ids)
+def test_pruned_equals_masked_original(case: Case, seed: int) -> None:
+    model, inputs, graph = traced(case.name)
+    chosen = selection(graph, RATIOS[seed % len(RATIOS)], seed)
+    if not chosen:
+        assert not any(g.exact and g.removable.all() and not g.constraint for g in graph.groups if g.size > 4)
+        return
+    plan = sc.plan_removal(graph, chosen)
+    small = sc.apply(model, plan)
+    verdict = oracle.judge(model, small, plan, oracle.fresh(inputs, seed), modes=case.modes)
+    assert verdict.exact, f"{verdict.kind}: {verdict.detail}; removed {chosen}"
+    for name, kept in plan.kept_outputs.items():
+        layer = small.get_submodule(name)
+        assert getattr(layer, "out_channels", getattr(layer, "out_features", len(kept))) == len(kept)
+    assert sc.verify(model, small, plan, inputs).exact
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=ids)
+def test_one_group_at_a_time(case: Case) -> None:
+    model, inputs, graph = traced(case.name)
+    for group in graph.groups:
+        for channels in (oracle.select(group, r, np.random.default_rng(7)) for r in (0.2, 0.9)):
+            if not channels or not group.exact:
+                continue
+            plan = sc.plan_removal(graph, {group.name: channels})
+            small = sc.apply(model, plan)
+            verdict = oracle.judge(model, small, plan, oracle.fresh(inputs, 5), modes=case.modes)
+            assert verdict.exact, f"{verdict.kind}: {verdict.detail}; removed {channels} of {group.name}"
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=ids)
+def test_inexact_groups_equal_a_norm_over_the_kept_channels(case: Case) -> None:
+    model, inputs, graph = traced(case.name)
+    for group in graph.groups:
+        channels = [] if group.exact else oracle.select(group, 0.5, np.random.default_rng(3))
+        if not channels:
+            continue
+        plan = sc.plan_removal(graph, {group.name: channels})
+        small = sc.apply(model, plan)
+        verdict = oracle.judge(model, small, plan, oracle.fresh(inputs, 5), norms=True)
+        if group.reason and any(isinstance(m, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm) for m in model.modules()):
+            assert verdict.exact, f"{verdict.kind}: {verdict.detail}; removed {channels} of {group.name}"
+        else:
+            assert verdict.kind in ("exact", "wrong-channel"), f"{verdict.kind}: {verdict.detail}"
+
+
+def test_verify_sees_a_wrong_channel() -> None:
+    model, inputs, graph = traced("residual_projection")
+    plan = sc.plan_removal(graph, selection(graph, 0.5, 0))
+    small = sc.apply(model, plan)
+    with torch.no_grad():
+        weight = small.conv2.weight
+        weight[:, [0, 1]] = weight[:, [1, 0]].clone()
+    check = sc.verify(model, small, plan, inputs)
+    assert not check.exact
+    assert check.max_error > 1e-6
+    assert oracle.judge(model, small, plan, inputs).kind == "wrong-channel"
+
+
+def test_oracle_sees_a_forgotten_consumer() -> None:
+    model, inputs, graph = traced("dense_block")
+    plan = sc.plan_removal(graph, selection(graph, 0.5, 1))
+    small = sc.apply(model, plan)
+    with torch.no_grad():
+        small.transition.weight[:, 0] = 0
+    assert oracle.judge(model, small, plan, inputs).kind == "wrong-channel"
+
+
+def test_recovered_plan_is_the_plan() -> None:
+    model, _, graph = traced("resnext_block")
+    plan = sc.plan_removal(graph, selection(graph, 0.5, 2))
+    recovered = oracle.recover(model, sc.apply(model, plan))
+    assert recovered.kept_outputs == {n: list(k) for n, k in plan.kept_outputs.items()}
+    assert recovered.kept_inputs == {n: list(k) for n, k in plan.kept_inputs.items()}
+
+
+@pytest.mark.parametrize("name", ["shuffle_between_groups", "grouped_twice", "group_norm", "flip_channels_residual"])
+def test_selection_keeps_the_rules(name: str) -> None:
+    _, _, graph = traced(name)
+    for group in graph.groups:
+        for seed in range(20):
+            channels = oracle.select(group, 0.7, np.random.default_rng(seed))
+            gone = np.isin(np.arange(group.size), channels)
+            assert group.removable[gone].all()
+            kept = np.bincount(group.blocks[~gone], minlength=int(group.blocks.max()) + 1)
+            whole = np.bincount(group.blocks)
+            assert len(set((whole - kept) / whole)) == 1
+            assert kept.min() >= 1

@@ -1,0 +1,188 @@
+"""Tracing leaves the model, the random state and torch's switches as it found them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import secateur as sc
+from tests.cases import CASES, Case, Net
+from tests.cases.table import conv
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Everything that a trace could leave changed, tensors by identity, version and value."""
+    state: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        state[f"{name}/mode"] = module.training
+        state[f"{name}/class"] = type(module)
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        state[f"{name}/attributes"] = sorted(module.__dict__)
+        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            state[f"{name}/{kind}"] = list(module.__dict__.get(kind, {}).items())
+        for kind in ("_parameters", "_buffers", "_modules"):
+            state[f"{name}/{kind}"] = list(module.__dict__.get(kind, ()))
+        if "forward" in module.__dict__:
+            state[f"{name}/forward"] = module.__dict__["forward"]
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        state[f"{name}/identity"] = (id(tensor), tensor.data_ptr(), type(tensor), tensor.dtype, tensor.stride())
+        state[f"{name}/flags"] = (tensor.requires_grad, tensor.grad is None, len(tensor._backward_hooks or {}))
+        state[f"{name}/value"] = tensor.detach().clone()
+    return state
+
+
+def surroundings() -> dict[str, Any]:
+    """The process's random state and torch's switches."""
+    return {
+        "rng": torch.get_rng_state(),
+        "grad": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "threads": torch.get_num_threads(),
+        "default dtype": torch.get_default_dtype(),
+        "mkldnn": torch.backends.mkldnn.enabled,  # type: ignore[attr-defined]
+        "fastpath": torch.backends.mha.get_fastpath_enabled(),
+        "cudnn": (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "flash": torch.backends.cuda.flash_sdp_enabled(),
+        "math": torch.backends.cuda.math_sdp_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "warnings": list(warnings.filters),
+    }
+
+
+def same(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Names of what differs."""
+    changed = sorted(set(before) ^ set(after))
+    for name in set(before) & set(after):
+        a, b = before[name], after[name]
+        equal = torch.equal(a, b) if isinstance(a, Tensor) else a == b
+        if isinstance(a, Tensor) and a.is_floating_point() and not equal:
+            equal = torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+        if not equal:
+            changed.append(name)
+    return sorted(changed)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("case", CASES.values(), ids=lambda c: c.name)
+def test_trace_leaves_the_model_as_found(case: Case, train: bool) -> None:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = case.build().train(train)
+    inputs = case.inputs()
+    before, around = fingerprint(model), surroundings()
+    sc.trace(model, inputs)
+    assert same(before, fingerprint(model)) == []
+    assert same(around, surroundings()) == []
+
+
+def test_mixed_modes_survive() -> None:
+    model = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), conv(8, 4))
+    model.train()
+    model[1].eval()
+    model[0].requires_grad_(False)
+    before = fingerprint(model)
+    sc.trace(model, torch.randn(2, 3, 6, 6))
+    assert same(before, fingerprint(model)) == []
+
+
+def test_hooks_survive_and_run() -> None:
+    calls: list[str] = []
+    model = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 4))
+    model[0].register_forward_hook(lambda *_: calls.append("forward"))
+    model[2].register_forward_pre_hook(lambda *_: calls.append("pre"))
+    model[0].weight.register_hook(lambda gradient: gradient)
+    before = fingerprint(model)
+    sc.trace(model, torch.randn(1, 3, 6, 6))
+    assert same(before, fingerprint(model)) == []
+    assert {"forward", "pre"} <= set(calls)
+
+
+def raising(after: str) -> Callable[[Net, Tensor], Tensor]:
+    """Return a forward that raises after the given step."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = m.bn(m.conv1(x))
+        m.count += 1
+        if after == "layers":
+            raise RuntimeError("no sensor is connected")
+        x = m.head(x)
+        torch.rand(3)
+        raise KeyError("scale")
+
+    return forward
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("after", ["layers", "end"])
+def test_state_is_restored_when_the_forward_raises(after: str, train: bool) -> None:
+    model = Net(raising(after), conv1=conv(3, 8), bn=nn.BatchNorm2d(8), head=conv(8, 4))
+    model.register_buffer("count", torch.zeros(()))
+    model.train(train)
+    model.conv1.register_forward_hook(lambda *_: None)
+    x = torch.randn(2, 3, 6, 6)
+    before, around = fingerprint(model), surroundings()
+    with pytest.raises(sc.TraceError) as caught:
+        sc.trace(model, x)
+    assert ("sensor" if after == "layers" else "scale") in str(caught.value)
+    assert same(before, fingerprint(model)) == []
+    assert same(around, surroundings()) == []
+
+
+def test_wrong_inputs_are_an_error_with_the_reason() -> None:
+    model = nn.Sequential(conv(3, 8), conv(8, 4))
+    with pytest.raises(sc.TraceError):
+        sc.trace(model, torch.randn(1, 5, 6, 6))
+
+
+def test_trace_keeps_gradients_and_grad_mode() -> None:
+    model = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 4))
+    model(torch.randn(1, 3, 6, 6)).sum().backward()
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    with torch.no_grad():
+        sc.trace(model, torch.randn(1, 3, 6, 6))
+        assert not torch.is_grad_enabled()
+    after = [p.grad for p in model.parameters()]
+    assert len(before) == len(after)
+    for a, b in zip(before, after, strict=True):
+        assert b is not None
+        assert torch.equal(a, b)
+
+
+def test_example_inputs_are_left_alone() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x.mul_(2)
+        return m.head(m.conv1(x).relu())
+
+    model = Net(forward, conv1=conv(3, 8), head=conv(8, 4))
+    x = torch.randn(1, 3, 6, 6)
+    copy = x.clone()
+    sc.trace(model, x)
+    assert torch.equal(x, copy)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=lambda c: c.name)
+def test_apply_leaves_the_original_alone(case: Case) -> None:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = case.build()
+    graph = sc.trace(model, case.inputs())
+    before = fingerprint(model)
+    groups = [g for g in graph.groups if g.exact and not g.constraint and g.size > 2]
+    plan = sc.plan_removal(graph, {g.name: [0, g.size - 1] for g in groups})
+    small = sc.apply(model, plan)
+    assert same(before, fingerprint(model)) == []
+    mine = {p.data_ptr() for p in model.parameters() if p.numel()}
+    assert not any(p.data_ptr() in mine for p in small.parameters() if p.numel())
+    ours = dict(model.named_parameters())
+    for name, parameter in small.named_parameters():
+        assert parameter.requires_grad == ours[name].requires_grad, name
+    assert [m.training for m in model.modules()] == [m.training for m in small.modules()]
