@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from secateur.report.figures import Figure, Format, HeatMap, Series, Tone, write
@@ -43,8 +45,8 @@ def specification(figure: Figure) -> dict[str, Any]:
         ``{"data": [...], "layout": {...}}``.
     """
     layout = {
-        "xaxis": _axis(figure.x_label, figure.x_scale, figure.x_format, figure),
-        "yaxis": _axis(figure.y_label, figure.y_scale, figure.y_format),
+        "xaxis": _axis(figure.x_label, figure.x_scale, figure.x_format, _numbers([s.x for s in figure.series])),
+        "yaxis": _axis(figure.y_label, figure.y_scale, figure.y_format, _numbers([s.y for s in figure.series])),
         "barmode": "group",
         "bargap": 0.28,
         "bargroupgap": 0.06,
@@ -55,6 +57,10 @@ def specification(figure: Figure) -> dict[str, Any]:
     if figure.y_range is not None:
         layout["yaxis"]["range"] = [figure.y_range[0], figure.y_range[1] * 1.02]
     return {"data": [_trace(figure, series) for series in figure.series], "layout": layout}
+
+
+def _numbers(columns: Sequence[Sequence[Any]]) -> list[float]:
+    return [float(v) for column in columns for v in column if isinstance(v, int | float) and v > 0]
 
 
 def heat_map_data(heat_map: HeatMap) -> dict[str, Any]:
@@ -73,16 +79,25 @@ def _packed(rows: list[list[float]]) -> dict[str, Any]:
     return {"side": len(rows), "values": base64.b64encode(values).decode("ascii")}
 
 
-def _axis(label: str, scale: str, form: Format, categories: Figure | None = None) -> dict[str, Any]:
+def _axis(label: str, scale: str, form: Format, values: list[float]) -> dict[str, Any]:
     axis: dict[str, Any] = {"title": {"text": label}, "type": scale, "automargin": True, **_TICKS[form]}
-    if scale == "log":
-        axis["dtick"] = 1 if form != "integer" else None
-        if categories is not None:
-            values = sorted({float(x) for s in categories.series for x in s.x})
-            axis |= {"tickmode": "array", "tickvals": values, "ticktext": [f"{v:g}" for v in values]}
-        else:
-            axis["dtick"] = "D2"
+    if scale == "log" and values:
+        ticks = sorted(set(values)) if form == "integer" else _round_numbers(min(values), max(values))
+        axis |= {"tickmode": "array", "tickvals": ticks, "ticktext": [_tick(tick, form) for tick in ticks]}
     return axis
+
+
+def _tick(value: float, form: Format) -> str:
+    """Write a round number as tersely as an axis wants it: ``5 MB``, not ``5.00 MB``."""
+    number, _, unit = write(value, form).partition(" ")
+    return f"{number.rstrip('0').rstrip('.') if '.' in number else number} {unit}".rstrip()
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten that span a range; over three decades the powers alone."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    steps = (1, 2, 5) if math.log10(high / low) < 3 else (1,)
+    return [step * 10.0**power for power in range(first, last + 1) for step in steps]
 
 
 def _trace(figure: Figure, series: Series) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def headline(run: Run) -> list[Headline]:
         points = 100 * (last - first)
         items.append(Headline(
             name, percent(first, 2), percent(last, 2), f"{points:+.2f} points".replace("-", "−"),
-            None if abs(points) < 0.005 else points > 0, note="of the last epoch",
+            None if abs(points) < 0.005 else points > 0,
         ))  # fmt: skip
         break
     sizes: list[tuple[str, float | None, float | None, Any]] = [
@@ -177,4 +177,4 @@ def _flatten(value: Any, prefix: str = "") -> list[tuple[str, Cell]]:
         return [(prefix, ", ".join(map(str, value)))]
     if value is None or isinstance(value, bool):
         return [(prefix, {None: "none", True: "yes", False: "no"}[value])]
-    return [(prefix, value if isinstance(value, int | float) else str(value))]
+    return [(prefix, f"{value:g}" if isinstance(value, float) else str(value))]
