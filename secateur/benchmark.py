@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.benchmark import Measurement, Timer
 
-from secateur.errors import SecateurError, UsageError
-from secateur.export import OnnxModel, _arguments, _batch_size, _quiet, _resized, export
+from secateur.errors import PlanError, SecateurError, UsageError
+from secateur.export import OnnxModel, _batch_size, _quiet, _resized, export
+from secateur.inputs import arguments
 
 BACKENDS = ("eager", "compile", "onnxruntime")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -195,6 +196,8 @@ class RoundToChoice:
     memory_format: str
     seconds: dict[tuple[int, str], float]
     """(round_to, memory format) -> median time of one forward pass."""
+    infeasible: dict[int, str] = field(default_factory=dict)
+    """Candidate -> why the target can't be met with it."""
 
 
 def choose_round_to(
@@ -225,24 +228,32 @@ def choose_round_to(
 
     Raises:
         UsageError: If there is no candidate, or one is not positive.
+        PlanError: If the target can't be met with any of them.
     """
     if not candidates or min(candidates) < 1:
         raise UsageError("round_to auto: candidates are positive multiples of channels; got "
                          f"{list(candidates)}.")  # fmt: skip
-    size = batch_size or _batch_size(_arguments(example_inputs))
+    size = batch_size or _batch_size(arguments(example_inputs))
     number = threads or torch.get_num_threads()
-    calls = {}
+    calls: dict[Any, Callable[[], Any]] = {}
+    infeasible = {}
     for candidate in sorted(candidates):
-        network = prune(candidate)
+        try:
+            network = prune(candidate)
+        except PlanError as error:
+            infeasible[candidate] = str(error)
+            continue
         for layout in memory_formats:
             calls[candidate, layout] = _prepare(network, example_inputs, "cpu", "fp32", layout, "eager", number)(size)
+    if not calls:
+        raise PlanError(f"round_to auto: no candidate of {list(candidates)} can meet the target: {next(iter(infeasible.values()))}")
     timed, failed = _interleaved(calls, number, "cpu", rounds, 0.02)
     if failed:
         raise UsageError(f"round_to auto: the pruned network does not run ({next(iter(failed.values()))}).")
     seconds = {key: measured.median for key, measured in timed.items()}
     fastest = min(seconds.values())
     chosen = next(key for key, value in seconds.items() if value <= fastest * (1 + margin))
-    return RoundToChoice(chosen[0], chosen[1], seconds)
+    return RoundToChoice(chosen[0], chosen[1], seconds, infeasible)
 
 
 def environment() -> dict[str, Any]:
@@ -289,7 +300,7 @@ def _prepare(
     network: nn.Module, example_inputs: ExampleInputs, device: str, precision: str, layout: str, backend: str, threads: int
 ) -> Callable[[int], Callable[[], Any]]:
     """Make a function from a batch size to a forward pass; the network itself is copied, never changed."""
-    args_kwargs = _arguments(example_inputs)
+    args_kwargs = arguments(example_inputs)
     own = _batch_size(args_kwargs)
     if backend == "onnxruntime":
         if device != "cpu" or precision != "fp32" or layout != "contiguous":
@@ -357,7 +368,7 @@ def _count(models: dict[str, nn.Module], example_inputs: ExampleInputs) -> dict[
     from secateur.cost import macs
     from secateur.tracing import trace
 
-    args_kwargs = _arguments(example_inputs)
+    args_kwargs = arguments(example_inputs)
     args, kwargs = _resized(args_kwargs, _batch_size(args_kwargs), 1)
     return {name: macs(trace(network, kwargs or args)) for name, network in models.items()}
 
@@ -450,7 +461,7 @@ def cpu_peak_bytes(network: nn.Module, example_inputs: ExampleInputs, sizes: Seq
     """
     if not Path("/proc/self/clear_refs").exists():
         raise _NotAtHandError("peak memory on a CPU is read from /proc, which this system does not have")
-    args, kwargs = _arguments(example_inputs)
+    args, kwargs = arguments(example_inputs)
     with tempfile.TemporaryDirectory() as folder:
         program, inputs = Path(folder) / "network.pt2", Path(folder) / "inputs.pt"
         export(network, program, example_inputs, tolerance=1e-3)

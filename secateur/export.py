@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from secateur.errors import DataError, ExportError, UsageError
+from secateur.inputs import arguments
 
 FORMATS = {".pt2": "pt2", ".onnx": "onnx"}
 
@@ -102,7 +103,7 @@ def export(
                          "End the name in .pt2 (torch.export) or .onnx, or pass format.")  # fmt: skip
     if kind == "onnx":
         _require("onnx", "onnxscript", "onnxruntime")
-    args, kwargs = _arguments(example_inputs)
+    args, kwargs = arguments(example_inputs)
     batch = _batch_size((args, kwargs))
     if dynamic_batch and batch == 1:
         # torch.export takes a dimension of 1 for a constant, so it is shown two.
@@ -211,7 +212,7 @@ def quantize(
 
 
 def _feed(model: OnnxModel, inputs: Tensor | tuple[Any, ...] | dict[str, Any]) -> dict[str, Any]:
-    leaves = [leaf for leaf in pytree.tree_leaves(_arguments(inputs)) if isinstance(leaf, Tensor)]
+    leaves = [leaf for leaf in pytree.tree_leaves(arguments(inputs)) if isinstance(leaf, Tensor)]
     return {v.name: leaf.cpu().numpy() for v, leaf in zip(model.session.get_inputs(), leaves, strict=True)}
 
 
@@ -326,11 +327,6 @@ def _latencies(first: Callable[[], Any], second: Callable[[], Any], repeats: int
                 kept.append(1000 * (time.perf_counter() - start))
     return statistics.median(times[0]), statistics.median(times[1])
 
-
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, dict):
-        return (), inputs
-    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
 
 
 def _batch_size(call: tuple[Any, Any]) -> int:
@@ -460,6 +456,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Give a temporary file of the same suffix, which takes the target's place if all goes well and is gone if not."""
+    if path.is_dir():
+        raise UsageError(f"{path}: can't be written (it is a directory). Choose another target.")
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     except OSError as error:

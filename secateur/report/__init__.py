@@ -140,6 +140,8 @@ def _write_figures(
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Give a temporary file beside ``path`` that takes its place once it is whole, and is gone if it never is."""
+    if path.is_dir():
+        raise UsageError(f"{path}: can't be written (it is a directory). Choose another --output.")
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
         os.close(handle)
