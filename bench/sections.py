@@ -26,7 +26,9 @@ def write_section(document: str | Path, name: str, text: str) -> None:
     if (start in content) != (end in content):
         raise ValueError(f"{path}: section {name!r} has only one of its two markers; restore {start} and {end}.")
     if start in content:
-        content = re.sub(re.escape(start) + ".*?" + re.escape(end), lambda _: section, content, count=1, flags=re.DOTALL)
+        content = re.sub(
+            re.escape(start) + ".*?" + re.escape(end), lambda _: section, content, count=1, flags=re.DOTALL
+        )
     else:
         content = f"{content.rstrip()}\n\n{section}\n".lstrip()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,9 @@ MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.
 CANDIDATES = (1, 4, 8, 16, 32)
 """Multiples of channels that vector units and their libraries like."""
 
+Setting = tuple[str, str, str, str, int, int]
+"""Backend, device, precision, memory format, threads, batch size."""
+
 ExampleInputs = Tensor | tuple[Any, ...] | dict[str, Any]
 
 
@@ -54,7 +57,7 @@ class Row:
     weight_bytes: int | None = None
 
     @property
-    def setting(self) -> tuple[Any, ...]:
+    def setting(self) -> Setting:
         """Everything but the network."""
         return self.backend, self.device, self.precision, self.memory_format, self.threads, self.batch_size
 
@@ -159,9 +162,12 @@ def benchmark(
     skipped: list[Skipped] = []
     combinations = [
         (device, precision, layout, backend, number)
-        for device in devices for precision in precisions for layout in memory_formats for backend in backends
+        for device in devices
+        for precision in precisions
+        for layout in memory_formats
+        for backend in backends
         for number in (threads if device == "cpu" else threads[:1])
-    ]  # fmt: skip
+    ]
     for device, precision, layout, backend, number in combinations:
         setting = ", ".join((device, backend, precision, layout, f"{number} threads"))
         progress(setting)
@@ -172,16 +178,37 @@ def benchmark(
             except (SecateurError, _NotAtHandError) as error:
                 skipped.append(Skipped(name, setting, str(error)))
         for size in batch_sizes:
-            timed, failed = _interleaved({name: make(size) for name, make in calls.items()}, number, device, rounds, min_seconds)
+            timed, failed = _interleaved(
+                {name: make(size) for name, make in calls.items()}, number, device, rounds, min_seconds
+            )
             skipped += [Skipped(name, f"{setting}, batch {size}", reason) for name, reason in failed.items()]
             for name, measured in timed.items():
                 peak = _cuda_peak(calls[name](size), device) if memory and device != "cpu" else None
-                rows.append(Row(name, backend, device, precision, layout, number, size, measured.median, measured.iqr, peak,
-                                _weight_bytes(models[name], precision)))  # fmt: skip
+                rows.append(
+                    Row(
+                        name,
+                        backend,
+                        device,
+                        precision,
+                        layout,
+                        number,
+                        size,
+                        measured.median,
+                        measured.iqr,
+                        peak,
+                        _weight_bytes(models[name], precision),
+                    )
+                )
             if len(timed) == 2:
                 first, last = counted.get(names[1]), counted.get(names[0])
-                speed_ups.append(_speed_up(timed[names[1]], timed[names[0]], first / last if first and last else None,
-                                           (backend, device, precision, layout, number, size)))  # fmt: skip
+                speed_ups.append(
+                    _speed_up(
+                        timed[names[1]],
+                        timed[names[0]],
+                        first / last if first and last else None,
+                        (backend, device, precision, layout, number, size),
+                    )
+                )
     if memory and "cpu" in devices and "eager" in backends:
         rows, missing = _with_cpu_peaks(rows, models, example_inputs, batch_sizes)
         skipped += missing
@@ -231,8 +258,7 @@ def choose_round_to(
         PlanError: If the target can't be met with any of them.
     """
     if not candidates or min(candidates) < 1:
-        raise UsageError("round_to auto: candidates are positive multiples of channels; got "
-                         f"{list(candidates)}.")  # fmt: skip
+        raise UsageError(f"round_to auto: candidates are positive multiples of channels; got {list(candidates)}.")
     size = batch_size or _batch_size(arguments(example_inputs))
     number = threads or torch.get_num_threads()
     calls: dict[Any, Callable[[], Any]] = {}
@@ -246,7 +272,9 @@ def choose_round_to(
         for layout in memory_formats:
             calls[candidate, layout] = _prepare(network, example_inputs, "cpu", "fp32", layout, "eager", number)(size)
     if not calls:
-        raise PlanError(f"round_to auto: no candidate of {list(candidates)} can meet the target: {next(iter(infeasible.values()))}")
+        raise PlanError(
+            f"round_to auto: no candidate of {list(candidates)} can meet the target: {next(iter(infeasible.values()))}"
+        )
     timed, failed = _interleaved(calls, number, "cpu", rounds, 0.02)
     if failed:
         raise UsageError(f"round_to auto: the pruned network does not run ({next(iter(failed.values()))}).")
@@ -259,10 +287,14 @@ def choose_round_to(
 def environment() -> dict[str, Any]:
     """What a time depends on: processor, threads, versions, load."""
     found: dict[str, Any] = {
-        "processor": _processor(), "cores": os.cpu_count(), "torch": torch.__version__,
-        "threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "platform": platform.platform(), "python": platform.python_version(),
-    }  # fmt: skip
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+    }
     if hasattr(os, "getloadavg"):
         found["load"] = round(os.getloadavg()[0], 2)
     if torch.cuda.is_available():
@@ -275,12 +307,18 @@ class _NotAtHandError(Exception):
 
 
 def _check(
-    batch_sizes: Sequence[int], threads: Sequence[int], devices: Sequence[str], precisions: Sequence[str],
-    backends: Sequence[str], memory_formats: Sequence[str],
-) -> None:  # fmt: skip
+    batch_sizes: Sequence[int],
+    threads: Sequence[int],
+    devices: Sequence[str],
+    precisions: Sequence[str],
+    backends: Sequence[str],
+    memory_formats: Sequence[str],
+) -> None:
     for what, given, known in (
-        ("backend", backends, BACKENDS), ("precision", precisions, PRECISIONS), ("memory format", memory_formats, MEMORY_FORMATS),
-    ):  # fmt: skip
+        ("backend", backends, BACKENDS),
+        ("precision", precisions, PRECISIONS),
+        ("memory format", memory_formats, MEMORY_FORMATS),
+    ):
         for value in given:
             if value not in known:
                 raise UsageError(f"benchmark: unknown {what} {value!r}; choose from {', '.join(known)}.")
@@ -297,7 +335,13 @@ def _check(
 
 
 def _prepare(
-    network: nn.Module, example_inputs: ExampleInputs, device: str, precision: str, layout: str, backend: str, threads: int
+    network: nn.Module,
+    example_inputs: ExampleInputs,
+    device: str,
+    precision: str,
+    layout: str,
+    backend: str,
+    threads: int,
 ) -> Callable[[int], Callable[[], Any]]:
     """Make a function from a batch size to a forward pass; the network itself is copied, never changed."""
     args_kwargs = arguments(example_inputs)
@@ -311,7 +355,7 @@ def _prepare(
             session = OnnxModel(path, threads)
         return lambda size: _bound(session.run, _resized(args_kwargs, own, size))
     copied = copy.deepcopy(network).eval().to(device=device, dtype=PRECISIONS[precision])
-    copied = copied.to(memory_format=MEMORY_FORMATS[layout])  # type: ignore[call-overload]
+    copied = copied.to(memory_format=MEMORY_FORMATS[layout])
     call: Callable[..., Any] = torch.compile(copied) if backend == "compile" else copied
 
     def place(leaf: Any) -> Any:
@@ -344,7 +388,7 @@ def _interleaved(
             with _quiet():
                 timer.timeit(2)  # warm-up: compilation, caches, the allocator's first pages
                 once = timer.timeit(1).median
-        except Exception as error:  # the network is the user's, the backend a compiler's
+        except Exception as error:  # noqa: BLE001 - the network is the user's, the backend a compiler's
             failed[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
             continue
         timers[name], numbers[name] = timer, max(1, round(min_seconds / max(once, 1e-9)))
@@ -352,15 +396,13 @@ def _interleaved(
     for i in range(rounds):
         for name in list(timers) if i % 2 == 0 else list(reversed(timers)):
             times[name].append(timers[name].timeit(numbers[name]).times[0])
-    return {
-        name: Measurement(1, measured, timers[name]._task_spec) for name, measured in times.items()
-    }, failed  # fmt: skip
+    return {name: Measurement(1, measured, timers[name]._task_spec) for name, measured in times.items()}, failed
 
 
-def _speed_up(before: Measurement, after: Measurement, theoretical: float | None, setting: tuple[Any, ...]) -> SpeedUp:
+def _speed_up(before: Measurement, after: Measurement, theoretical: float | None, setting: Setting) -> SpeedUp:
     ratios = [a / b for a, b in zip(before.raw_times, after.raw_times, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
-    return SpeedUp(*setting, measured=middle, low=low, high=high, theoretical=theoretical)
+    return SpeedUp(*setting, middle, low, high, theoretical)
 
 
 def _count(models: dict[str, nn.Module], example_inputs: ExampleInputs) -> dict[str, int]:
@@ -437,7 +479,12 @@ def _with_cpu_peaks(
 
     def completed() -> Iterator[Row]:
         for row in rows:
-            plain = (row.backend, row.device, row.precision, row.memory_format) == ("eager", "cpu", "fp32", "contiguous")
+            plain = (row.backend, row.device, row.precision, row.memory_format) == (
+                "eager",
+                "cpu",
+                "fp32",
+                "contiguous",
+            )
             yield Row(**{**asdict(row), "peak_bytes": peaks.get((row.variant, row.batch_size))}) if plain else row
 
     return list(completed()), skipped
@@ -466,11 +513,18 @@ def cpu_peak_bytes(network: nn.Module, example_inputs: ExampleInputs, sizes: Seq
         program, inputs = Path(folder) / "network.pt2", Path(folder) / "inputs.pt"
         export(network, program, example_inputs, tolerance=1e-3)
         torch.save({"args": args, "kwargs": kwargs, "batch": _batch_size((args, kwargs))}, inputs)
-        run = subprocess.run(  # noqa: S603 - our own interpreter and our own code
+        run = subprocess.run(
             [sys.executable, "-c", _PEAK, str(program), str(inputs), json.dumps(list(sizes))],
-            capture_output=True, text=True, check=False,
-            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=False,
+            env={
+                **os.environ,
+                "MALLOC_MMAP_THRESHOLD_": "65536",
+                "MALLOC_TRIM_THRESHOLD_": "65536",
+                "OMP_NUM_THREADS": "1",
+            },
+        )
     if run.returncode:
         last = (run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1]
         raise _NotAtHandError(f"the process that measures peak memory failed: {last}")

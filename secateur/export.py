@@ -99,8 +99,10 @@ def export(
     target = Path(path)
     kind = format or FORMATS.get(target.suffix, "")
     if kind not in FORMATS.values():
-        raise UsageError(f"{target}: unknown export format {format or target.suffix or 'without a suffix'!r}. "
-                         "End the name in .pt2 (torch.export) or .onnx, or pass format.")  # fmt: skip
+        raise UsageError(
+            f"{target}: unknown export format {format or target.suffix or 'without a suffix'!r}. "
+            "End the name in .pt2 (torch.export) or .onnx, or pass format."
+        )
     if kind == "onnx":
         _require("onnx", "onnxscript", "onnxruntime")
     args, kwargs = arguments(example_inputs)
@@ -177,9 +179,7 @@ def quantize(
         DataError: If there is no calibration input, or ``source`` is not an ONNX file.
         ExportError: If ONNX Runtime can't quantise the file.
     """
-    quantization, shapes, _ = _require(
-        "onnxruntime.quantization", "onnxruntime.quantization.shape_inference", "onnx"
-    )
+    quantization, shapes, _ = _require("onnxruntime.quantization", "onnxruntime.quantization.shape_inference", "onnx")
     original = OnnxModel(source)
     feeds = [_feed(original, inputs) for inputs in calibration]
     if not feeds:
@@ -197,9 +197,14 @@ def quantize(
         try:
             shapes.quant_pre_process(str(source), prepared, skip_symbolic_shape=True)
             quantization.quantize_static(
-                prepared, str(part), Reader(), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
-                activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
-            )  # fmt: skip
+                prepared,
+                str(part),
+                Reader(),
+                quant_format=quantization.QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=quantization.QuantType.QUInt8,
+                weight_type=quantization.QuantType.QInt8,
+            )
         except Exception as error:  # its passes raise anything
             raise ExportError(f"{source}: can't be quantised to int8 ({_first_line(error)}).") from error
         small = OnnxModel(part)
@@ -226,14 +231,17 @@ def _program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
         if dynamic and "batch" in str(error) and type(error).__name__ in ("UserError", "ConstraintViolationError"):
             constant = re.search(r"constant \((\d+)\)", str(error))
             found = f"its code makes it the constant {constant.group(1)}" if constant else _reason(error)
-            raise ExportError(f"The network fixes its batch size ({found}). Pass dynamic_batch=False "
-                              "(--fixed-batch) to export it for the example's batch only.") from error  # fmt: skip
+            raise ExportError(
+                f"The network fixes its batch size ({found}). Pass dynamic_batch=False "
+                "(--fixed-batch) to export it for the example's batch only."
+            ) from error
         operator, line = _blame(error)
         reason = _reason(error)
         if "DataDependent" in type(error).__name__ or "data-dependent" in reason:
             operator, reason = operator or "aten.item", "Python code there branches on the values of a tensor"
-        raise ExportError(f"{line or type(model).__name__}: {operator or 'the network'} can't be exported: "
-                          f"{reason}.") from error  # fmt: skip
+        raise ExportError(
+            f"{line or type(model).__name__}: {operator or 'the network'} can't be exported: {reason}."
+        ) from error
 
 
 def _named_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -261,13 +269,19 @@ def _write_onnx(program: Any, part: Path) -> Callable[[], Runner]:
             torch.onnx.export(program, (), str(part), dynamo=True, external_data=False, verbose=False)
     except Exception as error:  # the exporter's passes raise anything
         operator, line = _blame(error, program)
-        raise ExportError(f"{line or 'The network'}: {operator or 'an operator'} can't be exported to ONNX: "
-                          f"{_reason(error)}.") from error  # fmt: skip
+        raise ExportError(
+            f"{line or 'The network'}: {operator or 'an operator'} can't be exported to ONNX: {_reason(error)}."
+        ) from error
     return lambda: OnnxModel(part).run
 
 
 def _compared(
-    model: nn.Module, load: Callable[[], Runner], call: tuple[Any, Any], own: int, sizes: Sequence[int], tolerance: float
+    model: nn.Module,
+    load: Callable[[], Runner],
+    call: tuple[Any, Any],
+    own: int,
+    sizes: Sequence[int],
+    tolerance: float,
 ) -> dict[str, Any]:
     """Load the file and compare it with the network at every batch size."""
     try:
@@ -287,21 +301,30 @@ def _compared(
             except Exception as error:  # as above
                 raise ExportError(f"The exported file fails at batch size {batch}: {_first_line(error)}.") from error
         if [e.shape for e in expected] != [f.shape for f in found]:
-            raise ExportError(f"The exported file returns shapes {[tuple(f.shape) for f in found]} at batch size {batch}, "
-                              f"the network {[tuple(e.shape) for e in expected]}.")  # fmt: skip
+            raise ExportError(
+                f"The exported file returns shapes {[tuple(f.shape) for f in found]} at batch size {batch}, "
+                f"the network {[tuple(e.shape) for e in expected]}."
+            )
         for i, (e, f) in enumerate(zip(expected, found, strict=True)):
             error_here, scale = _difference(e, f)
             largest = max(largest, error_here)
             relative = max(relative, error_here / scale if scale else error_here)
             if not relative <= tolerance:
-                raise ExportError(f"The exported file computes something else: output {i} differs by {error_here:.2e}, "
-                                  f"{relative:.1e} of its scale, at batch size {batch} (allowed {tolerance:.0e}). "
-                                  "Nothing was kept.")  # fmt: skip
+                raise ExportError(
+                    f"The exported file computes something else: output {i} differs by {error_here:.2e}, "
+                    f"{relative:.1e} of its scale, at batch size {batch} (allowed {tolerance:.0e}). "
+                    "Nothing was kept."
+                )
     args, kwargs = _resized(call, size, own)
     with torch.no_grad():
         file_ms, eager_ms = _latencies(lambda: runner(*args, **kwargs), lambda: model(*args, **kwargs))
-    return {"batch_sizes": tuple(sizes), "max_error": largest, "relative_error": relative, "latency_ms": file_ms,
-            "eager_latency_ms": eager_ms}  # fmt: skip
+    return {
+        "batch_sizes": tuple(sizes),
+        "max_error": largest,
+        "relative_error": relative,
+        "latency_ms": file_ms,
+        "eager_latency_ms": eager_ms,
+    }
 
 
 def _difference(expected: Tensor, found: Tensor) -> tuple[float, float]:
@@ -326,7 +349,6 @@ def _latencies(first: Callable[[], Any], second: Callable[[], Any], repeats: int
             if i >= 2:
                 kept.append(1000 * (time.perf_counter() - start))
     return statistics.median(times[0]), statistics.median(times[1])
-
 
 
 def _batch_size(call: tuple[Any, Any]) -> int:
@@ -396,7 +418,10 @@ def _innermost(trace: TracebackType | None) -> tuple[str, str]:
 
 
 def _is_torch(file: str) -> bool:
-    folders = [str(Path(torch.__file__).parent), *(os.sep + p + os.sep for p in ("onnxscript", "onnx_ir", "contextlib.py"))]
+    folders = [
+        str(Path(torch.__file__).parent),
+        *(os.sep + p + os.sep for p in ("onnxscript", "onnx_ir", "contextlib.py")),
+    ]
     return file.startswith(folders[0]) or any(part in file + os.sep for part in folders[1:])
 
 
@@ -424,8 +449,9 @@ def _require(*names: str) -> list[Any]:
         try:
             modules.append(importlib.import_module(name))
         except ImportError as error:
-            raise UsageError(f"{name.split('.')[0]} is not installed, and ONNX needs it: "
-                             "pip install 'secateur[onnx]'.") from error  # fmt: skip
+            raise UsageError(
+                f"{name.split('.')[0]} is not installed, and ONNX needs it: pip install 'secateur[onnx]'."
+            ) from error
     return modules
 
 

@@ -19,9 +19,19 @@ X = torch.randn(2, 3, 16, 16)
 
 def test_every_setting_is_measured_in_pairs_and_macs_are_counted() -> None:
     models = _net(8), _net(16)
-    result = benchmark(*models, example_inputs=X, batch_sizes=(1, 3), backends=("eager",), precisions=("fp32", "bf16"),
-                       memory_formats=("contiguous", "channels_last"), rounds=3, min_seconds=1e-4, memory=False)  # fmt: skip
-    assert len(result.rows) == 2 * 2 * 2 * 2 and not result.skipped
+    result = benchmark(
+        *models,
+        example_inputs=X,
+        batch_sizes=(1, 3),
+        backends=("eager",),
+        precisions=("fp32", "bf16"),
+        memory_formats=("contiguous", "channels_last"),
+        rounds=3,
+        min_seconds=1e-4,
+        memory=False,
+    )
+    assert len(result.rows) == 2 * 2 * 2 * 2
+    assert not result.skipped
     assert len({(row.variant, row.setting) for row in result.rows}) == 16
     assert all(row.seconds > 0 and row.iqr >= 0 for row in result.rows)
     for width, name in ((8, "model"), (16, "against")):
@@ -35,14 +45,25 @@ def test_every_setting_is_measured_in_pairs_and_macs_are_counted() -> None:
 def test_a_speed_up_is_the_median_of_the_rounds_ratios() -> None:
     before, after = [4.0, 8.0, 6.0, 100.0, 5.0], [2.0, 2.0, 2.0, 20.0, 5.0]
     spec = TaskSpec("call()", "pass")
-    found = _speed_up(Measurement(1, before, spec), Measurement(1, after, spec), 2.0, ("eager", "cpu", "fp32", "contiguous", 1, 8))
-    assert found.measured == statistics.median([2, 4, 3, 5, 1]) and (found.low, found.high) == (1.5, 4.5)
+    found = _speed_up(
+        Measurement(1, before, spec), Measurement(1, after, spec), 2.0, ("eager", "cpu", "fp32", "contiguous", 1, 8)
+    )
+    assert found.measured == statistics.median([2, 4, 3, 5, 1])
+    assert (found.low, found.high) == (1.5, 4.5)
 
 
 def test_onnx_runtime_says_what_it_does_not_run() -> None:
     pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
-    result = benchmark(_net(4), example_inputs=X, batch_sizes=(2,), backends=("onnxruntime",), precisions=("fp32", "bf16"),
-                       macs=(1, 1), rounds=2, min_seconds=1e-4)  # fmt: skip
+    result = benchmark(
+        _net(4),
+        example_inputs=X,
+        batch_sizes=(2,),
+        backends=("onnxruntime",),
+        precisions=("fp32", "bf16"),
+        macs=(1, 1),
+        rounds=2,
+        min_seconds=1e-4,
+    )
     assert [row.backend for row in result.rows] == ["onnxruntime"]
     assert [s.reason for s in result.skipped] == ["ONNX Runtime is measured on the CPU, in fp32, contiguous."]
 
@@ -52,10 +73,18 @@ def test_a_network_that_fails_at_a_batch_size_is_listed_not_lost() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.view(2, -1)
 
-    result = benchmark(Fixed(), example_inputs=torch.randn(2, 3), batch_sizes=(2, 5), macs=(1, 1), rounds=2, min_seconds=1e-4,
-                       memory=False)  # fmt: skip
+    result = benchmark(
+        Fixed(),
+        example_inputs=torch.randn(2, 3),
+        batch_sizes=(2, 5),
+        macs=(1, 1),
+        rounds=2,
+        min_seconds=1e-4,
+        memory=False,
+    )
     assert [row.batch_size for row in result.rows] == [2]
-    assert "batch 5" in result.skipped[0].setting and "shape" in result.skipped[0].reason
+    assert "batch 5" in result.skipped[0].setting
+    assert "shape" in result.skipped[0].reason
 
 
 def test_peak_memory_grows_with_the_feature_maps() -> None:
@@ -86,7 +115,9 @@ def test_round_to_auto_takes_the_smallest_multiple_that_is_as_fast() -> None:
         return Spin({1: 200, 4: 200, 8: 4, 16: 4}[multiple])
 
     choice = choose_round_to(prune, torch.rand(64, 64), memory_formats=("contiguous",), threads=1, margin=0.5)
-    assert built == [1, 4, 8, 16, 32] and choice.round_to == 8 and set(choice.infeasible) == {32}
+    assert built == [1, 4, 8, 16, 32]
+    assert choice.round_to == 8
+    assert set(choice.infeasible) == {32}
     with pytest.raises(PlanError, match="no candidate"):
         choose_round_to(prune, torch.rand(4, 4), candidates=(32,))
     with pytest.raises(UsageError, match="positive"):
@@ -95,10 +126,15 @@ def test_round_to_auto_takes_the_smallest_multiple_that_is_as_fast() -> None:
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"backends": ("tensorrt",)}, "unknown backend 'tensorrt'"), ({"precisions": ("int4",)}, "unknown precision"),
-     ({"memory_formats": ("blocked",)}, "unknown memory format"), ({"batch_sizes": (0,)}, "batch size is at least 1"),
-     ({"threads": ()}, "number of threads is at least 1"), ({"devices": ("quantum",)}, "unknown device")],
-)  # fmt: skip
+    [
+        ({"backends": ("tensorrt",)}, "unknown backend 'tensorrt'"),
+        ({"precisions": ("int4",)}, "unknown precision"),
+        ({"memory_formats": ("blocked",)}, "unknown memory format"),
+        ({"batch_sizes": (0,)}, "batch size is at least 1"),
+        ({"threads": ()}, "number of threads is at least 1"),
+        ({"devices": ("quantum",)}, "unknown device"),
+    ],
+)
 def test_bad_requests_are_usage_errors(options: dict, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         benchmark(_net(4), example_inputs=X, **options)

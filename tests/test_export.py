@@ -60,8 +60,10 @@ def test_an_exported_file_computes_the_network_at_any_batch_size(suffix: str, ba
     model.norm.eval()
     report = export(model, tmp_path / f"net{suffix}", torch.randn(batch, 3, 8, 8))
     assert report.file_bytes == (tmp_path / f"net{suffix}").stat().st_size
-    assert report.relative_error <= 1e-5 and len(report.batch_sizes) >= 2
-    assert model.training and not model.norm.training
+    assert report.relative_error <= 1e-5
+    assert len(report.batch_sizes) >= 2
+    assert model.training
+    assert not model.norm.training
     assert [p.name for p in tmp_path.iterdir()] == [f"net{suffix}"]
     x = torch.randn(7, 3, 8, 8)
     if suffix == ".pt2":
@@ -81,18 +83,27 @@ def test_a_smaller_network_is_a_smaller_file(tmp_path: Path) -> None:
     sizes = {}
     for width in (16, 64):
         model = nn.Sequential(nn.Conv2d(3, width, 3), nn.Conv2d(width, 64, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        sizes[width] = [export(model, tmp_path / f"n{s}", torch.randn(2, 3, 8, 8)).file_bytes for s in (".pt2", ".onnx")]
+        sizes[width] = [
+            export(model, tmp_path / f"n{s}", torch.randn(2, 3, 8, 8)).file_bytes for s in (".pt2", ".onnx")
+        ]
     saved = 4 * (27 * 48 + 48 + 48 * 9 * 64)
     for small, large in zip(sizes[16], sizes[64], strict=True):
         assert large - small == pytest.approx(saved, rel=0.02)
 
 
 CASES = {
-    "branching": (Branching, ".pt2", lambda: f"{_line(Branching, '# branches here')}: aten.item can't be exported: .*branches"),
-    "no onnx operator": (NoOnnxOperator, ".onnx",
-                         lambda: f"{_line(NoOnnxOperator, '# has no ONNX form')}: aten.linalg_lu_factor.* ONNX"),
+    "branching": (
+        Branching,
+        ".pt2",
+        lambda: f"{_line(Branching, '# branches here')}: aten.item can't be exported: .*branches",
+    ),
+    "no onnx operator": (
+        NoOnnxOperator,
+        ".onnx",
+        lambda: f"{_line(NoOnnxOperator, '# has no ONNX form')}: aten.linalg_lu_factor.* ONNX",
+    ),
     "fixed batch": (FixedBatch, ".onnx", lambda: r"fixes its batch size .*constant 2.*--fixed-batch"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -102,8 +113,10 @@ def test_what_cannot_be_exported_names_operator_and_line_and_leaves_nothing(case
     target.write_bytes(b"an older file")
     with pytest.raises(ExportError) as caught:
         export(cls(), target, torch.randn(2, 3, 8, 8))
-    assert re.search(words(), str(caught.value)) and "\n" not in str(caught.value)
-    assert target.read_bytes() == b"an older file" and list(tmp_path.iterdir()) == [target]
+    assert re.search(words(), str(caught.value))
+    assert "\n" not in str(caught.value)
+    assert target.read_bytes() == b"an older file"
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_a_fixed_batch_exports_when_asked(tmp_path: Path) -> None:
@@ -152,7 +165,9 @@ def test_int8_is_measured_by_the_callers_metric(tmp_path: Path) -> None:
         return (network(images).argmax(1) == labels).float().mean().item()
 
     report = quantize(tmp_path / "net.onnx", tmp_path / "net.int8.onnx", images.split(16), accuracy)
-    assert report.metric_before == 1.0 and 0.5 < report.metric <= 1.0 and len(evaluated) == 2
+    assert report.metric_before == 1.0
+    assert 0.5 < report.metric <= 1.0
+    assert len(evaluated) == 2
     assert report.file_bytes == (tmp_path / "net.int8.onnx").stat().st_size
     import onnx
 

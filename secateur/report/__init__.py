@@ -65,10 +65,14 @@ def write_report(
     runs = [read_run(folder) for folder in folders]
     metrics = sorted({run.result.metric for run in runs})
     if len(metrics) > 1:
-        raise UsageError(f"The runs measure different things ({', '.join(metrics)}); report those of one metric at a time.")
+        raise UsageError(
+            f"The runs measure different things ({', '.join(metrics)}); report those of one metric at a time."
+        )
     drawn = [charts(run) for run in runs]
     maps = [_heat_maps(run, layers, max(2, HEAT_MAPS // len(runs))) for run in runs]
-    html = Path(output) if output is not None else runs[0].path / "report.html" if len(runs) == 1 else Path("report.html")
+    html = (
+        Path(output) if output is not None else runs[0].path / "report.html" if len(runs) == 1 else Path("report.html")
+    )
     if html.suffix not in {".html", ".htm"}:
         raise UsageError(f"{html}: the report is an HTML file; end its name in .html.")
     page, numbers = render(runs, drawn, maps), _numbers(runs, drawn, maps)
@@ -91,14 +95,21 @@ def _numbers(runs: Sequence[Run], figures: Sequence[list[Figure]], maps: Sequenc
     """Everything the page shows, as JSON."""
     content = [
         {
-            "name": run.name, "directory": str(run.path), "sentence": sentence(run),
-            "headline": [asdict(item) for item in headline(run)], "figures": [asdict(f) for f in fs],
-            "correlation": [asdict(m) for m in ms], "widths": asdict(widths(run)), "rounds": asdict(rounds(run)),
-            "refused": asdict(refusals(run)), "settings": asdict(settings(run)), "verification": run.result.verification,
+            "name": run.name,
+            "directory": str(run.path),
+            "sentence": sentence(run),
+            "headline": [asdict(item) for item in headline(run)],
+            "figures": [asdict(f) for f in fs],
+            "correlation": [asdict(m) for m in ms],
+            "widths": asdict(widths(run)),
+            "rounds": asdict(rounds(run)),
+            "refused": asdict(refusals(run)),
+            "settings": asdict(settings(run)),
+            "verification": run.result.verification,
             "speed": asdict(table) if (table := speeds(run)) else None,
         }
         for run, fs, ms in zip(runs, figures, maps, strict=True)
-    ]  # fmt: skip
+    ]
     compared = None
     if len(runs) > 1:
         compared = {"table": asdict(side_by_side(runs)), "figures": [asdict(f) for f in comparison(runs)]}
@@ -116,7 +127,9 @@ def _write_figures(
         folder.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=".figures-", dir=folder))
     except OSError as error:
-        raise UsageError(f"{folder}: figures can't be written here ({error.strerror}). Choose another folder.") from error
+        raise UsageError(
+            f"{folder}: figures can't be written here ({error.strerror}). Choose another folder."
+        ) from error
     written: list[Path] = []
     try:
         for i, (fs, ms) in enumerate(zip(figures, maps, strict=True)):

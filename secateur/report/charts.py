@@ -53,33 +53,54 @@ def history(run: Run) -> Figure:
     series = []
     dropped = [e for e in episodes if e.metric_dropped is not None]
     if dropped:
-        series.append(Series(
-            "after dropping, before fine-tuning", [e.macs / start.macs for e in dropped],
-            [e.metric_dropped for e in dropped], "points", Tone.BEFORE, [f"round {e.round}" for e in dropped],
-        ))  # fmt: skip
+        series.append(
+            Series(
+                "after dropping, before fine-tuning",
+                [e.macs / start.macs for e in dropped],
+                [e.metric_dropped for e in dropped],
+                "points",
+                Tone.BEFORE,
+                [f"round {e.round}" for e in dropped],
+            )
+        )
     first_x: list[float] = [1.0] if start.validation is not None else []
     first_y: list[float | int | None] = [start.validation] if start.validation is not None else []
-    series.append(Series(
-        "after fine-tuning, accepted", [*first_x, *(e.macs / start.macs for e in kept)],
-        [*first_y, *(e.metric_tuned for e in kept)], "line", Tone.AFTER,
-        [*(["original"] * len(first_x)), *(f"round {e.round}" for e in kept)],
-    ))  # fmt: skip
+    series.append(
+        Series(
+            "after fine-tuning, accepted",
+            [*first_x, *(e.macs / start.macs for e in kept)],
+            [*first_y, *(e.metric_tuned for e in kept)],
+            "line",
+            Tone.AFTER,
+            [*(["original"] * len(first_x)), *(f"round {e.round}" for e in kept)],
+        )
+    )
     if lost:
-        series.append(Series(
-            "after fine-tuning, reverted", [e.macs / start.macs for e in lost], [e.metric_tuned for e in lost],
-            "points", Tone.REVERTED, [f"round {e.round}, reverted" for e in lost],
-        ))  # fmt: skip
+        series.append(
+            Series(
+                "after fine-tuning, reverted",
+                [e.macs / start.macs for e in lost],
+                [e.metric_tuned for e in lost],
+                "points",
+                Tone.REVERTED,
+                [f"round {e.round}, reverted" for e in lost],
+            )
+        )
     low = min((x for s in series for x in s.x if isinstance(x, float)), default=0.0)
     floor = tolerance_floor(run)
     if floor is not None:
         series.append(Series(f"least {metric} allowed", [low, 1.0], [floor, floor], "rule", Tone.LIMIT))
     return Figure(
-        id="history", title="History of the run",
+        id="history",
+        title="History of the run",
         summary=f"{len(episodes)} rounds, {len(kept)} accepted and {len(episodes) - len(kept)} reverted, took the MACs "
         f"from {quantity(start.macs)} to {quantity(result.final.macs)}.",
-        x_label="MACs, share of the original", y_label=f"validation {metric}", series=series,
-        x_format="percent", y_format="percent",
-    )  # fmt: skip
+        x_label="MACs, share of the original",
+        y_label=f"validation {metric}",
+        series=series,
+        x_format="percent",
+        y_format="percent",
+    )
 
 
 def macs_per_layer(run: Run) -> Figure | None:
@@ -91,15 +112,20 @@ def macs_per_layer(run: Run) -> Figure | None:
     names = [layer.module for layer in before.layers]
     heaviest = max(before.layers, key=lambda layer: layer.macs)
     return Figure(
-        id="macs", title="MACs per layer",
+        id="macs",
+        title="MACs per layer",
         summary=f"Per image, before and after. The heaviest layer, {heaviest.module}, went from "
         f"{quantity(heaviest.macs)} to {quantity(later.get(heaviest.module, 0))}.",
-        x_label="layer", y_label="MACs", x_scale="category", y_format="quantity", source="Singh et al. 2020, fig. 3",
+        x_label="layer",
+        y_label="MACs",
+        x_scale="category",
+        y_format="quantity",
+        source="Singh et al. 2020, fig. 3",
         series=[
             Series("original", names, [layer.macs for layer in before.layers], "bar", Tone.BEFORE),
             Series("pruned", names, [later.get(name) for name in names], "bar", Tone.AFTER),
         ],
-    )  # fmt: skip
+    )
 
 
 def throughput(run: Run) -> Figure | None:
@@ -111,18 +137,31 @@ def throughput(run: Run) -> Figure | None:
     for place, (setting, variants) in enumerate(_settings(rows).items()):
         for variant, points in variants.items():
             tone = Tone.AFTER if variant == "pruned" else Tone.BEFORE
-            series.append(Series(
-                f"{variant}, {setting}", [p.batch_size for p in points], [p.batch_size / p.seconds for p in points],
-                "line", tone, error=[p.batch_size * p.iqr / 2 / p.seconds**2 for p in points], place=place,
-            ))  # fmt: skip
+            series.append(
+                Series(
+                    f"{variant}, {setting}",
+                    [p.batch_size for p in points],
+                    [p.batch_size / p.seconds for p in points],
+                    "line",
+                    tone,
+                    error=[p.batch_size * p.iqr / 2 / p.seconds**2 for p in points],
+                    place=place,
+                )
+            )
         best = max([best, *speed_ups(variants)])
     return Figure(
-        id="throughput", title="Throughput",
+        id="throughput",
+        title="Throughput",
         summary=f"Images per second against batch size; up to {best:.2f} times as many once pruned.",
-        x_label="batch size", y_label="images per second", x_scale="log", y_scale="log",
-        x_format="integer", y_format="quantity",
-        source="Singh et al. 2020, fig. 4", series=series,
-    )  # fmt: skip
+        x_label="batch size",
+        y_label="images per second",
+        x_scale="log",
+        y_scale="log",
+        x_format="integer",
+        y_format="quantity",
+        source="Singh et al. 2020, fig. 4",
+        series=series,
+    )
 
 
 def memory(run: Run) -> Figure | None:
@@ -133,27 +172,40 @@ def memory(run: Run) -> Figure | None:
     rows = [row for row in (run.benchmark.rows if run.benchmark else []) if row.peak_bytes is not None]
     sizes = sorted({row.batch_size for row in rows}) or list(BATCH_SIZES)
     series = [
-        Series("original, computed", sizes, [total_memory(before.layers, b) for b in sizes], "line",
-               Tone.BEFORE_COMPUTED),
-        Series("pruned, computed", sizes, [total_memory(after.layers, b) for b in sizes], "line",
-               Tone.AFTER_COMPUTED),
-    ]  # fmt: skip
+        Series(
+            "original, computed", sizes, [total_memory(before.layers, b) for b in sizes], "line", Tone.BEFORE_COMPUTED
+        ),
+        Series("pruned, computed", sizes, [total_memory(after.layers, b) for b in sizes], "line", Tone.AFTER_COMPUTED),
+    ]
     for place, (setting, variants) in enumerate(_settings(rows).items()):
         for variant, points in variants.items():
             tone = Tone.AFTER if variant == "pruned" else Tone.BEFORE
-            series.append(Series(
-                f"{variant}, measured, {setting}", [p.batch_size for p in points],
-                [(p.peak_bytes or 0) + (p.weight_bytes or 0) for p in points], "line", tone, place=place,
-            ))  # fmt: skip
+            series.append(
+                Series(
+                    f"{variant}, measured, {setting}",
+                    [p.batch_size for p in points],
+                    [(p.peak_bytes or 0) + (p.weight_bytes or 0) for p in points],
+                    "line",
+                    tone,
+                    place=place,
+                )
+            )
     largest = sizes[-1]
     first, last = total_memory(before.layers, largest), total_memory(after.layers, largest)
     return Figure(
-        id="memory", title="Run-time memory",
+        id="memory",
+        title="Run-time memory",
         summary=f"Total run-time memory against batch size. Computed for {largest} images: {byte_size(first)} before, "
         f"{byte_size(last)} after." + (" Measured is the peak of one forward pass and its weights." if rows else ""),
-        x_label="batch size", y_label="bytes", x_scale="log", y_scale="log", x_format="integer", y_format="bytes",
-        source="Singh et al. 2020, fig. 5, eqs. 4-6 and 13", series=series,
-    )  # fmt: skip
+        x_label="batch size",
+        y_label="bytes",
+        x_scale="log",
+        y_scale="log",
+        x_format="integer",
+        y_format="bytes",
+        source="Singh et al. 2020, fig. 5, eqs. 4-6 and 13",
+        series=series,
+    )
 
 
 def largest_correlation(run: Run) -> Figure | None:
@@ -168,14 +220,19 @@ def largest_correlation(run: Run) -> Figure | None:
     summary = f"Mean over the layers: {mean:.2f} before"
     summary += f", {sum(known) / len(known):.2f} after." if known else "."
     return Figure(
-        id="correlation", title="Largest correlation among filters", summary=summary,
-        x_label="layer", y_label="largest |ρ|", x_scale="category", y_range=(0.0, 1.0),
+        id="correlation",
+        title="Largest correlation among filters",
+        summary=summary,
+        x_label="layer",
+        y_label="largest |ρ|",
+        x_scale="category",
+        y_range=(0.0, 1.0),
         source="Singh et al. 2020, eq. 7",
         series=[
             Series("original", names, list(rho.before.values()), "bar", Tone.BEFORE),
             Series("pruned", names, after, "bar", Tone.AFTER),
         ],
-    )  # fmt: skip
+    )
 
 
 def pareto(runs: Sequence[Run]) -> Figure:
@@ -187,14 +244,27 @@ def pareto(runs: Sequence[Run]) -> Figure:
         Series(name, [x], [y], "points", Tone.RUN, [name], place=place) for place, (x, y, name) in enumerate(points)
     ]
     ordered = sorted(front, key=lambda i: points[i][0])
-    series.insert(0, Series("Pareto front", [points[i][0] for i in ordered], [points[i][1] for i in ordered], "rule",
-                            Tone.LIMIT, [points[i][2] for i in ordered]))  # fmt: skip
+    series.insert(
+        0,
+        Series(
+            "Pareto front",
+            [points[i][0] for i in ordered],
+            [points[i][1] for i in ordered],
+            "rule",
+            Tone.LIMIT,
+            [points[i][2] for i in ordered],
+        ),
+    )
     return Figure(
-        id="pareto", title="Accuracy against cost",
+        id="pareto",
+        title="Accuracy against cost",
         summary=f"Each run's {metric_name(runs[0])} against the share of MACs it left. On the front: {names}.",
-        x_label="MACs, share of the original", y_label=f"test {metric_name(runs[0])}", series=series,
-        x_format="percent", y_format="percent",
-    )  # fmt: skip
+        x_label="MACs, share of the original",
+        y_label=f"test {metric_name(runs[0])}",
+        series=series,
+        x_format="percent",
+        y_format="percent",
+    )
 
 
 def layers_kept(runs: Sequence[Run]) -> Figure:
@@ -208,11 +278,16 @@ def layers_kept(runs: Sequence[Run]) -> Figure:
         ]
         series.append(Series(run.name, names, kept, "bar", Tone.RUN, place=place))
     return Figure(
-        id="kept", title="Filters kept per layer",
+        id="kept",
+        title="Filters kept per layer",
         summary=f"Share of each layer's filters left by each of the {len(runs)} runs.",
-        x_label="layer", y_label="share kept", x_scale="category", series=series, y_range=(0.0, 1.0),
+        x_label="layer",
+        y_label="share kept",
+        x_scale="category",
+        series=series,
+        y_range=(0.0, 1.0),
         y_format="percent",
-    )  # fmt: skip
+    )
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -226,9 +301,10 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
         two strictly better.
     """
     return [
-        i for i, (cost, metric) in enumerate(points)
+        i
+        for i, (cost, metric) in enumerate(points)
         if not any(c <= cost and m >= metric and (c < cost or m > metric) for c, m in points)
-    ]  # fmt: skip
+    ]
 
 
 def metric_name(run: Run) -> str:

@@ -1,8 +1,9 @@
-"""What a figure shows, as plain data: drawn on the page, printed for a paper, and read out as a table from one source."""
+"""What a figure shows, as plain data: the one source of the chart on a page, of the print, and of the table."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
@@ -31,13 +32,13 @@ class Series:
     """Points of one kind."""
 
     name: str
-    x: list[Number] | list[str]
-    y: list[Number | None]
+    x: Sequence[Number] | Sequence[str]
+    y: Sequence[Number | None]
     kind: Literal["bar", "line", "points", "rule"]
     tone: Tone
     labels: list[str] = field(default_factory=list)
     """What a point is called where ``x`` alone does not say it."""
-    error: list[Number] = field(default_factory=list)
+    error: Sequence[Number] = field(default_factory=list)
     """Half the interquartile range of each ``y``."""
     place: int = 0
     """Index among runs or settings, for telling series of one tone apart."""
@@ -69,14 +70,22 @@ class Figure:
             lookup = [dict(zip(s.x, s.y, strict=True)) for s in self.series]
             rows: list[list[Cell]] = [[key, *(points.get(key) for points in lookup)] for key in keys]
             formats: dict[str, Format] = {s.name: self.y_format for s in self.series}
-            return Table([self.x_label, *(s.name for s in self.series)], rows, self.title,
-                         {self.x_label: self.x_format, **formats})  # fmt: skip
+            return Table(
+                [self.x_label, *(s.name for s in self.series)],
+                rows,
+                self.title,
+                {self.x_label: self.x_format, **formats},
+            )
         rows = []
         for s in self.series:
             names = s.labels or [""] * len(s.x)
             rows += [[s.name, name, x, y] for name, x, y in zip(names, s.x, s.y, strict=True)]
-        return Table(["Series", "Point", self.x_label, self.y_label], rows, self.title,
-                     {self.x_label: self.x_format, self.y_label: self.y_format})  # fmt: skip
+        return Table(
+            ["Series", "Point", self.x_label, self.y_label],
+            rows,
+            self.title,
+            {self.x_label: self.x_format, self.y_label: self.y_format},
+        )
 
 
 @dataclass(frozen=True)

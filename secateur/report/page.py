@@ -95,17 +95,20 @@ def render(runs: Sequence[Run], figures: Sequence[Sequence[Figure]], heat_maps: 
     }
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("secateur.report", "."),
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     page: str = environment.get_template("page.html.j2").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs side by side",
         version=_version(),
         runs=views,
         comparison={"table": side_by_side(runs), "figures": compared, "lead": _comparison_lead(runs)},
-        css=Markup(_asset("page.css")),  # noqa: S704 - the project's own files
-        js=Markup(_asset("page.js")),  # noqa: S704
-        plotly_js=Markup(_plotly_js()),  # noqa: S704
-        figures_json=Markup(_script_safe(store)),  # noqa: S704
+        css=Markup(_asset("page.css")),
+        js=Markup(_asset("page.js")),
+        plotly_js=Markup(_plotly_js()),
+        figures_json=Markup(_script_safe(store)),
     )
     return page
 
@@ -127,16 +130,32 @@ def _view(index: int, run: Run, figures: list[Figure], heat_maps: list[HeatMap],
         tables.insert(0, _Section(f"{prefix}-speed", "Speed", measured, "Theoretical is the ratio of MACs."))
     tables += [
         _Section(f"{prefix}-rounds", "Rounds", rounds(run)),
-        _Section(f"{prefix}-refused", "Left alone", refused,
-                 "Parts of the network whose channels cannot be removed exactly are refused, not guessed at."
-                 if refused.rows else "Nothing was refused: every channel of the network could be pruned."),
+        _Section(
+            f"{prefix}-refused",
+            "Left alone",
+            refused,
+            "Parts of the network whose channels cannot be removed exactly are refused, not guessed at."
+            if refused.rows
+            else "Nothing was refused: every channel of the network could be pruned.",
+        ),
         _Section(f"{prefix}-settings", "To reproduce", settings(run), command=str(run.config.get("command", ""))),
-    ]  # fmt: skip
+    ]
     return _RunView(
-        id=prefix, name=run.name, label=label, eyebrow=_eyebrow(run), sentence=sentence(run), exact=text,
-        exact_class={True: "good", False: "bad", None: ""}[good], badges=badges, headline=headline(run),
-        figures=sorted(figures, key=_many_layers), heat_maps=heat_maps, heat_table=_heat_table(heat_maps), wide=_wide(figures), tables=tables,
-    )  # fmt: skip
+        id=prefix,
+        name=run.name,
+        label=label,
+        eyebrow=_eyebrow(run),
+        sentence=sentence(run),
+        exact=text,
+        exact_class={True: "good", False: "bad", None: ""}[good],
+        badges=badges,
+        headline=headline(run),
+        figures=sorted(figures, key=_many_layers),
+        heat_maps=heat_maps,
+        heat_table=_heat_table(heat_maps),
+        wide=_wide(figures),
+        tables=tables,
+    )
 
 
 def _wide(figures: Sequence[Figure]) -> set[str]:
@@ -158,7 +177,7 @@ def _eyebrow(run: Run) -> str:
 def _heat_table(heat_maps: Sequence[HeatMap]) -> Table:
     columns = ["Layer", "Filters before", "Filters after", "Largest |ρ| before", "Largest |ρ| after"]
     rows = [[m.module, m.filters_before, m.filters_after, m.max_before, m.max_after] for m in heat_maps]
-    return Table(columns, rows, "Correlation of the filters of every layer")  # type: ignore[arg-type]
+    return Table(columns, rows, "Correlation of the filters of every layer")
 
 
 def _comparison_lead(runs: Sequence[Run]) -> str:
@@ -171,7 +190,9 @@ def _comparison_lead(runs: Sequence[Run]) -> str:
 def _script_safe(store: dict[str, Any]) -> str:
     """JSON that can stand inside a script element whatever names it holds."""
     text = json.dumps(_finite(store), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return (
+        text.replace("<", "\\u003c").replace(">", "\\u003e").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    )
 
 
 def _finite(value: Any) -> Any:

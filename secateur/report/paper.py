@@ -47,8 +47,16 @@ def draw(figures: list[Figure], heat_maps: list[HeatMap], folder: Path) -> list[
         from matplotlib.figure import Figure as Canvas
     except ImportError as error:
         raise UsageError("Figures for papers need matplotlib: pip install matplotlib.") from error
-    style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "secateur",
-             "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e3e7e3", "legend.frameon": False}  # fmt: skip
+    style: dict[Any, Any] = {
+        "font.size": 8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.hashsalt": "secateur",
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": "#e3e7e3",
+        "legend.frameon": False,
+    }
     written = []
     with rc_context(style):
         for figure in figures:
@@ -99,9 +107,10 @@ def _chart(figure: Figure, axes: Axes) -> None:
     if figure.y_range is not None:
         axes.set_ylim(*figure.y_range)
     write: dict[str, Any] = {
-        "percent": lambda y, _: f"{significant(100 * y)}%", "quantity": lambda y, _: quantity(y),
+        "percent": lambda y, _: f"{significant(100 * y)}%",
+        "quantity": lambda y, _: quantity(y),
         "bytes": lambda y, _: byte_size(y),
-    }  # fmt: skip
+    }
     if figure.y_format in write:
         axes.yaxis.set_major_formatter(write[figure.y_format])
     if len(figure.series) > 1:
@@ -115,7 +124,9 @@ def _bars(figure: Figure, axes: Axes) -> None:
         heights = [0.0 if y is None else y for y in series.y]
         places = [j - 0.4 + (i + 0.5) * width for j in range(len(names))]
         axes.bar(places, heights, width * 0.94, label=series.name, color=_colour(series))
-    axes.set_xticks(range(len(names)), names, rotation=90 if len(names) > 6 else 0, fontsize=5 if len(names) > 30 else 7)
+    axes.set_xticks(
+        range(len(names)), names, rotation=90 if len(names) > 6 else 0, fontsize=5 if len(names) > 30 else 7
+    )
     axes.grid(visible=False, axis="x")
 
 
@@ -125,10 +136,17 @@ def _points(series: Series, axes: Axes) -> None:
     marker = "x" if series.tone is Tone.REVERTED else _MARKERS[series.place % len(_MARKERS)]
     line = ":" if computed else "--" if series.kind == "rule" else _DASHES[series.place % len(_DASHES)]
     axes.errorbar(
-        x, y, yerr=series.error or None, label=series.name, color=_colour(series),
-        linestyle="none" if series.kind == "points" else line, marker="" if series.kind == "rule" else marker,
-        markersize=4, linewidth=1.2, fillstyle="none" if computed else "full",
-    )  # fmt: skip
+        x,
+        y,
+        yerr=series.error or None,
+        label=series.name,
+        color=_colour(series),
+        linestyle="none" if series.kind == "points" else line,
+        marker="" if series.kind == "rule" else marker,
+        markersize=4,
+        linewidth=1.2,
+        fillstyle="none" if computed else "full",
+    )
 
 
 def _colour(series: Series) -> str:

@@ -44,7 +44,7 @@ def specification(figure: Figure) -> dict[str, Any]:
     Returns:
         ``{"data": [...], "layout": {...}}``.
     """
-    layout = {
+    layout: dict[str, Any] = {
         "xaxis": _axis(figure.x_label, figure.x_scale, figure.x_format, _numbers([s.x for s in figure.series])),
         "yaxis": _axis(figure.y_label, figure.y_scale, figure.y_format, _numbers([s.y for s in figure.series])),
         "barmode": "group",

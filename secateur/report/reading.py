@@ -166,14 +166,18 @@ def read_run(run_dir: str | Path) -> Run:
     if not path.is_dir():
         raise UsageError(f"{path}: no such run directory. Give the directory that `secateur compress` wrote.")
     if not (path / "history.jsonl").is_file():
-        raise UsageError(f"{path}: no history.jsonl, so this is not a run, or one that stopped before its first round. "
-                         "Give the directory that `secateur compress` wrote.")  # fmt: skip
+        raise UsageError(
+            f"{path}: no history.jsonl, so this is not a run, or one that stopped before its first round. "
+            "Give the directory that `secateur compress` wrote."
+        )
     if not (path / "config.json").is_file():
         raise UsageError(f"{path}: no config.json, so this is not the directory of a run.")
     history = _read_history(path / "history.jsonl")
     if not (path / "result.json").is_file():
-        raise RunError(f"{path}: the run has not finished: {len(history)} round(s) and no result.json. "
-                       f"Finish it with `secateur resume {path}`.")  # fmt: skip
+        raise RunError(
+            f"{path}: the run has not finished: {len(history)} round(s) and no result.json. "
+            f"Finish it with `secateur resume {path}`."
+        )
     config = _read_json(path / "config.json")
     if not isinstance(config, dict):
         raise DataError(f"{path / 'config.json'}: expected an object, found {type(config).__name__}.")
@@ -197,8 +201,10 @@ def _read_history(path: Path) -> list[Episode]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON ({error.msg}); the file is half-written or damaged. "
-                            f"Restore it with `secateur resume {path.parent}`.") from error  # fmt: skip
+            raise DataError(
+                f"{where}: not JSON ({error.msg}); the file is half-written or damaged. "
+                f"Restore it with `secateur resume {path.parent}`."
+            ) from error
         episodes.append(_validated(Episode, record, where))
     return episodes
 
@@ -216,8 +222,10 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(_read_text(path))
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not JSON (line {error.lineno}: {error.msg}); the file is half-written or damaged. "
-                        f"Write it again with `secateur resume {path.parent}`.") from error  # fmt: skip
+        raise DataError(
+            f"{path}: not JSON (line {error.lineno}: {error.msg}); the file is half-written or damaged. "
+            f"Write it again with `secateur resume {path.parent}`."
+        ) from error
 
 
 def _validated(model: type[_Model], record: Any, where: str) -> _Model:

@@ -37,10 +37,15 @@ def headline(run: Run) -> list[Headline]:
         if first is None or last is None:
             continue
         points = 100 * (last - first)
-        items.append(Headline(
-            name, percent(first, 2), percent(last, 2), f"{points:+.2f} points".replace("-", "−"),
-            None if abs(points) < 0.005 else points > 0,
-        ))  # fmt: skip
+        items.append(
+            Headline(
+                name,
+                percent(first, 2),
+                percent(last, 2),
+                f"{points:+.2f} points".replace("-", "−"),
+                None if abs(points) < 0.005 else points > 0,
+            )
+        )
         break
     sizes: list[tuple[str, float | None, float | None, Any]] = [
         ("MACs", before.macs, after.macs, quantity),
@@ -55,16 +60,21 @@ def headline(run: Run) -> list[Headline]:
         change = f"{was / now:.2f}× faster" if name == "Latency" and now else describe_change(was, now)
         if name == "Latency" and now > was:
             change = f"{now / was:.2f}× slower"
-        items.append(Headline(name, write(was), write(now), change, None if now == was else now < was, now / was,
-                              notes.get(name, "")))  # fmt: skip
+        items.append(
+            Headline(
+                name, write(was), write(now), change, None if now == was else now < was, now / was, notes.get(name, "")
+            )
+        )
     return items
 
 
 def sentence(run: Run) -> str:
     """Say in one sentence what the run came to."""
     before, after = run.result.baseline, run.result.final
-    text = f"{percent(1 - share_left(run))} of the MACs and " \
-           f"{percent(1 - after.parameters / before.parameters) if before.parameters else '0%'} of the parameters removed"
+    text = (
+        f"{percent(1 - share_left(run))} of the MACs and "
+        f"{percent(1 - after.parameters / before.parameters) if before.parameters else '0%'} of the parameters removed"
+    )
     if before.test is not None and after.test is not None:
         text += f"; test {metric_name(run)} {percent(before.test, 2)} before, {percent(after.test, 2)} after"
     return text + "."
@@ -93,9 +103,17 @@ def widths(run: Run) -> Table:
         row += [first.macs if first else None, last.macs if last else None]
         row += [first.parameters if first else None, last.parameters if last else None]
         rows.append(row)
-    columns = ["Layer", "Filters before", "Filters after", "Kept", "MACs before", "MACs after", "Parameters before",
-               "Parameters after"]  # fmt: skip
-    formats: dict[str, Format] = {name: "quantity" for name in columns[4:]}
+    columns = [
+        "Layer",
+        "Filters before",
+        "Filters after",
+        "Kept",
+        "MACs before",
+        "MACs after",
+        "Parameters before",
+        "Parameters after",
+    ]
+    formats: dict[str, Format] = dict.fromkeys(columns[4:], "quantity")
     return Table(columns, rows, "Width of every layer", {**formats, "Kept": "percent"})
 
 
@@ -105,14 +123,36 @@ def rounds(run: Run) -> Table:
     rows: list[list[Cell]] = []
     for e in run.history:
         after = max(e.abs_rho_after.values(), default=None)
-        rows.append([
-            e.round, "" if e.phase is None else str(e.phase), e.group or "all", e.channels, e.metric_before,
-            max(e.abs_rho_before.values(), default=None), after, e.metric_dropped, e.metric_tuned, e.macs,
-            "accepted" if e.accepted else "reverted", e.seconds,
-        ])  # fmt: skip
-    columns = ["Round", "Phase", "Group", "Channels removed", f"{metric.capitalize()} before", "Largest |ρ| before",
-               "after optimising", f"{metric.capitalize()} dropped", "fine-tuned", "MACs", "Outcome",
-               "Seconds"]  # fmt: skip
+        rows.append(
+            [
+                e.round,
+                "" if e.phase is None else str(e.phase),
+                e.group or "all",
+                e.channels,
+                e.metric_before,
+                max(e.abs_rho_before.values(), default=None),
+                after,
+                e.metric_dropped,
+                e.metric_tuned,
+                e.macs,
+                "accepted" if e.accepted else "reverted",
+                e.seconds,
+            ]
+        )
+    columns = [
+        "Round",
+        "Phase",
+        "Group",
+        "Channels removed",
+        f"{metric.capitalize()} before",
+        "Largest |ρ| before",
+        "after optimising",
+        f"{metric.capitalize()} dropped",
+        "fine-tuned",
+        "MACs",
+        "Outcome",
+        "Seconds",
+    ]
     empty = [i for i in range(len(columns)) if all(row[i] in (None, "") for row in rows)]
     return Table(
         [c for i, c in enumerate(columns) if i not in empty],
@@ -137,10 +177,17 @@ def speeds(run: Run) -> Table | None:
     for row in run.benchmark.rows:
         pairs.setdefault((row.setting, row.batch_size), {})[row.variant] = row
     rows: list[list[Cell]] = [
-        [setting, size, theoretical, p["original"].seconds / p["pruned"].seconds, 1000 * p["original"].seconds,
-         1000 * p["pruned"].seconds]
-        for (setting, size), p in pairs.items() if {"original", "pruned"} <= set(p)
-    ]  # fmt: skip
+        [
+            setting,
+            size,
+            theoretical,
+            p["original"].seconds / p["pruned"].seconds,
+            1000 * p["original"].seconds,
+            1000 * p["pruned"].seconds,
+        ]
+        for (setting, size), p in pairs.items()
+        if {"original", "pruned"} <= set(p)
+    ]
     columns = ["Setting", "Batch size", "Theoretical speed-up", "Measured speed-up", "Original, ms", "Pruned, ms"]
     return Table(columns, rows, "Theoretical against measured speed-up") if rows else None
 
@@ -158,21 +205,42 @@ def side_by_side(runs: Sequence[Run]) -> Table:
     for i, run in enumerate(runs):
         before, after = run.result.baseline, run.result.final
         change = score(after) - score(before)
-        rows.append([
-            run.name, score(before), score(after), 100 * change, 1 - share_left(run),
-            1 - after.parameters / before.parameters if before.parameters else None,
-            after.file_bytes, after.latency_ms, i in front, str(run.path),
-        ])  # fmt: skip
+        rows.append(
+            [
+                run.name,
+                score(before),
+                score(after),
+                100 * change,
+                1 - share_left(run),
+                1 - after.parameters / before.parameters if before.parameters else None,
+                after.file_bytes,
+                after.latency_ms,
+                i in front,
+                str(run.path),
+            ]
+        )
     metric = metric_name(runs[0])
-    columns = ["Run", f"{metric.capitalize()} before", f"{metric.capitalize()} after", "Change, points", "MACs removed",
-               "Parameters removed", "File", "Latency, ms", "On the front", "Directory"]  # fmt: skip
+    columns = [
+        "Run",
+        f"{metric.capitalize()} before",
+        f"{metric.capitalize()} after",
+        "Change, points",
+        "MACs removed",
+        "Parameters removed",
+        "File",
+        "Latency, ms",
+        "On the front",
+        "Directory",
+    ]
     formats: dict[str, Format] = {columns[i]: "percent" for i in (1, 2, 4, 5)}
     return Table(columns, rows, "Runs side by side", {**formats, columns[6]: "bytes"})
 
 
 def _flatten(value: Any, prefix: str = "") -> list[tuple[str, Cell]]:
     if isinstance(value, dict):
-        return [pair for key, inner in value.items() for pair in _flatten(inner, f"{prefix}.{key}" if prefix else str(key))]
+        return [
+            pair for key, inner in value.items() for pair in _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+        ]
     if isinstance(value, list):
         return [(prefix, ", ".join(map(str, value)))]
     if value is None or isinstance(value, bool):

@@ -24,7 +24,11 @@ def test_total_memory_is_the_papers_sum() -> None:
     layers = [(6, 3, 4, 5, 7), (8, 3, 2, 7, 9)]  # output side, kernel, inputs ignored by eq. 4, c_in, c_out
     records, expected = [], 0
     for side, kernel, _, c_in, c_out in layers:
-        records.append(Layer(module="c", macs=0, parameters=kernel * kernel * c_in * c_out, out_channels=c_out, positions=side * side))
+        records.append(
+            Layer(
+                module="c", macs=0, parameters=kernel * kernel * c_in * c_out, out_channels=c_out, positions=side * side
+            )
+        )
         expected += 4 * side * side * c_out * 16 + 4 * kernel * kernel * c_in * c_out
     assert total_memory(records, 16) == expected
 
@@ -60,7 +64,9 @@ def test_a_wide_layer_is_shown_by_the_largest_correlation_of_each_block(tmp_path
     (shown,) = heat_maps(tmp_path / "w.safetensors")
     rho = np.abs(np.corrcoef(weight.flatten(1).numpy()))
     np.fill_diagonal(rho, 0)
-    assert shown.module == "deep.conv" and shown.cell == 4 and len(shown.before) == 75
+    assert shown.module == "deep.conv"
+    assert shown.cell == 4
+    assert len(shown.before) == 75
     assert shown.before[62][1] == pytest.approx(1.0, abs=0.005)
     assert shown.before[3][9] == pytest.approx(rho[12:16, 36:40].max(), abs=0.006)
     assert shown.max_before == pytest.approx(rho.max())
@@ -101,10 +107,19 @@ def test_a_point_given_twice_keeps_its_own_row() -> None:
 
 @pytest.mark.parametrize(
     ("value", "form", "text"),
-    [(12_345_678, "quantity", "12.3 M"), (999, "quantity", "999"), (0.91731, "percent", "91.73%"), (1_092_664, "bytes", "1.09 MB"),
-     (None, "percent", "–"), (float("nan"), "decimal", "–"), (0.00123456, "decimal", "0.00123"), (1234567, "decimal", "1,234,567"),
-     (True, "text", "yes"), (0, "quantity", "0")],
-)  # fmt: skip
+    [
+        (12_345_678, "quantity", "12.3 M"),
+        (999, "quantity", "999"),
+        (0.91731, "percent", "91.73%"),
+        (1_092_664, "bytes", "1.09 MB"),
+        (None, "percent", "–"),
+        (float("nan"), "decimal", "–"),
+        (0.00123456, "decimal", "0.00123"),
+        (1234567, "decimal", "1,234,567"),
+        (True, "text", "yes"),
+        (0, "quantity", "0"),
+    ],
+)
 def test_numbers_are_written_for_people(value: float, form: str, text: str) -> None:
     assert write(value, form) == text
 

@@ -28,7 +28,9 @@ def _elements(path: Path) -> list[tuple[str, dict[str, str | None]]]:
 
 @pytest.mark.parametrize("number", [1, 3])
 def test_the_page_is_self_contained_and_every_figure_has_a_text_alternative(number: int, tmp_path: Path) -> None:
-    files = write_report([write_run(tmp_path / f"r{i}", seed=i, lost=0.002 * i) for i in range(number)], tmp_path / "report.html")
+    files = write_report(
+        [write_run(tmp_path / f"r{i}", seed=i, lost=0.002 * i) for i in range(number)], tmp_path / "report.html"
+    )
     elements = _elements(files.html)
     assert files.html.stat().st_size < 6_000_000
     for tag, attributes in elements:
@@ -63,7 +65,8 @@ def test_the_json_holds_what_the_page_shows(tmp_path: Path) -> None:
     numbers = json.loads(write_report(write_run(tmp_path / "run")).json.read_text())
     (run,) = numbers["runs"]
     assert [f["id"] for f in run["figures"]] == ["history", "macs", "throughput", "memory", "correlation"]
-    assert run["headline"][1]["label"] == "MACs" and run["verification"]["exact"] is True
+    assert run["headline"][1]["label"] == "MACs"
+    assert run["verification"]["exact"] is True
     assert numbers["comparison"] is None
 
 
@@ -75,7 +78,8 @@ def test_a_run_without_optional_parts_still_reports(tmp_path: Path) -> None:
     result["final"]["latency_ms"] = result["final"]["test"] = None
     (run / "result.json").write_text(json.dumps(result))
     numbers = json.loads(write_report(run).json.read_text())["runs"][0]
-    assert [f["id"] for f in numbers["figures"]] == ["history", "macs", "memory"] and numbers["correlation"] == []
+    assert [f["id"] for f in numbers["figures"]] == ["history", "macs", "memory"]
+    assert numbers["correlation"] == []
     assert [h["label"] for h in numbers["headline"]] == ["Validation accuracy", "MACs", "Parameters", "File size"]
 
 
@@ -86,4 +90,4 @@ def test_figures_for_a_paper_are_png_and_svg(tmp_path: Path) -> None:
     for file in files.figures:
         head = file.read_bytes()[:200]
         assert head.startswith(b"\x89PNG") if file.suffix == ".png" else b"<?xml" in head
-    assert not [p for p in (tmp_path / "figures").rglob(".*")]
+    assert not list((tmp_path / "figures").rglob(".*"))

@@ -14,7 +14,8 @@ def test_a_finished_run_is_read_whole(tmp_path: Path) -> None:
     assert [e.round for e in run.history] == [1, 2, 3, 4, 5]
     assert run.result.baseline.macs == sum(layer.macs for layer in run.result.baseline.layers)
     assert run.history[0].channels == 3
-    assert run.benchmark is not None and {row.variant for row in run.benchmark.rows} == {"original", "pruned"}
+    assert run.benchmark is not None
+    assert {row.variant for row in run.benchmark.rows} == {"original", "pruned"}
 
 
 def _without(name: str):
@@ -41,7 +42,11 @@ BAD = {
     "unfinished": (_without("result.json"), RunError, r"not finished: 8 round.*secateur resume"),
     "half history": (_half("history.jsonl"), DataError, r"history.jsonl, line \d+: not JSON"),
     "half result": (_half("result.json"), DataError, r"result.json: not JSON \(line \d+"),
-    "half weights": (lambda run: (run / "baseline.safetensors").write_bytes(b"\x10"), DataError, "not a readable safetensors"),
+    "half weights": (
+        lambda run: (run / "baseline.safetensors").write_bytes(b"\x10"),
+        DataError,
+        "not a readable safetensors",
+    ),
     "a field missing": (_lacking, DataError, r"result.json: final.macs: field required"),
     "not text": (lambda run: (run / "history.jsonl").write_bytes(b"\xff\xfe"), DataError, "not a text file"),
 }
@@ -56,7 +61,9 @@ def test_a_bad_run_is_one_clear_line_and_leaves_nothing(case: str, tmp_path: Pat
     with pytest.raises(SecateurError) as caught:
         write_report(run)
     assert type(caught.value) is kind
-    assert re.search(words, str(caught.value)) and "\n" not in str(caught.value) and "run" in str(caught.value)
+    assert re.search(words, str(caught.value))
+    assert "\n" not in str(caught.value)
+    assert "run" in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -81,7 +88,8 @@ def test_a_target_that_is_a_directory_leaves_it_alone(tmp_path: Path) -> None:
     (tmp_path / "a.html").mkdir()
     with pytest.raises(UsageError, match="can't be written"):
         write_report(run, tmp_path / "a.html")
-    assert not list((tmp_path / "a.html").iterdir()) and not (tmp_path / "a.json").exists()
+    assert not list((tmp_path / "a.html").iterdir())
+    assert not (tmp_path / "a.json").exists()
 
 
 def test_runs_of_different_metrics_are_not_compared(tmp_path: Path) -> None:
