@@ -1,0 +1,540 @@
+"""How fast and how large a network runs, measured in pairs so that both have the same machine."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.benchmark import Measurement, Timer
+
+from secateur.errors import PlanError, SecateurError, UsageError
+from secateur.export import OnnxModel, _batch_size, _quiet, _resized, export
+from secateur.inputs import arguments
+
+BACKENDS = ("eager", "compile", "onnxruntime")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+CANDIDATES = (1, 4, 8, 16, 32)
+"""Multiples of channels that vector units and their libraries like."""
+
+Setting = tuple[str, str, str, str, int, int]
+"""Backend, device, precision, memory format, threads, batch size."""
+
+ExampleInputs = Tensor | tuple[Any, ...] | dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network under one setting."""
+
+    variant: str
+    backend: str
+    device: str
+    precision: str
+    memory_format: str
+    threads: int
+    batch_size: int
+    seconds: float
+    """Median time of one forward pass."""
+    iqr: float
+    """Interquartile range of that time."""
+    peak_bytes: int | None = None
+    """Peak memory of one forward pass beyond the loaded network and its inputs: resident memory of a process of its
+    own on a CPU, the allocator's on CUDA."""
+    weight_bytes: int | None = None
+
+    @property
+    def setting(self) -> Setting:
+        """Everything but the network."""
+        return self.backend, self.device, self.precision, self.memory_format, self.threads, self.batch_size
+
+
+@dataclass(frozen=True)
+class SpeedUp:
+    """How many times faster the network is than the one it is held against, under one setting."""
+
+    backend: str
+    device: str
+    precision: str
+    memory_format: str
+    threads: int
+    batch_size: int
+    measured: float
+    """Median over rounds of the ratio of two neighbouring measurements."""
+    low: float
+    """First quartile of that ratio."""
+    high: float
+    """Third quartile of that ratio."""
+    theoretical: float | None
+    """Ratio of MACs; None where they were not counted."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A setting that could not be measured, and why."""
+
+    variant: str
+    setting: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """Every row measured, in pairs where there are two networks."""
+
+    rows: list[Row]
+    speed_ups: list[SpeedUp]
+    skipped: list[Skipped]
+    environment: dict[str, Any]
+    macs: dict[str, int] = field(default_factory=dict)
+    """Variant -> MACs of one example."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain data, the form of ``benchmark.json`` in a run directory."""
+        return asdict(self)
+
+
+def benchmark(
+    model: nn.Module,
+    against: nn.Module | None = None,
+    *,
+    example_inputs: ExampleInputs,
+    batch_sizes: Sequence[int] = (1, 8),
+    threads: Sequence[int] = (1,),
+    devices: Sequence[str] = ("cpu",),
+    precisions: Sequence[str] = ("fp32",),
+    backends: Sequence[str] = ("eager",),
+    memory_formats: Sequence[str] = ("contiguous",),
+    names: tuple[str, str] = ("model", "against"),
+    macs: tuple[int, int] | None = None,
+    memory: bool = True,
+    rounds: int = 9,
+    min_seconds: float = 0.05,
+    progress: Callable[[str], None] = lambda _: None,
+) -> BenchmarkResult:
+    """Measure a network, or two in turns.
+
+    With two networks every round times one, then the other, in alternating order, and the speed-up is the median of
+    the rounds' ratios: what else the machine does falls on both. Warm-up passes (compilation among them) are apart.
+
+    Args:
+        model: The network; for a speed-up, the pruned one.
+        against: The network it is held against, the original.
+        example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        batch_sizes: Batch sizes; the example's tensors are repeated or cut to them.
+        threads: Threads of one operator, on a CPU.
+        devices: ``cpu``, ``cuda``, ``cuda:1`` …
+        precisions: ``fp32``, ``bf16``.
+        backends: ``eager``, ``compile`` (torch.compile), ``onnxruntime`` (CPU, fp32).
+        memory_formats: ``contiguous``, ``channels_last``.
+        names: What the two networks are called in the rows.
+        macs: MACs of one example of ``model`` and ``against``; counted by tracing where not given.
+        memory: Whether to measure peak memory (on a CPU, in a process of its own).
+        rounds: Measurements of each network under each setting.
+        min_seconds: Least duration of one measurement; short passes are repeated within it.
+        progress: Is told of each setting before it is measured.
+
+    Returns:
+        The rows, the speed-ups, and what could not be measured with its reason.
+
+    Raises:
+        UsageError: If a backend, device, precision or memory format is unknown or not at hand, or a number is not
+            positive.
+    """
+    _check(batch_sizes, threads, devices, precisions, backends, memory_formats)
+    models = {names[0]: model} if against is None else {names[0]: model, names[1]: against}
+    counted = dict(zip(names, macs, strict=True)) if macs is not None else _count(models, example_inputs)
+    rows: list[Row] = []
+    speed_ups: list[SpeedUp] = []
+    skipped: list[Skipped] = []
+    combinations = [
+        (device, precision, layout, backend, number)
+        for device in devices
+        for precision in precisions
+        for layout in memory_formats
+        for backend in backends
+        for number in (threads if device == "cpu" else threads[:1])
+    ]
+    for device, precision, layout, backend, number in combinations:
+        setting = ", ".join((device, backend, precision, layout, f"{number} threads"))
+        progress(setting)
+        calls: dict[str, Callable[[int], Callable[[], Any]]] = {}
+        for name, network in models.items():
+            try:
+                calls[name] = _prepare(network, example_inputs, device, precision, layout, backend, number)
+            except (SecateurError, _NotAtHandError) as error:
+                skipped.append(Skipped(name, setting, str(error)))
+        for size in batch_sizes:
+            timed, failed = _interleaved(
+                {name: make(size) for name, make in calls.items()}, number, device, rounds, min_seconds
+            )
+            skipped += [Skipped(name, f"{setting}, batch {size}", reason) for name, reason in failed.items()]
+            for name, measured in timed.items():
+                peak = _cuda_peak(calls[name](size), device) if memory and device != "cpu" else None
+                rows.append(
+                    Row(
+                        name,
+                        backend,
+                        device,
+                        precision,
+                        layout,
+                        number,
+                        size,
+                        measured.median,
+                        measured.iqr,
+                        peak,
+                        _weight_bytes(models[name], precision),
+                    )
+                )
+            if len(timed) == 2:
+                first, last = counted.get(names[1]), counted.get(names[0])
+                speed_ups.append(
+                    _speed_up(
+                        timed[names[1]],
+                        timed[names[0]],
+                        first / last if first and last else None,
+                        (backend, device, precision, layout, number, size),
+                    )
+                )
+    if memory and "cpu" in devices and "eager" in backends:
+        rows, missing = _with_cpu_peaks(rows, models, example_inputs, batch_sizes)
+        skipped += missing
+    return BenchmarkResult(rows, speed_ups, skipped, environment(), counted)
+
+
+@dataclass(frozen=True)
+class RoundToChoice:
+    """The multiple of channels, and the memory format, that run fastest here."""
+
+    round_to: int
+    memory_format: str
+    seconds: dict[tuple[int, str], float]
+    """(round_to, memory format) -> median time of one forward pass."""
+    infeasible: dict[int, str] = field(default_factory=dict)
+    """Candidate -> why the target can't be met with it."""
+
+
+def choose_round_to(
+    prune: Callable[[int], nn.Module],
+    example_inputs: ExampleInputs,
+    candidates: Sequence[int] = CANDIDATES,
+    batch_size: int | None = None,
+    threads: int | None = None,
+    memory_formats: Sequence[str] = ("contiguous", "channels_last"),
+    rounds: int = 7,
+    margin: float = 0.03,
+) -> RoundToChoice:
+    """Measure the network pruned to multiples of each candidate, and choose: ``--round-to auto``.
+
+    Args:
+        prune: Gives the network pruned with ``round_to`` of its argument, to the same target.
+        example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        candidates: Multiples to try.
+        batch_size: Batch size to run at; default the example's.
+        threads: Threads of one operator; default torch's number.
+        memory_formats: Formats to try with each.
+        rounds: Measurements of each, all candidates in turns.
+        margin: A smaller multiple, which follows the scores more closely, and the contiguous format are taken
+            unless another is faster by more than this share.
+
+    Returns:
+        The choice and every time measured.
+
+    Raises:
+        UsageError: If there is no candidate, or one is not positive.
+        PlanError: If the target can't be met with any of them.
+    """
+    if not candidates or min(candidates) < 1:
+        raise UsageError(f"round_to auto: candidates are positive multiples of channels; got {list(candidates)}.")
+    size = batch_size or _batch_size(arguments(example_inputs))
+    number = threads or torch.get_num_threads()
+    calls: dict[Any, Callable[[], Any]] = {}
+    infeasible = {}
+    for candidate in sorted(candidates):
+        try:
+            network = prune(candidate)
+        except PlanError as error:
+            infeasible[candidate] = str(error)
+            continue
+        for layout in memory_formats:
+            calls[candidate, layout] = _prepare(network, example_inputs, "cpu", "fp32", layout, "eager", number)(size)
+    if not calls:
+        raise PlanError(
+            f"round_to auto: no candidate of {list(candidates)} can meet the target: {next(iter(infeasible.values()))}"
+        )
+    timed, failed = _interleaved(calls, number, "cpu", rounds, 0.02)
+    if failed:
+        raise UsageError(f"round_to auto: the pruned network does not run ({next(iter(failed.values()))}).")
+    seconds = {key: measured.median for key, measured in timed.items()}
+    fastest = min(seconds.values())
+    chosen = next(key for key, value in seconds.items() if value <= fastest * (1 + margin))
+    return RoundToChoice(chosen[0], chosen[1], seconds, infeasible)
+
+
+def environment() -> dict[str, Any]:
+    """What a time depends on: processor, threads, versions, load."""
+    found: dict[str, Any] = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+    }
+    if hasattr(os, "getloadavg"):
+        found["load"] = round(os.getloadavg()[0], 2)
+    if torch.cuda.is_available():
+        found["cuda"] = torch.cuda.get_device_name()
+    return found
+
+
+class _NotAtHandError(Exception):
+    """A backend can't run this setting."""
+
+
+def _check(
+    batch_sizes: Sequence[int],
+    threads: Sequence[int],
+    devices: Sequence[str],
+    precisions: Sequence[str],
+    backends: Sequence[str],
+    memory_formats: Sequence[str],
+) -> None:
+    for what, given, known in (
+        ("backend", backends, BACKENDS),
+        ("precision", precisions, PRECISIONS),
+        ("memory format", memory_formats, MEMORY_FORMATS),
+    ):
+        for value in given:
+            if value not in known:
+                raise UsageError(f"benchmark: unknown {what} {value!r}; choose from {', '.join(known)}.")
+    for what, numbers in (("batch size", batch_sizes), ("number of threads", threads)):
+        if not numbers or min(numbers) < 1:
+            raise UsageError(f"benchmark: a {what} is at least 1; got {list(numbers)}.")
+    for device in devices:
+        try:
+            kind = torch.device(device).type
+        except RuntimeError as error:
+            raise UsageError(f"benchmark: unknown device {device!r}; use cpu or cuda.") from error
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise UsageError(f"benchmark: no CUDA device on this machine, so {device!r} can't be measured.")
+
+
+def _prepare(
+    network: nn.Module,
+    example_inputs: ExampleInputs,
+    device: str,
+    precision: str,
+    layout: str,
+    backend: str,
+    threads: int,
+) -> Callable[[int], Callable[[], Any]]:
+    """Make a function from a batch size to a forward pass; the network itself is copied, never changed."""
+    args_kwargs = arguments(example_inputs)
+    own = _batch_size(args_kwargs)
+    if backend == "onnxruntime":
+        if device != "cpu" or precision != "fp32" or layout != "contiguous":
+            raise _NotAtHandError("ONNX Runtime is measured on the CPU, in fp32, contiguous.")
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "network.onnx"
+            export(network, path, example_inputs, tolerance=1e-3)
+            session = OnnxModel(path, threads)
+        return lambda size: _bound(session.run, _resized(args_kwargs, own, size))
+    copied = copy.deepcopy(network).eval().to(device=device, dtype=PRECISIONS[precision])
+    copied = copied.to(memory_format=MEMORY_FORMATS[layout])
+    call: Callable[..., Any] = torch.compile(copied) if backend == "compile" else copied
+
+    def place(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        moved = leaf.to(device, PRECISIONS[precision] if leaf.is_floating_point() else leaf.dtype)
+        return moved.contiguous(memory_format=MEMORY_FORMATS[layout]) if moved.dim() == 4 else moved
+
+    return lambda size: _bound(call, pytree.tree_map(place, _resized(args_kwargs, own, size)))
+
+
+def _bound(call: Callable[..., Any], arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Callable[[], Any]:
+    args, kwargs = arguments
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return call(*args, **kwargs)
+
+    return run
+
+
+def _interleaved(
+    calls: dict[Any, Callable[[], Any]], threads: int, device: str, rounds: int, min_seconds: float
+) -> tuple[dict[Any, Measurement], dict[Any, str]]:
+    """Time several calls in turns, the order turned round from round to round."""
+    timers, numbers, failed = {}, {}, {}
+    for name, call in calls.items():
+        timer = Timer("call()", globals={"call": call}, num_threads=threads)
+        try:
+            with _quiet():
+                timer.timeit(2)  # warm-up: compilation, caches, the allocator's first pages
+                once = timer.timeit(1).median
+        except Exception as error:  # noqa: BLE001 - the network is the user's, the backend a compiler's
+            failed[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            continue
+        timers[name], numbers[name] = timer, max(1, round(min_seconds / max(once, 1e-9)))
+    times: dict[Any, list[float]] = {name: [] for name in timers}
+    for i in range(rounds):
+        for name in list(timers) if i % 2 == 0 else list(reversed(timers)):
+            times[name].append(timers[name].timeit(numbers[name]).times[0])
+    return {name: Measurement(1, measured, timers[name]._task_spec) for name, measured in times.items()}, failed
+
+
+def _speed_up(before: Measurement, after: Measurement, theoretical: float | None, setting: Setting) -> SpeedUp:
+    ratios = [a / b for a, b in zip(before.raw_times, after.raw_times, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+    return SpeedUp(*setting, middle, low, high, theoretical)
+
+
+def _count(models: dict[str, nn.Module], example_inputs: ExampleInputs) -> dict[str, int]:
+    """MACs of every network, of one example."""
+    from secateur.cost import macs
+    from secateur.tracing import trace
+
+    args_kwargs = arguments(example_inputs)
+    args, kwargs = _resized(args_kwargs, _batch_size(args_kwargs), 1)
+    return {name: macs(trace(network, kwargs or args)) for name, network in models.items()}
+
+
+def _weight_bytes(network: nn.Module, precision: str) -> int:
+    width = 2 if precision == "bf16" else None
+    return sum(
+        t.numel() * (width if width and t.is_floating_point() else t.element_size())
+        for t in (*network.parameters(), *network.buffers())
+    )
+
+
+def _cuda_peak(call: Callable[[], Any], device: str) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    output = call()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    del output
+    return int(peak)
+
+
+_PEAK = """
+import json, sys, torch
+torch.set_num_threads(1)
+def memory(field):
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(field))
+program, inputs, sizes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+module = torch.export.load(program).module()
+leaves, own = torch.load(inputs, weights_only=True), None
+args, kwargs = leaves["args"], leaves["kwargs"]
+found = []
+with torch.inference_mode():
+    for size in sizes:
+        def resized(leaf):
+            same = isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == leaves["batch"]
+            return leaf[torch.arange(size) % leaf.shape[0]] if same else leaf
+        a, k = torch.utils._pytree.tree_map(resized, (args, kwargs))
+        module(*a, **k)
+        before = memory("VmRSS")
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+        module(*a, **k)
+        found.append(max(0, memory("VmHWM") - before))
+print(json.dumps(found))
+"""
+"""Peak resident memory of a forward pass, in a process that has loaded nothing else. It gives freed memory back at
+once (see the environment it is given), so that the peak is of what was in use together."""
+
+
+def _with_cpu_peaks(
+    rows: list[Row], models: dict[str, nn.Module], example_inputs: ExampleInputs, sizes: Sequence[int]
+) -> tuple[list[Row], list[Skipped]]:
+    """Add to every eager fp32 CPU row the peak memory of a process that runs nothing else."""
+    peaks: dict[tuple[str, int], int] = {}
+    skipped = []
+    for name, network in models.items():
+        try:
+            measured = cpu_peak_bytes(network, example_inputs, sizes)
+        except (SecateurError, _NotAtHandError) as error:
+            skipped.append(Skipped(name, "peak memory, cpu", str(error)))
+            continue
+        peaks |= {(name, size): peak for size, peak in zip(sizes, measured, strict=True)}
+
+    def completed() -> Iterator[Row]:
+        for row in rows:
+            plain = (row.backend, row.device, row.precision, row.memory_format) == (
+                "eager",
+                "cpu",
+                "fp32",
+                "contiguous",
+            )
+            yield Row(**{**asdict(row), "peak_bytes": peaks.get((row.variant, row.batch_size))}) if plain else row
+
+    return list(completed()), skipped
+
+
+def cpu_peak_bytes(network: nn.Module, example_inputs: ExampleInputs, sizes: Sequence[int]) -> list[int]:
+    """Measure the peak memory of a forward pass in a process of its own.
+
+    The network travels as a ``.pt2`` file, so its class need not be importable there.
+
+    Args:
+        network: The network.
+        example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        sizes: Batch sizes.
+
+    Returns:
+        Bytes beyond the loaded network and its inputs, one a batch size.
+
+    Raises:
+        ExportError: If the network can't be exported.
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        raise _NotAtHandError("peak memory on a CPU is read from /proc, which this system does not have")
+    args, kwargs = arguments(example_inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        program, inputs = Path(folder) / "network.pt2", Path(folder) / "inputs.pt"
+        export(network, program, example_inputs, tolerance=1e-3)
+        torch.save({"args": args, "kwargs": kwargs, "batch": _batch_size((args, kwargs))}, inputs)
+        run = subprocess.run(
+            [sys.executable, "-c", _PEAK, str(program), str(inputs), json.dumps(list(sizes))],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={
+                **os.environ,
+                "MALLOC_MMAP_THRESHOLD_": "65536",
+                "MALLOC_TRIM_THRESHOLD_": "65536",
+                "OMP_NUM_THREADS": "1",
+            },
+        )
+    if run.returncode:
+        last = (run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1]
+        raise _NotAtHandError(f"the process that measures peak memory failed: {last}")
+    found: list[int] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,173 @@
+"""What a run came to: one HTML page that carries everything, its numbers as JSON, its figures for a paper."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import UsageError
+from secateur.report.charts import charts, comparison
+from secateur.report.correlation import heat_maps
+from secateur.report.figures import Figure, HeatMap
+from secateur.report.page import _finite, render
+from secateur.report.reading import Run, read_run
+from secateur.report.summary import headline, refusals, rounds, sentence, settings, side_by_side, speeds, widths
+
+__all__ = ["ReportFiles", "read_run", "write_report"]
+
+HEAT_MAPS = 24
+"""The most heat maps a page carries, over all its runs: what keeps the file under 6 MB."""
+
+
+@dataclass(frozen=True)
+class ReportFiles:
+    """What :func:`write_report` has written."""
+
+    html: Path
+    json: Path
+    figures: list[Path] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+
+
+def write_report(
+    run_dirs: str | Path | Sequence[str | Path],
+    output: str | Path | None = None,
+    figures: str | Path | None = None,
+    layers: list[str] | None = None,
+) -> ReportFiles:
+    """Write the report of one run, or of several side by side.
+
+    Args:
+        run_dirs: Directory of a finished run, or several.
+        output: The HTML file; the JSON of the same numbers goes beside it. Default ``report.html`` in the directory
+            of a single run, or in the working directory for several.
+        figures: Folder for every figure as PNG and SVG; default none.
+        layers: Layers whose correlation heat maps to draw; default all, or 24 spread over the depth.
+
+    Returns:
+        The files, and the runs as read.
+
+    Raises:
+        UsageError: If there is no run, a directory is not a run, or a target can't be written.
+        RunError: If a run has not finished.
+        DataError: If a run's files are damaged, or ``layers`` names a layer that is not there.
+    """
+    folders = [run_dirs] if isinstance(run_dirs, str | Path) else list(run_dirs)
+    if not folders:
+        raise UsageError("No run directory given: name at least one that `secateur compress` wrote.")
+    runs = [read_run(folder) for folder in folders]
+    metrics = sorted({run.result.metric for run in runs})
+    if len(metrics) > 1:
+        raise UsageError(
+            f"The runs measure different things ({', '.join(metrics)}); report those of one metric at a time."
+        )
+    drawn = [charts(run) for run in runs]
+    maps = [_heat_maps(run, layers, max(2, HEAT_MAPS // len(runs))) for run in runs]
+    html = (
+        Path(output) if output is not None else runs[0].path / "report.html" if len(runs) == 1 else Path("report.html")
+    )
+    if html.suffix not in {".html", ".htm"}:
+        raise UsageError(f"{html}: the report is an HTML file; end its name in .html.")
+    page, numbers = render(runs, drawn, maps), _numbers(runs, drawn, maps)
+    json_path = html.with_suffix(".json")
+    with _replacing(html) as html_part, _replacing(json_path) as json_part:
+        html_part.write_text(page, encoding="utf-8")
+        json_part.write_text(json.dumps(numbers, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        images = _write_figures(Path(figures), runs, drawn, maps) if figures is not None else []
+    return ReportFiles(html, json_path, images, runs)
+
+
+def _heat_maps(run: Run, layers: list[str] | None, limit: int) -> list[HeatMap]:
+    before, after = run.path / "baseline.safetensors", run.path / "model.safetensors"
+    if not before.is_file():
+        return []
+    return heat_maps(before, after if after.is_file() else None, layers, limit)
+
+
+def _numbers(runs: Sequence[Run], figures: Sequence[list[Figure]], maps: Sequence[list[HeatMap]]) -> dict[str, Any]:
+    """Everything the page shows, as JSON."""
+    content = [
+        {
+            "name": run.name,
+            "directory": str(run.path),
+            "sentence": sentence(run),
+            "headline": [asdict(item) for item in headline(run)],
+            "figures": [asdict(f) for f in fs],
+            "correlation": [asdict(m) for m in ms],
+            "widths": asdict(widths(run)),
+            "rounds": asdict(rounds(run)),
+            "refused": asdict(refusals(run)),
+            "settings": asdict(settings(run)),
+            "verification": run.result.verification,
+            "speed": asdict(table) if (table := speeds(run)) else None,
+        }
+        for run, fs, ms in zip(runs, figures, maps, strict=True)
+    ]
+    compared = None
+    if len(runs) > 1:
+        compared = {"table": asdict(side_by_side(runs)), "figures": [asdict(f) for f in comparison(runs)]}
+    result: dict[str, Any] = _finite({"format": 1, "runs": content, "comparison": compared})
+    return result
+
+
+def _write_figures(
+    folder: Path, runs: Sequence[Run], figures: Sequence[list[Figure]], maps: Sequence[list[HeatMap]]
+) -> list[Path]:
+    """Draw into a folder beside the target, then move every file into place, so that none is half-drawn."""
+    from secateur.report.paper import draw
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=".figures-", dir=folder))
+    except OSError as error:
+        raise UsageError(
+            f"{folder}: figures can't be written here ({error.strerror}). Choose another folder."
+        ) from error
+    written: list[Path] = []
+    try:
+        for i, (fs, ms) in enumerate(zip(figures, maps, strict=True)):
+            inner = part / (f"run{i}" if len(runs) > 1 else "")
+            inner.mkdir(exist_ok=True)
+            written += draw(fs, ms, inner)
+        if len(runs) > 1:
+            written += draw(comparison(runs), [], part)
+        for i, file in enumerate(written):
+            target = folder / file.relative_to(part)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(file, target)
+            written[i] = target
+    except OSError as error:
+        raise UsageError(f"{folder}: figures can't be written here ({error.strerror}).") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return written
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary file beside ``path`` that takes its place once it is whole, and is gone if it never is."""
+    if path.is_dir():
+        raise UsageError(f"{path}: can't be written (it is a directory). Choose another --output.")
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise UsageError(f"{path}: can't be written ({error.strerror}). Choose another --output.") from error
+    part = Path(name)
+    try:
+        yield part
+        umask = os.umask(0)
+        os.umask(umask)
+        part.chmod(0o666 & ~umask)
+        os.replace(part, path)
+    except OSError as error:
+        raise UsageError(f"{path}: can't be written ({error.strerror}). Choose another --output.") from error
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,172 @@
+(function () {
+  "use strict";
+  const store = JSON.parse(document.getElementById("figures").textContent);
+  const root = document.documentElement;
+  const plots = Array.from(document.querySelectorAll(".plot"));
+  const drawn = new Set();
+  const shown = new WeakMap(); // heat-map plot -> index of its layer
+  const PRINT_WIDTH = 655;
+  const PRINT_PAIR_WIDTH = 310;
+  let printing = false;
+
+  // ---- theme ---------------------------------------------------------------------------------------------------
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const THEMES = ["system", "light", "dark"];
+  let theme = "system";
+  try { theme = THEMES.includes(localStorage.getItem("secateur-theme")) ? localStorage.getItem("secateur-theme") : "system"; } catch { /* a file opened from disk may have no storage */ }
+  function applyTheme() {
+    const night = !printing && (theme === "dark" || (theme === "system" && dark.matches));
+    root.dataset.theme = night ? "dark" : "light";
+    const button = document.getElementById("theme");
+    button.querySelector(".text").textContent = { system: "Auto", light: "Light", dark: "Dark" }[theme];
+    button.setAttribute("aria-label", "Theme: " + theme + ". Press to change.");
+  }
+  const themeButton = document.getElementById("theme");
+  themeButton.hidden = false;
+  themeButton.addEventListener("click", () => {
+    theme = THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length];
+    try { localStorage.setItem("secateur-theme", theme); } catch { /* kept for this page alone */ }
+    applyTheme();
+    redraw();
+  });
+  dark.addEventListener("change", () => { applyTheme(); redraw(); });
+
+  // ---- drawing -------------------------------------------------------------------------------------------------
+  function colour(name) { return getComputedStyle(root).getPropertyValue("--" + name).trim(); }
+  function painted(value) {
+    if (typeof value === "string") return /^\$[a-z]+\d*$/.test(value) ? colour(value.slice(1)) : value;
+    if (Array.isArray(value)) return value.length && typeof value[0] === "number" ? value.slice() : value.map(painted);
+    if (value && typeof value === "object") return Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, painted(inner)]));
+    return value;
+  }
+  function merged(base, extra) {
+    const result = { ...base };
+    for (const [key, value] of Object.entries(extra)) {
+      result[key] = value && typeof value === "object" && !Array.isArray(value) && base[key] ? merged(base[key], value) : value;
+    }
+    return result;
+  }
+  function baseLayout(plot) {
+    const narrow = plot.clientWidth < 460;
+    const axis = {
+      gridcolor: colour("line"), zerolinecolor: colour("line"), linecolor: colour("line"), tickcolor: colour("line"),
+      tickfont: { color: colour("muted"), size: narrow ? 10 : 11 },
+      title: { font: { color: colour("muted"), size: 12 }, standoff: 10 },
+    };
+    return {
+      font: { family: getComputedStyle(document.body).fontFamily, color: colour("ink"), size: 12 },
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      margin: { l: narrow ? 44 : 56, r: 12, t: 16, b: 40 },
+      xaxis: axis, yaxis: axis, hovermode: "closest", dragmode: narrow ? false : "zoom",
+      hoverlabel: { bgcolor: colour("ink"), bordercolor: colour("ink"), font: { color: colour("panel"), size: 12.5 }, align: "left" },
+      legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { color: colour("ink"), size: narrow ? 10.5 : 12 } },
+      ...(printing ? { width: plot.dataset.heat ? PRINT_PAIR_WIDTH : PRINT_WIDTH, height: plot.dataset.heat ? PRINT_PAIR_WIDTH : 290, autosize: false } : { autosize: true }),
+    };
+  }
+  const CONFIG = { displaylogo: false, responsive: true, displayModeBar: false };
+
+  function chart(plot) {
+    const spec = store.figures[plot.dataset.figure];
+    const layout = merged(baseLayout(plot), painted(spec.layout));
+    // The browser prints before Plotly has made room for a legend of another height: make it beforehand.
+    if (printing) layout.margin.t = 24 + 20 * Math.ceil(spec.data.length / 2);
+    return Plotly.react(plot, painted(spec.data), layout, CONFIG);
+  }
+  function unpack(packed) {
+    const bytes = atob(packed.values);
+    return Array.from({ length: packed.side }, (_, i) => Array.from({ length: packed.side }, (_, j) => bytes.charCodeAt(i * packed.side + j) / 100));
+  }
+  function heat(plot) {
+    const map = store.heat[plot.dataset.heat][shown.get(plot) || 0];
+    const side = plot.dataset.side, packed = map[side];
+    plot.hidden = !packed;
+    if (!packed) return Promise.resolve();
+    const scale = [[0, colour("heat0")], [0.5, colour("heat1")], [1, colour("heat2")]];
+    const what = map.cell > 1 ? "largest |ρ| of " + map.cell + " × " + map.cell + " filters" : "|ρ|";
+    const data = [{
+      type: "heatmap", z: unpack(packed), zmin: 0, zmax: 1, colorscale: scale, showscale: true,
+      colorbar: { thickness: 10, outlinewidth: 0, tickfont: { color: colour("muted"), size: 10 }, len: 0.9 },
+      hovertemplate: "filters %{y} and %{x}<br>" + what + ": %{z:.2f}<extra></extra>",
+      x0: 0, dx: map.cell, y0: 0, dy: map.cell,
+    }];
+    const layout = merged(baseLayout(plot), {
+      title: { text: side === "before" ? "original" : "pruned", font: { size: 13, color: colour("ink") }, x: 0.5, y: 0.985 },
+      margin: { l: 46, r: 8, t: 34, b: 40 },
+      xaxis: { title: { text: "filter" }, showgrid: false, zeroline: false, constrain: "domain" },
+      yaxis: { title: { text: "filter" }, autorange: "reversed", scaleanchor: "x", showgrid: false, zeroline: false, constrain: "domain" },
+    });
+    return Plotly.react(plot, data, layout, CONFIG);
+  }
+  function draw(plot) { drawn.add(plot); return plot.dataset.heat ? heat(plot) : chart(plot); }
+  function redraw() { drawn.forEach(draw); }
+
+  applyTheme();
+  // What is looked at first is drawn first; the rest while the page is idle.
+  const watcher = new IntersectionObserver((entries) => {
+    for (const entry of entries) if (entry.isIntersecting && !drawn.has(entry.target)) { watcher.unobserve(entry.target); draw(entry.target); }
+  }, { rootMargin: "300px" });
+  plots.forEach((plot) => watcher.observe(plot));
+  const idle = window.requestIdleCallback || ((run) => setTimeout(run, 60));
+  (function rest() {
+    const next = plots.find((plot) => !drawn.has(plot));
+    if (next) { draw(next); idle(rest); } else root.dataset.drawn = "all";
+  })();
+
+  document.querySelectorAll("select.heat-layer").forEach((select) => select.addEventListener("change", () => {
+    const maps = store.heat[select.dataset.heat], index = Number(select.value);
+    select.closest("figure").querySelector(".heat-summary").textContent = maps[index].summary;
+    plots.filter((plot) => plot.dataset.heat === select.dataset.heat).forEach((plot) => { shown.set(plot, index); draw(plot); });
+  }));
+
+  // ---- arrow keys read a chart point by point --------------------------------------------------------------------
+  const cursor = new WeakMap();
+  plots.filter((plot) => plot.dataset.figure).forEach((plot) => {
+    plot.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] }[event.key];
+      if (event.key === "Escape") { Plotly.Fx.unhover(plot); return; }
+      if (!step) return;
+      event.preventDefault();
+      const traces = store.figures[plot.dataset.figure].data;
+      let [series, point] = cursor.get(plot) || [0, -1];
+      series = (series + step[0] + traces.length) % traces.length;
+      point = Math.max(0, Math.min(traces[series].x.length - 1, point + step[1]));
+      cursor.set(plot, [series, point]);
+      Plotly.Fx.hover(plot, [{ curveNumber: series, pointNumber: point }]);
+      document.getElementById("spoken").textContent = traces[series].customdata[point].replace(/<br>/g, "; ").replace(/<[^>]+>/g, "")
+        .replace(/&lt;/g, "<").replace(/&gt;/g, ">").replace(/&amp;/g, "&");
+    });
+    plot.addEventListener("blur", () => { if (drawn.has(plot)) Plotly.Fx.unhover(plot); });
+  });
+
+  // ---- tables --------------------------------------------------------------------------------------------------
+  document.querySelectorAll("table.sortable").forEach((table) => {
+    const heads = Array.from(table.tHead.rows[0].cells), body = table.tBodies[0];
+    heads.forEach((head, column) => {
+      const numeric = Array.from(body.rows).some((row) => row.cells[column].dataset.value !== undefined);
+      if (numeric) head.classList.add("number");
+      head.firstElementChild.addEventListener("click", () => {
+        const rising = head.getAttribute("aria-sort") !== "ascending";
+        heads.forEach((other) => other.setAttribute("aria-sort", other === head ? (rising ? "ascending" : "descending") : "none"));
+        const key = (row) => { const cell = row.cells[column]; return cell.dataset.value !== undefined ? Number(cell.dataset.value) : cell.textContent.trim(); };
+        const absent = (value) => value === "–" || value === "" || Number.isNaN(value);
+        const rows = Array.from(body.rows).sort((a, b) => {
+          const [x, y] = [key(a), key(b)];
+          if (absent(x) || absent(y)) return absent(x) - absent(y);
+          const order = typeof x === "number" && typeof y === "number" ? x - y : String(x).localeCompare(String(y), undefined, { numeric: true });
+          return rising ? order : -order;
+        });
+        body.append(...rows);
+      });
+    });
+  });
+
+  document.querySelectorAll(".copy").forEach((button) => button.addEventListener("click", async () => {
+    try { await navigator.clipboard.writeText(button.previousElementSibling.textContent); button.textContent = "Copied"; }
+    catch { getSelection().selectAllChildren(button.previousElementSibling); button.textContent = "Selected"; }
+    setTimeout(() => { button.textContent = "Copy"; }, 1600);
+  }));
+
+  // ---- print: light, one column, everything drawn -----------------------------------------------------------------
+  window.addEventListener("beforeprint", () => { printing = true; applyTheme(); plots.forEach(draw); });
+  window.addEventListener("afterprint", () => { printing = false; applyTheme(); redraw(); });
+})();

@@ -1,0 +1,227 @@
+"""Runs as one HTML page that holds everything it shows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from secateur.errors import UsageError
+from secateur.report.charts import comparison, pareto_front, score, share_left
+from secateur.report.figures import Figure, HeatMap, Table
+from secateur.report.plotly import heat_map_data, specification
+from secateur.report.reading import Run
+from secateur.report.summary import (
+    Headline,
+    exactness,
+    headline,
+    refusals,
+    rounds,
+    sentence,
+    settings,
+    side_by_side,
+    speeds,
+    widths,
+)
+
+
+@dataclass(frozen=True)
+class _Section:
+    """A table under a heading."""
+
+    id: str
+    title: str
+    table: Table
+    lead: str = ""
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class _RunView:
+    """What the template says of one run."""
+
+    id: str
+    name: str
+    label: str
+    eyebrow: str
+    sentence: str
+    exact: str
+    exact_class: str
+    badges: list[str]
+    headline: list[Headline]
+    figures: list[Figure]
+    heat_maps: list[HeatMap]
+    heat_table: Table
+    wide: set[str]
+    """Figures that take a whole row of the page."""
+    tables: list[_Section]
+
+    @property
+    def sections(self) -> list[tuple[str, str]]:
+        """Anchors and labels for the page's navigation."""
+        return [(f"{self.id}-figures", "Figures"), *((s.id, s.title) for s in self.tables)]
+
+
+def render(runs: Sequence[Run], figures: Sequence[Sequence[Figure]], heat_maps: Sequence[Sequence[HeatMap]]) -> str:
+    """Write the page.
+
+    Args:
+        runs: The runs, at least one.
+        figures: The figures of each run.
+        heat_maps: The heat maps of each run.
+
+    Returns:
+        HTML with its style, its scripts and its numbers inside; it asks nothing of a network.
+
+    Raises:
+        UsageError: If Plotly, whose JavaScript the page carries, is not installed.
+    """
+    views = [
+        _view(i, run, list(fs), list(maps), run.name if len({r.name for r in runs}) == len(runs) else run.path.name)
+        for i, (run, fs, maps) in enumerate(zip(runs, figures, heat_maps, strict=True))
+    ]
+    compared = comparison(runs) if len(runs) > 1 else []
+    store = {
+        "figures": {
+            **{f"compare-{f.id}": specification(f) for f in compared},
+            **{f"{view.id}-{f.id}": specification(f) for view in views for f in view.figures},
+        },
+        "heat": {view.id: [heat_map_data(m) for m in view.heat_maps] for view in views},
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("secateur.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page: str = environment.get_template("page.html.j2").render(
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs side by side",
+        version=_version(),
+        runs=views,
+        comparison={"table": side_by_side(runs), "figures": compared, "lead": _comparison_lead(runs)},
+        css=Markup(_asset("page.css")),
+        js=Markup(_asset("page.js")),
+        plotly_js=Markup(_plotly_js()),
+        figures_json=Markup(_script_safe(store)),
+    )
+    return page
+
+
+def _view(index: int, run: Run, figures: list[Figure], heat_maps: list[HeatMap], label: str) -> _RunView:
+    prefix = f"run{index}"
+    text, good = exactness(run)
+    accepted = sum(e.accepted for e in run.history)
+    badges = [f"{accepted} rounds accepted, {len(run.history) - accepted} reverted"]
+    if isinstance(run.config.get("seed"), int):
+        badges.append(f"seed {run.config['seed']}")
+    seconds = sum(e.seconds or 0 for e in run.history)
+    if seconds:
+        badges.append(f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s")
+    refused = refusals(run)
+    tables = [_Section(f"{prefix}-widths", "Widths", widths(run))]
+    measured = speeds(run)
+    if measured is not None:
+        tables.insert(0, _Section(f"{prefix}-speed", "Speed", measured, "Theoretical is the ratio of MACs."))
+    tables += [
+        _Section(f"{prefix}-rounds", "Rounds", rounds(run)),
+        _Section(
+            f"{prefix}-refused",
+            "Left alone",
+            refused,
+            "Parts of the network whose channels cannot be removed exactly are refused, not guessed at."
+            if refused.rows
+            else "Nothing was refused: every channel of the network could be pruned.",
+        ),
+        _Section(f"{prefix}-settings", "To reproduce", settings(run), command=str(run.config.get("command", ""))),
+    ]
+    return _RunView(
+        id=prefix,
+        name=run.name,
+        label=label,
+        eyebrow=_eyebrow(run),
+        sentence=sentence(run),
+        exact=text,
+        exact_class={True: "good", False: "bad", None: ""}[good],
+        badges=badges,
+        headline=headline(run),
+        figures=sorted(figures, key=_many_layers),
+        heat_maps=heat_maps,
+        heat_table=_heat_table(heat_maps),
+        wide=_wide(figures),
+        tables=tables,
+    )
+
+
+def _wide(figures: Sequence[Figure]) -> set[str]:
+    """Figures of many layers, and where the rest do not come out even, the first of them."""
+    wide = {f.id for f in figures if _many_layers(f)}
+    narrow = [f.id for f in figures if f.id not in wide]
+    return wide | set(narrow[:1] if len(narrow) % 2 else [])
+
+
+def _many_layers(figure: Figure) -> bool:
+    return figure.x_scale == "category" and len(figure.series[0].x) > 12
+
+
+def _eyebrow(run: Run) -> str:
+    data = run.config.get("data")
+    return f"Pruning report · {data}" if isinstance(data, str) else "Pruning report"
+
+
+def _heat_table(heat_maps: Sequence[HeatMap]) -> Table:
+    columns = ["Layer", "Filters before", "Filters after", "Largest |ρ| before", "Largest |ρ| after"]
+    rows = [[m.module, m.filters_before, m.filters_after, m.max_before, m.max_after] for m in heat_maps]
+    return Table(columns, rows, "Correlation of the filters of every layer")
+
+
+def _comparison_lead(runs: Sequence[Run]) -> str:
+    front = pareto_front([(share_left(run), score(run.result.final)) for run in runs])
+    if len(front) == len(runs):
+        return "No run beats another: each keeps more of the metric or removes more MACs."
+    return f"{len(front)} of {len(runs)} on the Pareto front: no run beats them both in metric and in MACs removed."
+
+
+def _script_safe(store: dict[str, Any]) -> str:
+    """JSON that can stand inside a script element whatever names it holds."""
+    text = json.dumps(_finite(store), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return (
+        text.replace("<", "\\u003c").replace(">", "\\u003e").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    )
+
+
+def _finite(value: Any) -> Any:
+    """Replace what JSON has no word for by null, which a chart leaves out."""
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _asset(name: str) -> str:
+    return resources.files("secateur.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _plotly_js() -> str:
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise UsageError("The HTML report needs Plotly: pip install plotly.") from error
+    # A literal end tag inside a string of the script would close the element.
+    script: str = get_plotlyjs()
+    return script.replace("</script", "<\\/script")
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("secateur")
+    except PackageNotFoundError:
+        return ""

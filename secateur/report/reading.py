@@ -1,0 +1,243 @@
+"""A finished run, read back from its directory and checked before anything is drawn from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from secateur.errors import DataError, RunError, UsageError
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class _Record(BaseModel):
+    """A part of a run's files: further keys are kept out of the way, missing ones are an error."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=True)
+
+
+class Layer(_Record):
+    """Cost of one convolution or linear layer."""
+
+    module: str
+    macs: int = Field(ge=0)
+    """Multiply-accumulates for one example (CFP eqs. 1-3)."""
+    parameters: int = Field(ge=0)
+    out_channels: int = Field(ge=0)
+    positions: int = Field(ge=0)
+    """Output positions of one example, w_o·h_o; 1 for a linear layer."""
+
+
+class State(_Record):
+    """A network before or after pruning: how good, how large, how fast."""
+
+    validation: float | None = None
+    """Metric on the held-out split of the training data, the one every decision was taken on."""
+    test: float | None = None
+    """Metric on the test set, of the last epoch."""
+    macs: int = Field(ge=0)
+    parameters: int = Field(ge=0)
+    file_bytes: int | None = None
+    latency_ms: float | None = None
+    widths: dict[str, int] = Field(default_factory=dict)
+    """Module name -> output channels."""
+    layers: list[Layer] = Field(default_factory=list)
+
+
+class Refused(_Record):
+    """Something that could not be pruned, and why."""
+
+    operator: str = ""
+    module: str = ""
+    source: str = ""
+    reason: str = ""
+
+
+class MaxCorrelation(_Record):
+    """Largest |ρ| among the filters of each layer."""
+
+    before: dict[str, float] = Field(default_factory=dict)
+    after: dict[str, float] = Field(default_factory=dict)
+
+
+class Result(_Record):
+    """``result.json``: what the run came to."""
+
+    metric: str = "accuracy"
+    baseline: State
+    final: State
+    refused: list[Refused] = Field(default_factory=list)
+    verification: dict[str, Any] = Field(default_factory=dict)
+    max_abs_rho: MaxCorrelation = Field(default_factory=MaxCorrelation)
+
+
+class Episode(_Record):
+    """One line of ``history.jsonl``: what was removed, and what became of the metric."""
+
+    round: int
+    phase: int | str | None = None
+    group: str | None = None
+    removed: dict[str, list[int]] = Field(default_factory=dict)
+    abs_rho_before: dict[str, float] = Field(default_factory=dict)
+    abs_rho_after: dict[str, float] = Field(default_factory=dict)
+    metric_before: float | None = None
+    metric_dropped: float | None = None
+    metric_tuned: float | None = None
+    macs: int
+    parameters: int
+    widths: dict[str, int] = Field(default_factory=dict)
+    accepted: bool
+    seconds: float | None = None
+
+    @property
+    def channels(self) -> int:
+        """Number of channels removed in the episode."""
+        return sum(len(indices) for indices in self.removed.values())
+
+
+class Measurement(_Record):
+    """One row of ``benchmark.json``: one network, one setting, its time and its memory."""
+
+    variant: str
+    """``original`` or ``pruned``."""
+    backend: str
+    device: str
+    precision: str = "fp32"
+    memory_format: str = "contiguous"
+    threads: int = 1
+    batch_size: int
+    seconds: float
+    """Median time of one forward pass."""
+    iqr: float = 0.0
+    peak_bytes: int | None = None
+    """Peak memory of one forward pass beyond what the loaded model takes."""
+    weight_bytes: int | None = None
+
+    @property
+    def setting(self) -> str:
+        """Everything but the network and the batch size, in words."""
+        words = [self.device, self.backend]
+        if self.precision != "fp32":
+            words.append(self.precision)
+        if self.memory_format != "contiguous":
+            words.append(self.memory_format.replace("_", "-"))
+        if self.device.startswith("cpu"):
+            words.append(f"{self.threads} thread{'s' if self.threads > 1 else ''}")
+        return ", ".join(words)
+
+
+class BenchmarkRows(_Record):
+    """``benchmark.json`` as far as the report needs it."""
+
+    rows: list[Measurement]
+    environment: dict[str, Any] = Field(default_factory=dict)
+
+
+class Run(_Record):
+    """Everything the report knows of one run."""
+
+    path: Path
+    name: str
+    config: dict[str, Any]
+    result: Result
+    history: list[Episode]
+    benchmark: BenchmarkRows | None = None
+
+
+def read_run(run_dir: str | Path) -> Run:
+    """Read a run directory that :func:`secateur.compress` has finished.
+
+    Args:
+        run_dir: The directory, with ``config.json``, ``history.jsonl`` and ``result.json``; ``benchmark.json`` is
+            read where there is one.
+
+    Returns:
+        The run, every field checked.
+
+    Raises:
+        UsageError: If there is no such directory, or it is not the directory of a run.
+        RunError: If the run has not finished.
+        DataError: If a file is damaged; the line and the field are named.
+    """
+    path = Path(run_dir)
+    if not path.is_dir():
+        raise UsageError(f"{path}: no such run directory. Give the directory that `secateur compress` wrote.")
+    if not (path / "history.jsonl").is_file():
+        raise UsageError(
+            f"{path}: no history.jsonl, so this is not a run, or one that stopped before its first round. "
+            "Give the directory that `secateur compress` wrote."
+        )
+    if not (path / "config.json").is_file():
+        raise UsageError(f"{path}: no config.json, so this is not the directory of a run.")
+    history = _read_history(path / "history.jsonl")
+    if not (path / "result.json").is_file():
+        raise RunError(
+            f"{path}: the run has not finished: {len(history)} round(s) and no result.json. "
+            f"Finish it with `secateur resume {path}`."
+        )
+    config = _read_json(path / "config.json")
+    if not isinstance(config, dict):
+        raise DataError(f"{path / 'config.json'}: expected an object, found {type(config).__name__}.")
+    benchmark = path / "benchmark.json"
+    return Run(
+        path=path,
+        name=_name(config, path),
+        config=config,
+        result=_validated(Result, _read_json(path / "result.json"), str(path / "result.json")),
+        history=history,
+        benchmark=_validated(BenchmarkRows, _read_json(benchmark), str(benchmark)) if benchmark.is_file() else None,
+    )
+
+
+def _read_history(path: Path) -> list[Episode]:
+    episodes = []
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{where}: not JSON ({error.msg}); the file is half-written or damaged. "
+                f"Restore it with `secateur resume {path.parent}`."
+            ) from error
+        episodes.append(_validated(Episode, record, where))
+    return episodes
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: can't be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not a text file (byte {error.start} is not UTF-8).") from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}: not JSON (line {error.lineno}: {error.msg}); the file is half-written or damaged. "
+            f"Write it again with `secateur resume {path.parent}`."
+        ) from error
+
+
+def _validated(model: type[_Model], record: Any, where: str) -> _Model:
+    try:
+        return model.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the record"
+        raise DataError(f"{where}: {field}: {first['msg'].lower()}.") from error
+
+
+def _name(config: dict[str, Any], path: Path) -> str:
+    """Method, model and data of the run in a few words, or the directory's name."""
+    words = [config[key] for key in ("model", "method") if isinstance(config.get(key), str)]
+    return " · ".join(words) if len(words) == 2 else path.resolve().name
