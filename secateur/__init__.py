@@ -6,14 +6,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from secateur.checkpoint import load as load
+    from secateur.checkpoint import save as save
+    from secateur.compensate import apply as apply
     from secateur.cost import macs as macs
     from secateur.cost import parameters as parameters
+    from secateur.engine import compress as compress
+    from secateur.engine import resume as resume
+    from secateur.engine.result import CompressResult as CompressResult
     from secateur.graph import ChannelGraph as ChannelGraph
     from secateur.graph import ChannelGroup as ChannelGroup
+    from secateur.layers import register_layer as register_layer
     from secateur.planning import PruningPlan as PruningPlan
     from secateur.planning import Target as Target
     from secateur.planning import plan as plan
     from secateur.planning import plan_removal as plan_removal
+    from secateur.scoring import score as score
+    from secateur.scoring import select as select
     from secateur.tracing import trace as trace
     from secateur.verification import VerificationReport as VerificationReport
     from secateur.verification import verify as verify
@@ -21,13 +30,22 @@ if TYPE_CHECKING:
 _HOME = {
     "ChannelGraph": "graph",
     "ChannelGroup": "graph",
+    "CompressResult": "engine.result",
     "PruningPlan": "planning",
     "Target": "planning",
     "VerificationReport": "verification",
+    "apply": "compensate",
+    "compress": "engine",
+    "load": "checkpoint",
     "macs": "cost",
     "parameters": "cost",
     "plan": "planning",
     "plan_removal": "planning",
+    "register_layer": "layers",
+    "resume": "engine",
+    "save": "checkpoint",
+    "score": "scoring",
+    "select": "scoring",
     "trace": "tracing",
     "verify": "verification",
 }
