@@ -14,6 +14,16 @@ if TYPE_CHECKING:
     from secateur.engine import compress as compress
     from secateur.engine import resume as resume
     from secateur.engine.result import CompressResult as CompressResult
+    from secateur.errors import CheckpointError as CheckpointError
+    from secateur.errors import CriterionError as CriterionError
+    from secateur.errors import DataError as DataError
+    from secateur.errors import ExportError as ExportError
+    from secateur.errors import PlanError as PlanError
+    from secateur.errors import RunError as RunError
+    from secateur.errors import SecateurError as SecateurError
+    from secateur.errors import TraceError as TraceError
+    from secateur.errors import UsageError as UsageError
+    from secateur.errors import VerificationError as VerificationError
     from secateur.graph import ChannelGraph as ChannelGraph
     from secateur.graph import ChannelGroup as ChannelGroup
     from secateur.layers import register_layer as register_layer
@@ -28,6 +38,16 @@ if TYPE_CHECKING:
     from secateur.verification import verify as verify
 
 _HOME = {
+    "VerificationError": "errors",
+    "UsageError": "errors",
+    "TraceError": "errors",
+    "SecateurError": "errors",
+    "RunError": "errors",
+    "PlanError": "errors",
+    "ExportError": "errors",
+    "DataError": "errors",
+    "CriterionError": "errors",
+    "CheckpointError": "errors",
     "ChannelGraph": "graph",
     "ChannelGroup": "graph",
     "CompressResult": "engine.result",
