@@ -198,8 +198,21 @@ def give_up(
         for site in blamed:
             decisions[site.key] = site.choice + 1
         if not blamed:
-            group = grouping.graph.groups[failure.group]
-            source = failure.sources[-1] if failure.sources else ""
-            for member in group.members:
+            for member in grouping.graph.groups[failure.group].members:
                 if member.role is Role.PRODUCER:
-                    banned[member.tensor, member.dim] = Cause("trial pruning", group.name, source, failure.reason)
+                    banned[member.tensor, member.dim] = _cause(grouping, failure)
+
+
+def _cause(grouping: Grouping, failure: Failure) -> Cause:
+    """Return what to show as the cause of a failure: the operator call on the failing line, where one is known."""
+    concerned = [
+        site
+        for site in grouping.sites
+        if (grouping.group_of[grouping.classes[site.labels]] == failure.group).any()
+    ]
+    for source in reversed(failure.sources):
+        for site in concerned:
+            if site.cause.source == source:
+                return Cause(site.cause.operator, site.cause.module, source, failure.reason)
+    source = failure.sources[-1] if failure.sources else ""
+    return Cause("trial pruning", grouping.graph.groups[failure.group].name, source, failure.reason)

@@ -65,7 +65,7 @@ def every_group_is_exact_alone(network: Network, seed: int) -> None:
 def the_stem_or_its_refusal_is_known(network: Network, seed: int) -> None:
     """Every convolution and linear layer is in a group, or named by a refusal: nothing is forgotten in silence."""
     graph = sc.trace(network.double().eval(), example(seed))
-    known = {m.module for g in graph.groups for m in g.producers}
+    known = {m.module for g in graph.groups for m in g.members}
     known |= {t.rpartition(".")[0] for r in graph.refused for t in r.tensors}
     layers = [n for n, m in network.named_modules() if isinstance(m, (*oracle.CONVOLUTIONS, nn.Linear))]
     assert [n for n in layers if n not in known] == []

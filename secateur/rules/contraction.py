@@ -76,6 +76,7 @@ def convolution(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: 
         if made is not None and given is not None:
             flow.store.join(given[:, None], made.reshape(groups, -1))
         elif made is not None:
+            flow.produced.append(made)
             flow.freeze(made, _UNKNOWN)
         if made is not None:
             _follow(flow, made, bias)
@@ -311,3 +312,38 @@ def embedding(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Te
     if made is not None:
         flow.produced.append(made)
         flow.set(out, {out.ndim - 1: made})
+
+
+@rule("torchvision::deform_conv2d")
+def deform_conv2d(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Read and make channels as a convolution does; offsets and masks are counted by kernel position, and kept."""
+    x, weight, offset, mask, bias = args[:5]
+    groups, offset_groups = args[11:13]
+    flow.freeze_tensor(offset, "gives the positions of a kernel")
+    flow.freeze_tensor(mask, "weighs the positions of a kernel")
+    own = flow.axes(weight)
+    if groups != 1 or offset_groups != 1 or not flow.is_weight(weight):
+        for tensor in (x, weight):
+            flow.freeze_tensor(tensor, "is convolved in groups at deformed positions")
+        return
+    flow.freeze_tensor(x, "is convolved over as if it were space", [2, 3])
+    made = own.get(0)
+    _read(flow, flow.axes(x).get(1), own.get(1))
+    _make(flow, made, bias)
+    flow.calls.append(
+        Call(
+            flow.module,
+            "conv",
+            weight_name(flow, weight),
+            False,
+            flow.axes(x).get(1),
+            made,
+            x.shape[1],
+            out.shape[1],
+            kernel=prod(weight.shape[2:]),
+            positions=prod(out.shape[2:]) * out.shape[0],
+            batch=out.shape[0],
+        )
+    )
+    if made is not None:
+        flow.set(out, {1: made})

@@ -121,6 +121,8 @@ class Flow:
         self.module = ""
         self.layer: nn.Module | None = None
         self.operator = ""
+        self.copies: list[tuple[int, int]] = []
+        """Ranges of labels of equal copies, which an expansion makes: any of them may go for any other."""
         self.paused = 0
         """Depth of layers whose operators are not looked at, because a registered rule speaks for them."""
         self.ordinal = 0
@@ -225,6 +227,11 @@ class Flow:
         labels = self.store.fresh(size)
         self.freeze(labels, reason)
         return labels
+
+    def are_copies(self, labels: Labels) -> bool:
+        """Tell whether the labels are of equal copies that an expansion made."""
+        first = int(labels[0])
+        return any(start <= first < stop for start, stop in self.copies)
 
     def assume(self, labels: Labels, reason: str, *options: str) -> str:
         """Return what to assume of the user's code at this call, and remember it to be tested.

@@ -77,6 +77,10 @@ def reshaped(flow: Flow, axes: Axes, old: Sequence[int], new: Sequence[int], *, 
             result[right[0]] = axes[left[0]]
             continue
         if len(inside) > 1:
+            for dim in [d for d in inside if flow.are_copies(axes[d])]:
+                flow.freeze(axes[dim], "is a fixed number of copies")
+                inside.remove(dim)
+        if len(inside) != 1:
             for dim in inside:
                 flow.freeze(axes[dim], "is merged with another dimension of channels")
             continue
@@ -165,6 +169,7 @@ def expand(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tenso
             axes[dim] = labels if size == before else np.tile(labels, size // before)
         elif before == 1 and size > 1:
             axes[dim] = flow.store.fresh(size)
+            flow.copies.append((int(axes[dim][0]), int(axes[dim][-1]) + 1))
             flow.assume(axes[dim], "is repeated a fixed number of times", "follow")
     flow.set(out, axes, weight=flow.is_weight(x))
 
