@@ -49,11 +49,10 @@ def failing(model: nn.Module, example_inputs: Any, grouping: Grouping) -> list[F
     failures: list[Failure] = []
     chosen = list(range(len(grouping.graph.groups)))
     while chosen:
-        found = _attempt(model, example_inputs, grouping, chosen)
-        if found is None:
+        outcome = _attempt(model, example_inputs, grouping, chosen)
+        if outcome is None:
             break
-        # It may have failed in a place that tells no group: halve until it does.
-        found = found or _isolate(model, example_inputs, grouping, chosen)
+        found = outcome.failures or _isolate(model, example_inputs, grouping, chosen, outcome.suspects)
         found += _alike(grouping, chosen, found)
         failures += found
         gone = {failure.group for failure in found}
@@ -91,20 +90,33 @@ def _alternatives(grouping: Grouping, failure: Failure) -> list[Site]:
     return [s for s in mine if s.cause.source in failure.sources] or mine
 
 
-def _isolate(model: nn.Module, example_inputs: Any, grouping: Grouping, chosen: list[int]) -> list[Failure]:
-    """Return failures of some of the groups, which together fail without telling where."""
+def _isolate(
+    model: nn.Module, example_inputs: Any, grouping: Grouping, chosen: list[int], suspects: list[int]
+) -> list[Failure]:
+    """Return failures of some of the groups, which together fail without telling where: try suspects, then halves."""
     if len(chosen) > 1:
         middle = len(chosen) // 2
-        for half in (chosen[:middle], chosen[middle:]):
-            found = _attempt(model, example_inputs, grouping, half)
-            if found is not None:
-                return found or _isolate(model, example_inputs, grouping, half)
+        parts = [chosen[:middle], chosen[middle:]]
+        if suspects and len(suspects) < len(chosen):
+            parts.insert(0, suspects)
+        for part in parts:
+            outcome = _attempt(model, example_inputs, grouping, part)
+            if outcome is not None:
+                return outcome.failures or _isolate(model, example_inputs, grouping, part, outcome.suspects)
     # Each half passes alone: what fails is the combination.
     return [Failure(i, "the pruned network computes something else") for i in chosen]
 
 
-def _attempt(model: nn.Module, example_inputs: Any, grouping: Grouping, chosen: list[int]) -> list[Failure] | None:
-    """Prune some groups and compare. None: all is well. Empty: it failed, no telling where."""
+@dataclass(frozen=True)
+class _Outcome:
+    """A trial that failed: the groups to blame, or, without any, those that the failing module handles."""
+
+    failures: list[Failure]
+    suspects: list[int]
+
+
+def _attempt(model: nn.Module, example_inputs: Any, grouping: Grouping, chosen: list[int]) -> _Outcome | None:
+    """Prune some groups and compare; None: all is well."""
     graph = grouping.graph
     rng = np.random.default_rng(0)
     picked = [_selection(group, rng) for group in graph.groups]
@@ -121,8 +133,8 @@ def _attempt(model: nn.Module, example_inputs: Any, grouping: Grouping, chosen: 
         frames = _frames(error, small)
         sources = tuple(source for source, _ in frames)
         if len(chosen) == 1:
-            return [Failure(chosen[0], reason, sources)]
-        return _blamed(grouping, chosen, frames, reason)
+            return _Outcome([Failure(chosen[0], reason, sources)], [])
+        return _Outcome(_blamed(grouping, chosen, frames, reason), _handled(grouping, chosen, frames))
     if not exact:
         return None
     if len(exact) < len(chosen):
@@ -133,7 +145,7 @@ def _attempt(model: nn.Module, example_inputs: Any, grouping: Grouping, chosen: 
     difference = _in_double(model, plan, example_inputs) or difference
     if not difference.mismatched and difference.error <= _TOLERANCE:
         return None
-    return _mismatched(grouping, chosen, difference.mismatched)
+    return _Outcome(_mismatched(grouping, chosen, difference.mismatched), [])
 
 
 def _in_double(model: nn.Module, plan: Any, example_inputs: Any) -> Any:
@@ -170,6 +182,19 @@ def _blamed(grouping: Grouping, chosen: list[int], frames: list[tuple[str, str]]
         found = [i for i in blamed if i in wanted]
         if found:
             return [Failure(i, reason, (source,)) for i in found]
+    return []
+
+
+def _handled(grouping: Grouping, chosen: list[int], frames: list[tuple[str, str]]) -> list[int]:
+    """Return the groups about which something was assumed in the innermost module that concerns any."""
+    wanted = set(chosen)
+    for module in dict.fromkeys(module for _, module in reversed(frames)):
+        concerned = [s.labels for s in grouping.sites if s.cause.module == module]
+        if concerned:
+            found = np.unique(grouping.group_of[grouping.classes[np.concatenate(concerned)]]).tolist()
+            suspects = [i for i in found if i in wanted]
+            if suspects:
+                return suspects
     return []
 
 
