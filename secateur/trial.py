@@ -186,15 +186,16 @@ def _blamed(grouping: Grouping, chosen: list[int], frames: list[tuple[str, str]]
 
 
 def _handled(grouping: Grouping, chosen: list[int], frames: list[tuple[str, str]]) -> list[int]:
-    """Return the groups about which something was assumed in the innermost module that concerns any."""
+    """Return the groups that layers read or make inside the innermost failing module that has such layers."""
     wanted = set(chosen)
     for module in dict.fromkeys(module for _, module in reversed(frames)):
-        concerned = [s.labels for s in grouping.sites if s.cause.module == module]
-        if concerned:
-            found = np.unique(grouping.group_of[grouping.classes[np.concatenate(concerned)]]).tolist()
-            suspects = [i for i in found if i in wanted]
-            if suspects:
-                return suspects
+        found: set[int] = set()
+        for port in grouping.graph.layers:
+            if f"{port.module}.".startswith(f"{module}."):
+                for places in (port.in_group, port.out_group):
+                    found |= set(np.unique(places).tolist()) if places is not None else set()
+        if found & wanted:
+            return sorted(found & wanted)
     return []
 
 
