@@ -77,6 +77,24 @@ def test_macs_are_the_published_ones(model, shape, expected):
     assert sum(macs(model(), *shape).values()) == expected
 
 
+@pytest.mark.parametrize(("streams", "reduction"), [((10, 20, 38), 61.51), ((9, 18, 36), 67.62), ((8, 16, 27), 76.59)])
+def test_cfps_resnet56_projects_its_first_block_too(streams, reduction):
+    before = sum(macs(resnet56("B", free_stem=True), 3, 32, 32).values())
+    after = sum(macs(resnet56("B", streams=streams, free_stem=True), 3, 32, 32).values())
+    assert before == 126_009_984
+    # Table 3 counts in tenths of a million, the smaller rounded down.
+    assert 100 * (1 - after // 10**5 / (before // 10**5)) == pytest.approx(reduction, abs=0.005)
+
+
+def test_a_free_stem_computes_the_same_network():
+    torch.manual_seed(0)
+    plain, free = resnet20().eval(), resnet20(free_stem=True).eval()
+    free.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    assert isinstance(free.layer1[0].shortcut, PadShortcut)
+    assert torch.equal(plain(x), free(x))
+
+
 def test_vgg16_convolutions_take_the_published_macs():
     assert macs(vgg16(), 3, 32, 32) == {"conv": 313_196_544, "linear": 512 * 512 + 512 * 10}
     assert macs(vgg16(hidden=0), 3, 32, 32) == {"conv": 313_196_544, "linear": 512 * 10}
