@@ -301,26 +301,23 @@ def positions_of(member: Member) -> tuple[Tensor, Tensor]:
 def readings(model: nn.Module, group: ChannelGroup) -> list[Reading]:
     """Find the layers at whose inputs the group's feature maps can be seen.
 
-    A depthwise layer both reads and makes the group's channels; it counts only where nothing behind it reads them.
-
     Raises:
         CriterionError: If no convolution or linear layer reads the group.
     """
-    makers = {member.module for member in group.producers}
-    found, depthwise = [], []
+    found = []
     for member in group.consumers:
         layer = model.get_submodule(member.module)
         if not isinstance(layer, READERS) or member.tensor.rpartition(".")[2] != "weight":
             continue
         channels, table = positions_of(member)
         if table.numel() and bool((table >= 0).all()):
-            (depthwise if member.module in makers else found).append(Reading(member.module, channels, table))
-    if not found and not depthwise:
+            found.append(Reading(member.module, channels, table))
+    if not found:
         raise CriterionError(
             f"{group.name}: no convolution or linear layer reads its {group.size} channels whole, so their feature maps "
             "can't be seen. Use a criterion of weights, such as l1, or leave the group out."
         )
-    return found or depthwise
+    return found
 
 
 Callback = Callable[[str, Tensor, Tensor | None], None]

@@ -63,18 +63,10 @@ def filters(model: nn.Module, group: ChannelGroup) -> Tensor:
 def consumers(model: nn.Module, group: ChannelGroup) -> tuple[Tensor, ...]:
     """Return the weights that read the channels, ``(C_out, C, K)`` a consumer.
 
-    In a grouped convolution C_out counts the outputs of one block, since no output reads more than one. A depthwise
-    layer is left out where another consumer follows.
+    In a grouped convolution C_out counts the outputs of one block, since no output reads more than one.
     """
-    makers = {member.module for member in group.producers}
-    found, depthwise = [], []
-    for member in group.consumers:
-        tensor = _tensor(model, member.tensor).detach()
-        if tensor.dim() < 2:
-            continue
-        weights = _reading_weights(tensor, member, group.size)
-        (depthwise if member.module in makers else found).append(weights)
-    return tuple(found or depthwise)
+    found = [(_tensor(model, member.tensor).detach(), member) for member in group.consumers]
+    return tuple(_reading_weights(tensor, member, group.size) for tensor, member in found if tensor.dim() >= 2)
 
 
 def _reading_weights(tensor: Tensor, member: Member, size: int) -> Tensor:

@@ -89,7 +89,12 @@ class NormalEquations:
         penalty += 1e-12 * diagonal.mean(1, keepdim=True).clamp(min=1e-300)
         if bias:
             penalty[:, -1] = 1e-12 * diagonal[:, -1]
-        change = torch.linalg.solve(self.inputs + torch.diag_embed(penalty), self.errors)
+        penalised = self.inputs + torch.diag_embed(penalty)
+        factor, failed = torch.linalg.cholesky_ex(penalised)
+        if bool(failed.any()):  # numerically singular, which a ridge of zero permits
+            change = torch.linalg.solve(penalised, self.errors)
+        else:
+            change = torch.cholesky_solve(self.errors, factor)
         after = self.error_power - 2 * (change * self.errors).sum() + (change * (self.inputs @ change)).sum()
         return change, float(after.clamp(min=0))
 

@@ -109,8 +109,6 @@ def _examine(model: nn.Module, group: ChannelGroup, example: observe.Batch) -> _
     """Find the batch norm behind each producer, and try what lies between them and the readers."""
     makers = [m.module for m in group.producers]
     for member in group.consumers:
-        if member.module in makers:
-            raise _NotDefinedError(f"{member.module} both reads and makes the channels: two filters in a row can't be merged as one")
         if not isinstance(model.get_submodule(member.module), observe.READERS):
             raise _NotDefinedError(f"{member.module} reads the channels and is no convolution or linear layer")
     if not group.consumers:
@@ -121,6 +119,8 @@ def _examine(model: nn.Module, group: ChannelGroup, example: observe.Batch) -> _
     followers = {m.module for m in group.members} - set(makers) - {m.module for m in group.consumers}
     for name in sorted(followers):
         layer = model.get_submodule(name)
+        if isinstance(layer, observe.CONVOLUTIONS):
+            raise _NotDefinedError(f"{name} is depthwise: two filters in a row can't be merged as one")
         if not isinstance(layer, _BatchNorm) or layer.running_mean is None:
             raise _NotDefinedError(f"{name} ({type(layer).__name__}) treats every channel in its own way")
     norms = _norms(model, makers, followers, example)
