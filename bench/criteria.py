@@ -26,6 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from bench.sections import write_section
 from secateur import scoring
 from secateur.compensate import compensate
 from secateur.graph import ChannelGraph
@@ -91,7 +92,12 @@ def cells(ratios: list[float]) -> Iterator[tuple[float, str, str]]:
 
 
 def measure(
-    model: nn.Module, graph: ChannelGraph, ratios: list[float], store: Path, train: list[Any], test: tuple[Tensor, Tensor]
+    model: nn.Module,
+    graph: ChannelGraph,
+    ratios: list[float],
+    store: Path,
+    train: list[Any],
+    test: tuple[Tensor, Tensor],
 ) -> None:
     """Measure the cells that the store lacks, and append each to it."""
     done = {(c["ratio"], c["criterion"], c["compensation"]) for c in read(store)}
@@ -135,32 +141,27 @@ def render(network: str, store: Path) -> str:
     lines = [
         f"## Criteria × compensation: {network}, CIFAR-10, no fine-tuning",
         "",
-        f"Test accuracy in per cent (10,000 images; unpruned {baseline:.2f}) after the given fraction of the internal filters of "
-        f"every block is removed. Criteria and compensation see {IMAGES} training images. `taylor` alone reads their labels. "
-        f"Written by `python -m bench.criteria --network {network}`.",
+        (
+            f"Test accuracy in per cent (10,000 images; unpruned {baseline:.2f}) after the given fraction of the internal "
+            f"filters of every block is removed. Criteria and compensation see {IMAGES} training images; `taylor` alone "
+            f"reads their labels. Written by `python -m bench.criteria --network {network}`."
+        ),
     ]
     for ratio in sorted({c["ratio"] for c in found if c["ratio"]}):
         value = {(c["criterion"], c["compensation"]): c["accuracy"] for c in found if c["ratio"] == ratio}
         columns = [k for k in COMPENSATIONS if any(key[1] == k for key in value)]
-        lines += ["", f"### {ratio:.0%} removed", "", "| criterion | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        lines += [
+            "",
+            f"### {ratio:.0%} removed",
+            "",
+            "| criterion | " + " | ".join(columns) + " |",
+            "|---" * (len(columns) + 1) + "|",
+        ]
         for criterion in CRITERIA:
             row = [f"{value[criterion, k]:.2f}" if (criterion, k) in value else "not measured" for k in columns]
             if any(cell != "not measured" for cell in row):
                 lines.append(f"| `{criterion}` | " + " | ".join(row) + " |")
     return "\n".join(lines)
-
-
-def write_section(path: Path, name: str, text: str) -> None:
-    """Replace one marked section of a Markdown file, or append it; written atomically."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    old = path.read_text() if path.exists() else "# Results\n"
-    section = f"{begin}\n{text}\n{end}"
-    before, found, rest = old.partition(begin)
-    new = before + section + rest.partition(end)[2] if found else f"{old.rstrip()}\n\n{section}\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(new)
-    temporary.replace(path)
 
 
 def main() -> None:
@@ -176,9 +177,9 @@ def main() -> None:
         torch.set_num_threads(1)
         model = MODELS[arguments.network]()
         weights = load_file(SHARED / "weights" / f"cifar10-{arguments.network}.safetensors")
-        missing = set(model.load_state_dict(weights, strict=False).missing_keys)
-        if any(not name.endswith("num_batches_tracked") and name in weights for name in missing):
-            raise SystemExit(f"the weights lack {sorted(missing)}")
+        # The published weights lack the counters of batches, which play no part in evaluation.
+        counters = {name: value for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")}
+        model.load_state_dict(counters | weights)
         model.eval()
         chosen = np.random.default_rng(0).permutation(50_000)[:IMAGES]
         x, y = images("train", chosen)

@@ -8,12 +8,12 @@ With the batch norm behind a producer folded into it, filter p gives :math:`\til
     s = \alpha \frac{\gamma_p/\sigma_p}{\gamma_k/\sigma_k}, \qquad
     t = b_p - s\,b_k = \beta_p - s\,\beta_k + \frac{\gamma_p}{\sigma_p}(\alpha\,\mu_k - \mu_p)
 
-and the layers that read both get :math:`W'_k = W_k + s\,W_p`. What remains is a shift, which a bias takes up where there
-is one and the layer pads nothing: t where no activation lies between; where a ReLU does, what t amounts to on average
-behind it if the batch norm's output is normal, :math:`E[(p)_+] - s\,E[(k)_+]`.
+and the layers that read both get :math:`W'_k = W_k + s\,W_p`. What remains is a shift, which a bias takes up where
+there is one and the layer pads nothing: t where no activation lies between; where a ReLU does, what t amounts to on
+average behind it if the batch norm's output is normal, :math:`E[(p)_+] - s\,E[(k)_+]`.
 
-Whether scaling commutes with what lies between producers and readers is not guessed but tried: their outputs are doubled
-in one run of the model, and what the readers see must double exactly; negated, for a negative s.
+Whether scaling commutes with what lies between producers and readers is not guessed but tried: their outputs are
+doubled in one run of the model, and what the readers see must double exactly; negated, for a negative s.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def removed_channels(group: ChannelGroup, plan: PruningPlan) -> list[int]:
     """Return the channels of a group that a plan removes."""
     removed = sorted(int(c) for c in plan.removed.get(group.name, ()))
     if removed and (removed[0] < 0 or removed[-1] >= group.size):
-        raise PlanError(f"{group.name}: the plan removes channel {removed[-1]}; the group has {group.size}. Trace this model.")
+        raise PlanError(
+            f"{group.name}: the plan removes channel {removed[-1]}; the group has {group.size}. Trace this model."
+        )
     return removed
 
 
@@ -129,7 +131,9 @@ def _examine(model: nn.Module, group: ChannelGroup, example: observe.Batch) -> _
     plain = _run(model, group, example, ends, lambda name, y: record.setdefault(name, y.clone()))
     doubled = _run(model, group, example, ends, lambda name, _: 2 * record[name])
     if not _equal(doubled, [2 * x for x in plain]):
-        raise _NotDefinedError("what lies between its filters and the layers that read them does not commute with scaling")
+        raise _NotDefinedError(
+            "what lies between its filters and the layers that read them does not commute with scaling"
+        )
     negated = _run(model, group, example, ends, lambda name, _: -record[name])
     below = _run(model, group, example, ends, lambda name, _: -record[name].abs())
     return _Path(norms, _equal(negated, [-x for x in plain]), all(not bool(x.any()) for x in below))
@@ -143,10 +147,12 @@ def _norms(model: nn.Module, makers: list[str], followers: set[str], example: ob
     outputs: dict[str, list[Tensor]] = {name: [] for name in makers}
     inputs: dict[str, list[Tensor]] = {name: [] for name in followers}
     handles = [
-        model.get_submodule(name).register_forward_hook(lambda _, __, y, name=name: outputs[name].append(y)) for name in makers
+        model.get_submodule(name).register_forward_hook(lambda _, __, y, name=name: outputs[name].append(y))
+        for name in makers
     ]
     handles += [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: inputs[name].append(x[0])) for name in followers
+        model.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: inputs[name].append(x[0]))
+        for name in followers
     ]
     try:
         with observe.evaluating(model), torch.no_grad():
@@ -258,14 +264,21 @@ def _partners(
 
 
 def _readers(group: ChannelGroup) -> list[tuple[Any, ...]]:
-    """For each channel, which layers read it and in which block: only channels that agree can stand in for each other."""
+    """For each channel, which layers read it and in which block: channels that differ in it can't be merged."""
     signature: list[list[Any]] = [[] for _ in range(group.size)]
     for member in group.consumers:
         channels, table = observe.positions_of(member)
         total = int(member.positions.max()) + 1 if len(member.positions) else 0
         width = -(-total // member.blocks)
         for channel, places in zip(channels.tolist(), table.tolist(), strict=True):
-            signature[channel].append((member.tensor, tuple(place // width if place >= 0 else -1 for place in places) if member.blocks > 1 else len([q for q in places if q >= 0])))
+            signature[channel].append(
+                (
+                    member.tensor,
+                    tuple(place // width if place >= 0 else -1 for place in places)
+                    if member.blocks > 1
+                    else len([q for q in places if q >= 0]),
+                )
+            )
     return [tuple(s) for s in signature]
 
 
@@ -289,7 +302,9 @@ def _fold_into(
                     k, s = scales[p]
                     _column(layer, member, places[k][index]).add_(column, alpha=s)
                     if p in shifts and takes_shift:
-                        _bias(layer, member, source).add_((column.double().flatten(1).sum(1) * shifts[p]).to(layer.bias))
+                        _bias(layer, member, source).add_(
+                            (column.double().flatten(1).sum(1) * shifts[p]).to(layer.bias)
+                        )
                     left_out |= abs(shifts.get(p, 0.0)) > 1e-9 and not takes_shift
                 column.zero_()
     why = "pads its input" if padded else "has no bias"

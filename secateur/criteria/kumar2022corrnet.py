@@ -11,6 +11,8 @@ the budget exactly.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -163,7 +165,8 @@ def bin_equally(values: Tensor, bins: int = BINS) -> Tensor:
 def _entropy(counts: Tensor) -> Tensor:
     """Entropy in bits along the last dimension of a table of counts."""
     p = counts / counts.sum(-1, keepdim=True)
-    return torch.special.entr(p).sum(-1) / torch.log(torch.tensor(2.0, dtype=torch.float64))
+    bits: Tensor = torch.special.entr(p).sum(-1) / math.log(2.0)
+    return bits
 
 
 def symmetrical_uncertainty(first: Tensor, others: Tensor) -> Tensor:
@@ -193,7 +196,9 @@ def _fcbf(pooled: Tensor, labels: Tensor, bins: int) -> tuple[list[Pair], Tensor
     if bins < 2:
         raise UsageError(f"criterion corrnet_su: {bins} bins can't tell values apart. Use at least 2.")
     if len(pooled) != len(labels):
-        raise CriterionError(f"criterion corrnet_su: {len(pooled)} samples but {len(labels)} labels. Give one label a sample.")
+        raise CriterionError(
+            f"criterion corrnet_su: {len(pooled)} samples but {len(labels)} labels. Give one label a sample."
+        )
     codes = bin_equally(pooled.cpu(), bins)
     classes = torch.unique(labels.cpu(), return_inverse=True)[1]
     relevance = symmetrical_uncertainty(classes, codes)
@@ -248,7 +253,9 @@ def su_scores(pooled: Tensor, labels: Tensor, bins: int = BINS) -> Tensor:
 
 def _check(threshold: float, lowest: float = 0.0) -> None:
     if not lowest <= threshold <= 1.0:
-        raise UsageError(f"criterion corrnet: threshold is {threshold}, not in [{lowest:g}, 1]. The default is {THRESHOLD}.")
+        raise UsageError(
+            f"criterion corrnet: threshold is {threshold}, not in [{lowest:g}, 1]. The default is {THRESHOLD}."
+        )
 
 
 _SOURCE = "Kumar et al. 2022, Pearson correlation of feature maps"

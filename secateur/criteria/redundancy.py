@@ -48,7 +48,9 @@ def redundancy(
         UsageError: If the ridge is negative.
     """
     if not consumers:
-        raise CriterionError("criterion redundancy: no consumer with weights reads these channels. Use another criterion.")
+        raise CriterionError(
+            "criterion redundancy: no consumer with weights reads these channels. Use another criterion."
+        )
     if ridge < 0:
         raise UsageError(f"criterion redundancy: ridge is {ridge}. Use 0 or more.")
     second = moments.covariance if centred else moments.second
