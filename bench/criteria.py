@@ -142,9 +142,9 @@ def render(network: str, store: Path) -> str:
         f"## Criteria × compensation: {network}, CIFAR-10, no fine-tuning",
         "",
         (
-            f"Test accuracy in per cent (10,000 images; unpruned {baseline:.2f}) after the given fraction of the internal "
-            f"filters of every block is removed. Criteria and compensation see {IMAGES} training images; `taylor` alone "
-            f"reads their labels. Written by `python -m bench.criteria --network {network}`."
+            f"Test accuracy in per cent (10,000 images; unpruned {baseline:.2f}) after the given fraction of the "
+            f"internal filters of every block is removed. Criteria and compensation see {IMAGES} training images; "
+            f"`taylor` alone reads their labels. Written by `python -m bench.criteria --network {network}`."
         ),
     ]
     for ratio in sorted({c["ratio"] for c in found if c["ratio"]}):

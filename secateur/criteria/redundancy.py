@@ -65,6 +65,9 @@ def redundancy(
             rows = rows / power.clamp(min=1e-12 * power.mean().clamp(min=1e-30)).sqrt()[:, None, None]
         rows = rows.flatten(0, 1)
         gram += (rows.mT @ rows).to(gram)
+    dead = second.diagonal() <= 1e-12 * second.diagonal().mean()
+    gram[dead] = 0.0
+    gram[:, dead] = 0.0
     total = (gram * second).sum()
     costs, order = eliminate(second, gram, ridge)
     scores = torch.empty_like(costs)
