@@ -111,6 +111,7 @@ class Moments:
         covariance, constant = self.covariance, self.constant
         scale = covariance.diagonal().clamp(min=0).sqrt().masked_fill(constant, 1.0)
         rho = (covariance / torch.outer(scale, scale)).clamp(-1.0, 1.0)
+        rho = (rho + rho.mT) / 2  # sums of products of another order differ by rounding
         rho[constant] = 0.0
         rho[:, constant] = 0.0
         return rho.fill_diagonal_(1.0)

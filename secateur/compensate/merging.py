@@ -10,7 +10,7 @@ With the batch norm behind a producer folded into it, filter p gives :math:`\til
 
 and the layers that read both get :math:`W'_k = W_k + s\,W_p`. What remains is a shift, which a bias takes up where
 there is one and the layer pads nothing: t where no activation lies between; where a ReLU does, what t amounts to on
-average behind it if the batch norm's output is normal, :math:`E[(p)_+] - s\,E[(k)_+]`.
+average behind it if the batch norm's output k is normal, :math:`E[(s\,k + t)_+] - s\,E[(k)_+]`.
 
 Whether scaling commutes with what lies between producers and readers is not guessed but tried: their outputs are
 doubled in one run of the model, and what the readers see must double exactly; negated, for a negative s.
@@ -220,17 +220,19 @@ def _merge_group(
     rows = torch.cat([filters for filters, _ in parts], 1)
     single = all(offset.shape[1] == 1 for _, offset in parts)
     offset = torch.stack([o.flatten() for _, o in parts]).sum(0) if single else None
-    mean = _rectified_mean(model, group, path) if path.rectified and single else None
+    normal = _normal(model, group, path) if path.rectified and single else None
     partners = _partners(group, rows, removed, path, given)
     shifts: dict[int, float] = {}
     scales: dict[int, tuple[int, float]] = {}
     for p, k in partners.items():
         s = float(rows[p] @ rows[k] / (rows[k] @ rows[k]))
         scales[p] = (k, s)
-        if path.negatable and offset is not None:
-            shifts[p] = float(offset[p] - s * offset[k])
-        elif mean is not None:
-            shifts[p] = float(mean[p] - s * mean[k])
+        t = float(offset[p] - s * offset[k]) if offset is not None else 0.0
+        if path.negatable:
+            shifts[p] = t
+        elif normal is not None:
+            centre, deviation = float(normal[0][k]), float(normal[1][k])
+            shifts[p] = rectified_mean(s * centre + t, s * deviation) - s * rectified_mean(centre, deviation)
     plainly = len(removed) - len(scales)
     notes = [f"{plainly} of {len(removed)} filters have no partner and are dropped plainly"] if plainly else []
     for member in group.consumers:
@@ -331,17 +333,23 @@ def _bias(layer: Any, member: Member, place: int) -> Tensor:
     return bias
 
 
-def _rectified_mean(model: nn.Module, group: ChannelGroup, path: _Path) -> Tensor | None:
-    """Mean of each channel behind a ReLU if its batch norm's output is normal; None where that isn't what is read."""
+def _normal(model: nn.Module, group: ChannelGroup, path: _Path) -> tuple[Tensor, Tensor] | None:
+    """Mean and deviation of each channel in front of its ReLU, if its batch norm says; None where it doesn't."""
     if len(group.producers) != 1 or group.producers[0].module not in path.norms:
         return None
     norm: Any = model.get_submodule(path.norms[group.producers[0].module])
     if norm.weight is None or norm.bias is None:
         return None
     member = group.producers[0]
-    deviation, centre = norm.weight.detach().double().abs(), norm.bias.detach().double()
-    z = centre / deviation.clamp(min=1e-300)
-    density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
-    mean = centre * 0.5 * (1 + torch.erf(z / math.sqrt(2))) + deviation * density
     flat = Member(member.tensor, member.module, 0, member.role, member.positions, member.channels)
-    return arrange(mean[:, None], flat, group.size).flatten()
+    centre, deviation = norm.bias.detach().double()[:, None], norm.weight.detach().double().abs()[:, None]
+    return arrange(centre, flat, group.size).flatten(), arrange(deviation, flat, group.size).flatten()
+
+
+def rectified_mean(centre: float, deviation: float) -> float:
+    r""":math:`E[(x)_+]` of a normal x: :math:`\mu\,\Phi(\mu/\sigma) + \sigma\,\varphi(\mu/\sigma)`."""
+    if deviation < 1e-12 * abs(centre) or deviation == 0.0:
+        return max(centre, 0.0)
+    z = centre / deviation
+    density = math.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    return centre * 0.5 * (1 + math.erf(z / math.sqrt(2))) + deviation * density

@@ -77,9 +77,7 @@ def test_consumers_weigh() -> None:
 def test_relative_gives_every_output_the_same_say() -> None:
     found, weight = moments(drawn(0, 100, 4)), drawn(1, 3, 4, 2)
     scaled = weight * torch.tensor([1.0, 50.0, 0.02]).double()[:, None, None]
-    torch.testing.assert_close(
-        redundancy(found, (scaled,), relative=True), redundancy(found, (weight,), relative=True)
-    )
+    torch.testing.assert_close(redundancy(found, (scaled,), relative=True), redundancy(found, (weight,), relative=True))
 
 
 def test_dead_channels_and_too_few_samples_are_ranked_all_the_same() -> None:
