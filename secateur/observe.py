@@ -47,7 +47,9 @@ class Moments:
     @classmethod
     def empty(cls, size: int, device: torch.device | str = "cpu") -> Moments:
         """Return the moments of no observation of ``size`` channels."""
-        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((size, size), size, (size, size))))
+        return cls(
+            *(torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((size, size), size, (size, size)))
+        )
 
     @property
     def size(self) -> int:
@@ -109,6 +111,7 @@ class Moments:
         covariance, constant = self.covariance, self.constant
         scale = covariance.diagonal().clamp(min=0).sqrt().masked_fill(constant, 1.0)
         rho = (covariance / torch.outer(scale, scale)).clamp(-1.0, 1.0)
+        rho = (rho + rho.mT) / 2  # sums of products of another order differ by rounding
         rho[constant] = 0.0
         rho[:, constant] = 0.0
         return rho.fill_diagonal_(1.0)
@@ -124,7 +127,9 @@ class Average:
     @classmethod
     def empty(cls, size: int, device: torch.device | str = "cpu") -> Average:
         """Return the average of nothing."""
-        return cls(torch.zeros(size, dtype=torch.float64, device=device), torch.zeros(size, dtype=torch.float64, device=device))
+        return cls(
+            torch.zeros(size, dtype=torch.float64, device=device), torch.zeros(size, dtype=torch.float64, device=device)
+        )
 
     def update(self, values: Tensor, channels: Tensor | None = None, weight: int = 1) -> None:
         """Add ``(N, c)`` values of N samples, or ``(c,)`` mean values of ``weight`` samples."""
@@ -179,7 +184,9 @@ def batches(data: Iterable[Any], device: torch.device | str) -> Iterator[Batch]:
         inputs, labels = item, None
         if isinstance(item, (tuple, list)):
             if len(item) not in (1, 2):
-                raise DataError(f"a batch of {len(item)} parts is not understood. Give (input, labels), or the input alone.")
+                raise DataError(
+                    f"a batch of {len(item)} parts is not understood. Give (input, labels), or the input alone."
+                )
             inputs, labels = (item[0], item[1]) if len(item) == 2 else (item[0], None)
         elif isinstance(item, Mapping):
             labels = item.get("labels")
@@ -213,7 +220,9 @@ def _size(inputs: Any) -> int:
     parts = inputs.values() if isinstance(inputs, Mapping) else inputs
     tensors = [part for part in parts if isinstance(part, Tensor)] if isinstance(parts, Iterable) else []
     if not tensors:
-        raise DataError(f"a batch of type {type(inputs).__name__} holds no tensor. Give (input, labels), or the input alone.")
+        raise DataError(
+            f"a batch of type {type(inputs).__name__} holds no tensor. Give (input, labels), or the input alone."
+        )
     return _size(tensors[0])
 
 
@@ -270,7 +279,7 @@ class Reading:
         if isinstance(layer, nn.Linear):
             x = x[None] if x.dim() == 1 else x
             x = x.movedim(-1, 1)
-        elif x.dim() == layer.weight.dim() - 1:  # type: ignore[union-attr, operator]
+        elif x.dim() == layer.weight.dim() - 1:  # type: ignore[operator]
             x = x[None]
         count, q = self.positions.shape
         flat = self.positions.flatten().to(x.device)
@@ -301,26 +310,23 @@ def positions_of(member: Member) -> tuple[Tensor, Tensor]:
 def readings(model: nn.Module, group: ChannelGroup) -> list[Reading]:
     """Find the layers at whose inputs the group's feature maps can be seen.
 
-    A depthwise layer both reads and makes the group's channels; it counts only where nothing behind it reads them.
-
     Raises:
         CriterionError: If no convolution or linear layer reads the group.
     """
-    makers = {member.module for member in group.producers}
-    found, depthwise = [], []
+    found = []
     for member in group.consumers:
         layer = model.get_submodule(member.module)
         if not isinstance(layer, READERS) or member.tensor.rpartition(".")[2] != "weight":
             continue
         channels, table = positions_of(member)
         if table.numel() and bool((table >= 0).all()):
-            (depthwise if member.module in makers else found).append(Reading(member.module, channels, table))
-    if not found and not depthwise:
+            found.append(Reading(member.module, channels, table))
+    if not found:
         raise CriterionError(
-            f"{group.name}: no convolution or linear layer reads its {group.size} channels whole, so their feature maps "
+            f"{group.name}: no convolution or linear layer reads its {group.size} channels whole, so their maps "
             "can't be seen. Use a criterion of weights, such as l1, or leave the group out."
         )
-    return found or depthwise
+    return found
 
 
 Callback = Callable[[str, Tensor, Tensor | None], None]
@@ -353,9 +359,10 @@ def _hook(
         x = args[0] if args else kwargs["input"]
         # Two layers that read one tensor see one feature map; a tensor written to in between is another one.
         seen[:] = [(ref, version) for ref, version in seen if ref() is not None]
-        if any(ref() is x and version == x._version for ref, version in seen):
+        now = -1 if x.is_inference() else x._version
+        if any(ref() is x and version == now for ref, version in seen):
             return
-        seen.append((weakref.ref(x), x._version))
+        seen.append((weakref.ref(x), now))
         maps = reading.maps(x.detach(), layer)
         callback(group.name, maps, None if whole else reading.channels.to(x.device))
 
@@ -369,9 +376,7 @@ def check_finite(maps: Tensor, group: str) -> None:
         CriterionError: If there is one.
     """
     if not bool(torch.isfinite(maps.sum(dtype=torch.float64) if maps.dtype != torch.float64 else maps.sum())):
-        raise CriterionError(
-            f"{group}: the feature maps hold NaN or infinity. Check the weights, and that the inputs are normalised as in training."
-        )
+        raise CriterionError(f"{group}: the feature maps hold NaN or infinity. Check weights and inputs.")
 
 
 def sample_positions(maps: Tensor, positions: int | None, generator: torch.Generator) -> Tensor:
@@ -398,7 +403,9 @@ def chosen_groups(graph: ChannelGraph, groups: Iterable[str] | None) -> list[Cha
     return [by_name[name] for name in dict.fromkeys(groups)]
 
 
-def passes(groups: Sequence[ChannelGroup], size_of: Callable[[ChannelGroup], int], memory: int) -> list[list[ChannelGroup]]:
+def passes(
+    groups: Sequence[ChannelGroup], size_of: Callable[[ChannelGroup], int], memory: int
+) -> list[list[ChannelGroup]]:
     """Divide groups into passes over the data whose statistics fit into ``memory`` bytes; at least one group a pass."""
     result: list[list[ChannelGroup]] = []
     used = 0
@@ -419,7 +426,9 @@ def require_passes(data: Any, count: int) -> None:
         DataError: If so.
     """
     if count > 1 and isinstance(data, Iterator):
-        raise DataError(f"the data must be read {count} times, but can be read once. Pass a DataLoader or a list of batches.")
+        raise DataError(
+            f"the data must be read {count} times, but can be read once. Pass a DataLoader or a list of batches."
+        )
 
 
 def stream(

@@ -6,7 +6,6 @@ the network, group by group.
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -19,6 +18,7 @@ from secateur import observe
 from secateur.criteria import Criterion, Need, Returns, Selection, get
 from secateur.errors import CriterionError, DataError, UsageError
 from secateur.graph import ChannelGraph, ChannelGroup, Member
+from secateur.planning import steps
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -63,18 +63,10 @@ def filters(model: nn.Module, group: ChannelGroup) -> Tensor:
 def consumers(model: nn.Module, group: ChannelGroup) -> tuple[Tensor, ...]:
     """Return the weights that read the channels, ``(C_out, C, K)`` a consumer.
 
-    In a grouped convolution C_out counts the outputs of one block, since no output reads more than one. A depthwise
-    layer is left out where another consumer follows.
+    In a grouped convolution C_out counts the outputs of one block, since no output reads more than one.
     """
-    makers = {member.module for member in group.producers}
-    found, depthwise = [], []
-    for member in group.consumers:
-        tensor = _tensor(model, member.tensor).detach()
-        if tensor.dim() < 2:
-            continue
-        weights = _reading_weights(tensor, member, group.size)
-        (depthwise if member.module in makers else found).append(weights)
-    return tuple(found or depthwise)
+    found = [(_tensor(model, member.tensor).detach(), member) for member in group.consumers]
+    return tuple(_reading_weights(tensor, member, group.size) for tensor, member in found if tensor.dim() >= 2)
 
 
 def _reading_weights(tensor: Tensor, member: Member, size: int) -> Tensor:
@@ -190,7 +182,9 @@ class _Gatherer:
             averages[name].all_reduce()
             self.averages[name] = averages[name].mean.to(device)
             if Need.POOLED in needs:
-                self.given[name]["pooled"] = _gather(torch.cat(pooled[name]) if pooled[name] else torch.empty(0, sizes[name]))
+                self.given[name]["pooled"] = _gather(
+                    torch.cat(pooled[name]) if pooled[name] else torch.empty(0, sizes[name])
+                )
             if Need.LABELS in needs:
                 self.given[name]["labels"] = _gather(torch.cat(labels) if labels else torch.empty(0, dtype=torch.long))
 
@@ -253,7 +247,9 @@ def _class_labels(batch: observe.Batch, name: str) -> Tensor:
     labels = batch.labels
     if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
         found = "none" if labels is None else f"{type(labels).__name__} of shape {tuple(getattr(labels, 'shape', ()))}"
-        raise DataError(f"criterion {name} needs one class index a sample as label, and found {found}. Pass (input, labels).")
+        raise DataError(
+            f"criterion {name} needs one class index a sample as label, and found {found}. Pass (input, labels)."
+        )
     return labels
 
 
@@ -265,9 +261,13 @@ def _loss(outputs: Any, batch: observe.Batch, loss_of: Loss | None, number: int,
             loss = torch.nn.functional.cross_entropy(outputs, _class_labels(batch, name))
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"batch {number}: no loss of its outputs and labels: {first}. Pass loss=function(outputs, labels).") from error
+        raise DataError(
+            f"batch {number}: no loss of its outputs and labels: {first}. Pass loss=function(outputs, labels)."
+        ) from error
     if not bool(torch.isfinite(loss)):
-        raise CriterionError(f"criterion {name}: the loss of batch {number} is {loss.item()}. Check weights and inputs.")
+        raise CriterionError(
+            f"criterion {name}: the loss of batch {number} is {loss.item()}. Check weights and inputs."
+        )
     return loss
 
 
@@ -364,10 +364,10 @@ def _checked_scores(values: Any, group: ChannelGroup, criterion: Criterion) -> T
     if not isinstance(values, Tensor) or tuple(values.shape) != (group.size,):
         found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise CriterionError(f"{where}: returned {found} in place of one score for each of {group.size} channels.")
-    values = values.detach().double().cpu()
-    if bool(values.isnan().any()):
-        raise CriterionError(f"{where}: {int(values.isnan().sum())} scores are NaN. Check the weights for NaN.")
-    return values
+    result: Tensor = values.detach().double().cpu()
+    if bool(result.isnan().any()):
+        raise CriterionError(f"{where}: {int(result.isnan().sum())} scores are NaN. Check the weights for NaN.")
+    return result
 
 
 def _checked(selection: Any, group: ChannelGroup, criterion: Criterion, remove: int) -> Selection:
@@ -376,7 +376,9 @@ def _checked(selection: Any, group: ChannelGroup, criterion: Criterion, remove: 
         raise CriterionError(f"{where}: returned {type(selection).__name__} in place of a Selection.")
     chosen = selection.removed
     if len(set(chosen)) != len(chosen) or len(chosen) > remove or any(not 0 <= c < group.size for c in chosen):
-        raise CriterionError(f"{where}: selected {list(chosen)}, not at most {remove} different channels of {group.size}.")
+        raise CriterionError(
+            f"{where}: selected {list(chosen)}, not at most {remove} different channels of {group.size}."
+        )
     return selection
 
 
@@ -397,8 +399,8 @@ def select(
     """Select channels to remove, of each group a given number.
 
     A criterion that returns scores gives its lowest. One with a threshold may select fewer than asked for. In a group
-    whose channels aren't free (blocks that lose equal fractions, fixed channels) the lowest of the criterion's scores go
-    that the rule allows, never more channels than asked for.
+    whose channels aren't free (blocks that lose equal fractions, fixed channels) the lowest scores go that the rule
+    allows, never more channels than asked for.
 
     Args:
         model: See :func:`score`.
@@ -447,7 +449,9 @@ def _counts(graph: ChannelGraph, remove: Mapping[str, int] | float) -> dict[str,
         groups = {group.name: group for group in observe.chosen_groups(graph, remove)}
         for name, count in remove.items():
             if not 0 <= count < groups[name].size:
-                raise UsageError(f"{name}: cannot remove {count} of {groups[name].size} filters; a layer keeps at least 1.")
+                raise UsageError(
+                    f"{name}: cannot remove {count} of {groups[name].size} filters; a layer keeps at least 1."
+                )
         return dict(remove)
     if not 0.0 <= remove < 1.0:
         raise UsageError(f"the fraction to remove is {remove}, not in [0, 1). Half of the filters is 0.5.")
@@ -455,15 +459,13 @@ def _counts(graph: ChannelGraph, remove: Mapping[str, int] | float) -> dict[str,
 
 
 def lowest(group: ChannelGroup, scores: Tensor, count: int) -> tuple[int, ...]:
-    """Pick the lowest-scoring channels that may go together, at most ``count``.
+    """Pick the lowest-scoring channels that may go together, at most ``count``, the lowest first.
 
     Every block loses the same fraction of its channels and keeps one, and fixed channels stay.
     """
-    sizes = np.bincount(group.blocks, minlength=1)
-    quota = sizes // math.gcd(*sizes.tolist())
-    order = [int(c) for c in np.argsort(scores.numpy(), kind="stable") if group.removable[c]]
-    queues = [[c for c in order if group.blocks[c] == block] for block in range(len(sizes))]
-    steps = min(min(len(q), n - 1) // k for q, n, k in zip(queues, sizes.tolist(), quota.tolist(), strict=True))
-    steps = min(steps, count // int(quota.sum()))
-    picked = {c for q, k in zip(queues, quota.tolist(), strict=True) for c in q[: steps * k]}
-    return tuple(c for c in order if c in picked)
+    picked: set[int] = set()
+    for step in steps(group, np.argsort(scores.numpy(), kind="stable").tolist()):
+        if len(picked) + len(step) > count:
+            break
+        picked |= set(step)
+    return tuple(sorted(picked, key=lambda channel: float(scores[channel])))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from secateur import observe
@@ -109,7 +108,9 @@ def _example(model: nn.Module, data: Iterable[Any] | None, example_inputs: Any) 
         args, kwargs = arguments(observe.moved(example_inputs, device))
         return observe.Batch(args, kwargs, None, batch_size(example_inputs))
     if data is None:
-        raise UsageError("compensation merge needs an example to run the model on. Pass example_inputs=, or data=batches.")
+        raise UsageError(
+            "compensation merge needs an example to run the model on. Pass example_inputs=, or data=batches."
+        )
     observe.require_passes(data, 2)
     for batch in observe.batches(data, device):
         return batch

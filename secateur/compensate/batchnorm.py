@@ -41,7 +41,8 @@ def recalibrate(model: nn.Module, data: Iterable[Any]) -> list[LayerCompensation
         return report
     device = observe.device_of(model)
     saved = {
-        name: (norm.momentum, {key: value.clone() for key, value in norm.named_buffers()}) for name, norm in tracked.items()
+        name: (norm.momentum, {key: value.clone() for key, value in norm.named_buffers()})
+        for name, norm in tracked.items()
     }
     samples = 0
     done = False

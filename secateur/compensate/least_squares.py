@@ -33,7 +33,7 @@ from secateur.planning import PruningPlan
 RIDGE = 1e-4
 
 
-class _Reached(BaseException):  # noqa: N818 - a signal to leave a forward early, not an error
+class _Reached(BaseException):
     """The layer has run; what comes after it in the forward is not needed."""
 
 
@@ -89,7 +89,12 @@ class NormalEquations:
         penalty += 1e-12 * diagonal.mean(1, keepdim=True).clamp(min=1e-300)
         if bias:
             penalty[:, -1] = 1e-12 * diagonal[:, -1]
-        change = torch.linalg.solve(self.inputs + torch.diag_embed(penalty), self.errors)
+        penalised = self.inputs + torch.diag_embed(penalty)
+        factor, failed = torch.linalg.cholesky_ex(penalised)
+        if bool(failed.any()):  # numerically singular, which a ridge of zero permits
+            change = torch.linalg.solve(penalised, self.errors)
+        else:
+            change = torch.cholesky_solve(self.errors, factor)
         after = self.error_power - 2 * (change * self.errors).sum() + (change * (self.inputs @ change)).sum()
         return change, float(after.clamp(min=0))
 
@@ -143,7 +148,7 @@ def _padded(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
 def _outputs(layer: nn.Module, y: Tensor, at: Tensor | None, channels: Tensor | None) -> Tensor:
     """Arrange a layer's outputs as ``(n, C_out)``, in the order of :func:`unfold`."""
     if not isinstance(layer, nn.Linear):
-        y = y[None] if y.dim() == layer.weight.dim() - 1 else y  # type: ignore[union-attr, operator]
+        y = y[None] if y.dim() == layer.weight.dim() - 1 else y  # type: ignore[operator]
         y = y.flatten(2)
         y = y if at is None else y.index_select(2, at.to(y.device))
         y = y.movedim(1, 2)
@@ -158,7 +163,9 @@ def _shrunk(original: nn.Module, pruned: nn.Module, plan: PruningPlan) -> list[s
         try:
             before, after = original.get_submodule(name), pruned.get_submodule(name)
         except AttributeError as error:
-            raise PlanError(f"{name}: the plan names a layer that the model lacks. Pass the model it was made for.") from error
+            raise PlanError(
+                f"{name}: the plan names a layer that the model lacks. Pass the model it was made for."
+            ) from error
         width = getattr(before, "in_features", getattr(before, "in_channels", None))
         if before is after or width is None:
             raise PlanError(f"{name}: compensation needs the original and the pruned network, as two models.")
@@ -182,7 +189,9 @@ def _refusal(name: str, layer: nn.Module, tied: Mapping[int, list[str]], memory:
     width = layer.weight[0].numel() + (layer.bias is not None)
     need = 8 * blocks * width * (width + layer.weight.shape[0] // blocks)
     if need > memory:
-        return f"{blocks}×{width} unfolded inputs need {need / 2**20:.0f} MiB of moments, more than {memory / 2**20:.0f}"
+        return (
+            f"{blocks}×{width} unfolded inputs need {need / 2**20:.0f} MiB of moments, more than {memory / 2**20:.0f}"
+        )
     return ""
 
 
@@ -232,7 +241,9 @@ def refit(
     device = observe.device_of(pruned)
     calls = _calls(pruned, data, device)
     ordered = [name for name in calls if name in shrunk]
-    report = [LayerCompensation("least_squares", name, False, "it does not run") for name in shrunk if name not in calls]
+    report = [
+        LayerCompensation("least_squares", name, False, "it does not run") for name in shrunk if name not in calls
+    ]
     if everywhere and ordered:
         names = list(calls)
         ordered = names[names.index(ordered[0]) :]
@@ -247,7 +258,14 @@ def refit(
             report.append(LayerCompensation("least_squares", name, False, refusals[name]))
             continue
         equations = _accumulate(
-            original, pruned, plan, name, calls[name], data, None if exact else positions, torch.Generator().manual_seed(seed)
+            original,
+            pruned,
+            plan,
+            name,
+            calls[name],
+            data,
+            None if exact else positions,
+            torch.Generator().manual_seed(seed),
         )
         report.append(_replace(name, pruned.get_submodule(name), equations, ridge))
     return report
@@ -303,7 +321,7 @@ def _accumulate(
                 equations.update(rows, _outputs(before, y, at, channels), _outputs(layer, made, at, None))
             if not bool(torch.isfinite(equations.error_power)):
                 raise CriterionError(
-                    f"{name}: NaN or infinity in its outputs at batch {number}. Check the weights and that the inputs are normalised."
+                    f"{name}: NaN or infinity in its outputs at batch {number}. Check weights and inputs."
                 )
     equations.all_reduce()
     return equations
@@ -312,11 +330,13 @@ def _accumulate(
 def _draw(layer: nn.Module, y: Tensor, positions: int | None, generator: torch.Generator) -> Tensor | None:
     if isinstance(layer, nn.Linear) or positions is None:
         return None
-    count = math.prod(y.shape[-(layer.weight.dim() - 2) :])  # type: ignore[union-attr, operator]
+    count = y.flatten(-(layer.weight.dim() - 2)).shape[-1]  # type: ignore[operator]
     return torch.randperm(count, generator=generator)[:positions].sort().values if count > positions else None
 
 
-def _run_to(model: nn.Module, layer: nn.Module, batch: observe.Batch, number: int, calls: int) -> list[tuple[Tensor, Tensor]]:
+def _run_to(
+    model: nn.Module, layer: nn.Module, batch: observe.Batch, number: int, calls: int
+) -> list[tuple[Tensor, Tensor]]:
     """Run the model until the layer has been called so often; return its inputs and outputs."""
     seen: list[tuple[Tensor, Tensor]] = []
 
@@ -347,5 +367,7 @@ def _replace(name: str, layer: nn.Module, equations: NormalEquations, ridge: flo
             layer.bias += shift.to(layer.bias)
     power = float(equations.output_power) or 1.0
     few = float(equations.count) < equations.inputs.shape[1]
-    reason = f"{int(equations.count)} observations of {equations.inputs.shape[1]} inputs: partly as dropped" if few else ""
+    reason = (
+        f"{int(equations.count)} observations of {equations.inputs.shape[1]} inputs: partly as dropped" if few else ""
+    )
     return LayerCompensation("least_squares", name, True, reason, float(equations.error_power) / power, after / power)

@@ -8,12 +8,12 @@ With the batch norm behind a producer folded into it, filter p gives :math:`\til
     s = \alpha \frac{\gamma_p/\sigma_p}{\gamma_k/\sigma_k}, \qquad
     t = b_p - s\,b_k = \beta_p - s\,\beta_k + \frac{\gamma_p}{\sigma_p}(\alpha\,\mu_k - \mu_p)
 
-and the layers that read both get :math:`W'_k = W_k + s\,W_p`. What remains is a shift, which a bias takes up where there
-is one and the layer pads nothing: t where no activation lies between; where a ReLU does, what t amounts to on average
-behind it if the batch norm's output is normal, :math:`E[(p)_+] - s\,E[(k)_+]`.
+and the layers that read both get :math:`W'_k = W_k + s\,W_p`. What remains is a shift, which a bias takes up where
+there is one and the layer pads nothing: t where no activation lies between; where a ReLU does, what t amounts to on
+average behind it if the batch norm's output k is normal, :math:`E[(s\,k + t)_+] - s\,E[(k)_+]`.
 
-Whether scaling commutes with what lies between producers and readers is not guessed but tried: their outputs are doubled
-in one run of the model, and what the readers see must double exactly; negated, for a negative s.
+Whether scaling commutes with what lies between producers and readers is not guessed but tried: their outputs are
+doubled in one run of the model, and what the readers see must double exactly; negated, for a negative s.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def removed_channels(group: ChannelGroup, plan: PruningPlan) -> list[int]:
     """Return the channels of a group that a plan removes."""
     removed = sorted(int(c) for c in plan.removed.get(group.name, ()))
     if removed and (removed[0] < 0 or removed[-1] >= group.size):
-        raise PlanError(f"{group.name}: the plan removes channel {removed[-1]}; the group has {group.size}. Trace this model.")
+        raise PlanError(
+            f"{group.name}: the plan removes channel {removed[-1]}; the group has {group.size}. Trace this model."
+        )
     return removed
 
 
@@ -109,8 +111,6 @@ def _examine(model: nn.Module, group: ChannelGroup, example: observe.Batch) -> _
     """Find the batch norm behind each producer, and try what lies between them and the readers."""
     makers = [m.module for m in group.producers]
     for member in group.consumers:
-        if member.module in makers:
-            raise _NotDefinedError(f"{member.module} both reads and makes the channels: two filters in a row can't be merged as one")
         if not isinstance(model.get_submodule(member.module), observe.READERS):
             raise _NotDefinedError(f"{member.module} reads the channels and is no convolution or linear layer")
     if not group.consumers:
@@ -121,6 +121,8 @@ def _examine(model: nn.Module, group: ChannelGroup, example: observe.Batch) -> _
     followers = {m.module for m in group.members} - set(makers) - {m.module for m in group.consumers}
     for name in sorted(followers):
         layer = model.get_submodule(name)
+        if isinstance(layer, observe.CONVOLUTIONS):
+            raise _NotDefinedError(f"{name} is depthwise: two filters in a row can't be merged as one")
         if not isinstance(layer, _BatchNorm) or layer.running_mean is None:
             raise _NotDefinedError(f"{name} ({type(layer).__name__}) treats every channel in its own way")
     norms = _norms(model, makers, followers, example)
@@ -129,7 +131,9 @@ def _examine(model: nn.Module, group: ChannelGroup, example: observe.Batch) -> _
     plain = _run(model, group, example, ends, lambda name, y: record.setdefault(name, y.clone()))
     doubled = _run(model, group, example, ends, lambda name, _: 2 * record[name])
     if not _equal(doubled, [2 * x for x in plain]):
-        raise _NotDefinedError("what lies between its filters and the layers that read them does not commute with scaling")
+        raise _NotDefinedError(
+            "what lies between its filters and the layers that read them does not commute with scaling"
+        )
     negated = _run(model, group, example, ends, lambda name, _: -record[name])
     below = _run(model, group, example, ends, lambda name, _: -record[name].abs())
     return _Path(norms, _equal(negated, [-x for x in plain]), all(not bool(x.any()) for x in below))
@@ -143,10 +147,12 @@ def _norms(model: nn.Module, makers: list[str], followers: set[str], example: ob
     outputs: dict[str, list[Tensor]] = {name: [] for name in makers}
     inputs: dict[str, list[Tensor]] = {name: [] for name in followers}
     handles = [
-        model.get_submodule(name).register_forward_hook(lambda _, __, y, name=name: outputs[name].append(y)) for name in makers
+        model.get_submodule(name).register_forward_hook(lambda _, __, y, name=name: outputs[name].append(y))
+        for name in makers
     ]
     handles += [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: inputs[name].append(x[0])) for name in followers
+        model.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: inputs[name].append(x[0]))
+        for name in followers
     ]
     try:
         with observe.evaluating(model), torch.no_grad():
@@ -214,17 +220,19 @@ def _merge_group(
     rows = torch.cat([filters for filters, _ in parts], 1)
     single = all(offset.shape[1] == 1 for _, offset in parts)
     offset = torch.stack([o.flatten() for _, o in parts]).sum(0) if single else None
-    mean = _rectified_mean(model, group, path) if path.rectified and single else None
+    normal = _normal(model, group, path) if path.rectified and single else None
     partners = _partners(group, rows, removed, path, given)
     shifts: dict[int, float] = {}
     scales: dict[int, tuple[int, float]] = {}
     for p, k in partners.items():
         s = float(rows[p] @ rows[k] / (rows[k] @ rows[k]))
         scales[p] = (k, s)
-        if path.negatable and offset is not None:
-            shifts[p] = float(offset[p] - s * offset[k])
-        elif mean is not None:
-            shifts[p] = float(mean[p] - s * mean[k])
+        t = float(offset[p] - s * offset[k]) if offset is not None else 0.0
+        if path.negatable:
+            shifts[p] = t
+        elif normal is not None:
+            centre, deviation = float(normal[0][k]), float(normal[1][k])
+            shifts[p] = rectified_mean(s * centre + t, s * deviation) - s * rectified_mean(centre, deviation)
     plainly = len(removed) - len(scales)
     notes = [f"{plainly} of {len(removed)} filters have no partner and are dropped plainly"] if plainly else []
     for member in group.consumers:
@@ -258,14 +266,21 @@ def _partners(
 
 
 def _readers(group: ChannelGroup) -> list[tuple[Any, ...]]:
-    """For each channel, which layers read it and in which block: only channels that agree can stand in for each other."""
+    """For each channel, which layers read it and in which block: channels that differ in it can't be merged."""
     signature: list[list[Any]] = [[] for _ in range(group.size)]
     for member in group.consumers:
         channels, table = observe.positions_of(member)
         total = int(member.positions.max()) + 1 if len(member.positions) else 0
         width = -(-total // member.blocks)
         for channel, places in zip(channels.tolist(), table.tolist(), strict=True):
-            signature[channel].append((member.tensor, tuple(place // width if place >= 0 else -1 for place in places) if member.blocks > 1 else len([q for q in places if q >= 0])))
+            signature[channel].append(
+                (
+                    member.tensor,
+                    tuple(place // width if place >= 0 else -1 for place in places)
+                    if member.blocks > 1
+                    else len([q for q in places if q >= 0]),
+                )
+            )
     return [tuple(s) for s in signature]
 
 
@@ -289,7 +304,9 @@ def _fold_into(
                     k, s = scales[p]
                     _column(layer, member, places[k][index]).add_(column, alpha=s)
                     if p in shifts and takes_shift:
-                        _bias(layer, member, source).add_((column.double().flatten(1).sum(1) * shifts[p]).to(layer.bias))
+                        _bias(layer, member, source).add_(
+                            (column.double().flatten(1).sum(1) * shifts[p]).to(layer.bias)
+                        )
                     left_out |= abs(shifts.get(p, 0.0)) > 1e-9 and not takes_shift
                 column.zero_()
     why = "pads its input" if padded else "has no bias"
@@ -316,17 +333,23 @@ def _bias(layer: Any, member: Member, place: int) -> Tensor:
     return bias
 
 
-def _rectified_mean(model: nn.Module, group: ChannelGroup, path: _Path) -> Tensor | None:
-    """Mean of each channel behind a ReLU if its batch norm's output is normal; None where that isn't what is read."""
+def _normal(model: nn.Module, group: ChannelGroup, path: _Path) -> tuple[Tensor, Tensor] | None:
+    """Mean and deviation of each channel in front of its ReLU, if its batch norm says; None where it doesn't."""
     if len(group.producers) != 1 or group.producers[0].module not in path.norms:
         return None
     norm: Any = model.get_submodule(path.norms[group.producers[0].module])
     if norm.weight is None or norm.bias is None:
         return None
     member = group.producers[0]
-    deviation, centre = norm.weight.detach().double().abs(), norm.bias.detach().double()
-    z = centre / deviation.clamp(min=1e-300)
-    density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
-    mean = centre * 0.5 * (1 + torch.erf(z / math.sqrt(2))) + deviation * density
     flat = Member(member.tensor, member.module, 0, member.role, member.positions, member.channels)
-    return arrange(mean[:, None], flat, group.size).flatten()
+    centre, deviation = norm.bias.detach().double()[:, None], norm.weight.detach().double().abs()[:, None]
+    return arrange(centre, flat, group.size).flatten(), arrange(deviation, flat, group.size).flatten()
+
+
+def rectified_mean(centre: float, deviation: float) -> float:
+    r""":math:`E[(x)_+]` of a normal x: :math:`\mu\,\Phi(\mu/\sigma) + \sigma\,\varphi(\mu/\sigma)`."""
+    if deviation < 1e-12 * abs(centre) or deviation == 0.0:
+        return max(centre, 0.0)
+    z = centre / deviation
+    density = math.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    return centre * 0.5 * (1 + math.erf(z / math.sqrt(2))) + deviation * density

@@ -13,7 +13,18 @@ from secateur.criteria import (
     shao2022cshe,
     sui2021chip,
 )
-from secateur.criteria.registry import Criterion, Need, Pair, Returns, Selection, criterion, get, names, register, unregister
+from secateur.criteria.registry import (
+    Criterion,
+    Need,
+    Pair,
+    Returns,
+    Selection,
+    criterion,
+    get,
+    names,
+    register,
+    unregister,
+)
 
 __all__ = [
     "Criterion",

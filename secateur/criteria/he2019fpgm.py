@@ -1,4 +1,4 @@
-"""FPGM: He, Liu, Wang, Hu, Yang, "Filter Pruning via Geometric Median for Deep Neural Networks Acceleration" (CVPR 2019)."""
+"""FPGM: He, Liu, Wang, Hu, Yang, "Filter Pruning via Geometric Median" (CVPR 2019)."""
 
 from __future__ import annotations
 

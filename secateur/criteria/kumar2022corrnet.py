@@ -11,6 +11,8 @@ the budget exactly.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ def full(correlation: Tensor, dead: Tensor, remove: int, threshold: float = THRE
     """Drop one end of the most correlated pair of all, until no pair reaches the threshold.
 
     Take the largest remaining |ρ| ≥ θ, drop the end with the larger mean |ρ| to what remains, repeat. Dead channels go
-    before any pair.
+    before any pair. Ends with equal means (the last two always are) are told apart by their mean |ρ| to all channels.
 
     Args:
         correlation: ρ, shape ``(C, C)``.
@@ -51,6 +53,7 @@ def full(correlation: Tensor, dead: Tensor, remove: int, threshold: float = THRE
     size[~alive] = -1.0
     size[:, ~alive] = -1.0
     total = size.clamp(min=0.0).sum(1)
+    at_first = total.clone()
     # The best partner of every channel; only those whose partner is dropped look for another, so a step costs O(C)
     # on average, not O(C²).
     best, partner = size.masked_fill(torch.eye(len(size), dtype=torch.bool), -1.0).max(1)
@@ -62,7 +65,10 @@ def full(correlation: Tensor, dead: Tensor, remove: int, threshold: float = THRE
             break
         second = int(partner[first])
         low, high = min(first, second), max(first, second)
-        drop, keep = (low, high) if total[low] > total[high] else (high, low)
+        lead = float(total[low] - total[high])
+        if abs(lead) < 1e-9:  # what is left of a sum after subtractions differs by rounding
+            lead = float(at_first[low] - at_first[high])
+        drop, keep = (low, high) if lead > 0 else (high, low)
         removed.append(drop)
         pairs.append(Pair(keep, drop, float(signed[keep, drop])))
         alive[drop] = False
@@ -155,15 +161,17 @@ def bin_equally(values: Tensor, bins: int = BINS) -> Tensor:
     Returns:
         Bin of each value, shape ``(N, C)``, integers from 0.
     """
-    ranked = values.double().contiguous()
-    edges = ranked.quantile(torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=values.device)[1:-1], dim=0)
-    return torch.searchsorted(edges.mT.contiguous(), ranked.mT.contiguous(), right=True).mT
+    columns = values.double().mT.contiguous()
+    places = torch.arange(1, bins, device=values.device) * len(values) // bins
+    edges = columns.sort(1).values[:, places].contiguous()
+    return torch.searchsorted(edges, columns, right=True).mT
 
 
 def _entropy(counts: Tensor) -> Tensor:
     """Entropy in bits along the last dimension of a table of counts."""
     p = counts / counts.sum(-1, keepdim=True)
-    return torch.special.entr(p).sum(-1) / torch.log(torch.tensor(2.0, dtype=torch.float64))
+    bits: Tensor = torch.special.entr(p).sum(-1) / math.log(2.0)
+    return bits
 
 
 def symmetrical_uncertainty(first: Tensor, others: Tensor) -> Tensor:
@@ -193,18 +201,22 @@ def _fcbf(pooled: Tensor, labels: Tensor, bins: int) -> tuple[list[Pair], Tensor
     if bins < 2:
         raise UsageError(f"criterion corrnet_su: {bins} bins can't tell values apart. Use at least 2.")
     if len(pooled) != len(labels):
-        raise CriterionError(f"criterion corrnet_su: {len(pooled)} samples but {len(labels)} labels. Give one label a sample.")
+        raise CriterionError(
+            f"criterion corrnet_su: {len(pooled)} samples but {len(labels)} labels. Give one label a sample."
+        )
     codes = bin_equally(pooled.cpu(), bins)
     classes = torch.unique(labels.cpu(), return_inverse=True)[1]
     relevance = symmetrical_uncertainty(classes, codes)
-    waiting = sorted(range(codes.shape[1]), key=lambda i: (-float(relevance[i]), i))
+    spread = pooled.double().cpu().var(0, correction=0)
+    # Equal relevance is told apart by variance, so that the order of the channels decides nothing.
+    waiting = sorted(range(codes.shape[1]), key=lambda i: (-round(float(relevance[i]), 9), -float(spread[i]), i))
     dropped: list[Pair] = []
     while waiting:
         head, waiting = waiting[0], waiting[1:]
         if waiting:
             index = torch.tensor(waiting)
             shared = symmetrical_uncertainty(codes[:, head], codes[:, index])
-            gone = shared >= relevance[index]
+            gone = shared >= relevance[index] - 1e-9
             dropped += [Pair(head, j, float(s)) for j, s, g in zip(waiting, shared, gone, strict=True) if g]
             waiting = [j for j, g in zip(waiting, gone, strict=True) if not g]
     return dropped, relevance
@@ -248,7 +260,9 @@ def su_scores(pooled: Tensor, labels: Tensor, bins: int = BINS) -> Tensor:
 
 def _check(threshold: float, lowest: float = 0.0) -> None:
     if not lowest <= threshold <= 1.0:
-        raise UsageError(f"criterion corrnet: threshold is {threshold}, not in [{lowest:g}, 1]. The default is {THRESHOLD}.")
+        raise UsageError(
+            f"criterion corrnet: threshold is {threshold}, not in [{lowest:g}, 1]. The default is {THRESHOLD}."
+        )
 
 
 _SOURCE = "Kumar et al. 2022, Pearson correlation of feature maps"

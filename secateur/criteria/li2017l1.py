@@ -27,7 +27,8 @@ def l1(filters: Tensor) -> Tensor:
 @criterion("l2", needs=["filters"], source="smallest Euclidean norm")
 def l2(filters: Tensor) -> Tensor:
     r"""Score every filter by :math:`\sqrt{\sum w^2}`; arguments and shapes are those of :func:`l1`."""
-    return torch.linalg.vector_norm(filters.double(), dim=1)
+    norm: Tensor = torch.linalg.vector_norm(filters.double(), dim=1)
+    return norm
 
 
 @criterion("random", needs=["filters", "generator"], source="a permutation drawn at random: the baseline to beat")

@@ -43,4 +43,5 @@ def hrank(maps: Tensor) -> Tensor:
     matrices = as_matrices(maps)
     sigma = torch.linalg.svdvals(matrices)
     tolerance = max(matrices.shape[-2:]) * torch.finfo(sigma.dtype).eps * sigma.amax(-1, keepdim=True)
-    return (sigma > tolerance).sum(-1).double()
+    rank: Tensor = (sigma > tolerance).sum(-1).double()
+    return rank

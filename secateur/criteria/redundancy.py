@@ -19,7 +19,7 @@ BLOCK = 64
 
 @criterion("redundancy", needs=["moments", "consumers"], source="multi-way linear dependence of feature maps")
 def redundancy(
-    moments: Moments, consumers: tuple[Tensor, ...], ridge: float = 1e-4, centred: bool = False, relative: bool = True
+    moments: Moments, consumers: tuple[Tensor, ...], ridge: float = 1e-4, centred: bool = False, relative: bool = False
 ) -> Tensor:
     r"""Score every channel by the error of the consumers' outputs when it goes, the others being refitted.
 
@@ -37,7 +37,7 @@ def redundancy(
         consumers: Weights that read the channels, each of shape ``(C_out, C, K)``.
         ridge: Added to the diagonal of M, as a fraction of its mean.
         centred: Use the covariance in place of the second moment, as if a bias took up every mean.
-        relative: Scale every output of a consumer to unit second moment first, as the batch norm behind it would.
+        relative: Scale every output of a consumer to unit second moment first, so that each counts the same.
 
     Returns:
         Shape ``(C,)``, in fp64: the error up to and with the channel's removal, as a fraction of the outputs' second
@@ -48,19 +48,26 @@ def redundancy(
         UsageError: If the ridge is negative.
     """
     if not consumers:
-        raise CriterionError("criterion redundancy: no consumer with weights reads these channels. Use another criterion.")
+        raise CriterionError(
+            "criterion redundancy: no consumer with weights reads these channels. Use another criterion."
+        )
     if ridge < 0:
         raise UsageError(f"criterion redundancy: ridge is {ridge}. Use 0 or more.")
     second = moments.covariance if centred else moments.second
     gram = torch.zeros_like(second)
     for weight in consumers:
-        rows = weight.detach().to(second).movedim(1, 2)
+        # In the weights' own precision: their products dominate the time, and gain nothing from more digits.
+        rows = weight.detach().to(second.device).movedim(1, 2)
+        rows = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
         if relative:
             # One scale for an output, over all kernel positions: they add up to the same sum.
-            power = torch.einsum("okc,cd,okd->o", rows, second, rows)
-            rows = rows / power.clamp(min=1e-12 * power.mean().clamp(min=1e-300)).sqrt()[:, None, None]
+            power = ((rows @ second.to(rows)) * rows).sum((1, 2))
+            rows = rows / power.clamp(min=1e-12 * power.mean().clamp(min=1e-30)).sqrt()[:, None, None]
         rows = rows.flatten(0, 1)
-        gram += rows.mT @ rows
+        gram += (rows.mT @ rows).to(gram)
+    dead = second.diagonal() <= 1e-12 * second.diagonal().mean()
+    gram[dead] = 0.0
+    gram[:, dead] = 0.0
     total = (gram * second).sum()
     costs, order = eliminate(second, gram, ridge)
     scores = torch.empty_like(costs)

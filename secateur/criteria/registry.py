@@ -166,11 +166,17 @@ def register(criterion: Criterion, *, replace: bool = False) -> Criterion:
     """
     where = f"criterion {criterion.name}"
     if criterion.name in _registry.criteria and not replace:
-        raise UsageError(f"{where}: the name is taken by {_registry.criteria[criterion.name].source or 'another'}. Choose another.")
+        raise UsageError(
+            f"{where}: the name is taken by {_registry.criteria[criterion.name].source or 'another'}. Choose another."
+        )
     if criterion.per_batch is not None and not criterion.streamed:
-        raise UsageError(f"{where}: per_batch is called with maps or gradients, and it needs neither. Add one to needs.")
+        raise UsageError(
+            f"{where}: per_batch is called with maps or gradients, and it needs neither. Add one to needs."
+        )
     if criterion.streamed and criterion.returns is not Returns.SCORES and criterion.per_batch is None:
-        raise UsageError(f"{where}: a selection can't be averaged over batches. Give a per_batch function that scores a batch.")
+        raise UsageError(
+            f"{where}: a selection can't be averaged over batches. Give a per_batch function that scores a batch."
+        )
     if criterion.needs >= STREAMED:
         raise UsageError(f"{where}: maps and gradients are streamed in passes of different kinds. Ask for one of them.")
     _registry.criteria[criterion.name] = criterion
@@ -204,7 +210,9 @@ def criterion(
         wanted = frozenset(Need(need) for need in needs)
         kind = Returns(returns)
     except ValueError as error:
-        raise UsageError(f"criterion {name}: {error}. Needs are {', '.join(Need)}; returns {', '.join(Returns)}.") from None
+        raise UsageError(
+            f"criterion {name}: {error}. Needs are {', '.join(Need)}; returns {', '.join(Returns)}."
+        ) from None
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         made = Criterion(name, function, wanted, kind, source or _first_line(function), per_batch, scores)
@@ -263,7 +271,9 @@ def _of_callable(function: Callable[..., Any]) -> Criterion:
     wanted = frozenset(need for need in Need if need.value in parameters)
     if not wanted:
         label = getattr(function, "__name__", repr(function))
-        raise UsageError(f"criterion {label}: no parameter is named after a need ({', '.join(Need)}). Name what it reads.")
+        raise UsageError(
+            f"criterion {label}: no parameter is named after a need ({', '.join(Need)}). Name what it reads."
+        )
     returns = Returns.SELECTION if "remove" in parameters else Returns.SCORES
     return Criterion(getattr(function, "__name__", "callable"), function, wanted, returns)
 

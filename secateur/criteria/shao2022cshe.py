@@ -1,4 +1,4 @@
-"""CSHE: Shao, Dai, Wang et al., "CSHE: network pruning by using cluster similarity and matrix eigenvalues" (IJMLC 2022).
+"""CSHE: Shao et al., "CSHE: network pruning by using cluster similarity and matrix eigenvalues" (IJMLC 2022).
 
 Filters are clustered by similarity; within its cluster a filter is ranked by the large eigenvalues of its feature
 maps; the low-ranked ones go.
@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 from torch import Tensor
 
 from secateur.criteria.lin2020hrank import as_matrices
 from secateur.criteria.registry import Criterion, Need, Returns, Selection, register
 from secateur.errors import CriterionError, UsageError
+
+Labels = NDArray[np.int64]
 
 
 def spectral_energy(maps: Tensor, energy: float = 0.9, terms: int | str | None = None) -> Tensor:
@@ -38,7 +41,7 @@ def spectral_energy(maps: Tensor, energy: float = 0.9, terms: int | str | None =
     """
     if not 0.0 < energy <= 1.0:
         raise UsageError(f"criterion cshe: energy is {energy}, not in (0, 1]. The default is 0.9.")
-    sigma = torch.linalg.svdvals(as_matrices(maps)).double()
+    sigma: Tensor = torch.linalg.svdvals(as_matrices(maps)).double()
     if terms == "all":
         return sigma.sum(-1)
     if isinstance(terms, int) and terms >= 1:
@@ -53,7 +56,7 @@ def spectral_energy(maps: Tensor, energy: float = 0.9, terms: int | str | None =
     return (sigma * (before < wanted * (1 - 1e-6))).sum(-1)
 
 
-def cluster(filters: Tensor, clusters: int, metric: str = "euclidean", seed: int = 0) -> np.ndarray:
+def cluster(filters: Tensor, clusters: int, metric: str = "euclidean", seed: int = 0) -> Labels:
     """Cluster filters by k-means++ with ten starts.
 
     The filters are sorted by content first, so that the clusters do not depend on the order of the channels.
@@ -75,7 +78,9 @@ def cluster(filters: Tensor, clusters: int, metric: str = "euclidean", seed: int
         raise UsageError(f"criterion cshe: unknown metric {metric!r}. Use euclidean or cosine.")
     rows = filters.detach().double().cpu().numpy()
     if not np.isfinite(rows).all():
-        raise CriterionError("criterion cshe: a filter holds NaN or infinity, and can't be clustered. Check the weights.")
+        raise CriterionError(
+            "criterion cshe: a filter holds NaN or infinity, and can't be clustered. Check the weights."
+        )
     if metric == "cosine":
         rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(float).tiny)
     probe = np.random.default_rng(0).standard_normal(rows.shape[1])
@@ -87,7 +92,7 @@ def cluster(filters: Tensor, clusters: int, metric: str = "euclidean", seed: int
     return labels
 
 
-def share(sizes: np.ndarray, remove: int, priority: np.ndarray) -> np.ndarray:
+def share(sizes: Labels, remove: int, priority: NDArray[np.float64]) -> Labels:
     """Share a number of removals among clusters in proportion to their sizes, at least one channel staying in each.
 
     Largest-remainder rounding meets ``remove`` exactly; a cluster that is down to its last channel passes its turn on.
@@ -101,7 +106,7 @@ def share(sizes: np.ndarray, remove: int, priority: np.ndarray) -> np.ndarray:
         Removals in each cluster, shape ``(K,)``.
     """
     quota = remove * sizes / sizes.sum()
-    taken = np.minimum(np.floor(quota + 1e-9).astype(np.int64), sizes - 1)
+    taken: Labels = np.minimum(np.floor(quota + 1e-9).astype(np.int64), sizes - 1)
     turn = np.lexsort((priority, -np.round(quota - taken, 9)))
     while taken.sum() < remove:
         for index in turn:
@@ -110,7 +115,7 @@ def share(sizes: np.ndarray, remove: int, priority: np.ndarray) -> np.ndarray:
     return taken
 
 
-def _clusters(filters: Tensor, clusters: int | None, most: int, metric: str, seed: int) -> np.ndarray:
+def _clusters(filters: Tensor, clusters: int | None, most: int, metric: str, seed: int) -> Labels:
     count = filters.shape[0]
     wanted = max(1, round(count / 4)) if clusters is None else clusters
     if not 1 <= wanted <= count:

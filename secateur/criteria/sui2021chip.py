@@ -1,4 +1,4 @@
-"""CHIP: Sui, Yin, Xie, Phan, Zonouz, Yuan, "CHIP: CHannel Independence-based Pruning for Compact Neural Networks" (NeurIPS 2021)."""
+"""CHIP: Sui et al., "CHIP: CHannel Independence-based Pruning for Compact Neural Networks" (NeurIPS 2021)."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def chip(maps: Tensor) -> Tensor:
         samples by the caller. Higher = keep.
     """
     rows = as_matrices(maps).double().flatten(2)
-    count, channels, positions = rows.shape
+    _, channels, positions = rows.shape
     if positions > channels:
         rows = torch.linalg.qr(rows.mT, mode="r").R.mT
-    whole = torch.linalg.svdvals(rows).sum(-1, keepdim=True)
+    whole: Tensor = torch.linalg.svdvals(rows).sum(-1, keepdim=True)
     step = max(1, CHUNK // max(1, rows.numel()))
     without = []
     for start in range(0, channels, step):
@@ -41,4 +41,4 @@ def chip(maps: Tensor) -> Tensor:
         zeroed = rows[:, None].repeat(1, len(index), 1, 1)
         zeroed[:, torch.arange(len(index), device=rows.device), index] = 0.0
         without.append(torch.linalg.svdvals(zeroed).sum(-1))
-    return whole - torch.cat(without, 1).reshape(count, channels)
+    return whole - torch.cat(without, 1)

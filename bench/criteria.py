@@ -1,0 +1,196 @@
+"""Every criterion with every compensation on a trained CIFAR ResNet, without any fine-tuning; writes docs/results.md.
+
+    python -m bench.criteria --network resnet20
+
+The internal filters of every block (the first convolution's) lose the same fraction. Criteria and compensation see 512
+training images, without labels unless the criterion is of labels or gradients. Accuracy is that of all 10,000 test
+images. Finished cells are kept in a JSON Lines file next to this script, so an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from bench.sections import write_section
+from secateur import scoring
+from secateur.compensate import compensate
+from secateur.graph import ChannelGraph
+from secateur.models import MODELS
+from secateur.planning import plan_removal
+from secateur.surgery import cut
+from secateur.tracing import trace
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("SECATEUR_SHARED", ROOT.parent / "shared"))
+MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+IMAGES, BATCH = 512, 128
+CRITERIA: dict[str, dict[str, Any]] = {
+    "l1": {},
+    "redundancy": {},
+    "cshe": {},
+    "corrnet": {"threshold": 0.0},
+    "fpgm": {},
+    "chip": {},
+    "taylor": {},
+    "hrank": {},
+    "l2": {},
+    "random": {},
+}
+COMPENSATIONS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "none": ([], {}),
+    "least squares": (["least_squares"], {}),
+    "least squares everywhere": (["least_squares"], {"everywhere": True}),
+    "merge": (["merge"], {}),
+    "bn": (["bn"], {}),
+    "merge + bn": (["merge", "bn"], {}),
+}
+
+
+def images(split: str, choose: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+    """Read CIFAR-10 images, normalised as the weights were trained, and labels."""
+    pixels, labels = [], []
+    for file in sorted((SHARED / "data" / "cifar10").glob(f"{split}-*.parquet")):
+        table = pq.read_table(file)
+        pixels += [cell["bytes"] for cell in table.column("img").to_pylist()]
+        labels += table.column("label").to_pylist()
+    chosen = range(len(pixels)) if choose is None else choose.tolist()
+    raw = np.stack([np.asarray(Image.open(io.BytesIO(pixels[i])).convert("RGB")) for i in chosen])
+    x = torch.from_numpy(raw).permute(0, 3, 1, 2).float() / 255
+    return (x - MEAN) / STD, torch.tensor([labels[i] for i in chosen])
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Return the accuracy in per cent."""
+    model.eval()
+    right = sum(int((model(x[i : i + 50]).argmax(1) == y[i : i + 50]).sum()) for i in range(0, len(x), 50))
+    return 100 * right / len(x)
+
+
+def cells(ratios: list[float]) -> Iterator[tuple[float, str, str]]:
+    """Yield every cell of the table, the ones asked about most first."""
+    wanted = [(r, c, k) for k in COMPENSATIONS for c in CRITERIA for r in ratios]
+    first = [cell for cell in wanted if cell[1] in ("l1", "redundancy") and cell[2] in list(COMPENSATIONS)[:3]]
+    yield from first
+    yield from (cell for cell in wanted if cell not in first)
+
+
+def measure(
+    model: nn.Module,
+    graph: ChannelGraph,
+    ratios: list[float],
+    store: Path,
+    train: list[Any],
+    test: tuple[Tensor, Tensor],
+) -> None:
+    """Measure the cells that the store lacks, and append each to it."""
+    done = {(c["ratio"], c["criterion"], c["compensation"]) for c in read(store)}
+    internal = {g.name: g.size for g in graph.groups if re.search(r"layer\d\.\d+\.conv1$", g.name)}
+    plans: dict[tuple[float, str], Any] = {}
+    for ratio, criterion, compensation in cells(ratios):
+        if (ratio, criterion, compensation) in done:
+            continue
+        start = time.perf_counter()
+        if (ratio, criterion) not in plans:
+            counts = {name: int(ratio * size) for name, size in internal.items()}
+            chosen = scoring.select(model, graph, criterion, counts, train, **CRITERIA[criterion])
+            plans[ratio, criterion] = plan_removal(graph, {name: list(s.removed) for name, s in chosen.items()})
+        plan = plans[ratio, criterion]
+        small = cut(model, plan)
+        methods, options = COMPENSATIONS[compensation]
+        if methods:
+            compensate(model, small, plan, methods, train, graph=graph, **options)
+        seconds = time.perf_counter() - start
+        cell = {
+            "ratio": ratio,
+            "criterion": criterion,
+            "compensation": compensation,
+            "accuracy": accuracy(small, *test),
+            "seconds": round(seconds, 1),
+        }
+        with store.open("a") as file:
+            file.write(json.dumps(cell) + "\n")
+        print(json.dumps(cell), flush=True)
+
+
+def read(store: Path) -> list[dict[str, Any]]:
+    """Return the cells measured so far."""
+    return [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
+
+
+def render(network: str, store: Path) -> str:
+    """Return the table as Markdown."""
+    found = read(store)
+    baseline = next((c["accuracy"] for c in found if c["criterion"] == "unpruned"), float("nan"))
+    lines = [
+        f"## Criteria × compensation: {network}, CIFAR-10, no fine-tuning",
+        "",
+        (
+            f"Test accuracy in per cent (10,000 images; unpruned {baseline:.2f}) after the given fraction of the "
+            f"internal filters of every block is removed. Criteria and compensation see {IMAGES} training images; "
+            f"`taylor` alone reads their labels. Written by `python -m bench.criteria --network {network}`."
+        ),
+    ]
+    for ratio in sorted({c["ratio"] for c in found if c["ratio"]}):
+        value = {(c["criterion"], c["compensation"]): c["accuracy"] for c in found if c["ratio"] == ratio}
+        columns = [k for k in COMPENSATIONS if any(key[1] == k for key in value)]
+        lines += [
+            "",
+            f"### {ratio:.0%} removed",
+            "",
+            "| criterion | " + " | ".join(columns) + " |",
+            "|---" * (len(columns) + 1) + "|",
+        ]
+        for criterion in CRITERIA:
+            row = [f"{value[criterion, k]:.2f}" if (criterion, k) in value else "not measured" for k in columns]
+            if any(cell != "not measured" for cell in row):
+                lines.append(f"| `{criterion}` | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure what is missing and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--network", choices=("resnet20", "resnet56"), default="resnet20")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5])
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results.md")
+    parser.add_argument("--render-only", action="store_true", help="write the table from the cells measured so far")
+    arguments = parser.parse_args()
+    store = ROOT / "bench" / f"criteria-{arguments.network}.jsonl"
+    if not arguments.render_only:
+        torch.set_num_threads(1)
+        model = MODELS[arguments.network]()
+        weights = load_file(SHARED / "weights" / f"cifar10-{arguments.network}.safetensors")
+        # The published weights lack the counters of batches, which play no part in evaluation.
+        counters = {name: value for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")}
+        model.load_state_dict(counters | weights)
+        model.eval()
+        chosen = np.random.default_rng(0).permutation(50_000)[:IMAGES]
+        x, y = images("train", chosen)
+        train = [(x[i : i + BATCH], y[i : i + BATCH]) for i in range(0, IMAGES, BATCH)]
+        test = images("test")
+        if not read(store):
+            cell = {"ratio": 0, "criterion": "unpruned", "compensation": "none", "accuracy": accuracy(model, *test)}
+            store.write_text(json.dumps(cell) + "\n")
+        measure(model, trace(model, x[:2]), arguments.ratios, store, train, test)
+    write_section(arguments.results, f"criteria-{arguments.network}", render(arguments.network, store))
+
+
+if __name__ == "__main__":
+    main()
