@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from secateur.criteria.registry import Pair, Selection, criterion
 from secateur.errors import CriterionError
 
 Form = Literal["paper", "pair", "layer_mean", "log"]
@@ -343,3 +344,33 @@ def pairs_by_macs(macs: Sequence[int], widths: Sequence[int], fraction: float = 
         )
     pairs = fraction * sum(widths)
     return [min(max(1, round(pairs * m / total)), max(c - 1, 0)) for m, c in zip(macs, widths, strict=True)]
+
+
+@criterion("cfp", needs=["producers"], returns="pairs", source="Singh et al. 2020, correlated filter pairs")
+def correlated_pairs(producers: Sequence[Tensor], remove: int, *, signed: bool = False) -> Selection:
+    r"""Select the filters that CFP would drop next, without the training that moves them into their partners.
+
+    Singh et al. 2020, eq. 7 and the rule of :func:`select_pairs`; a coupled group is scored by the mean of |ρ| over its
+    producers. Departures: a layer with one element a filter has no correlation and does not count.
+
+    Args:
+        producers: One tensor a producer, shape ``(C, F_m)``.
+        remove: Number of filters to remove, at most C - 1.
+        signed: Pair by ρ instead of |ρ|.
+
+    Returns:
+        The dropped filters in order, each with the partner that stays and their score.
+
+    Raises:
+        CriterionError: If no producer has two elements a filter, or a filter holds NaN.
+    """
+    layers = [weights for weights in producers if weights.shape[1] >= 2]
+    if not layers:
+        raise CriterionError("cfp: no producer has at least 2 elements a filter; leave this group out.")
+    scores = group_score([pearson(weights).double().cpu() for weights in layers], signed=signed)
+    norms = torch.stack([weights.double().abs().sum(dim=1).cpu() for weights in layers]).sum(dim=0)
+    pairs = select_pairs(scores, remove, norms=norms)
+    return Selection(
+        tuple(dropped for dropped, _ in pairs),
+        tuple(Pair(kept, dropped, float(scores[dropped, kept])) for dropped, kept in pairs),
+    )

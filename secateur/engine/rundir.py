@@ -127,7 +127,7 @@ class RunDirectory:
     def finish(self, result: CompressResult) -> None:
         """Write the network, its plan and the result."""
         if self.write:
-            checkpoint.save(result.model, result.plan, self.path / "model.safetensors", extra=result.report["final"])
+            checkpoint.save(result.model, result.plan, self.path / "model.safetensors", extra=result.milestones[-1])
             checkpoint.write_atomic(self.path / "plan.json", (result.plan.to_json() + "\n").encode())
             result.report["final"]["file_bytes"] = (self.path / "model.safetensors").stat().st_size
             result.report["baseline"]["file_bytes"] = (self.path / "baseline.safetensors").stat().st_size
