@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 Batches: TypeAlias = Iterable[Any]
-"""Pairs ``(inputs, target)``, or mappings of keyword arguments with ``labels`` among them, walked through once an epoch: a
-DataLoader, a list, or one of :mod:`secateur.data`."""
+"""Pairs ``(inputs, target)``, or mappings of keyword arguments with ``labels`` among them, walked once an epoch:
+a DataLoader, a list, or one of :mod:`secateur.data`."""
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 """``loss(output, target)`` -> scalar."""
@@ -103,7 +103,7 @@ class Distillation:
         """Refuse values outside their range."""
         if not 0 <= self.weight <= 1 or not self.temperature > 0:
             raise UsageError(
-                f"distillation: weight is in [0, 1] and temperature above 0, found {self.weight} and {self.temperature}."
+                f"distillation: weight is in [0, 1], temperature above 0; found {self.weight} and {self.temperature}."
             )
 
     def __call__(self, loss: Tensor, output: Tensor, taught: Tensor) -> Tensor:
@@ -259,7 +259,6 @@ class Stage:
         self.teacher = None if teacher is None else teacher.to(self.runtime.device)
         self.distillation = distillation or Distillation()
         self.model.to(self.runtime.device)
-        # Parameters without a gradient of their own (an unused head) stay out of DDP's reckoning by Accelerate's own flag.
         self._prepared, self._optimizer = self.runtime.prepare(self.model, self.settings.build(self.model.parameters()))
 
     def run_epoch(
@@ -434,7 +433,9 @@ def evaluate(
 
     modes = {module: module.training for module in model.modules()}
     parameter = next(model.parameters(), None)
-    device = runtime.device if runtime is not None else parameter.device if parameter is not None else torch.device("cpu")
+    device = (
+        runtime.device if runtime is not None else parameter.device if parameter is not None else torch.device("cpu")
+    )
     if runtime is not None:
         model.to(device)
     model.eval()
@@ -452,7 +453,9 @@ def evaluate(
     return value
 
 
-def _measure(model: nn.Module, batches: Batches, metric: Any, device: torch.device, runtime: Accelerator | None) -> float:
+def _measure(
+    model: nn.Module, batches: Batches, metric: Any, device: torch.device, runtime: Accelerator | None
+) -> float:
     from accelerate.utils import send_to_device
     from torchmetrics.classification import MulticlassAccuracy
 
@@ -467,7 +470,9 @@ def _measure(model: nn.Module, batches: Batches, metric: Any, device: torch.devi
         output = forward(model, inputs)
         if metric is None:
             if not isinstance(output, Tensor) or output.ndim < 2 or not isinstance(target, Tensor):
-                raise DataError("evaluation: accuracy needs class scores (N, classes) and indices (N,); give a metric of your own.")
+                raise DataError(
+                    "evaluation: accuracy needs class scores (N, classes) and indices (N,); give a metric of your own."
+                )
             metric = MulticlassAccuracy(num_classes=output.shape[1], average="micro", validate_args=False).to(device)
         metric.update(output.float() if isinstance(output, Tensor) else output, target)
     if metric is None:

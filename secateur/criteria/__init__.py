@@ -11,6 +11,7 @@ from secateur.criteria import (
     molchanov2019taylor,
     redundancy,
     shao2022cshe,
+    singh2020cfp,
     sui2021chip,
 )
 from secateur.criteria.registry import (
@@ -43,6 +44,7 @@ __all__ = [
     "redundancy",
     "register",
     "shao2022cshe",
+    "singh2020cfp",
     "sui2021chip",
     "unregister",
 ]

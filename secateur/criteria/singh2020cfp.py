@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from secateur.criteria.registry import Pair, Selection, criterion
 from secateur.errors import CriterionError
 
 Form = Literal["paper", "pair", "layer_mean", "log"]
@@ -30,7 +31,8 @@ def _unit(rows: Tensor) -> Tensor:
     """Centre each row and scale it to length 1; a constant row becomes 0."""
     if rows.shape[-1] < 2:
         raise CriterionError(
-            f"pearson: a filter needs at least 2 elements to have a correlation, found {rows.shape[-1]}; leave this layer out."
+            f"pearson: a filter needs at least 2 elements to have a correlation, found {rows.shape[-1]}; "
+            "leave this layer out."
         )
     if not rows.is_floating_point():
         raise CriterionError(f"pearson: filters must be floating point, found {rows.dtype}.")
@@ -88,7 +90,7 @@ def pair_correlation(first: Tensor, second: Tensor) -> Tensor:
         CriterionError: If a filter has fewer than two elements, or the filters are not floating point.
     """
     with torch.autocast(first.device.type, enabled=False):
-        # The gradient of clamp is zero outside its range, which rounding reaches only at |ρ| = 1, where it is zero anyway.
+        # The gradient of clamp is zero outside its range, which rounding reaches only at |ρ| = 1: it is zero there.
         return (_unit(first) * _unit(second)).sum(dim=-1).clamp(-1.0, 1.0)
 
 
@@ -97,8 +99,8 @@ def regulariser(correlations: Sequence[Tensor], form: Form = "pair") -> Tensor:
 
     Singh et al. 2020, eqs. 10-11: :math:`C(\Theta) + \lambda\,e^{-\sum|\rho|}` over all pairs of the episode.
 
-    Departures: as written, each pair's gradient carries the factor :math:`e^{-\sum|\rho|}`, 4e-17 for the 63 pairs of one
-    ResNet-56 episode, so nothing is learned. Forms, all with their minimum at every ``|ρ| = 1``:
+    Departures: as written, each pair's gradient carries the factor :math:`e^{-\sum|\rho|}`, 4e-17 for the 63 pairs of
+    one ResNet-56 episode, so nothing is learned. Forms, all with their minimum at every ``|ρ| = 1``:
 
     * ``paper``: :math:`e^{-\sum|\rho|}`, exact; warns when the sum exceeds 10.
     * ``pair`` (default): :math:`\sum_p e^{-|\rho_p|}`; each pair gets the gradient that eq. 10 gives a lone pair.
@@ -106,7 +108,7 @@ def regulariser(correlations: Sequence[Tensor], form: Form = "pair") -> Tensor:
     * ``log``: :math:`-\sum|\rho|`, the logarithm of ``paper``.
 
     Args:
-        correlations: For each layer (coupled group) the score of its pairs, shape ``(pairs,)``: |ρ|, or ρ for ``signed``.
+        correlations: For each layer (coupled group) its pairs' scores, shape ``(pairs,)``: |ρ|, or ρ for ``signed``.
         form: One of ``paper``, ``pair``, ``layer_mean``, ``log``.
 
     Returns:
@@ -133,15 +135,17 @@ def regulariser(correlations: Sequence[Tensor], form: Form = "pair") -> Tensor:
     if form == "paper":
         if float(total.detach()) > PAPER_SUM_LIMIT:
             _LOG.warning(
-                "regulariser 'paper': the sum of |rho| over %d pairs is %.1f, above %g, so its gradient carries exp(-%.1f) "
-                "and vanishes; use 'pair', or fewer pairs an episode.",
+                "regulariser 'paper': the sum of |rho| over %d pairs is %.1f, above %g, so its gradient carries "
+                "exp(-%.1f) and vanishes; use 'pair', or fewer pairs an episode.",
                 rho.numel(), float(total.detach()), PAPER_SUM_LIMIT, float(total.detach()),
             )  # fmt: skip
         return torch.exp(-total)
     raise CriterionError(f"regulariser: unknown form {form!r}; choose one of {', '.join(get_args(Form))}.")
 
 
-def group_score(correlations: Sequence[Tensor], weights: Sequence[float] | None = None, *, signed: bool = False) -> Tensor:
+def group_score(
+    correlations: Sequence[Tensor], weights: Sequence[float] | None = None, *, signed: bool = False
+) -> Tensor:
     r"""Score the pairs of a coupled group: the mean of |ρ| over the layers that produce its channels.
 
     Open in the paper (residual streams, where one channel is one filter in each of several layers); read here as
@@ -269,7 +273,8 @@ def _select_in_blocks(
     share, rest = divmod(count, sum(quota))
     if rest:
         raise CriterionError(
-            f"select_pairs: blocks of {sizes} filters must lose the same fraction each; {count} is not a multiple of {sum(quota)}."
+            f"select_pairs: blocks of {sizes} filters must lose the same fraction each; "
+            f"{count} is not a multiple of {sum(quota)}."
         )
     pairs = []
     for label, part in zip(labels, quota, strict=True):
@@ -287,9 +292,9 @@ def _select_in_blocks(
 def pairs_by_width(width: int, fraction: float = 1 / 16) -> int:
     r"""Number of pairs of a layer an episode: :math:`n_i = \max(1, \mathrm{round}(p\,c_i))`, halves to even.
 
-    Open in the paper ("proportional to the layer's FLOPs, to reduce the same % of FLOPs from every layer"); its example,
-    1:2:4 pairs for layers of equal MACs, shows that the aim is the same fraction of each layer. The count is of the
-    original width and stays fixed over the episodes.
+    Open in the paper ("proportional to the layer's FLOPs, to reduce the same % of FLOPs from every layer"); its
+    example, 1:2:4 pairs for layers of equal MACs, shows that the aim is the same fraction of each layer. The count is
+    of the original width and stays fixed over the episodes.
 
     Args:
         width: Original number of filters c_i.
@@ -313,7 +318,7 @@ def pairs_by_width(width: int, fraction: float = 1 / 16) -> int:
 def pairs_by_macs(macs: Sequence[int], widths: Sequence[int], fraction: float = 1 / 16) -> list[int]:
     r"""Pairs per layer by MAC share: the literal reading of "proportional to the layer's FLOPs".
 
-    :math:`n_i = \max(1, \mathrm{round}(N m_i / \sum m))` with :math:`N = p \sum c_i` pairs in all, never more than c_i - 1.
+    :math:`n_i = \max(1, \mathrm{round}(N m_i / \sum m))` with :math:`N = p \sum c_i` pairs in all, at most c_i - 1.
 
     Args:
         macs: MACs of each layer (of a group: of its producers together).
@@ -334,6 +339,38 @@ def pairs_by_macs(macs: Sequence[int], widths: Sequence[int], fraction: float = 
         raise CriterionError(f"pairs_by_macs: the fraction must be in (0, 1), found {fraction}.")
     total = sum(macs)
     if len(macs) != len(widths) or total <= 0:
-        raise CriterionError(f"pairs_by_macs: needs MACs and a width for every layer, found {len(macs)} and {len(widths)}.")
+        raise CriterionError(
+            f"pairs_by_macs: needs MACs and a width for every layer, found {len(macs)} and {len(widths)}."
+        )
     pairs = fraction * sum(widths)
     return [min(max(1, round(pairs * m / total)), max(c - 1, 0)) for m, c in zip(macs, widths, strict=True)]
+
+
+@criterion("cfp", needs=["producers"], returns="pairs", source="Singh et al. 2020, correlated filter pairs")
+def correlated_pairs(producers: Sequence[Tensor], remove: int, *, signed: bool = False) -> Selection:
+    r"""Select the filters that CFP would drop next, without the training that moves them into their partners.
+
+    Singh et al. 2020, eq. 7 and the rule of :func:`select_pairs`; a coupled group is scored by the mean of |ρ| over its
+    producers. Departures: a layer with one element a filter has no correlation and does not count.
+
+    Args:
+        producers: One tensor a producer, shape ``(C, F_m)``.
+        remove: Number of filters to remove, at most C - 1.
+        signed: Pair by ρ instead of |ρ|.
+
+    Returns:
+        The dropped filters in order, each with the partner that stays and their score.
+
+    Raises:
+        CriterionError: If no producer has two elements a filter, or a filter holds NaN.
+    """
+    layers = [weights for weights in producers if weights.shape[1] >= 2]
+    if not layers:
+        raise CriterionError("cfp: no producer has at least 2 elements a filter; leave this group out.")
+    scores = group_score([pearson(weights).double().cpu() for weights in layers], signed=signed)
+    norms = torch.stack([weights.double().abs().sum(dim=1).cpu() for weights in layers]).sum(dim=0)
+    pairs = select_pairs(scores, remove, norms=norms)
+    return Selection(
+        tuple(dropped for dropped, _ in pairs),
+        tuple(Pair(kept, dropped, float(scores[dropped, kept])) for dropped, kept in pairs),
+    )

@@ -18,7 +18,7 @@ from secateur.engine.result import CompressResult, summarise
 from secateur.engine.rundir import RunDirectory
 from secateur.engine.settings import Settings
 from secateur.engine.state import State
-from secateur.errors import RunError, UsageError
+from secateur.errors import UsageError
 from secateur.planning import Target
 from secateur.training import Batches, Loss, Metric
 
@@ -56,11 +56,11 @@ def compress(
 ) -> CompressResult:
     """Prune and fine-tune a trained network round by round, as long as its accuracy allows or to a target.
 
-    With ``method="cfp"`` each round is an episode of Singh et al. 2020: select the most correlated filter pairs of every
-    layer, train them towards |ρ| = 1, drop one filter of each pair, fine-tune, and accept the result if the metric on
-    the validation data has recovered to within ``tolerance`` of the unpruned network's; otherwise go back. Phase 1 prunes
-    all layers at once; phase 2 layer after layer. Any other method is a criterion: each round the lowest-scoring
-    channels of every group go.
+    With ``method="cfp"`` each round is an episode of Singh et al. 2020: select the most correlated filter pairs of
+    every layer, train them towards |ρ| = 1, drop one filter of each pair, fine-tune, and accept the result if the
+    metric on the validation data has recovered to within ``tolerance`` of the unpruned network's; otherwise go back.
+    Phase 1 prunes all layers at once; phase 2 layer after layer. Any other method is a criterion: each round the
+    lowest-scoring channels of every group go.
 
     Args:
         model: The trained network; it is copied, never changed.
@@ -92,8 +92,8 @@ def compress(
     """
     chosen = Settings.of(settings)
     engine = Engine(
-        model, method, train=train, validation=validation, test=test, example_inputs=example_inputs, tolerance=tolerance,
-        target=target, seed=seed, settings=chosen, loss=loss, metric=metric, progress=progress,
+        model, method, train=train, validation=validation, test=test, example_inputs=example_inputs,
+        tolerance=tolerance, target=target, seed=seed, settings=chosen, loss=loss, metric=metric, progress=progress,
     )  # fmt: skip
     if run_dir is None:
         return _run(engine, engine.init(), None)
@@ -150,8 +150,9 @@ def resume(
         target = config["target"]
         engine = Engine(
             original, method or config["method"], train=train, validation=validation, test=test,
-            example_inputs=example_inputs, tolerance=config["tolerance"], target=None if target is None else Target(**target),
-            seed=config["seed"], settings=Settings.of(config["settings"]), loss=loss, metric=metric, progress=progress,
+            example_inputs=example_inputs, tolerance=config["tolerance"],
+            target=None if target is None else Target(**target), seed=config["seed"],
+            settings=Settings.of(config["settings"]), loss=loss, metric=metric, progress=progress,
         )  # fmt: skip
         stored, tensors = directory.restore()
         return _run(engine, engine.resume(stored, tensors), directory)
@@ -179,7 +180,11 @@ def _configuration(engine: Engine, describe: Mapping[str, Any] | None) -> dict[s
     target = engine.target
     if not isinstance(engine.method, str) and not hasattr(engine.method, "name") and not callable(engine.method):
         raise UsageError(f"method: is a name or a criterion, found {type(engine.method).__name__}.")
-    method = engine.method if isinstance(engine.method, str) else getattr(engine.method, "name", None) or engine.method.__name__
+    method = (
+        engine.method
+        if isinstance(engine.method, str)
+        else getattr(engine.method, "name", None) or engine.method.__name__
+    )
     versions = {}
     for package in ("secateur", "torch", "torchvision", "accelerate", "torchmetrics"):
         with suppress(PackageNotFoundError):
@@ -194,8 +199,8 @@ def _configuration(engine: Engine, describe: Mapping[str, Any] | None) -> dict[s
         "versions": versions,
         "machine": {
             "system": platform.platform(), "processor": platform.processor() or platform.machine(),
-            "python": platform.python_version(), "threads": torch.get_num_threads(), "device": str(engine.runtime.device),
-            "processes": engine.runtime.num_processes,
+            "python": platform.python_version(), "threads": torch.get_num_threads(),
+            "device": str(engine.runtime.device), "processes": engine.runtime.num_processes,
         },
         **dict(describe or {}),
     }  # fmt: skip

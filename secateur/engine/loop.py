@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from secateur import cost, observe, training
@@ -37,8 +36,8 @@ class Event:
     """What a run is doing, for progress bars and logs."""
 
     kind: Literal["stage", "batch", "episode", "milestone"]
-    """``stage``: a stage of training begins an epoch; ``batch``: a batch is done; ``episode``, ``milestone``: ``record`` is
-    complete."""
+    """``stage``: a stage of training begins an epoch; ``batch``: a batch is done; ``episode``, ``milestone``: its
+    ``record`` is complete."""
     stage: str
     """``optimise``, ``finetune`` or ``final``."""
     round: int
@@ -102,14 +101,19 @@ class Engine:
         self.graph: ChannelGraph = trace(self.original, self.example_inputs)
         chosen = self.settings
         self.groups = pairing.eligible(
-            self.graph, internal_only=chosen.internal_only, linear=chosen.linear or bool(chosen.widths), skip=chosen.skip
+            self.graph,
+            internal_only=chosen.internal_only,
+            linear=chosen.linear or bool(chosen.widths),
+            skip=chosen.skip,
         )
         self.goals = [self._goal(widths) for widths in chosen.widths]
         if self.goals:
             named = {name for goal in self.goals for name in goal}
             self.groups = [group for group in self.groups if group.name in named]
         if not self.groups:
-            raise UsageError("compress: the network has no group of filters that these settings let go; see trace for the reasons.")
+            raise UsageError(
+                "compress: the network has no group of filters that these settings let go; see trace for the reasons."
+            )
         self._stage: Stage | None = None
         self._regulariser: pairing.CorrelationRegulariser | None = None
         self._traced: tuple[nn.Module, ChannelGraph] | None = None
@@ -144,9 +148,13 @@ class Engine:
                 raise UsageError(f"widths: {module} has no filters that can be pruned here; groups are {known}.")
             group = found[0]
             if not group.size - pairing.most_removable(group, 1) <= width <= group.size:
-                raise UsageError(f"widths: {module} can have 1 to {group.size} filters within its constraint, found {width}.")
+                raise UsageError(
+                    f"widths: {module} can have 1 to {group.size} filters within its constraint, found {width}."
+                )
             if goal.get(group.name, width) != width:
-                raise UsageError(f"widths: {module} shares its channels with {group.name}, which is to have {goal[group.name]}.")
+                raise UsageError(
+                    f"widths: {module} shares its channels with {group.name}, which is to have {goal[group.name]}."
+                )
             goal[group.name] = width
         return goal
 
@@ -230,9 +238,13 @@ class Engine:
             return
         graph = self.present(state)
         state.pairs = {
-            name: [[alive[d], alive[k]] for d, k in chosen] for name, chosen in pairs.items() for alive in [self.alive(state, name)]
+            name: [[alive[d], alive[k]] for d, k in chosen]
+            for name, chosen in pairs.items()
+            for alive in [self.alive(state, name)]
         }
-        state.going = {name: [alive[c] for c in chosen] for name, chosen in going.items() for alive in [self.alive(state, name)]}
+        state.going = {
+            name: [alive[c] for c in chosen] for name, chosen in going.items() for alive in [self.alive(state, name)]
+        }
         if self.target is not None:
             self._trim(state)
         before = self._scores(state, graph)
@@ -267,8 +279,8 @@ class Engine:
         if self.target is not None:
             reached = self.target.removed(self.graph, self.plan(state.removed))
             raise RunError(
-                f"target: {self.target.what} {self.target.fraction:g} is out of reach: with nothing left to remove, {reached:.3f} "
-                "is gone. Ask for less, or let more groups go (linear, skip, internal_only, min_width)."
+                f"target: {self.target.what} {self.target.fraction:g} is out of reach: with nothing left to remove, "
+                f"{reached:.3f} is gone. Ask for less, or let more groups go (linear, skip, internal_only, min_width)."
             )
         if self.goals:
             raise RunError(f"widths: {self.goals[state.goal]} can't be reached within the groups' constraints.")
@@ -305,7 +317,8 @@ class Engine:
         if self.settings.pace == "linear":
             return round(left / rounds)
         now = left + width
-        return min(left, round(now - now * (width / now) ** (1 / rounds)))
+        kept = math.pow(width / now, 1 / rounds)
+        return min(left, round(now * (1 - kept)))
 
     def _by_rule(self, groups: list[ChannelGroup]) -> dict[str, int]:
         rule, fraction = self.settings.pairs, self.settings.fraction
@@ -320,11 +333,13 @@ class Engine:
             numbers = [rule] * len(groups)
         elif isinstance(rule, dict):
             numbers = [next((n for start, n in rule.items() if g.name.startswith(start)), 0) for g in groups]
-        else:
+        elif isinstance(rule, tuple):
             distinct = sorted({group.size for group in self.groups})
             if len(distinct) != len(rule):
                 raise UsageError(f"pairs: {list(rule)} needs one number for each of the widths {distinct}.")
             numbers = [rule[distinct.index(size)] for size in sizes]
+        else:
+            raise UsageError(f"pairs: is width, macs, a number, a list or a mapping, found {rule!r}.")
         return {group.name: n for group, n in zip(groups, numbers, strict=True)}
 
     def _choose(self, state: State, counts: Mapping[str, int]) -> tuple[pairing.Pairs, Removed]:
@@ -343,7 +358,8 @@ class Engine:
             return pairs, {name: [d for d, _ in found] for name, found in pairs.items()}
         scores = self._criterion_scores(state, graph, list(wanted))
         lowest = {
-            name: pairing.select_lowest(graph.group(name), scores[name], n, min_width=chosen.min_width) for name, n in wanted.items()
+            name: pairing.select_lowest(graph.group(name), scores[name], n, min_width=chosen.min_width)
+            for name, n in wanted.items()
         }
         return {}, {name: channels for name, channels in lowest.items() if channels}
 
@@ -414,7 +430,12 @@ class Engine:
             goal, made = chosen.correlation_target, regulariser
             reached = lambda: made.minimum >= goal  # noqa: E731
         over = self._train(
-            state, "optimise", chosen.optimise_epochs, chosen.training(chosen.optimise_lr), regulariser=regulariser, stop=reached
+            state,
+            "optimise",
+            chosen.optimise_epochs,
+            chosen.training(chosen.optimise_lr),
+            regulariser=regulariser,
+            stop=reached,
         )
         if over:
             after = self._scores(state, graph)
@@ -543,7 +564,17 @@ class Engine:
 
         def on_batch(batch: int, batches: int | None, loss: float) -> None:
             self.progress(
-                Event("batch", name, event.round, event.phase, event.epoch, epochs, batch=batch, batches=batches, loss=loss)
+                Event(
+                    "batch",
+                    name,
+                    event.round,
+                    event.phase,
+                    event.epoch,
+                    epochs,
+                    batch=batch,
+                    batches=batches,
+                    loss=loss,
+                )
             )
 
         record = self._stage.run_epoch(self.train, state.epoch, on_batch)
@@ -558,7 +589,9 @@ class Engine:
         return over
 
     def _measure(self, model: nn.Module, batches: Batches | None = None) -> float:
-        return training.evaluate(model, self.validation if batches is None else batches, self.metric, runtime=self.runtime)
+        return training.evaluate(
+            model, self.validation if batches is None else batches, self.metric, runtime=self.runtime
+        )
 
     def widths(self, plan: PruningPlan) -> dict[str, int]:
         """Return the output channels of every convolution and linear layer under a plan."""
@@ -579,7 +612,10 @@ class _Some:
 
 
 def _union(first: Mapping[str, list[int]], second: Mapping[str, list[int]]) -> Removed:
-    return {name: sorted({*first.get(name, []), *second.get(name, [])}) for name in [*first, *(n for n in second if n not in first)]}
+    return {
+        name: sorted({*first.get(name, []), *second.get(name, [])})
+        for name in [*first, *(n for n in second if n not in first)]
+    }
 
 
 def _copied(model: nn.Module) -> dict[str, Tensor]:

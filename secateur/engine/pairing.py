@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from secateur import cost
 from secateur.criteria import singh2020cfp as cfp
 from secateur.engine.settings import Share
-from secateur.errors import PlanError
+from secateur.errors import CriterionError, PlanError
 from secateur.graph import ChannelGraph, ChannelGroup, Member
 from secateur.planning import steps
 
@@ -91,10 +91,12 @@ def layer_macs(graph: ChannelGraph) -> dict[str, int]:
     return macs
 
 
-def correlations(model: nn.Module, graph: ChannelGraph, group: ChannelGroup, *, share: Share, signed: bool) -> Tensor | None:
+def correlations(
+    model: nn.Module, graph: ChannelGraph, group: ChannelGroup, *, share: Share, signed: bool
+) -> Tensor | None:
     """Score every pair of a group, ``(size, size)`` on the CPU; None where it has no filters to correlate.
 
-    Channels that are produced by different sets of layers (a padded shortcut) score -1: none can stand in for the other.
+    Channels that are produced by different sets of layers (a padded shortcut) score -1: no stand-ins.
     """
     sources = producers(graph, group, share)
     if not sources:
@@ -149,7 +151,14 @@ def _whole(group: ChannelGroup, count: int, min_width: int) -> int:
 
 
 def select_pairs(
-    model: nn.Module, graph: ChannelGraph, group: ChannelGroup, count: int, *, share: Share, signed: bool, min_width: int = 1
+    model: nn.Module,
+    graph: ChannelGraph,
+    group: ChannelGroup,
+    count: int,
+    *,
+    share: Share,
+    signed: bool,
+    min_width: int = 1,
 ) -> list[tuple[int, int]]:
     """Choose about ``count`` channels of a group to drop, each with the partner that stays.
 
@@ -203,9 +212,7 @@ def eligible(
 
 
 def _depthwise(graph: ChannelGraph, member: Member) -> bool:
-    return any(
-        layer.module == member.module and layer.groups == layer.in_channels > 1 for layer in graph.layers
-    )
+    return any(layer.module == member.module and layer.groups == layer.in_channels > 1 for layer in graph.layers)
 
 
 class CorrelationRegulariser:
@@ -243,7 +250,7 @@ class CorrelationRegulariser:
         self._model = model
         self._sizes = [len(p) for p in pairs.values()]
         if not sum(self._sizes):
-            raise cfp.CriterionError("regulariser: the episode has no pair; select at least one.")
+            raise CriterionError("regulariser: the episode has no pair; select at least one.")
         self.groups = list(pairs)
         # One entry a filter length, so that all filters of that length are correlated at once.
         buckets: dict[int, list[tuple[Producer, Tensor, Tensor, float]]] = {}
@@ -266,7 +273,9 @@ class CorrelationRegulariser:
             for source, rows, slots, weight in entries:
                 distinct, place = torch.unique(rows, return_inverse=True)
                 parameter = model.get_parameter(source.tensor)
-                reads.append((parameter, source.dim, source.rows[distinct].flatten().to(parameter.device), len(distinct)))
+                reads.append(
+                    (parameter, source.dim, source.rows[distinct].flatten().to(parameter.device), len(distinct))
+                )
                 first.append(place[:, 0] + offset)
                 second.append(place[:, 1] + offset)
                 offset += len(distinct)
@@ -300,7 +309,11 @@ class CorrelationRegulariser:
         """Return λ times the regulariser, a differentiable scalar."""
         scores = self.scores()
         self._last = scores.detach()
-        return self.strength * cfp.regulariser(list(scores.split(self._sizes)), self.form)
+        return self.strength * cfp.regulariser(self._split(scores), self.form)
+
+    def _split(self, scores: Tensor) -> list[Tensor]:
+        ends = np.cumsum(self._sizes).tolist()
+        return [scores[end - size : end] for end, size in zip(ends, self._sizes, strict=True)]
 
     @property
     def minimum(self) -> float:
@@ -310,7 +323,7 @@ class CorrelationRegulariser:
     def by_group(self) -> dict[str, list[float]]:
         """Return the present score of each pair, by group."""
         with torch.no_grad():
-            parts = self.scores().cpu().split(self._sizes)
+            parts = self._split(self.scores().cpu())
         return {name: part.tolist() for name, part in zip(self.groups, parts, strict=True)}
 
 

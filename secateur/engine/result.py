@@ -49,14 +49,17 @@ def summarise(engine: Engine, state: State, directory: RunDirectory | None) -> C
     check = verify(engine.original, cut(engine.original, plan), plan, engine.example_inputs)
     last = state.milestones[-1]
     report: dict[str, Any] = {
-        "metric": "accuracy" if engine.metric is None else getattr(engine.metric, "__name__", type(engine.metric).__name__),
+        "metric": "accuracy"
+        if engine.metric is None
+        else getattr(engine.metric, "__name__", type(engine.metric).__name__),
         "baseline": {
             **state.baseline,
             **_figures(engine, engine.original, PruningPlan()),
         },
         "final": {"validation": last["validation"], "test": last["test"], **_figures(engine, small, plan)},
         "refused": [
-            {"operator": r.operator, "module": r.module, "source": r.source, "reason": r.reason} for r in engine.graph.refused
+            {"operator": r.operator, "module": r.module, "source": r.source, "reason": r.reason}
+            for r in engine.graph.refused
         ],
         "verification": asdict(check),
         "max_abs_rho": {"before": before, "after": after},

@@ -29,8 +29,8 @@ except ImportError:  # Windows has no advisory locks of this kind
 class RunDirectory:
     """The folder of one run, held by one process at a time.
 
-    Every file in it is whole at every moment, and all but ``checkpoint/state.safetensors`` can be written again from that
-    one. A process that doesn't write (not the main one of several) only reads.
+    Every file in it is whole at every moment, and all but ``checkpoint/state.safetensors`` can be written again from
+    that one. A process that doesn't write (not the main one of several) only reads.
 
     Raises:
         RunError: If another process holds the folder.
@@ -55,7 +55,9 @@ class RunDirectory:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 os.close(self._lock)
-                raise RunError(f"{self.path}: another process is running here; wait for it or choose another folder.") from error
+                raise RunError(
+                    f"{self.path}: another process is running here; wait for it or choose another folder."
+                ) from error
         return self
 
     def __exit__(
@@ -118,12 +120,14 @@ class RunDirectory:
         """Save the network of a goal that was reached."""
         if self.write:
             record = state.milestones[-1]
-            checkpoint.save(state.network, plan, self.path / f"milestone-{len(state.milestones)}.safetensors", extra=record)
+            checkpoint.save(
+                state.network, plan, self.path / f"milestone-{len(state.milestones)}.safetensors", extra=record
+            )
 
     def finish(self, result: CompressResult) -> None:
         """Write the network, its plan and the result."""
         if self.write:
-            checkpoint.save(result.model, result.plan, self.path / "model.safetensors", extra=result.report["final"])
+            checkpoint.save(result.model, result.plan, self.path / "model.safetensors", extra=result.milestones[-1])
             checkpoint.write_atomic(self.path / "plan.json", (result.plan.to_json() + "\n").encode())
             result.report["final"]["file_bytes"] = (self.path / "model.safetensors").stat().st_size
             result.report["baseline"]["file_bytes"] = (self.path / "baseline.safetensors").stat().st_size

@@ -47,7 +47,7 @@ class Settings:
 
     # Where to go
     widths: tuple[dict[str, int], ...] = ()
-    """Final widths by module name, one mapping after the other: ``({"conv1": 4, "conv2": 5}, {"conv1": 3, "conv2": 5})``.
+    """Final widths by module name, a chain of mappings: ``({"conv1": 4, "conv2": 5}, {"conv1": 3, "conv2": 5})``.
     Takes the place of a target."""
     rounds: tuple[int, ...] = ()
     """Number of episodes to each of ``widths``, spread by ``pace``; by ``pairs`` when empty."""
@@ -78,7 +78,7 @@ class Settings:
     # Training
     finetune_epochs: int = 2
     final_epochs: int = 0
-    """Epochs of fine-tuning beside those of the episode, where a target or a set of widths is reached and at the end."""
+    """Epochs of fine-tuning beside those of the episode, where a target or widths are reached, and at the end."""
     final_lr: float | None = None
     """Peak learning rate of the final epochs, which follow a cosine to 0; ``lr`` when None."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
@@ -106,7 +106,9 @@ class Settings:
         """Refuse values out of range, each in one line."""
         _require(0 < self.fraction < 1, "fraction", "is in (0, 1)", self.fraction)
         if isinstance(self.pairs, str):
-            _require(self.pairs in ("width", "macs"), "pairs", "is width, macs, a number, a list or a mapping", self.pairs)
+            _require(
+                self.pairs in ("width", "macs"), "pairs", "is width, macs, a number, a list or a mapping", self.pairs
+            )
         counts = [self.pairs] if isinstance(self.pairs, int) else self.pairs
         counts = list(counts.values()) if isinstance(counts, dict) else counts
         _require(isinstance(counts, str) or all(n >= 0 for n in counts), "pairs", "are not negative", self.pairs)
@@ -123,7 +125,10 @@ class Settings:
         _require(set(self.phases) <= {1, 2} and bool(self.phases), "phases", "are of 1 and 2", self.phases)
         _require(all(r >= 1 for r in self.rounds), "rounds", "are at least 1 each", self.rounds)
         _require(
-            not self.rounds or len(self.rounds) == len(self.widths), "rounds", f"needs {len(self.widths)} numbers", self.rounds
+            not self.rounds or len(self.rounds) == len(self.widths),
+            "rounds",
+            f"needs {len(self.widths)} numbers",
+            self.rounds,
         )
         self.training()
         Distillation(self.distillation, self.temperature)

@@ -83,12 +83,15 @@ class State:
 
     def save(self, path: Path) -> None:
         """Write the state into one file, atomically."""
-        tensors: dict[str, Tensor] = {f"model/{k}": v for k, v in self.network.state_dict().items() if isinstance(v, Tensor)}
+        tensors: dict[str, Tensor] = {
+            f"model/{k}": v for k, v in self.network.state_dict().items() if isinstance(v, Tensor)
+        }
         if self.accepted is not None:
             tensors |= {f"accepted/{k}": v for k, v in self.accepted.items()}
         training = _flatten(self.training, "training", tensors)
         record = {
-            "version": FORMAT_VERSION, "state": self.plain(), "training": training, "accepted": self.accepted is not None,
+            "version": FORMAT_VERSION, "state": self.plain(), "training": training,
+            "accepted": self.accepted is not None,
         }  # fmt: skip
         stored = {k: v.detach().to("cpu").clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
         write_atomic(path, to_bytes(stored, metadata={_KEY: json.dumps(record, separators=(",", ":"))}))
@@ -104,7 +107,9 @@ class State:
         try:
             state = cls(**record["state"])
             if record["accepted"]:
-                state.accepted = {k.removeprefix("accepted/"): v for k, v in tensors.items() if k.startswith("accepted/")}
+                state.accepted = {
+                    k.removeprefix("accepted/"): v for k, v in tensors.items() if k.startswith("accepted/")
+                }
             state.training = _restore(record["training"], tensors)
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: damaged, or written by another release: {error}.") from error
@@ -113,7 +118,9 @@ class State:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file, so there is no run to resume; the run directory or its name is another.")
+        raise CheckpointError(
+            f"{path}: no such file, so there is no run to resume; the run directory or its name is another."
+        )
     try:
         with safe_open(path, framework="pt") as file:
             record = json.loads((file.metadata() or {})[_KEY])
@@ -121,7 +128,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: damaged, or not the state of a run: {' '.join(str(error).split())}.") from error
     if record.get("version") != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format version {record.get('version')}, this release resumes {FORMAT_VERSION} only.")
+        raise CheckpointError(
+            f"{path}: format version {record.get('version')}, this release resumes {FORMAT_VERSION} only."
+        )
     return tensors, record
 
 

@@ -1,0 +1,334 @@
+"""The loop: phases, tolerance and revert, targets, widths, ablation, other criteria, and what is recorded."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import secateur as sc
+from secateur import checkpoint, training
+from secateur.cost import layer_costs
+from secateur.engine import CompressResult, Engine, Event, Settings, compress, resume
+from secateur.errors import CheckpointError, RunError, SecateurError, UsageError
+from tests.engine.nets import Residual, Small, digits, trained
+
+TRAIN, VALIDATION, TEST = digits(200)
+QUICK: dict[str, Any] = {"lr": 0.02, "finetune_epochs": 1, "optimise_epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    return trained()
+
+
+def run(model: nn.Module, method: Any = "cfp", **options: Any) -> CompressResult:
+    return compress(model, method, train=TRAIN, validation=VALIDATION, **{**QUICK, **options})
+
+
+def same(first: nn.Module, second: nn.Module) -> bool:
+    a, b = first.state_dict(), second.state_dict()
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def check(model: nn.Module, result: CompressResult) -> None:
+    """What holds of every result."""
+    graph = sc.trace(model, VALIDATION.x[:1])
+    small = sc.trace(result.model, VALIDATION.x[:1])
+    final = result.report["final"]
+    assert type(result.model) is type(model)
+    assert final["macs"] == sc.macs(graph, result.plan) == sc.macs(small)
+    assert final["parameters"] == sum(p.numel() for p in result.model.parameters())
+    assert final["widths"] == {layer.module: layer.out_channels for layer in layer_costs(small)}
+    assert final["validation"] == training.evaluate(result.model, VALIDATION)
+    assert result.report["verification"]["exact"]
+    accepted: dict[str, set[int]] = {}
+    for record in result.history:
+        for name, channels in record["removed"].items():
+            assert not set(channels) & accepted.get(name, set()), "a channel is removed twice"
+            if record["accepted"]:
+                accepted.setdefault(name, set()).update(channels)
+    assert {name: sorted(channels) for name, channels in accepted.items()} == result.plan.removed
+
+
+def test_widths_are_reached_as_a_chain(network: nn.Module, tmp_path: Path) -> None:
+    before = copy.deepcopy(network.state_dict())
+    goals = ({"conv1": 5, "conv2": 6}, {"conv1": 4, "conv2": 6})
+    result = run(network, widths=goals, rounds=(2, 1), test=TEST, final_epochs=1, run_dir=tmp_path / "run")
+    check(network, result)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert [m["widths"] | goal == m["widths"] for m, goal in zip(result.milestones, goals, strict=True)] == [True, True]
+    assert [r["widths"]["conv1"] for r in result.history] == [6, 5, 4]
+    assert [r["widths"]["conv2"] for r in result.history] == [8, 6, 6]
+    for number, milestone in enumerate(result.milestones, 1):
+        loaded = checkpoint.load(Small(), tmp_path / "run" / f"milestone-{number}.safetensors")
+        assert training.evaluate(loaded, TEST) == milestone["test"]
+    # 1 of optimisation and 1 of fine-tuning a round, 1 at each goal; an early end takes less.
+    assert result.report["images"] <= 200 * (3 * 2 + 2)
+
+
+def test_episodes_are_recorded(network: nn.Module) -> None:
+    result = run(network, widths={"conv1": 6, "conv2": 8}, correlation_target=None, optimise_epochs=2)
+    for record in result.history:
+        assert len(record["pairs"]) == sum(map(len, record["removed"].values()))
+        for pair in record["pairs"]:
+            assert pair["dropped"] in record["removed"][pair["group"]]
+            assert pair["kept"] not in record["removed"][pair["group"]]
+            assert pair["abs_rho_after"] > pair["abs_rho_before"]
+        for name in record["removed"]:
+            rhos = [p["abs_rho_before"] for p in record["pairs"] if p["group"] == name]
+            assert record["abs_rho_before"][name] == pytest.approx(max(rhos), abs=1e-5)
+    befores, tuned = [r["metric_before"] for r in result.history], [r["metric_tuned"] for r in result.history]
+    assert befores == [result.report["baseline"]["validation"], *tuned[:-1]]
+    assert [r["round"] for r in result.history] == list(range(1, len(result.history) + 1))
+
+
+def test_optimisation_ends_at_the_correlation_target(network: nn.Module) -> None:
+    options = {"widths": {"conv1": 7}, "optimise_epochs": 60, "finetune_epochs": 0, "lr": 0.05}
+    early = run(network, correlation_target=0.9, **options)
+    assert early.report["images"] < 60 * 200
+    assert 0.9 <= min(p["abs_rho_after"] for p in early.history[0]["pairs"])
+
+
+def test_ablation_sees_the_same_number_of_images(network: nn.Module) -> None:
+    options = {"widths": {"conv1": 6, "conv2": 9}, "correlation_target": None, "optimise_epochs": 2}
+    with_it, without = run(network, **options), run(network, optimise="none", **options)
+    assert with_it.report["images"] == without.report["images"] == 3 * 200 * len(with_it.history)
+    gains = [
+        sum(p["abs_rho_after"] - p["abs_rho_before"] for r in result.history for p in r["pairs"]) for result in (with_it, without)
+    ]
+    assert gains[0] > 2 * abs(gains[1])
+
+
+@pytest.mark.parametrize("target", [sc.Target(macs=0.4), sc.Target(params=0.3), sc.Target(channels=0.35)])
+def test_a_target_is_met_and_not_overshot(network: nn.Module, target: sc.Target) -> None:
+    result = run(network, target=target, optimise_epochs=0, finetune_epochs=0, pairs=3)
+    check(network, result)
+    graph = sc.trace(network, VALIDATION.x[:1])
+    assert target.removed(graph, result.plan) >= target.fraction
+    assert all(record["accepted"] for record in result.history)
+    last = result.history[-1]["removed"]
+    if sum(map(len, last.values())) > 1:
+        # Without any one channel of the last round the target is missed, or it was the one that met it.
+        fewer = {name: set(c) for name, c in result.plan.removed.items()}
+        kinds = []
+        for name, channels in last.items():
+            less = {n: sorted(c - {channels[-1]} if n == name else c) for n, c in fewer.items()}
+            kinds.append(target.removed(graph, sc.plan_removal(graph, less)) < target.fraction)
+        assert any(kinds)
+
+
+def test_tolerance_rules_and_misses_are_reverted(network: nn.Module) -> None:
+    baseline = training.evaluate(network, VALIDATION)
+    result = run(network, tolerance=3.0, pairs=2, optimise_epochs=0, test=TEST)
+    check(network, result)
+    assert result.report["baseline"]["validation"] == baseline
+    for record in result.history:
+        assert record["accepted"] == (record["metric_tuned"] >= baseline - 0.03 - 1e-9)
+    accepted = [r for r in result.history if r["accepted"]]
+    assert accepted
+    assert result.report["final"]["validation"] == accepted[-1]["metric_tuned"] >= baseline - 0.03 - 1e-9
+    phases = [r["phase"] for r in result.history]
+    assert phases == sorted(phases)
+    first = [r["accepted"] for r in result.history if r["phase"] == 1]
+    assert first == [True] * (len(first) - 1) + [False]
+    groups = [r["group"] for r in result.history if r["phase"] == 2]
+    assert groups == sorted(groups, key=["conv1", "conv2"].index)
+    for name in ("conv1", "conv2"):
+        own = [r for r in result.history if r["phase"] == 2 and r["group"] == name]
+        assert all(list(r["removed"]) == [name] for r in own)
+        assert [r["accepted"] for r in own][:-1] == [True] * (len(own) - 1)
+
+
+def test_an_impossible_tolerance_gives_the_original_back(network: nn.Module) -> None:
+    def metric(model: nn.Module, _: Any) -> float:
+        return float(model.get_parameter("conv1.weight").shape[0])
+
+    def both(model: nn.Module, _: Any) -> float:
+        return float(sum(p.numel() for p in model.parameters()))
+
+    kept = run(network, metric=both, tolerance=0.0, finetune_epochs=0, optimise_epochs=0)
+    assert same(kept.model, network)
+    assert kept.plan.removed == {}
+    assert [r["accepted"] for r in kept.history] == [False, False, False]
+    only = run(network, metric=metric, tolerance=0.0, finetune_epochs=0, optimise_epochs=0)
+    assert set(only.plan.removed) == {"conv2"}
+    assert len(only.plan.removed["conv2"]) == 11
+
+
+def test_only_phase_two(network: nn.Module) -> None:
+    result = run(network, phases=(2,), tolerance=100, phase2_pairs=4, min_width=3, optimise_epochs=0, finetune_epochs=0)
+    assert [r["group"] for r in result.history] == ["conv1"] * 2 + ["conv2"] * 3
+    assert result.report["final"]["widths"] | {"conv1": 3, "conv2": 3} == result.report["final"]["widths"]
+
+
+def test_same_seed_same_bits_other_seed_others(network: nn.Module) -> None:
+    options = {"widths": {"conv1": 6, "conv2": 9}}
+    first, again, other = (run(network, seed=seed, **options) for seed in (0, 0, 1))
+    assert same(first.model, again.model)
+    assert not same(first.model, other.model)
+
+
+@pytest.mark.parametrize("method", ["l1", "corrnet", "cshe", "taylor", "random"])
+def test_any_criterion_drives_the_loop(network: nn.Module, method: str) -> None:
+    result = run(network, method, target=sc.Target(macs=0.3), criterion_batches=2)
+    check(network, result)
+    assert all(record["pairs"] == [] for record in result.history)
+
+
+def test_lowest_l1_goes(network: nn.Module) -> None:
+    result = run(network, "l1", widths={"conv1": 5}, rounds=(1,), finetune_epochs=0)
+    norms = network.get_parameter("conv1.weight").detach().abs().flatten(1).sum(1)
+    assert result.plan.removed == {"conv1": sorted(norms.argsort()[:3].tolist())}
+
+
+def test_own_function_as_criterion(network: nn.Module) -> None:
+    def late(filters: Tensor) -> Tensor:
+        return -torch.arange(len(filters), dtype=torch.float64)
+
+    result = run(network, late, widths={"conv1": 5}, rounds=(1,), finetune_epochs=0)
+    assert result.plan.removed == {"conv1": [5, 6, 7]}
+
+
+def test_streams_and_inner_layers() -> None:
+    model = trained(net=Residual, epochs=2)
+    result = run(model, target=sc.Target(channels=0.3), optimise_epochs=1)
+    check(model, result)
+    assert set(result.plan.removed) == {"stem", "inner"}
+    inner = run(model, target=sc.Target(channels=0.2), internal_only=True, optimise_epochs=0)
+    assert set(inner.plan.removed) == {"inner"}
+
+
+def test_merging_a_duplicate_costs_nothing(network: nn.Module) -> None:
+    model = copy.deepcopy(network)
+    with torch.no_grad():
+        for name in ("conv2.weight", "conv2.bias"):
+            tensor = model.get_parameter(name)
+            tensor[7] = tensor[4]
+    options = {"widths": {"conv2": 11}, "rounds": (1,), "optimise_epochs": 0, "finetune_epochs": 0}
+    merged, plain = run(model, merge=True, **options), run(model, **options)
+    assert merged.plan.removed == plain.plan.removed
+    model.eval()
+    with torch.no_grad():
+        outputs = [net.eval()(VALIDATION.x) for net in (model, merged.model, plain.model)]
+    assert torch.allclose(outputs[0], outputs[1], atol=1e-5)
+    assert not torch.allclose(outputs[0], outputs[2], atol=1e-3)
+
+
+def test_distillation_and_other_training(network: nn.Module) -> None:
+    result = run(network, widths={"conv1": 7}, distillation=0.5, optimizer="adam", lr=1e-3, schedule="cosine", clip_norm=1.0)
+    check(network, result)
+
+
+def test_counts_by_rule(network: nn.Module) -> None:
+    def counts(**settings: Any) -> dict[str, int]:
+        engine = Engine(network, "cfp", train=TRAIN, validation=VALIDATION, settings=Settings.of(settings))
+        return engine._counts(engine.init())
+
+    assert counts(fraction=0.25) == {"conv1": 2, "conv2": 3}
+    assert counts() == {"conv1": 1, "conv2": 1}
+    assert counts(pairs=3) == {"conv1": 3, "conv2": 3}
+    assert counts(pairs=[1, 2]) == {"conv1": 1, "conv2": 2}
+    assert counts(pairs={"conv2": 5}) == {"conv1": 0, "conv2": 5}
+    assert counts(linear=True, pairs={"fc": 2, "conv1": 1}) == {"conv1": 1, "conv2": 0, "fc1": 2}
+    macs = {"conv1": 36 * 9 * 8, "conv2": 16 * 8 * 9 * 12}
+    total = 0.25 * 20
+    assert counts(pairs="macs", fraction=0.25) == {n: round(total * m / sum(macs.values())) for n, m in macs.items()}
+
+
+def test_linear_layers_where_asked(network: nn.Module) -> None:
+    result = run(network, widths={"conv1": 7, "fc1": 10}, optimise_epochs=0, finetune_epochs=0)
+    assert result.report["final"]["widths"] == {"conv1": 7, "conv2": 12, "fc1": 10, "fc2": 10}
+
+
+def test_events_tell_what_is_going_on(network: nn.Module) -> None:
+    events: list[Event] = []
+    result = run(network, widths={"conv1": 7}, progress=events.append, final_epochs=1)
+    assert [e.stage for e in events if e.kind == "stage"] == ["optimise", "finetune", "final"]
+    assert [e.record for e in events if e.kind == "episode"] == result.history
+    batches = [e for e in events if e.kind == "batch" and e.stage == "finetune"]
+    assert [(e.batch, e.batches) for e in batches] == [(i, 5) for i in range(1, 6)]
+
+
+def test_run_directory(network: nn.Module, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    result = run(network, widths={"conv1": 6}, test=TEST, run_dir=folder, describe={"data": "digits"})
+    config = json.loads((folder / "config.json").read_text())
+    assert config["data"] == "digits"
+    assert Settings.of(config["settings"]) == Settings.of({**QUICK, "widths": {"conv1": 6}})
+    lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    assert lines == json.loads(json.dumps(result.history))
+    report = json.loads((folder / "result.json").read_text())
+    assert report == json.loads(json.dumps(result.report))
+    for part, name in (("baseline", "baseline"), ("final", "model")):
+        assert report[part]["file_bytes"] == (folder / f"{name}.safetensors").stat().st_size
+        assert sum(layer["macs"] for layer in report[part]["layers"]) == report[part]["macs"]
+        assert report[part]["latency_ms"] > 0
+    assert same(checkpoint.load(Small(), folder / "model.safetensors"), result.model)
+    assert same(checkpoint.load(Small(), folder / "baseline.safetensors"), network)
+    assert sc.PruningPlan.from_json((folder / "plan.json").read_text()) == result.plan
+    with pytest.raises(UsageError, match="holds a run already"):
+        run(network, run_dir=folder)
+    again = resume(folder, Small(), train=TRAIN, validation=VALIDATION, test=TEST)
+    assert same(again.model, result.model)
+
+
+def test_two_processes_never_share_a_run(network: nn.Module, tmp_path: Path) -> None:
+    from secateur.engine import RunDirectory
+
+    with RunDirectory(tmp_path), pytest.raises(RunError, match="another process is running here"):
+        run(network, run_dir=tmp_path)
+
+
+def test_resume_refuses_what_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no run"):
+        resume(tmp_path, Small(), train=TRAIN, validation=VALIDATION)
+
+
+def test_resume_refuses_a_damaged_state(network: nn.Module, tmp_path: Path) -> None:
+    run(network, widths={"conv1": 7}, run_dir=tmp_path)
+    state = tmp_path / "checkpoint" / "state.safetensors"
+    content = state.read_bytes()
+    for damaged in (content[:100], content[: len(content) // 2], b"", content[:8] + b"x" + content[9:]):
+        state.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="state.safetensors") as caught:
+            resume(tmp_path, Small(), train=TRAIN, validation=VALIDATION)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"finetune_epoch": 2}, UsageError, "finetune_epoch: no such setting; did you mean finetune_epochs"),
+        ({"fraction": 1.5}, UsageError, r"fraction: is in \(0, 1\), found 1.5"),
+        ({"form": "square"}, UsageError, "form: is one of paper"),
+        ({"pairs": "share"}, UsageError, "pairs: is width"),
+        ({"pairs": [1, 2, 4]}, UsageError, "one number for each of the widths"),
+        ({"phases": [3]}, UsageError, "phases"),
+        ({"rounds": 3}, UsageError, "rounds"),
+        ({"lr": -1.0}, UsageError, "lr: must be above 0"),
+        ({"lr": "fast"}, UsageError, "wrong kind"),
+        ({"tolerance": -1}, UsageError, "tolerance"),
+        ({"widths": {"conv9": 3}}, UsageError, "conv9 has no filters .* groups are conv1, conv2, fc1"),
+        ({"widths": {"conv1": 0}}, UsageError, "1 to 8 filters"),
+        ({"widths": {"conv1": 3}, "target": sc.Target(macs=0.5)}, UsageError, "give one of them"),
+        ({"target": sc.Target(macs=0.999), "optimise_epochs": 0, "finetune_epochs": 0}, RunError, "out of reach"),
+        ({"skip": ["conv", "fc"]}, UsageError, "no group of filters"),
+        ({"train": iter([])}, UsageError, "walked through only once"),
+        ({"method": "nope", "widths": {"conv1": 7}}, UsageError, "unknown criterion 'nope'"),
+        ({"widths": {"conv1": 7}, "lr": 1e25}, RunError, "lower the learning rate"),
+    ],
+)
+def test_bad_requests_are_one_clear_line(
+    network: nn.Module, options: dict[str, Any], error: type[SecateurError], message: str
+) -> None:
+    call: Callable[..., Any] = compress
+    with pytest.raises(error, match=message) as caught:
+        call(network, **{"train": TRAIN, "validation": VALIDATION, **QUICK, **options})
+    assert "\n" not in str(caught.value)
