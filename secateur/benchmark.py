@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.benchmark import Measurement, Timer
 
 from secateur.errors import PlanError, SecateurError, UsageError
-from secateur.export import OnnxModel, _batch_size, _quiet, _resized, export
+from secateur.export import OnnxModel, _batch_size, quiet, _resized, export
 from secateur.inputs import arguments
 
 BACKENDS = ("eager", "compile", "onnxruntime")
@@ -385,7 +385,7 @@ def _interleaved(
     for name, call in calls.items():
         timer = Timer("call()", globals={"call": call}, num_threads=threads)
         try:
-            with _quiet():
+            with quiet():
                 timer.timeit(2)  # warm-up: compilation, caches, the allocator's first pages
                 once = timer.timeit(1).median
         except Exception as error:  # noqa: BLE001 - the network is the user's, the backend a compiler's

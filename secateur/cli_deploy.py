@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -97,20 +97,24 @@ def benchmark(
     as_json: options.Json = False,
 ) -> None:
     """Measure time and peak memory of a network, or of two in turns: theoretical against measured speed-up."""
-    with _steps(as_json) as steps:
-        from secateur.benchmark import benchmark as measure
-        from secateur.sources import open_model, writable
+    with _steps(as_json) as steps, ExitStack() as files:
+        from secateur.export import quiet, replacing
+
+        with quiet():  # torch's benchmark tools look for a CUDA compiler and say so when there is none
+            from secateur.benchmark import benchmark as measure
+        from secateur.sources import open_model
 
         name = options.one(model, model_flag)
         built = options.values("--model-option", model_option)
         if run_dir is not None:
             if weights is not None or against is not None or out is not None:
-                raise UsageError("benchmark: --run-dir names both networks and the file; leave out --weights, "
-                                 "--against and --out.")  # fmt: skip
+                raise UsageError(
+                    "benchmark: --run-dir names both networks and the file; leave out --weights, --against and --out."
+                )
             weights, against = str(run_dir / "model.safetensors"), str(run_dir / "baseline.safetensors")
             out = run_dir / "benchmark.json"
-        if out is not None:
-            writable(out)
+        # Opened before anything is measured: minutes of work are not lost to a wrong path.
+        part = None if out is None else files.enter_context(replacing(out))
         with steps.step("building the model"):
             first = open_model(name, built, weights, input_shape or ())
             other = None
@@ -137,8 +141,8 @@ def benchmark(
             rounds=rounds,
             progress=progress,
         )
-        if out is not None:
-            _write(out, result)
+        if part is not None:
+            part.write_text(json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     console.write_json(result.to_dict()) if as_json else _show(result, out)
 
 
@@ -195,27 +199,34 @@ def export(
         return
     screen = console.output()
     screen.print(f"{out}: {console.size(parity.file_bytes)}, batch {'any' if not fixed_batch else 'fixed'}")
-    screen.print(f"largest difference {parity.relative_error:.1e} of the output (allowed {tolerance:.0e}), "
-                 f"at batch sizes {', '.join(map(str, parity.batch_sizes))}")  # fmt: skip
+    screen.print(
+        f"largest difference {parity.relative_error:.1e} of the output (allowed {tolerance:.0e}), "
+        f"at batch sizes {', '.join(map(str, parity.batch_sizes))}"
+    )
     screen.print(f"one forward pass {parity.latency_ms:.3g} ms, in eager PyTorch {parity.eager_latency_ms:.3g} ms")
     if values["int8"]:
         q = values["int8"]
-        screen.print(f"{int8}: {console.size(q['file_bytes'])}, accuracy {q['metric']:.2%} (fp32 {q['metric_before']:.2%}), "
-                     f"{q['latency_ms']:.3g} ms (fp32 {q['latency_ms_before']:.3g} ms)")  # fmt: skip
+        screen.print(
+            f"{int8}: {console.size(q['file_bytes'])}, accuracy {q['metric']:.2%} (fp32 {q['metric_before']:.2%}), "
+            f"{q['latency_ms']:.3g} ms (fp32 {q['latency_ms_before']:.3g} ms)"
+        )
 
 
 def _quantized(source: Path, target: Path, bundle: Any, calibration: int = 8) -> dict[str, Any]:
-    from secateur import sources
+    import torch
+    from torch.utils.data import DataLoader
+
     from secateur.export import OnnxModel, quantize
 
     def accuracy(network: OnnxModel) -> float:
         right = total = 0
-        for images, labels in sources.batches(bundle.test):
+        for images, labels in DataLoader(bundle.test, batch_size=64):
             right += int((network(images).argmax(1) == labels).sum())
             total += len(labels)
         return right / total
 
-    ranges = [images for images, _ in sources.sample(bundle, calibration, 0)]
+    loader = DataLoader(bundle.train, batch_size=64, shuffle=True, generator=torch.Generator().manual_seed(0))
+    ranges = [images for (images, _), _ in zip(loader, range(calibration), strict=False)]
     found = dataclasses.asdict(quantize(source, target, ranges, accuracy))
     return {**found, "path": str(target)}
 
@@ -223,14 +234,27 @@ def _quantized(source: Path, target: Path, bundle: Any, calibration: int = 8) ->
 def _show(result: BenchmarkResult, out: Path | None) -> None:
     screen = console.output()
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
-    for name, justify in (("network", "left"), ("setting", "left"), ("batch", "right"), ("ms", "right"), ("± IQR", "right"),
-                          ("images/s", "right"), ("peak memory", "right")):  # fmt: skip
+    for name, justify in (
+        ("network", "left"),
+        ("setting", "left"),
+        ("batch", "right"),
+        ("ms", "right"),
+        ("± IQR", "right"),
+        ("images/s", "right"),
+        ("peak memory", "right"),
+    ):
         table.add_column(name, justify="right" if justify == "right" else "left")
     for row in result.rows:
         setting = f"{row.device}, {row.backend}, {row.precision}, {row.memory_format}, {row.threads} threads"
-        table.add_row(row.variant, setting, str(row.batch_size), f"{1000 * row.seconds:.3g}", f"{1000 * row.iqr:.2g}",
-                      f"{row.batch_size / row.seconds:.4g}",
-                      "–" if row.peak_bytes is None else console.size(row.peak_bytes))  # fmt: skip
+        table.add_row(
+            row.variant,
+            setting,
+            str(row.batch_size),
+            f"{1000 * row.seconds:.3g}",
+            f"{1000 * row.iqr:.2g}",
+            f"{row.batch_size / row.seconds:.4g}",
+            "–" if row.peak_bytes is None else console.size(row.peak_bytes),
+        )
     screen.print(table)
     if result.speed_ups:
         table = Table(show_edge=False, pad_edge=False, header_style="bold", title="Speed-up", title_justify="left")
@@ -238,22 +262,19 @@ def _show(result: BenchmarkResult, out: Path | None) -> None:
         for name in ("batch", "theoretical", "measured", "quartiles"):
             table.add_column(name, justify="right")
         for s in result.speed_ups:
-            table.add_row(f"{s.device}, {s.backend}, {s.precision}, {s.memory_format}, {s.threads} threads", str(s.batch_size),
-                          "–" if s.theoretical is None else f"{s.theoretical:.2f}×", f"{s.measured:.2f}×",
-                          f"{s.low:.2f}–{s.high:.2f}")  # fmt: skip
+            table.add_row(
+                f"{s.device}, {s.backend}, {s.precision}, {s.memory_format}, {s.threads} threads",
+                str(s.batch_size),
+                "–" if s.theoretical is None else f"{s.theoretical:.2f}×",
+                f"{s.measured:.2f}×",
+                f"{s.low:.2f}–{s.high:.2f}",
+            )
         screen.print()
         screen.print(table)
     for skipped in result.skipped:
         console.error_line(f"{skipped.variant}, {skipped.setting}: not measured: {skipped.reason}", "warning")
     if out is not None:
         screen.print(f"\nWritten to {out}")
-
-
-def _write(path: Path, result: BenchmarkResult) -> None:
-    from secateur.export import _replacing
-
-    with _replacing(path) as part:
-        part.write_text(json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -138,7 +138,8 @@ def test_dark_and_light_paint_page_and_figures(browser: Any, page: Path) -> None
         _open(browser, page)
         seen[scheme] = browser.execute_script(
             """return [getComputedStyle(document.body).backgroundColor,
-                 document.getElementById('run0-macs')._fullLayout.font.color, document.getElementById('run0-macs').data[1].marker.color]"""
+                 document.getElementById('run0-macs')._fullLayout.font.color,
+                 document.getElementById('run0-macs').data[1].marker.color]"""
         )
     assert all(light != dark for light, dark in zip(seen["light"], seen["dark"], strict=True))
 
@@ -151,7 +152,8 @@ def test_a_phone_scrolls_in_one_direction_only(browser: Any, name: str, request:
     _open(browser, request.getfixturevalue(name))
     assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
     wide = browser.execute_script(
-        "return Array.from(document.querySelectorAll('.plot svg.main-svg')).filter(s => s.getBoundingClientRect().right > innerWidth + 1).length"
+        """return Array.from(document.querySelectorAll('.plot svg.main-svg'))
+             .filter(drawing => drawing.getBoundingClientRect().right > innerWidth + 1).length"""
     )
     assert wide == 0
 
