@@ -18,6 +18,7 @@ from secateur.errors import UsageError
 
 if TYPE_CHECKING:
     from secateur.benchmark import BenchmarkResult
+    from secateur.sources import SourceModel
 
 RunDirs = Annotated[
     list[Path] | None,
@@ -27,6 +28,9 @@ Against = Annotated[
     str | None,
     typer.Option(metavar="WEIGHTS", help="Hold it against the same model with these weights; 'original': unpruned."),
 ]
+REPORT_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+"""Batch sizes that a report shows, up to the first that takes too long."""
+
 Out = Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write.", show_default=False)]
 
 
@@ -49,13 +53,26 @@ def report(
     layer: Annotated[
         list[str] | None, typer.Option(metavar="MODULE", help="Draw the correlation of this layer; repeatable.")
     ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure/--no-measure",
+            help="Measure time and memory of a run that has not been measured yet (RUN_DIR/benchmark.json).",
+        ),
+    ] = True,
     as_json: options.Json = False,
 ) -> None:
     """Write the report of a run as one HTML page that needs no network; of several runs, side by side."""
-    with _steps(as_json) as steps, steps.step("writing the report"):
-        from secateur.report import write_report
+    with _steps(as_json) as steps:
+        from secateur import config
+        from secateur.report import read_run, write_report
 
-        files = write_report([*(run_dir or ())], out, figures, layer)
+        for folder in run_dir or ():
+            read_run(folder)
+            if measure and (folder / config.FILE).is_file() and not (folder / "benchmark.json").exists():
+                _measure_run(folder, steps)
+        with steps.step("writing the report"):
+            files = write_report([*(run_dir or ())], out, figures, layer)
     if as_json:
         console.write_json(json.loads(files.json.read_text(encoding="utf-8")))
         return
@@ -98,48 +115,38 @@ def benchmark(
 ) -> None:
     """Measure time and peak memory of a network, or of two in turns: theoretical against measured speed-up."""
     with _steps(as_json) as steps, ExitStack() as files:
-        from secateur.export import quiet, replacing
-
-        with quiet():  # torch's benchmark tools look for a CUDA compiler and say so when there is none
-            from secateur.benchmark import benchmark as measure
+        from secateur.export import replacing
         from secateur.sources import open_model
 
-        name = options.one(model, model_flag)
-        built = options.values("--model-option", model_option)
         if run_dir is not None:
-            if weights is not None or against is not None or out is not None:
+            if model or model_flag or weights or against or out:
                 raise UsageError(
-                    "benchmark: --run-dir names both networks and the file; leave out --weights, --against and --out."
+                    "benchmark: --run-dir names both networks and the file; leave out MODEL, --weights, "
+                    "--against and --out."
                 )
-            weights, against = str(run_dir / "model.safetensors"), str(run_dir / "baseline.safetensors")
             out = run_dir / "benchmark.json"
+            first, other = _of_run(run_dir, steps)
+        else:
+            name = options.one(model, model_flag)
+            built = options.values("--model-option", model_option)
+            with steps.step("building the model"):
+                first = open_model(name, built, weights, input_shape or ())
+                other = None
+                if against is not None:
+                    other = open_model(name, built, None if against == "original" else against, input_shape or ())
         # Opened before anything is measured: minutes of work are not lost to a wrong path.
         part = None if out is None else files.enter_context(replacing(out))
-        with steps.step("building the model"):
-            first = open_model(name, built, weights, input_shape or ())
-            other = None
-            if against is not None:
-                other = open_model(name, built, None if against == "original" else against, input_shape or ())
-        done = 0
-
-        def progress(setting: str) -> None:
-            nonlocal done
-            steps("measuring", done, note=setting)
-            done += 1
-
-        result = measure(
-            first.model,
-            None if other is None else other.model,
-            example_inputs=first.inputs,
+        result = _measure(
+            first,
+            other,
+            steps,
             batch_sizes=batch_size or (1, 8),
             threads=threads or (1,),
             devices=device or ("cpu",),
             precisions=precision or ("fp32",),
             backends=backend or ("eager",),
             memory_formats=memory_format or ("contiguous",),
-            names=("pruned", "original"),
             rounds=rounds,
-            progress=progress,
         )
         if part is not None:
             part.write_text(json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -210,6 +217,69 @@ def export(
             f"{int8}: {console.size(q['file_bytes'])}, accuracy {q['metric']:.2%} (fp32 {q['metric_before']:.2%}), "
             f"{q['latency_ms']:.3g} ms (fp32 {q['latency_ms_before']:.3g} ms)"
         )
+
+
+def _measure(first: SourceModel, other: SourceModel | None, steps: console.Steps, **given: Any) -> BenchmarkResult:
+    from secateur.export import quiet
+
+    with quiet():  # torch's benchmark tools look for a CUDA compiler and say so when there is none
+        from secateur.benchmark import benchmark as measure
+    done = 0
+
+    def progress(setting: str) -> None:
+        nonlocal done
+        steps("measuring", done, note=setting)
+        done += 1
+
+    return measure(
+        first.model,
+        None if other is None else other.model,
+        example_inputs=first.inputs,
+        names=("pruned", "original"),
+        progress=progress,
+        **given,
+    )
+
+
+def _of_run(folder: Path, steps: console.Steps) -> tuple[SourceModel, SourceModel]:
+    """Rebuild a run's network, pruned and as it began, from what its folder holds."""
+    from secateur import config, sources
+
+    if not (folder / config.FILE).is_file():
+        raise UsageError(
+            f"{folder}: no {config.FILE}, so the model can't be built from it; name MODEL, --weights and --against."
+        )
+    run = config.load(folder / config.FILE, {"run_dir": str(folder.absolute())})
+    with steps.step("building the model"):
+        bundle = sources.data(run.data, run.data_options)
+        found = [
+            sources.open_model(run.model, run.model_options, str(folder / name), run.input, bundle)
+            for name in ("model.safetensors", "baseline.safetensors")
+        ]
+    return found[0], found[1]
+
+
+def _measure_run(folder: Path, steps: console.Steps) -> None:
+    """Measure a run's two networks for its report, on every device at hand."""
+    import importlib.util
+
+    import torch
+
+    from secateur.export import replacing
+
+    first, other = _of_run(folder, steps)
+    with replacing(folder / "benchmark.json") as part:
+        result = _measure(
+            first,
+            other,
+            steps,
+            batch_sizes=REPORT_BATCH_SIZES,
+            devices=("cpu", "cuda") if torch.cuda.is_available() else ("cpu",),
+            backends=("eager", "onnxruntime") if importlib.util.find_spec("onnxruntime") else ("eager",),
+            rounds=5,
+            longest=1.0,
+        )
+        part.write_text(json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _quantized(source: Path, target: Path, bundle: Any, calibration: int = 8) -> dict[str, Any]:

@@ -1,16 +1,25 @@
-"""A real run of LeNet-5 on scikit-learn's digits, some seconds long, for testing what reads run directories."""
+"""Real runs, some seconds long, for testing what reads run directories: LeNet-5 on digits, ResNet-20 on CIFAR-10."""
 
 from __future__ import annotations
 
+import io
+import json
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torch import nn
 
 from secateur import compress
-from secateur.models import lenet5
+from secateur.benchmark import benchmark
+from secateur.models import lenet5, resnet20
+
+SHARED = Path(os.environ.get("SECATEUR_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -58,3 +67,46 @@ def lenet5_run(run_dir: Path, method: str = "cfp", seed: int = 0, **settings: An
         **settings,
     )
     return model, result.model
+
+
+def resnet20_run(run_dir: Path, images: int = 256, **settings: Any) -> tuple[nn.Module, nn.Module]:
+    """Compress the published ResNet-20 on a little of CIFAR-10 into ``run_dir``."""
+    model = resnet20()
+    model.load_state_dict(load_file(SHARED / "weights" / "cifar10-resnet20.safetensors"))
+    result = compress(
+        model.eval(),
+        train=_cifar10("train-00000", 0, images),
+        validation=_cifar10("train-00001", 0, 128),
+        test=_cifar10("test", 0, 128),
+        run_dir=run_dir,
+        describe={"model": "ResNet-20", "data": f"CIFAR-10, {images} images"},
+        **settings,
+    )
+    return model, result.model
+
+
+def _cifar10(part: str, start: int, count: int) -> Batches:
+    from pyarrow import parquet
+
+    (file,) = (SHARED / "data" / "cifar10").rglob(f"{part}*.parquet")
+    rows = parquet.read_table(file).slice(start, count).to_pylist()
+    pixels = np.stack([np.array(Image.open(io.BytesIO(row["img"]["bytes"]))) for row in rows])
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    images = ((torch.from_numpy(pixels).float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+    labels = torch.tensor([row["label"] for row in rows])
+    return list(zip(images.split(64), labels.split(64), strict=True))
+
+
+def measure(run_dir: Path, original: nn.Module, pruned: nn.Module, shape: tuple[int, ...]) -> None:
+    """Write ``benchmark.json`` for a report."""
+    result = benchmark(
+        pruned,
+        original,
+        example_inputs=torch.randn(1, *shape),
+        batch_sizes=(1, 8, 64),
+        backends=("eager", "onnxruntime"),
+        names=("pruned", "original"),
+        rounds=3,
+        min_seconds=0.005,
+    )
+    (run_dir / "benchmark.json").write_text(json.dumps(result.to_dict()))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from secateur.report import write_report
+from tests.report import real
 from tests.report.synthetic import write_run
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (pip install selenium)")
@@ -65,7 +66,25 @@ def _open(browser: Any, page: Path) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("name", ["page", "comparison"])
+@pytest.fixture(scope="module")
+def lenet5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lenet5")
+    original, pruned = real.lenet5_run(folder / "run", tolerance=5.0, max_rounds=6, finetune_epochs=1)
+    real.measure(folder / "run", original, pruned, (1, 16, 16))
+    return write_report(folder / "run").html
+
+
+@pytest.fixture(scope="module")
+def resnet20(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not real.SHARED.is_dir():
+        pytest.skip(f"{real.SHARED} is not here; SECATEUR_SHARED names the folder of weights and data")
+    folder = tmp_path_factory.mktemp("resnet20")
+    original, pruned = real.resnet20_run(folder / "run", tolerance=20.0, max_rounds=2, finetune_epochs=1)
+    real.measure(folder / "run", original, pruned, (3, 32, 32))
+    return write_report(folder / "run").html
+
+
+@pytest.mark.parametrize("name", ["page", "comparison", "lenet5", "resnet20"])
 def test_every_figure_is_drawn_without_an_error_or_a_request(
     browser: Any, name: str, request: pytest.FixtureRequest
 ) -> None:
@@ -77,6 +96,7 @@ def test_every_figure_is_drawn_without_an_error_or_a_request(
              plot.querySelectorAll('.point path, .points path, .heatmaplayer image, .scatterlayer path').length,
              plot.getBoundingClientRect().height])"""
     )
+    assert page.stat().st_size < 6_000_000
     assert len(drawn) >= 7
     assert all(frames and marks and height > 100 for frames, marks, height in drawn)
     assert browser.get_log("browser") == []
@@ -144,7 +164,7 @@ def test_dark_and_light_paint_page_and_figures(browser: Any, page: Path) -> None
     assert all(light != dark for light, dark in zip(seen["light"], seen["dark"], strict=True))
 
 
-@pytest.mark.parametrize("name", ["page", "comparison"])
+@pytest.mark.parametrize("name", ["page", "comparison", "resnet20"])
 def test_a_phone_scrolls_in_one_direction_only(browser: Any, name: str, request: pytest.FixtureRequest) -> None:
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
@@ -158,8 +178,9 @@ def test_a_phone_scrolls_in_one_direction_only(browser: Any, name: str, request:
     assert wide == 0
 
 
-def test_it_prints_to_pdf_and_goes_back_to_the_screen(browser: Any, page: Path) -> None:
-    _open(browser, page)
+@pytest.mark.parametrize("name", ["page", "lenet5", "resnet20"])
+def test_it_prints_to_pdf_and_goes_back_to_the_screen(browser: Any, name: str, request: pytest.FixtureRequest) -> None:
+    _open(browser, request.getfixturevalue(name))
     before = browser.execute_script("return document.getElementById('run0-macs').getBoundingClientRect().width")
     pdf = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})["data"])
     assert pdf.startswith(b"%PDF")
