@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import platform
 import statistics
@@ -21,7 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.benchmark import Measurement, Timer
 
 from secateur.errors import PlanError, SecateurError, UsageError
-from secateur.export import OnnxModel, _batch_size, _quiet, _resized, export
+from secateur.export import OnnxModel, _batch_size, _resized, export, quiet
 from secateur.inputs import arguments
 
 BACKENDS = ("eager", "compile", "onnxruntime")
@@ -123,6 +124,7 @@ def benchmark(
     memory: bool = True,
     rounds: int = 9,
     min_seconds: float = 0.05,
+    longest: float = math.inf,
     progress: Callable[[str], None] = lambda _: None,
 ) -> BenchmarkResult:
     """Measure a network, or two in turns.
@@ -145,6 +147,7 @@ def benchmark(
         memory: Whether to measure peak memory (on a CPU, in a process of its own).
         rounds: Measurements of each network under each setting.
         min_seconds: Least duration of one measurement; short passes are repeated within it.
+        longest: Seconds; once a forward pass takes longer, larger batch sizes of that setting are skipped.
         progress: Is told of each setting before it is measured.
 
     Returns:
@@ -177,11 +180,17 @@ def benchmark(
                 calls[name] = _prepare(network, example_inputs, device, precision, layout, backend, number)
             except (SecateurError, _NotAtHandError) as error:
                 skipped.append(Skipped(name, setting, str(error)))
-        for size in batch_sizes:
+        slowest = 0.0
+        for size in sorted(batch_sizes):
+            if slowest > longest:
+                reason = f"a smaller batch takes {slowest:.1f} s already, and the limit is {longest:g} s"
+                skipped += [Skipped(name, f"{setting}, batch {size}", reason) for name in calls]
+                continue
             timed, failed = _interleaved(
                 {name: make(size) for name, make in calls.items()}, number, device, rounds, min_seconds
             )
             skipped += [Skipped(name, f"{setting}, batch {size}", reason) for name, reason in failed.items()]
+            slowest = max([slowest, *(measured.median for measured in timed.values())])
             for name, measured in timed.items():
                 peak = _cuda_peak(calls[name](size), device) if memory and device != "cpu" else None
                 rows.append(
@@ -210,7 +219,8 @@ def benchmark(
                     )
                 )
     if memory and "cpu" in devices and "eager" in backends:
-        rows, missing = _with_cpu_peaks(rows, models, example_inputs, batch_sizes)
+        done = sorted({row.batch_size for row in rows})
+        rows, missing = _with_cpu_peaks(rows, models, example_inputs, done) if done else (rows, [])
         skipped += missing
     return BenchmarkResult(rows, speed_ups, skipped, environment(), counted)
 
@@ -385,7 +395,7 @@ def _interleaved(
     for name, call in calls.items():
         timer = Timer("call()", globals={"call": call}, num_threads=threads)
         try:
-            with _quiet():
+            with quiet():
                 timer.timeit(2)  # warm-up: compilation, caches, the allocator's first pages
                 once = timer.timeit(1).median
         except Exception as error:  # noqa: BLE001 - the network is the user's, the backend a compiler's

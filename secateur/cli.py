@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from secateur import console, options
+from secateur import cli_deploy, console, options
 from secateur.errors import DataError, SecateurError, UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -202,6 +202,9 @@ def prune(
         "file": None if out is None else str(out),
     }
     console.write_json(values) if as_json else console.show_pruned(values)
+
+
+cli_deploy.register(app)
 
 
 @app.command(name="config")

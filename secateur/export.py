@@ -113,7 +113,7 @@ def export(
     with _evaluating(model):
         sizes = (batch,) if not dynamic_batch else tuple(sorted({1, batch, max(batch, 2) + 1}))
         program = _program(model, args, kwargs, dynamic_batch)
-        with _replacing(target) as part:
+        with replacing(target) as part:
             load = _write_pt2(program, part) if kind == "pt2" else _write_onnx(program, part)
             report = _compared(model, load, (args, kwargs), batch, sizes, tolerance)
             size = part.stat().st_size
@@ -192,7 +192,7 @@ def quantize(
         def get_next(self) -> dict[str, Any] | None:
             return next(self._feeds, None)
 
-    with _replacing(Path(target)) as part, tempfile.TemporaryDirectory() as folder:
+    with replacing(Path(target)) as part, tempfile.TemporaryDirectory() as folder:
         prepared = str(Path(folder) / "prepared.onnx")
         try:
             shapes.quant_pre_process(str(source), prepared, skip_symbolic_shape=True)
@@ -225,7 +225,7 @@ def _program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
     """torch.export of the network; whatever fails in it is blamed on an operator and a line."""
     shapes = _named_shapes(model, args, kwargs) if dynamic else None
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet():
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:  # anything the network or the tracer raises
         if dynamic and "batch" in str(error) and type(error).__name__ in ("UserError", "ConstraintViolationError"):
@@ -265,7 +265,7 @@ def _write_pt2(program: Any, part: Path) -> Callable[[], Runner]:
 
 def _write_onnx(program: Any, part: Path) -> Callable[[], Runner]:
     try:
-        with _quiet():
+        with quiet():
             torch.onnx.export(program, (), str(part), dynamo=True, external_data=False, verbose=False)
     except Exception as error:  # the exporter's passes raise anything
         operator, line = _blame(error, program)
@@ -456,7 +456,7 @@ def _require(*names: str) -> list[Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the exporters' own prints and logs from burying the one line that says what went wrong."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -480,7 +480,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary file of the same suffix, which takes the target's place if all goes well and is gone if not."""
     if path.is_dir():
         raise UsageError(f"{path}: can't be written (it is a directory). Choose another target.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 from secateur.report.figures import Figure, Series, Tone, byte_size, percent, quantity
@@ -56,19 +57,19 @@ def history(run: Run) -> Figure:
         series.append(
             Series(
                 "after dropping, before fine-tuning",
-                [e.macs / start.macs for e in dropped],
+                [1 - e.macs / start.macs for e in dropped],
                 [e.metric_dropped for e in dropped],
                 "points",
                 Tone.BEFORE,
                 [f"round {e.round}" for e in dropped],
             )
         )
-    first_x: list[float] = [1.0] if start.validation is not None else []
+    first_x: list[float] = [0.0] if start.validation is not None else []
     first_y: list[float | int | None] = [start.validation] if start.validation is not None else []
     series.append(
         Series(
             "after fine-tuning, accepted",
-            [*first_x, *(e.macs / start.macs for e in kept)],
+            [*first_x, *(1 - e.macs / start.macs for e in kept)],
             [*first_y, *(e.metric_tuned for e in kept)],
             "line",
             Tone.AFTER,
@@ -79,23 +80,23 @@ def history(run: Run) -> Figure:
         series.append(
             Series(
                 "after fine-tuning, reverted",
-                [e.macs / start.macs for e in lost],
+                [1 - e.macs / start.macs for e in lost],
                 [e.metric_tuned for e in lost],
                 "points",
                 Tone.REVERTED,
                 [f"round {e.round}, reverted" for e in lost],
             )
         )
-    low = min((x for s in series for x in s.x if isinstance(x, float)), default=0.0)
+    far = max((x for s in series for x in s.x if isinstance(x, float)), default=0.0)
     floor = tolerance_floor(run)
     if floor is not None:
-        series.append(Series(f"least {metric} allowed", [low, 1.0], [floor, floor], "rule", Tone.LIMIT))
+        series.append(Series(f"least {metric} allowed", [0.0, far], [floor, floor], "rule", Tone.LIMIT))
     return Figure(
         id="history",
         title="History of the run",
         summary=f"{len(episodes)} rounds, {len(kept)} accepted and {len(episodes) - len(kept)} reverted, took the MACs "
         f"from {quantity(start.macs)} to {quantity(result.final.macs)}.",
-        x_label="MACs, share of the original",
+        x_label="MACs removed",
         y_label=f"validation {metric}",
         series=series,
         x_format="percent",
@@ -133,7 +134,7 @@ def throughput(run: Run) -> Figure | None:
     rows = run.benchmark.rows if run.benchmark else []
     if not rows:
         return None
-    series, best = [], 0.0
+    series, gains = [], []
     for place, (setting, variants) in enumerate(_settings(rows).items()):
         for variant, points in variants.items():
             tone = Tone.AFTER if variant == "pruned" else Tone.BEFORE
@@ -148,11 +149,12 @@ def throughput(run: Run) -> Figure | None:
                     place=place,
                 )
             )
-        best = max([best, *speed_ups(variants)])
+        gains += speed_ups(variants)
     return Figure(
         id="throughput",
         title="Throughput",
-        summary=f"Images per second against batch size; up to {best:.2f} times as many once pruned.",
+        summary="Images per second against batch size"
+        + (f"; over all settings {statistics.median(gains):.2f} times as many once pruned (median)." if gains else "."),
         x_label="batch size",
         y_label="images per second",
         x_scale="log",
@@ -237,8 +239,8 @@ def largest_correlation(run: Run) -> Figure | None:
 
 def pareto(runs: Sequence[Run]) -> Figure:
     """Test metric against the MACs left, one point a run, and the front that no run is better than."""
-    points = [(share_left(run), score(run.result.final), run.name) for run in runs]
-    front = pareto_front([(x, y) for x, y, _ in points])
+    points = [(1 - share_left(run), score(run.result.final), run.name) for run in runs]
+    front = pareto_front([(-x, y) for x, y, _ in points])
     names = ", ".join(points[i][2] for i in front)
     series = [
         Series(name, [x], [y], "points", Tone.RUN, [name], place=place) for place, (x, y, name) in enumerate(points)
@@ -258,8 +260,8 @@ def pareto(runs: Sequence[Run]) -> Figure:
     return Figure(
         id="pareto",
         title="Accuracy against cost",
-        summary=f"Each run's {metric_name(runs[0])} against the share of MACs it left. On the front: {names}.",
-        x_label="MACs, share of the original",
+        summary=f"Each run's {metric_name(runs[0])} against the share of MACs it removed. On the front: {names}.",
+        x_label="MACs removed",
         y_label=f"test {metric_name(runs[0])}",
         series=series,
         x_format="percent",
@@ -340,7 +342,7 @@ def speed_ups(variants: dict[str, list[Measurement]]) -> list[float]:
 def _settings(rows: Sequence[Measurement]) -> dict[str, dict[str, list[Measurement]]]:
     """Rows by setting, then by network, in order of batch size."""
     found: dict[str, dict[str, list[Measurement]]] = {}
-    for row in sorted(rows, key=lambda row: row.batch_size):
+    for row in sorted(rows, key=lambda row: (row.variant, row.batch_size)):
         found.setdefault(row.setting, {}).setdefault(row.variant, []).append(row)
     return found
 
