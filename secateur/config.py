@@ -107,12 +107,12 @@ class RunConfig(_Section):
     )
     target: TargetConfig | None = Field(None, description="Where to stop; without a target, where the tolerance ends.")
     baseline: CheckedBaseline = Field(
-        default_factory=lambda: CheckedBaseline(), description="Training before compression, where no weights are given."
+        default_factory=lambda: CheckedBaseline(),
+        description="Training before compression, where no weights are given.",
     )
     batch_size: int = Field(128, ge=1, description="Images a training step.")
     seed: int = Field(0, ge=0, description="Seed of weights, data order and every other draw.")
     run_dir: str | None = Field(None, description="Folder of the run's files; runs/MODEL-METHOD unless given.")
-
 
     @field_validator("settings", mode="before")
     @classmethod
@@ -231,7 +231,9 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _keys(location: list[str]) -> list[str]:
     """Names of the keys that a place in a configuration knows."""
-    section: Any = {"settings": Settings, "baseline": Baseline, "target": TargetConfig}.get("".join(location[:1]), RunConfig)
+    section: Any = {"settings": Settings, "baseline": Baseline, "target": TargetConfig}.get(
+        "".join(location[:1]), RunConfig
+    )
     return [f.name for f in fields(section)] if is_dataclass(section) else list(section.model_fields)
 
 

@@ -256,6 +256,30 @@ def show_pruned(values: Mapping[str, Any]) -> None:
         out.print(f"saved: {values['file']}", markup=False)
 
 
+def show_run(values: Mapping[str, Any]) -> None:
+    """Print what a compression run came to."""
+    out = output()
+    before, after = values["baseline"], values["final"]
+    out.print(widths(before["widths"], after["widths"]))
+    out.print()
+    out.print(comparison(before, after, values["metric"]))
+    out.print()
+    out.print(verdict(values["verification"]), markup=False)
+    out.print(f"files: {values['run_dir']}", markup=False)
+
+
+def show_values(values: Mapping[str, Any]) -> None:
+    """Print figures, one a line."""
+    out, table = output(), _table("", ">")
+    table.show_header = False
+    for name, value in values.items():
+        if isinstance(value, float):
+            table.add_row(name, f"{value:.2%}")
+        elif value is not None:
+            table.add_row(name, f"{value:,}" if isinstance(value, int) else escape(str(value)))
+    out.print(table)
+
+
 def verdict(check: Mapping[str, Any]) -> str:
     """Say in a line how the pruned network compares with the original whose removed channels are zeroed."""
     bits = {"float64": "fp64", "float32": "fp32"}.get(check["dtype"], check["dtype"])

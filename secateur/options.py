@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -80,6 +81,12 @@ Ranking = Annotated[
     typer.Option(
         help="normalized: rank all channels together, scores divided by their group's mean; global: scores as they "
         "are; uniform: the same fraction from every group."
+    ),
+]
+RunDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--run-dir", metavar="DIR", help="Folder for the run's files. [default: runs/MODEL-METHOD]", show_default=False
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to standard output, and nothing else.")]

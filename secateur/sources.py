@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import os
 import re
 import sys
 import traceback
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from secateur.errors import DataError, SecateurError, UsageError
 
@@ -255,6 +257,37 @@ def inputs(shapes: Iterable[str]) -> Any:
     if any(names):
         return {cast(str, name): value for name, value in made}
     return made[0][1] if len(made) == 1 else tuple(value for _, value in made)
+
+
+def seed(value: int) -> None:
+    """Seed what fresh weights are drawn from."""
+    torch.manual_seed(value)
+
+
+def batches(dataset: Dataset[Any], size: int = 256, *, shuffle: bool = False) -> DataLoader[Any]:
+    """Make batches of a data set; when shuffled, in an order that training reseeds each epoch."""
+    return DataLoader(dataset, size, shuffle=shuffle, generator=torch.Generator() if shuffle else None)
+
+
+def sample(bundle: DataBundle, count: int, seed: int, size: int = 64) -> list[Any]:
+    """Take ``count`` batches of the training data at random, for criteria and compensation."""
+    order = torch.randperm(len(bundle.train), generator=torch.Generator().manual_seed(seed))[: count * size]
+    return list(batches(Subset(bundle.train, order.tolist()), size))
+
+
+def writable(path: Path) -> None:
+    """Refuse a place that can't be written to, before any work is done for it.
+
+    Raises:
+        UsageError: If ``path`` is a folder, or in one that can't be written to.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path}: is a folder; name a file in it.")
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"{path}: can't be written: {folder} is no folder that you may write to.")
 
 
 def absolute(spec: str) -> str:

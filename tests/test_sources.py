@@ -13,7 +13,7 @@ from torch import nn
 from secateur import sources
 from secateur.errors import CheckpointError, UsageError
 
-NETWORK = '''
+NETWORK = """
 import torch
 from torch import nn
 from beside import WIDTH
@@ -35,7 +35,7 @@ def number():
 
 def fails():
     raise ValueError("no\\nluck")
-'''
+"""
 
 
 @pytest.fixture
@@ -200,7 +200,9 @@ def text(path: Path) -> Path:
         ),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_and_nothing_changes(tmp_path: Path, make: Any, expected: list[str]) -> None:
+def test_weights_that_do_not_fit_are_refused_and_nothing_changes(
+    tmp_path: Path, make: Any, expected: list[str]
+) -> None:
     model = small()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     path = make(tmp_path / "weights.pth")

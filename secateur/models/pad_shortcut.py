@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from secateur.errors import UsageError
+from secateur.layers import register_layer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
+
+    from secateur.rules.flow import Flow
 
 
 class PadShortcut(nn.Module):
@@ -124,6 +127,23 @@ class PadShortcut(nn.Module):
         """Return the channel counts, the zero channels and the stride."""
         zeros = sum(i < 0 for i in self._source)
         return f"{self._in_channels}, {self.out_channels}, zeros={zeros}, stride={self.stride}"
+
+
+def _flow(flow: Flow, layer: PadShortcut, args: tuple[Any, ...], out: Tensor) -> None:
+    """Let the channels of both sides go independently: a removed input leaves a zero channel where it was copied."""
+    inputs = flow.axes(args[0]).get(1)
+    outputs = flow.store.fresh(layer.out_channels)
+    flow.call(layer, inputs, outputs)
+    flow.set(out, {1: outputs})
+
+
+def _resize(layer: PadShortcut, kept_inputs: list[int] | None, kept_outputs: list[int] | None) -> None:
+    inputs = range(layer.in_channels) if kept_inputs is None else kept_inputs
+    outputs = range(layer.out_channels) if kept_outputs is None else kept_outputs
+    layer.in_channels, layer.source = layer.pruned(inputs, outputs)
+
+
+register_layer(PadShortcut, _flow, _resize)
 
 
 def centred(in_channels: int, out_channels: int) -> tuple[int, ...]:

@@ -1,0 +1,158 @@
+"""A configured run from start to end: find data and model, train a baseline if need be, compress, keep the record."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from secateur import config, sources, training
+from secateur.config import RunConfig
+from secateur.engine import CompressResult, Event, RunDirectory, compress, resume
+from secateur.errors import UsageError
+from secateur.planning import Target
+from secateur.training import TrainingSettings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from secateur.console import Steps
+    from secateur.data import DataBundle
+
+
+def start(run: RunConfig, steps: Steps) -> CompressResult:
+    """Begin a run in a folder of its own.
+
+    Args:
+        run: What to do; its paths are made absolute before they are written down.
+        steps: Where to show progress.
+
+    Raises:
+        UsageError: If the folder holds a run already, or the request can't be met.
+        DataError: If the data is missing or does not fit.
+        RunError: If training diverges or a target is out of reach.
+    """
+    run = grounded(run)
+    assert run.run_dir is not None
+    folder = Path(run.run_dir)
+    if RunDirectory(folder).started:
+        raise UsageError(f"{folder}: holds a run already; go on with 'secateur resume {folder}', or give --run-dir.")
+    bundle, found = _found(run, steps)
+    config.save(run, folder / config.FILE)
+    if run.weights is None:
+        _train_baseline(found.model, run, bundle, steps)
+    return compress(
+        found.model,
+        run.method,
+        train=sources.batches(bundle.train, run.batch_size, shuffle=True),
+        validation=sources.batches(bundle.validation),
+        test=sources.batches(bundle.test),
+        example_inputs=found.inputs if run.input else None,
+        tolerance=run.tolerance,
+        target=None if run.target is None else Target(**run.target.model_dump()),
+        run_dir=folder,
+        seed=run.seed,
+        progress=Show(steps),
+        describe={"model": run.model, "data": run.data, "weights": run.weights},
+        **run.settings.plain(),
+    )
+
+
+def go_on(folder: Path, steps: Steps) -> CompressResult:
+    """Take up a run where it was interrupted.
+
+    Raises:
+        UsageError: If the folder holds no run.
+        RunError: If another process is running it.
+        CheckpointError: If one of its files is damaged.
+    """
+    if not (folder / config.FILE).is_file():
+        raise UsageError(
+            f"{folder}: holds no run to resume: there is no {config.FILE}; 'secateur compress' begins one."
+        )
+    run = config.load(folder / config.FILE, {"run_dir": str(folder.absolute())})
+    if not RunDirectory(folder).started:
+        # It was interrupted while the baseline was trained, which is repeated the same from its seed.
+        return start(run, steps)
+    bundle, found = _found(run, steps, fresh=run.weights == sources.PRETRAINED)
+    return resume(
+        folder,
+        found.model,
+        train=sources.batches(bundle.train, run.batch_size, shuffle=True),
+        validation=sources.batches(bundle.validation),
+        test=sources.batches(bundle.test),
+        example_inputs=found.inputs if run.input else None,
+        progress=Show(steps),
+    )
+
+
+class Show:
+    """Shows the engine's events as two lines: the run, and the epoch under way."""
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
+        self.rounds = 0
+        self.standing = ""
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if event.kind == "episode" and event.record is not None:
+            self.rounds += 1
+            kept = "accepted" if event.record["accepted"] else "reverted"
+            self.standing = f"{event.record['metric_tuned']:.2%} at {event.record['macs']:,} MACs, {kept}"
+        where = f"round {event.round}, phase {event.phase}"
+        if event.kind == "batch":
+            self.steps("  epoch", event.batch, event.batches, f"{event.stage} {event.epoch}/{event.epochs}")
+        self.steps("compressing", self.rounds, None, f"{where}; {self.standing}" if self.standing else where)
+
+
+def grounded(run: RunConfig) -> RunConfig:
+    """Make every path absolute and name the folder, so that the run can be resumed from anywhere."""
+    name = "".join(c if c.isalnum() else "-" for c in Path(run.model.rpartition(":")[2] or run.model).stem)
+    weights = run.weights
+    if weights is not None and weights != sources.PRETRAINED:
+        weights = str(Path(weights).expanduser().absolute())
+    return run.model_copy(
+        update={
+            "model": sources.absolute(run.model),
+            "data": sources.absolute(run.data),
+            "weights": weights,
+            "run_dir": str(Path(run.run_dir or f"runs/{name}-{run.method}").expanduser().absolute()),
+        }
+    )
+
+
+def _found(run: RunConfig, steps: Steps, *, fresh: bool = False) -> tuple[DataBundle, sources.SourceModel]:
+    with steps.step("loading the data"):
+        bundle = sources.data(run.data, run.data_options)
+    with steps.step("building the model"):
+        sources.seed(run.seed)
+        weights = None if fresh else run.weights
+        return bundle, sources.open_model(run.model, run.model_options, weights, run.input, bundle)
+
+
+def _train_baseline(model: nn.Module, run: RunConfig, bundle: DataBundle, steps: Steps) -> None:
+    plan = run.baseline
+    given: dict[str, Any] = {f.name: getattr(plan, f.name) for f in fields(TrainingSettings)}
+    batches = sources.batches(bundle.train, run.batch_size, shuffle=True)
+    epoch = 0
+
+    def on_batch(done: int, total: int | None, loss: float) -> None:
+        each = total or done
+        steps("training the baseline", epoch * each + done, plan.epochs * each, f"loss {loss:.3f}")
+
+    def on_epoch(number: int, _: training.EpochRecord) -> None:
+        nonlocal epoch
+        epoch = number + 1
+
+    training.fit(
+        model,
+        batches,
+        epochs=plan.epochs,
+        settings=TrainingSettings(**given),
+        seed=run.seed,
+        on_epoch=on_epoch,
+        on_batch=on_batch,
+        runtime=training.accelerator(run.settings.device, run.settings.precision),
+    )
+    model.eval()
