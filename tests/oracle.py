@@ -99,8 +99,7 @@ def fresh(inputs: Any, seed: int) -> Any:
 
     def draw(value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point():
-            noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-            return value + 0.3 * noise
+            return value + 0.3 * torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.dtype)
         return value
 
     return pytree.tree_map(draw, inputs)
