@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,23 @@ def distinct(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+def scattered(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Fill a network with random values, norms' too, quickly."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() < 2:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0, float(parameter.flatten()[:10000].float().std().clamp(0.01, 0.5)))
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(0, 0.1)
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 1.5)
+    return model
+
+
 def resident(field: str) -> int:
     """Bytes of this process's memory: ``VmRSS`` now, ``VmHWM`` at its peak."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
@@ -88,11 +106,11 @@ def _compare(model: nn.Module, small: nn.Module, plan: Any, inputs: Any) -> dict
     return {"verdict": verdict.kind, "error": verdict.error, "detail": verdict.detail, "precision": "fp64"}
 
 
-def _prepare(entry: Entry) -> tuple[nn.Module, Any, dict[str, Any]]:
+def _prepare(entry: Entry, fill: Callable[[nn.Module], nn.Module]) -> tuple[nn.Module, Any, dict[str, Any]]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
-    model = distinct(entry.build()).eval()
+    model = fill(entry.build()).eval()
     inputs = entry.inputs(model)
     oracle.run(model, inputs)
     before = reset_peak()
@@ -114,7 +132,7 @@ def secateur(entry: Entry) -> dict[str, Any]:
     """Trace, plan, apply and compare with Secateur: first the exact groups, then all."""
     import secateur as sc
 
-    model, inputs, row = _prepare(entry)
+    model, inputs, row = _prepare(entry, scattered)
     rng = np.random.default_rng(0)
     before = reset_peak()
     start = time.perf_counter()
@@ -160,7 +178,7 @@ def peer(entry: Entry) -> dict[str, Any]:
     """Prune and compare with Torch-Pruning."""
     from bench import peer as tool
 
-    model, inputs, row = _prepare(entry)
+    model, inputs, row = _prepare(entry, distinct)
     outputs = output_layers(model)
     small = copy.deepcopy(model)
     start = time.perf_counter()

@@ -311,7 +311,9 @@ def judge(
         The worst verdict over the modes. Never raises: what either network raises is the verdict ``crash``.
     """
     worst = Verdict("exact")
-    model, small = copy.deepcopy(model), copy.deepcopy(small)
+    modes = tuple(modes)
+    if modes != ("eval",):  # a forward in training mode changes batch-norm statistics
+        model, small = copy.deepcopy(model), copy.deepcopy(small)
     for mode in modes:
         model.train(mode == "train")
         small.train(mode == "train")
