@@ -1,4 +1,7 @@
-"""Measure one network with one tool, in a process of its own: ``python -m bench.measure TOOL NAME``, JSON on the last line."""
+"""Measure one network with one tool, in a process of its own: ``python -m bench.measure TOOL NAME``, JSON on the last line.
+
+Seconds are of processor time: on one thread the same as the clock's on an idle machine, and the same on a busy one.
+"""
 
 from __future__ import annotations
 
@@ -114,9 +117,9 @@ def _prepare(entry: Entry, fill: Callable[[nn.Module], nn.Module]) -> tuple[nn.M
     inputs = entry.inputs(model)
     oracle.run(model, inputs)
     before = reset_peak()
-    start = time.perf_counter()
+    start = time.process_time()
     oracle.run(model, inputs)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     shapes = [list(t.shape) for t in torch.utils._pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor)]
     return model, inputs, {
         "inputs": shapes,
@@ -135,15 +138,15 @@ def secateur(entry: Entry) -> dict[str, Any]:
     model, inputs, row = _prepare(entry, scattered)
     rng = np.random.default_rng(0)
     before = reset_peak()
-    start = time.perf_counter()
+    start = time.process_time()
     graph = sc.trace(model, inputs)
-    row["trace_seconds"] = time.perf_counter() - start
+    row["trace_seconds"] = time.process_time() - start
     chosen = {g.name: oracle.select(g, RATIO, rng) for g in graph.groups}
     chosen = {name: channels for name, channels in chosen.items() if channels}
     exact = {g.name for g in graph.groups if g.exact}
     plan = sc.plan_removal(graph, {n: c for n, c in chosen.items() if n in exact})
     small = sc.apply(model, plan)
-    row["seconds"] = time.perf_counter() - start
+    row["seconds"] = time.process_time() - start
     row["peak_bytes"] = resident("VmHWM") - before
     row |= {
         "traced": True,
@@ -181,10 +184,10 @@ def peer(entry: Entry) -> dict[str, Any]:
     model, inputs, row = _prepare(entry, distinct)
     outputs = output_layers(model)
     small = copy.deepcopy(model)
-    start = time.perf_counter()
+    start = time.process_time()
     before = reset_peak()
     tool.prune(small, inputs, outputs, RATIO)
-    row |= {"seconds": time.perf_counter() - start, "peak_bytes": resident("VmHWM") - before, "ignored": outputs}
+    row |= {"seconds": time.process_time() - start, "peak_bytes": resident("VmHWM") - before, "ignored": outputs}
     try:
         row["macs_removed"] = 1 - macs(small, inputs) / max(row["macs"], 1)
     except Exception as error:  # noqa: BLE001 - recorded as the result

@@ -136,7 +136,7 @@ def report(results: dict[str, dict[str, Row]], patterns: Path) -> str:
         "`python -m bench.zoo`, one thread, each network in its own process, random weights, half of the channels of",
         "every group. *MACs removed* is of exact groups; *with inexact* adds groups with a norm over the channels. Seconds",
         "are trace + plan + apply (building the graph, choosing by magnitude and cutting for Torch-Pruning), and one plain",
-        "forward beside it. *Peak* is the extra memory of trace + plan + apply, in MB, beside the model's own size.",
+        "forward beside it, in processor time (the same on a busy machine). *Peak* is the extra memory of trace + plan + apply, in MB, beside the model's own size.",
         "",
         *_summary(results),
         "",
