@@ -48,6 +48,10 @@ class Group(Protocol):
         """Block of every channel."""
 
     @property
+    def members(self) -> Sequence[Any]:
+        """The tensors' dimensions that the channels lie on."""
+
+    @property
     def removable(self) -> Any:
         """Whether a channel may go."""
 
@@ -99,8 +103,7 @@ def fresh(inputs: Any, seed: int) -> Any:
 
     def draw(value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point():
-            noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-            return value + 0.3 * noise
+            return value + 0.3 * torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.dtype)
         return value
 
     return pytree.tree_map(draw, inputs)
@@ -312,7 +315,9 @@ def judge(
         The worst verdict over the modes. Never raises: what either network raises is the verdict ``crash``.
     """
     worst = Verdict("exact")
-    model, small = copy.deepcopy(model), copy.deepcopy(small)
+    modes = tuple(modes)
+    if modes != ("eval",):  # a forward in training mode changes batch-norm statistics
+        model, small = copy.deepcopy(model), copy.deepcopy(small)
     for mode in modes:
         model.train(mode == "train")
         small.train(mode == "train")
@@ -345,7 +350,7 @@ def select(group: Group, ratio: float, rng: np.random.Generator) -> list[int]:
 
     Returns:
         Ascending channels; empty where the rules leave no choice at this ratio. Every block loses the same fraction,
-        and at least one channel of each block stays.
+        and at least one channel of each block, and of each tensor that makes or reads some of the channels, stays.
     """
     blocks, removable = np.asarray(group.blocks), np.asarray(group.removable)
     sizes = np.bincount(blocks)
@@ -353,8 +358,12 @@ def select(group: Group, ratio: float, rng: np.random.Generator) -> list[int]:
     free = [np.flatnonzero((blocks == b) & removable) for b in range(len(sizes))]
     rounds = min(int(min(len(f), n - 1) // q) for f, n, q in zip(free, sizes, quota, strict=True))
     rounds = min(rounds, round(ratio * len(blocks) / int(quota.sum())))
-    chosen = [rng.choice(f, size=rounds * q, replace=False) for f, q in zip(free, quota, strict=True)]
-    return sorted(int(c) for c in np.concatenate(chosen))
+    free = [rng.permutation(f) for f in free]
+    for count in range(rounds, 0, -1):
+        chosen = np.concatenate([f[: count * q] for f, q in zip(free, quota, strict=True)])
+        if all(np.setdiff1d(m.channels, chosen).size for m in group.members if len(m.channels)):
+            return sorted(int(c) for c in chosen)
+    return []
 
 
 def recover(original: nn.Module, pruned: nn.Module) -> RecoveredPlan:

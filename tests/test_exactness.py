@@ -158,6 +158,22 @@ def test_inexact_groups_equal_a_norm_over_the_kept_channels(case: Case) -> None:
             assert verdict.kind in ("exact", "wrong-channel"), f"{verdict.kind}: {verdict.detail}"
 
 
+@pytest.mark.parametrize("name", ["dense_block_before_groups", "chunk_halves", "slice_half_of_shape"])
+def test_every_layer_keeps_a_filter(name: str) -> None:
+    model, inputs, graph = traced(name)
+    for group in graph.groups:
+        for member in group.members:
+            gone = sorted(set(member.channels.tolist()))
+            if len(gone) < group.size:
+                with pytest.raises(sc.PlanError):
+                    sc.plan_removal(graph, {group.name: gone})
+    scores = {g.name: torch.arange(g.size, 0, -1).double() for g in graph.groups}
+    plan = sc.plan(graph, scores, sc.Target(channels=0.4))
+    small = sc.apply(model, plan)
+    assert all(p.numel() for p in small.parameters())
+    assert oracle.judge(model, small, plan, oracle.fresh(inputs, 1)).exact
+
+
 def test_verify_sees_a_wrong_channel() -> None:
     model, inputs, graph = traced("residual_projection")
     plan = sc.plan_removal(graph, selection(graph, 0.5, 0))

@@ -101,7 +101,7 @@ def twice_is_once_with_the_union(network: Network, seed: int) -> None:
     where = {
         (m.tensor, m.dim, int(p)): (g.name, int(c))
         for g in graph.groups
-        for m in g.producers
+        for m in g.members
         for p, c in zip(m.positions, m.channels, strict=True)
     }
     union: dict[str, set[int]] = {name: set(channels) for name, channels in first.items()}

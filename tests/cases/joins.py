@@ -157,6 +157,20 @@ def dense_block() -> Net:
     )
 
 
+@case(prunable={"stem": 8, "grouped": 4})
+def dense_block_before_groups() -> Net:
+    """A narrow layer concatenated to a wide one, read by a grouped convolution: its few filters could all go."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = m.stem(x).relu()
+        x = torch.cat([x, m.narrow(x)], 1)
+        return m.head(pooled(m.grouped(x).relu()))
+
+    return Net(
+        forward, stem=conv(3, 8), narrow=conv(8, 2), grouped=conv(10, 4, groups=2), head=nn.Linear(4, 3)
+    )
+
+
 @case(prunable={"one": 4, "three.0": 4, "three.1": 6, "five.0": 4, "pool.1": 4})
 def inception() -> Net:
     """Four branches of different kernels, concatenated."""

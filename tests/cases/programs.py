@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests.cases.table import Net, case, conv, conv_bn, image, pooled
 
 
-@case(prunable={"0": 8}, refused={"2": "aten.view"}, outputs=("head",))
+@case(prunable={"0": 8}, refused={"2": ""}, outputs=("head",))
 def hard_coded_view() -> nn.Module:
     """view(-1, K): fewer channels would change the batch dimension instead."""
 

@@ -1,0 +1,218 @@
+"""Measure one network with one tool, in a process of its own: ``python -m bench.measure TOOL NAME``, JSON on the last line.
+
+Seconds are of processor time: on one thread the same as the clock's on an idle machine, and the same on a busy one.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.models import Entry, entries, output_layers
+from tests import oracle
+
+RATIO = 0.5
+DOUBLE_LIMIT = 70_000_000
+"""Networks of more parameters are compared in fp32, with a tolerance of 1e-4."""
+
+
+def distinct(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Fill a network with random fp32 values, all of one tensor different, so that slices can be told by their values.
+
+    Value k of a tensor is a power of two times ``±(1 + m / 2²³) · 2ᵉ``, with sign, m and e read off the bits of a
+    random permutation of the element numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            n = parameter.numel()
+            std = float(parameter.float().std()) if n > 1 and parameter.dim() > 1 else 0.5
+            scale = 2.0 ** round(float(np.log2(min(max(std, 2**-8), 0.5))))
+            code = torch.randperm(n, generator=generator)
+            spread = torch.randint(0, max(1, 2**26 // max(n, 1)), (n,), generator=generator)
+            code = code + n * spread if n <= 2**26 else code
+            sign = 1 - 2 * (code & 1).double()
+            exponent = ((code >> 1) & 3).double()
+            value = sign * scale * torch.exp2(exponent - 2) * (1 + (code >> 3).double() / 2**24)
+            parameter.copy_(value.view(parameter.shape).to(parameter.dtype))
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
+            elif name.endswith("running_var"):
+                buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+    return model
+
+
+def scattered(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Fill a network with random values, norms' too, quickly."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() < 2:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0, float(parameter.flatten()[:10000].float().std().clamp(0.01, 0.5)))
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(0, 0.1)
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 1.5)
+    return model
+
+
+def resident(field: str) -> int:
+    """Bytes of this process's memory: ``VmRSS`` now, ``VmHWM`` at its peak."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found.group(1)) * 1024 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak() -> int:
+    """Start a new peak measurement, and return the memory in use."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def macs(model: nn.Module, inputs: Any) -> int:
+    """Count the multiply-accumulates of one forward: convolutions and matrix products, half the FLOPs."""
+    with FlopCounterMode(display=False) as counter:
+        oracle.run(model, inputs)
+    return int(counter.get_total_flops()) // 2
+
+
+def _place(source: str) -> str:
+    """Shorten a path to what lies within site-packages or the project."""
+    return re.sub(r"^.*?(?:site-packages|worktree)/", "", source)
+
+
+def _compare(model: nn.Module, small: nn.Module, plan: Any, inputs: Any) -> dict[str, Any]:
+    count = sum(p.numel() for p in model.parameters())
+    if count > DOUBLE_LIMIT:
+        verdict = oracle.judge(model, small, plan, oracle.fresh(inputs, 1))
+        if verdict.kind == "wrong-channel" and verdict.error < 1e-4:
+            verdict = oracle.Verdict("exact", verdict.detail, verdict.error)
+        return {"verdict": verdict.kind, "error": verdict.error, "detail": verdict.detail, "precision": "fp32"}
+    doubled = copy.deepcopy(model).double(), copy.deepcopy(small).double()
+    verdict = oracle.judge(*doubled, plan, oracle.fresh(oracle.doubled(inputs), 1))
+    return {"verdict": verdict.kind, "error": verdict.error, "detail": verdict.detail, "precision": "fp64"}
+
+
+def _prepare(entry: Entry, fill: Callable[[nn.Module], nn.Module]) -> tuple[nn.Module, Any, dict[str, Any]]:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    warnings.simplefilter("ignore")
+    model = fill(entry.build()).eval()
+    inputs = entry.inputs(model)
+    oracle.run(model, inputs)
+    before = reset_peak()
+    start = time.process_time()
+    oracle.run(model, inputs)
+    seconds = time.process_time() - start
+    shapes = [list(t.shape) for t in torch.utils._pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor)]
+    return model, inputs, {
+        "inputs": shapes,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "bytes": sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]),
+        "forward_seconds": seconds,
+        "forward_peak_bytes": resident("VmHWM") - before,
+        "macs": macs(model, inputs),
+    }  # fmt: skip
+
+
+def secateur(entry: Entry) -> dict[str, Any]:
+    """Trace, plan, apply and compare with Secateur: first the exact groups, then all."""
+    import secateur as sc
+
+    model, inputs, row = _prepare(entry, scattered)
+    rng = np.random.default_rng(0)
+    before = reset_peak()
+    start = time.process_time()
+    graph = sc.trace(model, inputs)
+    row["trace_seconds"] = time.process_time() - start
+    chosen = {g.name: oracle.select(g, RATIO, rng) for g in graph.groups}
+    chosen = {name: channels for name, channels in chosen.items() if channels}
+    exact = {g.name for g in graph.groups if g.exact}
+    plan = sc.plan_removal(graph, {n: c for n, c in chosen.items() if n in exact})
+    small = sc.apply(model, plan)
+    row["seconds"] = time.process_time() - start
+    row["peak_bytes"] = resident("VmHWM") - before
+    row |= {
+        "traced": True,
+        "groups": len(graph.groups),
+        "exact_groups": len(exact),
+        "channels": sum(g.size for g in graph.groups),
+        "half": sum(len(chosen.get(g.name, ())) >= g.size // 2 for g in graph.groups),
+        "refusals": [
+            {"operator": r.operator, "module": r.module, "source": _place(r.source), "reason": r.reason,
+             "tensors": len(r.tensors)}
+            for r in graph.refused
+        ],
+    }  # fmt: skip
+    row["macs_removed"] = 1 - macs(small, inputs) / max(row["macs"], 1)
+    row["parameters_removed"] = 1 - sum(p.numel() for p in small.parameters()) / max(row["parameters"], 1)
+    row |= _compare(model, small, plan, inputs)
+    row["macs_removed_all"] = row["macs_removed"]
+    if len(exact) < len(graph.groups):
+        del small
+        try:
+            whole = sc.plan_removal(graph, chosen)
+            small = sc.apply(model, whole)
+            row["macs_removed_all"] = 1 - macs(small, inputs) / max(row["macs"], 1)
+            shapes = [getattr(t, "shape", t) for t in oracle.run(small, inputs)]
+            row["inexact"] = "runs" if shapes == [getattr(t, "shape", t) for t in oracle.run(model, inputs)] else "shape"
+        except Exception as error:  # noqa: BLE001 - recorded as the result
+            row["inexact"] = f"{type(error).__name__}: {str(error)[:200]}"
+    return row
+
+
+def peer(entry: Entry) -> dict[str, Any]:
+    """Prune and compare with Torch-Pruning."""
+    from bench import peer as tool
+
+    model, inputs, row = _prepare(entry, distinct)
+    outputs = output_layers(model)
+    small = copy.deepcopy(model)
+    start = time.process_time()
+    before = reset_peak()
+    tool.prune(small, inputs, outputs, RATIO)
+    row |= {"seconds": time.process_time() - start, "peak_bytes": resident("VmHWM") - before, "ignored": outputs}
+    try:
+        row["macs_removed"] = 1 - macs(small, inputs) / max(row["macs"], 1)
+    except Exception as error:  # noqa: BLE001 - recorded as the result
+        return row | {"verdict": "crash", "detail": f"{type(error).__name__}: {str(error)[:200]}"}
+    if row["macs_removed"] <= 0:
+        return row | {"verdict": "refused", "detail": "nothing was pruned"}
+    try:
+        plan = oracle.recover(model, small)
+    except ValueError as error:
+        return row | {"verdict": "runs", "detail": str(error)}
+    return row | _compare(model, small, plan, inputs)
+
+
+def main() -> None:
+    """Measure, and print one line of JSON."""
+    tool, name = sys.argv[1:3]
+    entry = next(e for e in entries() if e.name == name)
+    try:
+        row = secateur(entry) if tool == "secateur" else peer(entry)
+    except Exception as error:  # noqa: BLE001 - a crash is a result
+        row = {"verdict": "crash", "detail": f"{type(error).__name__}: {str(error)[:300]}"}
+        if "--raise" in sys.argv:
+            raise
+    print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()

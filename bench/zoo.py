@@ -1,0 +1,226 @@
+"""Sweep torchvision's and timm's networks with Secateur, and beside it with Torch-Pruning.
+
+Usage: ``python -m bench.zoo [--only PATTERN ...] [--limit N] [--timeout SECONDS] [--no-peer] [--again PATTERN ...]``.
+
+Every network is measured in a process of its own, on one thread, with a time limit. Results are kept in a JSON file
+that later runs continue; ``--again`` measures matching networks anew. ``docs/benchmarks.md`` is written from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+Row = dict[str, Any]
+
+
+def _work(measure: Callable[[Any], Row], entry: Any, sender: Any) -> None:
+    try:
+        sender.send(measure(entry))
+    except Exception as error:  # noqa: BLE001 - a crash is a result
+        sender.send({"verdict": "crash", "detail": f"{type(error).__name__}: {str(error)[:300]}"})
+
+
+def limited(measure: Callable[[Any], Row], entry: Any, seconds: float) -> Row:
+    """Measure one network in a forked process, and give up after so many seconds."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(measure, entry, sender))
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(seconds):
+            return {"verdict": "timeout", "detail": f"no end after {seconds:g} s"}
+        found: Row = receiver.recv()
+        return found
+    except EOFError:
+        process.join()
+        return {"verdict": "crash", "detail": f"the process ended with code {process.exitcode}"}
+    finally:
+        if process.is_alive():
+            process.join(2)
+            process.kill()
+        process.join()
+
+
+def _megabytes(row: Row, key: str) -> str:
+    return f"{row[key] / 2**20:.0f}" if key in row else ""
+
+
+def _percent(row: Row, key: str) -> str:
+    return f"{100 * row[key]:.1f}" if key in row else ""
+
+
+def _seconds(row: Row, key: str = "seconds") -> str:
+    return f"{row[key]:.2f}" if key in row else ""
+
+
+def _line(name: str, rows: dict[str, Row]) -> str:
+    ours, theirs = rows.get("secateur", {}), rows.get("peer", {})
+    verdict = ours.get("verdict", "")
+    if verdict == "exact" and ours.get("precision") == "fp32":
+        verdict = "exact (fp32)"
+    cells = [
+        name,
+        str(ours.get("groups", "")),
+        str(ours.get("channels", "")),
+        verdict,
+        _percent(ours, "macs_removed"),
+        _percent(ours, "macs_removed_all"),
+        _seconds(ours),
+        _seconds(ours, "forward_seconds"),
+        _megabytes(ours, "peak_bytes"),
+        _megabytes(ours, "bytes"),
+        str(len(ours["refusals"])) if "refusals" in ours else "",
+        theirs.get("verdict", ""),
+        _percent(theirs, "macs_removed"),
+        _seconds(theirs),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _summary(results: dict[str, dict[str, Row]]) -> list[str]:
+    lines = ["| | networks | traced | exact | inexact groups run | crash or wrong | timeout |", "|---|---:|---:|---:|---:|---:|---:|"]
+    for title, prefix in (("torchvision, classification", "torchvision/classification"),
+                          ("torchvision, other", "torchvision"), ("timm", "timm")):  # fmt: skip
+        rows = [
+            r["secateur"]
+            for n, r in results.items()
+            if n.startswith(prefix)
+            and "secateur" in r
+            and (title != "torchvision, other" or "classification" not in n)
+        ]
+        kinds = Counter(r.get("verdict") for r in rows)
+        lines.append(
+            f"| {title} | {len(rows)} | {sum(bool(r.get('traced')) for r in rows)} | {kinds['exact']} "
+            f"| {sum(r.get('inexact') == 'runs' for r in rows)} of {sum('inexact' in r for r in rows)} "
+            f"| {len(rows) - kinds['exact'] - kinds['timeout']} | {kinds['timeout']} |"
+        )
+    both = [r for r in results.values() if "seconds" in r.get("secateur", {}) and "seconds" in r.get("peer", {})]
+    slower = [r for r in both if r["secateur"]["seconds"] > r["peer"]["seconds"]]
+    kinds = Counter(r["peer"].get("verdict") for r in results.values() if "peer" in r)
+    if both:
+        ratio = sorted(r["peer"]["seconds"] / r["secateur"]["seconds"] for r in both)[len(both) // 2]
+        lines += [
+            "",
+            f"Torch-Pruning on the same networks: {', '.join(f'{n} {k}' for k, n in kinds.most_common())}. On the "
+            f"{len(both)} networks that both end on, the median of its seconds over Secateur's is {ratio:.1f}; Secateur "
+            f"takes longer on {len(slower)}.",
+        ]
+    return lines
+
+
+def report(results: dict[str, dict[str, Row]], patterns: Path) -> str:
+    """Write the sweep, and the score on the patterns, as Markdown."""
+    lines = [
+        "# Benchmarks",
+        "",
+        "## Patterns: the wrong-channel score",
+        "",
+        "Small networks, one for each pattern (`tests/cases`), pruned to half their channels and compared with the",
+        "original whose removed channels are zeroed where they are read. `python -m bench.patterns` measures it.",
+        "",
+        patterns.read_text() if patterns.exists() else "Not measured yet.\n",
+        "## Networks of torchvision and timm",
+        "",
+        "`python -m bench.zoo`, one thread, each network in its own process, random weights, half of the channels of",
+        "every group. *MACs removed* is of exact groups; *with inexact* adds groups with a norm over the channels. Seconds",
+        "are trace + plan + apply (building the graph, choosing by magnitude and cutting for Torch-Pruning), and one plain",
+        "forward beside it, in processor time (the same on a busy machine). *Peak* is the extra memory of trace + plan + apply, in MB, beside the model's own size.",
+        "",
+        *_summary(results),
+        "",
+        "| network | groups | channels | verdict | MACs removed % | with inexact % | s | forward s | peak MB | model MB "
+        "| refusals | Torch-Pruning | MACs removed % | s |",
+        "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---|---:|---:|",
+        *(_line(name, rows) for name, rows in results.items()),
+        "",
+        "## What was refused, and what went wrong",
+        "",
+    ]
+    reasons: Counter[tuple[str, str]] = Counter()
+    where: dict[tuple[str, str], set[str]] = {}
+    for name, rows in results.items():
+        for r in rows.get("secateur", {}).get("refusals", ()):
+            if r["operator"] not in ("model output", "model input"):
+                reasons[r["operator"], r["reason"]] += r["tensors"]
+                where.setdefault((r["operator"], r["reason"]), set()).add(name.rpartition("/")[2])
+    lines += ["| operator | reason | tensors | networks |", "|---|---|---:|---|"]
+    for key, count in reasons.most_common():
+        names = sorted(where[key])
+        more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+        lines.append(f"| {key[0]} | {key[1][:160]} | {count} | {', '.join(names[:6])}{more} |")
+    lines += ["", "| network | tool | verdict | detail |", "|---|---|---|---|"]
+    for name, rows in results.items():
+        for tool, row in rows.items():
+            if row.get("verdict") not in ("exact", "refused"):
+                detail = " ".join(str(row.get("detail", "")).split())[:160].replace("|", "/")
+                lines.append(f"| {name} | {tool} | {row.get('verdict')} | {detail} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Sweep."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="*", default=["*"], metavar="PATTERN", help="names with wildcards")
+    parser.add_argument("--again", nargs="*", default=[], metavar="PATTERN", help="measure these anew")
+    parser.add_argument("--limit", type=int, default=None, help="at most so many networks")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for one network and tool")
+    parser.add_argument("--secateur", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--json", type=Path, default=Path("docs/zoo.json"))
+    parser.add_argument("--markdown", type=Path, default=Path("docs/benchmarks.md"))
+    parser.add_argument("--patterns", type=Path, default=Path("docs/patterns.md"))
+    options = parser.parse_args()
+
+    import timm  # noqa: F401 - imported once, before the processes fork
+    import torch
+    import torch_pruning  # noqa: F401
+
+    from bench import measure
+    from bench.models import entries
+
+    torch.set_num_threads(1)
+    results: dict[str, dict[str, Row]] = json.loads(options.json.read_text()) if options.json.exists() else {}
+    tools = [t for t, wanted in (("secateur", options.secateur), ("peer", options.peer)) if wanted]
+    chosen = [e for e in entries() if any(fnmatchcase(e.name, p) or fnmatchcase(e.name.rpartition("/")[2], p) for p in options.only)]
+    measured = 0
+    for entry in chosen:
+        again = any(fnmatchcase(entry.name, p) or fnmatchcase(entry.name.rpartition("/")[2], p) for p in options.again)
+        missing = [t for t in tools if again or t not in results.get(entry.name, {})]
+        if not missing:
+            continue
+        if options.limit is not None and measured >= options.limit:
+            break
+        measured += 1
+        for tool in missing:
+            start = time.perf_counter()
+            row = limited(getattr(measure, tool), entry, options.timeout)
+            latest = json.loads(options.json.read_text()) if options.json.exists() else {}
+            latest.setdefault(entry.name, {})[tool] = row
+            results = {e.name: latest[e.name] for e in entries() if e.name in latest}
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            temporary = options.json.with_suffix(".part")
+            temporary.write_text(json.dumps(results, indent=1))
+            temporary.replace(options.json)
+            print(
+                f"{entry.name:55s} {tool:9s} {row.get('verdict', ''):14s} {_seconds(row):>7s} s  "
+                f"MACs -{_percent(row, 'macs_removed')}% ({time.perf_counter() - start:.0f} s in all) "
+                f"{' '.join(str(row.get('detail', '')).split())[:90]}",
+                flush=True,
+            )
+    options.markdown.write_text(report(results, options.patterns))
+
+
+if __name__ == "__main__":
+    main()
