@@ -69,7 +69,7 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
     group_id = kept_group[group_id]
 
     _members(flow, homes, made, classes, group_id, channel_of, members)
-    cells = _cells(flow, classes, group_id, channel_of, by_group)
+    cells, uneven = _cells(flow, classes, group_id, channel_of, by_group)
     order.sort(key=lambda g: int(first[by_group[g]].min()))
     groups: list[ChannelGroup] = []
     index_of: dict[int, int] = {}
@@ -79,7 +79,7 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
         own = by_group[g]
         removable = free[own].copy()
         cell = cells[g]
-        reason = _unsplittable(cell, removable)
+        reason = uneven.get(g) or _unsplittable(cell, removable)
         if reason:
             lost[g] = reason
             continue
@@ -87,9 +87,7 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
         why = "" if exact else _text(inexact_causes[int(own[np.flatnonzero(inexactly[own])[0]])])
         name = _group_name(members[g], names)
         index_of[g] = len(groups)
-        groups.append(
-            ChannelGroup(name, own.size, tuple(members[g]), cell, removable, exact, why)
-        )
+        groups.append(ChannelGroup(name, own.size, tuple(members[g]), cell, removable, exact, why))
     final = np.full(sizes.size + 1, -1, dtype=np.int64)
     for g, index in index_of.items():
         final[g] = index
@@ -108,7 +106,7 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
         batch=batch,
         notes=notes,
         attributes=tuple(
-            AttributeRule(a.module, a.name, a.value, *_places(a.labels, classes, group_id, channel_of))
+            AttributeRule(a.module, a.name, a.value, group_id[classes[a.labels]], channel_of[classes[a.labels]])
             for a in flow.attributes
         ),
     )
@@ -223,8 +221,13 @@ def _members(
 
 def _cells(
     flow: Flow, classes: Labels, group_id: Labels, channel_of: Labels, by_group: dict[int, Labels]
-) -> dict[int, Labels]:
-    """Number for every group the cells of its channels: those with equal counts in every block of every constraint."""
+) -> tuple[dict[int, Labels], dict[int, str]]:
+    """Number for every group the cells of its channels: those with equal counts in every block of every constraint.
+
+    A group is uneven, and said to be, where channels that never go make up more of one block than of another: then no
+    choice takes the same fraction from both.
+    """
+    uneven: dict[int, str] = {}
     rows: dict[int, list[Labels]] = defaultdict(list)
     for share in flow.shares:
         touched: set[int] = set()
@@ -236,6 +239,10 @@ def _cells(
             for index, own in enumerate(owned):
                 mine = own[group_id[own] == g]
                 np.add.at(counts[index], channel_of[mine], 1)
+            sizes = np.array([own.size for own in owned])
+            inside = counts.sum(1)
+            if (inside * sizes[0] != inside[0] * sizes).any():
+                uneven[g] = f"{share.cause.reason}, and one of its blocks holds channels that stay"
             if (counts == counts[:1]).all() and len(touched) == 1:
                 continue
             rows[g].append(counts)
@@ -248,7 +255,7 @@ def _cells(
             cells[g] = np.array([order[c] for c in inverse.reshape(-1).tolist()], dtype=np.int64)
         else:
             cells[g] = np.zeros(own.size, dtype=np.int64)
-    return cells
+    return cells, uneven
 
 
 def quotas(cells: Labels) -> Labels:
@@ -315,10 +322,18 @@ def _refusals(
             tensors.setdefault(causes[c], {})[home.tensor] = None
     found = [Refusal(c.operator, c.module, c.source, c.reason, tuple(names)) for c, names in tensors.items()]
     for g, reason in lost.items():
-        own = [m for m in members[g] if m.role is Role.PRODUCER]
-        causes_of = [s.cause for s in flow.shares if (classes[np.concatenate(s.blocks)][:, None] == by_group[g][:1]).any()]
-        cause = causes_of[0] if causes_of else Cause("coupling", own[0].module if own else "", "", "")
+        producers = [m for m in members[g] if m.role is Role.PRODUCER]
+        causes_of = [
+            s.cause for s in flow.shares if (classes[np.concatenate(s.blocks)][:, None] == by_group[g][:1]).any()
+        ]
+        cause = causes_of[0] if causes_of else Cause("coupling", producers[0].module if producers else "", "", "")
         found.append(
-            Refusal(cause.operator, cause.module, cause.source, reason, tuple(dict.fromkeys(m.tensor for m in own)))
+            Refusal(
+                cause.operator,
+                cause.module,
+                cause.source,
+                reason,
+                tuple(dict.fromkeys(m.tensor for m in producers)),
+            )
         )
     return found

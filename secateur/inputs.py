@@ -75,7 +75,7 @@ def left_as_found(*models: nn.Module) -> Iterator[None]:
     ]
     fast = torch.backends.mha.get_fastpath_enabled()
     cuda = sorted({t.device.index for model in models for t in model.parameters() if t.device.type == "cuda"})
-    python, numpy = random.getstate(), np.random.get_state()
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the model's own code may draw from it
     try:
         with torch.random.fork_rng(devices=cuda), torch.no_grad():
             # The fused attention kernel is one opaque operator; the plain path is made of those that have rules.
@@ -84,7 +84,7 @@ def left_as_found(*models: nn.Module) -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         random.setstate(python)
-        np.random.set_state(numpy)
+        np.random.set_state(numpy)  # noqa: NPY002
         for module, training in modes:
             module.training = training
         for module, key, tensor, value, version in buffers:

@@ -50,7 +50,9 @@ class LayerRule:
 _REGISTERED: dict[type[nn.Module], LayerRule] = {}
 
 
-def register_layer(cls: type[nn.Module], flow: Callable[[Any, Any, tuple[Any, ...], Any], None], resize: Resize) -> None:
+def register_layer(
+    cls: type[nn.Module], flow: Callable[[Any, Any, tuple[Any, ...], Any], None], resize: Resize
+) -> None:
     """Take over a layer class: its operators are not looked at; ``flow`` and ``resize`` speak for it.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from math import gcd
@@ -75,7 +75,7 @@ class PruningPlan:
             raise PlanError("plan: this is no pruning plan: it has no format version.")
         if data["version"] > FORMAT_VERSION:
             raise PlanError(
-                f"plan: format version {data['version']} is newer than {FORMAT_VERSION}, the newest this release reads. "
+                f"plan: format version {data['version']} is newer than {FORMAT_VERSION}, the newest read here. "
                 "Update secateur."
             )
         known = {f.name for f in fields(cls)}
@@ -430,14 +430,11 @@ def _check_request(
             raise UsageError(f"{name}: expected at least 1; found {value}.")
     if not 0 < max_ratio <= 1:
         raise UsageError(f"max_ratio: expected a fraction in (0, 1]; found {max_ratio}.")
-    everything: list[tuple[str, Callable[[ChannelGroup], bool]]] = []
+    known = {t.rpartition(".")[0] for r in graph.refused for t in r.tensors} | set(graph.module_types)
     for pattern in (*ratios, *skip):
-        everything.append((pattern, lambda g, p=pattern: matches(g, p, graph)))  # type: ignore[misc]
-    refused = {t.rpartition(".")[0] for r in graph.refused for t in r.tensors}
-    for pattern, match in everything:
-        if not any(match(g) for g in graph.groups) and not any(fnmatchcase(m, pattern) for m in refused):
-            if pattern not in graph.module_types.values() and not any(fnmatchcase(m, pattern) for m in graph.module_types):
-                raise UsageError(f"{pattern}: no layer has this name or class. The names are listed by print(graph).")
+        named = any(fnmatchcase(module, pattern) for module in known) or pattern in graph.module_types.values()
+        if not named and not any(matches(group, pattern, graph) for group in graph.groups):
+            raise UsageError(f"{pattern}: no layer has this name or class. The names are listed by print(graph).")
     for pattern, ratio in ratios.items():
         if not 0 <= ratio < 1:
             raise UsageError(f"ratio of {pattern}: the fraction to remove is in [0, 1); found {ratio}.")
@@ -447,10 +444,13 @@ def _check_request(
             clash = next((p for p in skip if matches(group, p, graph)), None)
             if clash is not None and ratio > 0:
                 raise UsageError(f"{group.name}: ratio {ratio:g} (by {pattern!r}) contradicts skip {clash!r}.")
-            other = next((p for p, r in ratios.items() if p != pattern and r != ratio and matches(group, p, graph)), None)
+            other = next(
+                (p for p, r in ratios.items() if p != pattern and r != ratio and matches(group, p, graph)), None
+            )
             if other is not None:
                 raise UsageError(
-                    f"{group.name}: ratio {ratio:g} (by {pattern!r}) contradicts ratio {ratios[other]:g} (by {other!r})."
+                    f"{group.name}: ratio {ratio:g} (by {pattern!r}) contradicts "
+                    f"ratio {ratios[other]:g} (by {other!r})."
                 )
             if group.size - int(ratio * group.size) < min_channels:
                 raise UsageError(

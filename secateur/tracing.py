@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules import module as module_registry
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,11 +26,11 @@ _RESHAPING = ("aten::squeeze_", "aten::unsqueeze_", "aten::as_strided_", "aten::
 """Operators whose rule has to know the shape that their input had before."""
 
 
-class _LabelMode(TorchDispatchMode):
+class _LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs every operator as it is, then lets the labels flow by its rule."""
 
     def __init__(self, flow: Flow) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flow = flow
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

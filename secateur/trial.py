@@ -127,7 +127,7 @@ def _attempt(model: nn.Module, example_inputs: Any, grouping: Grouping, chosen: 
         difference = compare(model, small, plan, example_inputs, _TOLERANCE)
     except SecateurError:
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever the model's own code raises; it is the finding
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         reason = f"with fewer channels the model's own code fails: {text}"
         frames = _frames(error, small)
@@ -232,9 +232,7 @@ def give_up(
 def _cause(grouping: Grouping, failure: Failure) -> Cause:
     """Return what to show as the cause of a failure: the operator call on the failing line, where one is known."""
     concerned = [
-        site
-        for site in grouping.sites
-        if (grouping.group_of[grouping.classes[site.labels]] == failure.group).any()
+        site for site in grouping.sites if (grouping.group_of[grouping.classes[site.labels]] == failure.group).any()
     ]
     for source in reversed(failure.sources):
         for site in concerned:

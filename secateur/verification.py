@@ -1,8 +1,9 @@
 """The law of exactness: the pruned network equals the original with the removed channels zeroed where they are read.
 
 Both networks run on the same inputs. In the original, every layer that the plan names has its removed input channels
-set to zero just before it reads them; a parameter that the code reads channels with directly has its columns zeroed. The outputs then have to agree; so does what every one of those layers reads,
-channel by channel, which tells a wrong channel from a right one even where the outputs happen to agree.
+set to zero just before it reads them; a parameter that the code reads channels with directly has its columns zeroed.
+The outputs then have to agree; so does what every one of those layers reads, channel by channel, which tells a wrong
+channel from a right one even where the outputs happen to agree.
 """
 
 from __future__ import annotations
@@ -213,11 +214,11 @@ def verify(
         doubled = [copy.deepcopy(network).double() for network in (model, small)]
         inputs = mapped(example_inputs, lambda t: t.double() if t.is_floating_point() else t)
         result = compare(doubled[0], doubled[1], plan, inputs, limit)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever the model's own code raises in fp64; it is reported
         dtype, limit = "float32", 1e-3 if tolerance is None else tolerance
         try:
             result = compare(model, small, plan, example_inputs, limit)
-        except Exception as second:
+        except Exception as second:  # noqa: BLE001 - as above
             text = str(second).splitlines()[0] if str(second) else type(second).__name__
             return VerificationReport(False, float("inf"), limit, dtype, 0, (), (f"the pruned network fails: {text}",))
         text = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -63,7 +63,8 @@ def convolution(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: 
     if not flow.is_weight(weight):
         flow.freeze_tensor(x, "is convolved with a computed kernel", [1])
         flow.freeze_tensor(weight, "is a computed kernel")
-        return flow.set(out, passed)
+        flow.set(out, passed)
+        return
     own = flow.axes(weight)
     made = own.get(1 if transposed else 0)
     wanted = own.get(0 if transposed else 1)
@@ -200,7 +201,8 @@ def _weighted(
         if 0 in axes and batch is not None:
             flow.store.join(axes[0], batch)
         elif 0 in axes or batch is not None:
-            flow.freeze(axes[0] if 0 in axes else batch, _UNKNOWN)  # type: ignore[arg-type]
+            for tensor in (x, weight):
+                flow.freeze_tensor(tensor, _UNKNOWN, [0])
     if made is not None:
         flow.produced.append(made)
         result[outer] = made

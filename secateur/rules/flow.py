@@ -275,7 +275,9 @@ class Flow:
                 own = self.axes(tensor)
                 for dim, labels in result.items():
                     if dim >= offset and tensor.shape[dim - offset] > 1 and dim - offset not in own:
-                        self.freeze(labels, "meets a tensor without prunable channels there (the model's input, or a constant)")
+                        self.freeze(
+                            labels, "meets a tensor without prunable channels there (the model's input, or a constant)"
+                        )
         return result
 
     def without(self, axes: Axes, dims: Iterable[int], what: str) -> Axes:

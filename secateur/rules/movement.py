@@ -105,7 +105,8 @@ def view(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor)
         return
     if tuple(x.shape) == tuple(out.shape):
         flow.assume(np.concatenate(list(axes.values())), _HARD_CODED, "follow")
-        return flow.set(out, axes, weight=flow.is_weight(x))
+        flow.set(out, axes, weight=flow.is_weight(x))
+        return
     untouched = {d for left, right in runs(x.shape, out.shape) if len(left) == len(right) == 1 for d in left}
     fixed = [axes[d] for d in axes if d in untouched]
     if fixed and not flow.is_weight(x):
@@ -118,7 +119,9 @@ def permute(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tens
     """Reorder dimensions."""
     x, order = args[:2]
     axes = flow.axes(x)
-    flow.set(out, {new: axes[d % x.ndim] for new, d in enumerate(order) if d % x.ndim in axes}, weight=flow.is_weight(x))
+    flow.set(
+        out, {new: axes[d % x.ndim] for new, d in enumerate(order) if d % x.ndim in axes}, weight=flow.is_weight(x)
+    )
 
 
 @rule("aten::transpose", "aten::transpose_", "aten::swapaxes", "aten::t", "aten::t_", "aten::numpy_T", "aten::movedim")
@@ -327,7 +330,11 @@ def index(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
     consumed: list[int] = []
     dim = 0
     for entry in indices:
-        width = entry.ndim if isinstance(entry, Tensor) and entry.dtype.is_floating_point is False and entry.element_size() == 1 else 1
+        width = (
+            entry.ndim
+            if isinstance(entry, Tensor) and entry.dtype.is_floating_point is False and entry.element_size() == 1
+            else 1
+        )
         if entry is not None:
             consumed.extend(range(dim, dim + width))
         dim += width

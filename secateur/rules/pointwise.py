@@ -94,7 +94,12 @@ def copy_(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
         elif target._base is not None or flow.name(target):
             flow.freeze(labels, "is written into a part of a tensor that has no known channels")
     for dim, labels in own.items():
-        if dim not in axes and source.ndim and source.shape[dim - target.ndim] > 1 and source.ndim > target.ndim - 1 - dim:
+        if (
+            dim not in axes
+            and source.ndim
+            and source.shape[dim - target.ndim] > 1
+            and source.ndim > target.ndim - 1 - dim
+        ):
             flow.freeze(labels, "is overwritten by values that are no known channels")
     flow.set(out, own or axes)
 

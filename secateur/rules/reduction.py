@@ -1,4 +1,4 @@
-"""Rules for pooling, resizing, sums and softmax: operators that work along some dimensions and leave the others alone."""
+"""Rules for pooling, resizing, sums and softmax: they work along some dimensions and leave the others alone."""
 
 from __future__ import annotations
 
@@ -123,7 +123,8 @@ def reduction(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: An
         return
     second = args[1] if len(args) > 1 else kwargs.get("dim")
     if isinstance(second, Tensor):
-        return flow.set(out, flow.combine([x, second], out.shape))
+        flow.set(out, flow.combine([x, second], out.shape))
+        return
     if isinstance(second, bool):
         second = None
     reduced(flow, x, _dims(second, x.ndim), _results(out), "reduces")
@@ -166,7 +167,9 @@ def _ordered(position: int, default: int | None) -> Any:
     return ordered
 
 
-rule("aten::cumsum", "aten::cumprod", "aten::cumsum_", "aten::cummax", "aten::cummin", "aten::logcumsumexp")(_ordered(1, -1))
+rule("aten::cumsum", "aten::cumprod", "aten::cumsum_", "aten::cummax", "aten::cummin", "aten::logcumsumexp")(
+    _ordered(1, -1)
+)
 rule("aten::argmax", "aten::argmin", "aten::median", "aten::nanmedian")(_ordered(1, None))
 rule("aten::sort", "aten::argsort", "aten::mode")(_ordered(1, -1))
 rule("aten::topk", "aten::kthvalue")(_ordered(2, -1))
