@@ -71,7 +71,7 @@ _HOME = {
 }
 """Public name -> module that defines it. Nothing is imported before it is asked for: torch alone takes seconds."""
 
-__all__ = list(_HOME)  # noqa: PLE0605
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -162,8 +162,12 @@ def steps(group: ChannelGroup, order: Sequence[int]) -> list[list[int]]:
     sizes = np.bincount(group.blocks)
     quota = sizes // gcd(*sizes.tolist())
     queues: list[list[int]] = [[] for _ in sizes]
+    place = np.full(group.size, -1, dtype=np.int64)
+    place[list(order)] = np.arange(group.size)
+    # The most important channel of every layer stays: a layer may make only some of the group's channels.
+    last = {int(m.channels[place[m.channels].argmax()]) for m in (*group.producers, *group.consumers) if m.channels.size}
     for channel in order:
-        if group.removable[channel]:
+        if group.removable[channel] and channel not in last:
             queues[group.blocks[channel]].append(channel)
     count = min(min(len(q), int(n) - 1) // int(k) for q, n, k in zip(queues, sizes, quota, strict=True))
     return [[c for q, k in zip(queues, quota, strict=True) for c in q[i * k : (i + 1) * k]] for i in range(count)]
@@ -230,6 +234,9 @@ def _build(graph: ChannelGraph, removed: Removed) -> PruningPlan:
             continue
         gone_out = cost.lost(port.out_group, port.out_channel, masks)
         gone_in = cost.lost(port.in_group, port.in_channel, masks)
+        for gone in (gone_out, gone_in):
+            if gone.size and gone.all():
+                raise PlanError(f"{port.module}: cannot remove all {gone.size} channels; a layer keeps at least 1.")
         if gone_out.any():
             kept_outputs[port.module] = np.flatnonzero(~gone_out).tolist()
         if gone_in.any():
