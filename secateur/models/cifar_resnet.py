@@ -1,4 +1,4 @@
-"""ResNet-20, 56 and 110 for 32×32 images, the networks of CFP's table 3, with both kinds of shortcut."""
+"""ResNet-20, 56 and 110 for 32×32 images, the networks of CFP's experiments, with both kinds of shortcut."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class CifarResNet(nn.Module):
         in_channels: Channels of the image.
         free_stem: Put a shortcut into the very first block too, so that the stem's channels aren't those of the first
             stage's stream, and either can be pruned without the other. CFP's ResNet-56 has one: with 1×1 projections
-            it takes the 126.0 million MACs that table 3 counts its reductions from.
+            it takes the 126.0 million MACs that the paper counts its reductions from.
 
     Shapes:
         input ``(N, in_channels, H, W)``, output (logits) ``(N, num_classes)``.

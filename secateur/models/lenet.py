@@ -1,4 +1,4 @@
-"""LeNet-5 as Caffe ships it, the network of CFP's table 1."""
+"""LeNet-5 as Caffe ships it, the network of CFP's experiments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""VGG-16 with batch norm for 32×32 images, the network of CFP's table 2."""
+"""VGG-16 with batch norm for 32×32 images, the network of CFP's experiments."""
 
 from __future__ import annotations
 

@@ -247,19 +247,20 @@ def test_damaged_cifar10_is_refused(tmp_path, change, message):
 
 @needs_shared
 @pytest.mark.slow
-def test_published_weights_reach_their_accuracy_on_cifar10():
+@pytest.mark.parametrize(("name", "expected"), [("resnet20", 9173), ("resnet56", 9339)])
+def test_published_weights_reach_their_accuracy_on_cifar10(name, expected):
     from safetensors.torch import load_file
 
-    from secateur.models import resnet20
+    from secateur.models import MODELS
 
     bundle = load("cifar10", root=SHARED / "data" / "cifar10")
     assert [len(p) for p in (bundle.train, bundle.validation, bundle.test)] == [45_000, 5_000, 10_000]
     assert counts(bundle.train) == [4500] * 10
-    net = resnet20().eval()
-    net.load_state_dict(load_file(SHARED / "weights" / "cifar10-resnet20.safetensors"))
+    net = MODELS[name]().eval()
+    net.load_state_dict(load_file(SHARED / "weights" / f"cifar10-{name}.safetensors"))
     with torch.inference_mode():
         right = sum(int((net(x).argmax(1) == y).sum()) for x, y in Batches(bundle.test, 500))
-    assert right == 9173
+    assert right == expected
 
 
 # Folders of images

@@ -82,7 +82,7 @@ def test_cfps_resnet56_projects_its_first_block_too(streams, reduction):
     before = sum(macs(resnet56("B", free_stem=True), 3, 32, 32).values())
     after = sum(macs(resnet56("B", streams=streams, free_stem=True), 3, 32, 32).values())
     assert before == 126_009_984
-    # Table 3 counts in tenths of a million, the smaller rounded down.
+    # The paper counts in tenths of a million, the smaller rounded down.
     assert 100 * (1 - after // 10**5 / (before // 10**5)) == pytest.approx(reduction, abs=0.005)
 
 
