@@ -1,4 +1,4 @@
-"""How much longer streamed moments take than the plain forwards: resnet50 at 224×224, all groups; writes docs/results.md.
+"""How much longer streamed moments take than plain forwards: resnet50 at 224×224, all groups; docs/results.md.
 
 python -m bench.observing
 """
