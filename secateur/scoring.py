@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from secateur import observe
 from secateur.criteria import Criterion, Need, Returns, Selection, get
+from secateur.criteria.registry import options_of
 from secateur.errors import CriterionError, DataError, UsageError
 from secateur.graph import ChannelGraph, ChannelGroup, Member
 from secateur.planning import steps
@@ -145,7 +146,7 @@ class _Gatherer:
             given = {}
         if Need.GRADIENTS in self.criterion.needs and Need.FILTERS in self.criterion.needs:
             given["filters"] = self.given[group]["filters"]
-        values = function(**given, **tensors, **self.criterion.options(self.options, function))
+        values = function(**given, **tensors, **options_of(function, self.options))
         return torch.as_tensor(values)
 
     def _stream_maps(self, data: Iterable[Any]) -> None:
@@ -228,7 +229,7 @@ class _Gatherer:
         given = dict(self.given[group.name])
         if criterion.per_batch is not None:
             given["average"] = self.averages[group.name]
-        return function(**given, **extra, **criterion.options(self.options, function))
+        return function(**given, **extra, **options_of(function, self.options))
 
 
 _FROM_DATA = frozenset({Need.MOMENTS, Need.MAPS, Need.GRADIENTS, Need.POOLED, Need.LABELS})
@@ -279,24 +280,15 @@ def _prepare(
     groups: Iterable[str] | None,
     settings: dict[str, Any],
     options: dict[str, Any],
+    selecting: bool,
 ) -> _Gatherer:
     found = get(criterion)
-    # A seed that the criterion takes itself (k-means) is the same seed.
-    if _takes(found, "seed"):
-        options = {**options, "seed": settings["seed"]}
-    found.options(options, None)
-    wanted = observe.chosen_groups(graph, groups)
-    gatherer = _Gatherer(model, graph, found, data, wanted, settings, options)
+    found.check(options, selecting)
+    if "seed" in found.takes(selecting):  # k-means draws with the same seed as everything else
+        options = {"seed": settings["seed"], **options}
+    gatherer = _Gatherer(model, graph, found, data, observe.chosen_groups(graph, groups), settings, options)
     gatherer.gather()
     return gatherer
-
-
-def _takes(criterion: Criterion, option: str) -> bool:
-    try:
-        criterion.options({option: None}, None)
-    except UsageError:
-        return False
-    return True
 
 
 def score(
@@ -339,7 +331,7 @@ def score(
             a channel.
     """
     settings = {"loss": loss, "positions": positions, "exact": exact, "seed": seed, "memory": memory}
-    gatherer = _prepare(model, graph, criterion, data, groups, settings, options)
+    gatherer = _prepare(model, graph, criterion, data, groups, settings, options, selecting=False)
     found = gatherer.criterion
     result = {}
     for group in gatherer.groups:
@@ -426,7 +418,7 @@ def select(
     counts = _counts(graph, remove)
     settings = {"loss": loss, "positions": positions, "exact": exact, "seed": seed, "memory": memory}
     names = [name for name, count in counts.items() if count]
-    gatherer = _prepare(model, graph, criterion, data, names, settings, options)
+    gatherer = _prepare(model, graph, criterion, data, names, settings, options, selecting=True)
     found = gatherer.criterion
     result = {name: Selection(()) for name in counts}
     for group in gatherer.groups:

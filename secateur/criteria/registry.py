@@ -122,19 +122,32 @@ class Criterion:
         """Whether the criterion can't be computed from the weights alone."""
         return bool(self.needs & {Need.MOMENTS, Need.MAPS, Need.GRADIENTS, Need.POOLED, Need.LABELS})
 
-    def options(self, given: Mapping[str, Any], function: Callable[..., Any] | None) -> dict[str, Any]:
-        """Return those of ``given`` that ``function`` takes, after checking that some function takes each.
+    def takes(self, selecting: bool) -> set[str]:
+        """Return the names of the options that have a say in a selection, or in scores."""
+        last = self.function if selecting or self.scores is None else self.scores
+        functions = [f for f in (last, self.per_batch) if f is not None]
+        return set().union(*(_option_names(f) for f in functions))
+
+    def check(self, options: Mapping[str, Any], selecting: bool) -> None:
+        """Refuse options that would have no say.
 
         Raises:
-            UsageError: If an option is none of this criterion's.
+            UsageError: If an option is none of this criterion's, or decides a selection where scores are asked for.
         """
-        functions = [f for f in (self.function, self.per_batch, self.scores) if f is not None]
-        known = sorted(set().union(*(_option_names(f) for f in functions)))
-        for name in given:
+        known = sorted(self.takes(selecting))
+        offered = f"It takes {', '.join(known)}." if known else "It takes none."
+        for name in options:
+            if name not in known and not selecting and name in self.takes(True):
+                raise UsageError(
+                    f"criterion {self.name}: {name!r} is an option of a selection and changes no score. {offered}"
+                )
             if name not in known:
-                offered = f"It takes {', '.join(known)}." if known else "It takes none."
                 raise UsageError(f"criterion {self.name}: unknown option {name!r}. {offered}")
-        return {} if function is None else {k: v for k, v in given.items() if k in _option_names(function)}
+
+
+def options_of(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the given options that a function takes."""
+    return {name: value for name, value in given.items() if name in _option_names(function)}
 
 
 _RESERVED = frozenset(need.value for need in Need) | {"average", "remove"}
