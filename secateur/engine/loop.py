@@ -371,8 +371,8 @@ class Engine:
         found = [group.size for group in graph.groups if group.name == name]
         if found != [alive]:
             raise RunError(
-                f"{name}: the pruned network has {found[0] if found else 'no'} coupled channels there in place of {alive}; "
-                f"its structure depends on its widths. Leave the group out with skip."
+                f"{name}: the pruned network has {found[0] if found else 'no'} coupled channels there in place "
+                f"of {alive}; its structure depends on its widths. Leave the group out with skip."
             )
         return True
 

@@ -91,7 +91,7 @@ def main(folder: Path, seed: int, kills: int) -> None:
         _, status = os.waitpid(child, 0)
         died += os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     attempt(folder)
-    print(json.dumps({"died": died, "attempts": attempts, "seconds": time.monotonic() - started}))
+    sys.stdout.write(json.dumps({"died": died, "attempts": attempts, "seconds": time.monotonic() - started}) + "\n")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def test_a_coupled_group_is_scored_over_its_producers() -> None:
 
 
 def test_which_groups_may_go() -> None:
-    model, graph = residual()
+    _, graph = residual()
     assert [g.name for g in pairing.eligible(graph)] == ["stem", "inner"]
     assert [g.name for g in pairing.eligible(graph, internal_only=True)] == ["inner"]
     assert [g.name for g in pairing.eligible(graph, skip=["inn"])] == ["stem"]
