@@ -300,7 +300,7 @@ def test_resume_refuses_a_damaged_state(network: nn.Module, tmp_path: Path) -> N
     content = state.read_bytes()
     for damaged in (content[:100], content[: len(content) // 2], b"", content[:8] + b"x" + content[9:]):
         state.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match="state.safetensors") as caught:
+        with pytest.raises(CheckpointError, match=r"state\.safetensors") as caught:
             resume(tmp_path, Small(), train=TRAIN, validation=VALIDATION)
         assert "\n" not in str(caught.value)
 
