@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from secateur import training
 from secateur.errors import DataError, RunError, SecateurError, UsageError
-from secateur.training import Distillation, EpochRecord, Stage, TrainingSettings, evaluate, fit
+from secateur.training import Distillation, Stage, TrainingSettings, evaluate, fit
 from tests.engine.nets import Small, digits
 
 

@@ -345,7 +345,7 @@ class Engine:
     def _choose(self, state: State, counts: Mapping[str, int]) -> tuple[pairing.Pairs, Removed]:
         """Choose pairs (CFP) or channels (any criterion), numbered as in the present network."""
         graph, chosen = self.present(state), self.settings
-        wanted = {name: n for name, n in counts.items() if n > 0}
+        wanted = {name: n for name, n in counts.items() if n > 0 and self._still_there(state, graph, name)}
         pairs: pairing.Pairs = {}
         if self.method == "cfp":
             for name, count in wanted.items():
@@ -362,6 +362,19 @@ class Engine:
             for name, n in wanted.items()
         }
         return {}, {name: channels for name, channels in lowest.items() if channels}
+
+    def _still_there(self, state: State, graph: ChannelGraph, name: str) -> bool:
+        """Tell whether the present network has a group with channels to spare; a last channel is no group any more."""
+        alive = len(self.alive(state, name))
+        if alive <= 1:
+            return False
+        found = [group.size for group in graph.groups if group.name == name]
+        if found != [alive]:
+            raise RunError(
+                f"{name}: the pruned network has {found[0] if found else 'no'} coupled channels there in place "
+                f"of {alive}; its structure depends on its widths. Leave the group out with skip."
+            )
+        return True
 
     def _criterion_scores(self, state: State, graph: ChannelGraph, groups: list[str]) -> dict[str, Tensor]:
         from secateur.scoring import score

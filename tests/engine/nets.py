@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -57,7 +58,7 @@ class Batches:
         self.generator = torch.Generator()
 
     def __len__(self) -> int:
-        return -(-len(self.x) // self.size)
+        return math.ceil(len(self.x) / self.size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         n = len(self.x)

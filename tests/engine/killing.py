@@ -1,0 +1,98 @@
+"""A run that is killed again and again, in a process of its own: ``python -m tests.engine.killing FOLDER SEED KILLS``.
+
+Each attempt is a forked child that gets SIGKILL at a place drawn at random: at a batch of optimisation or fine-tuning,
+at the n-th writing of a file (before or after the file takes its name), or after a time. The next goes on from what is
+left. Prints the places at which children died, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from secateur.engine import Event, compress, resume
+from tests.engine.nets import Small, digits, trained
+
+SETTINGS: dict[str, Any] = {
+    "lr": 0.02, "pairs": 3, "optimise_epochs": 2, "correlation_target": None, "finetune_epochs": 2, "final_epochs": 1,
+}  # fmt: skip
+TOLERANCE = 6.0
+
+
+def attempt(folder: Path, progress: Any = None) -> None:
+    """Start the run, or go on with it."""
+    train, validation, test = digits(200)
+    data: dict[str, Any] = {"train": train, "validation": validation, "test": test}
+    if (folder / "checkpoint" / "state.safetensors").is_file():
+        resume(folder, Small(), progress=progress, **data)
+    else:
+        compress(trained(), run_dir=folder, tolerance=TOLERANCE, seed=7, progress=progress, **data, **SETTINGS)
+
+
+def die() -> NoReturn:
+    """Leave at once, with nothing put in order."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("unreachable")
+
+
+def doomed(folder: Path, draw: random.Random) -> None:
+    """Run until a place drawn at random, and die there."""
+    kind = draw.choice(["batch", "batch", "write", "written", "time"])
+    number = draw.randrange(1, 30) if kind == "batch" else draw.randrange(1, 8)
+    stage = draw.choice(["optimise", "finetune"])
+    count = [0]
+
+    def on_event(event: Event) -> None:
+        if event.kind == "batch" and event.stage == stage:
+            count[0] += 1
+            if count[0] == number:
+                die()
+
+    replace = os.replace
+
+    def dying_replace(*names: Any, **options: Any) -> None:
+        count[0] += 1
+        if count[0] == number and kind == "write":
+            die()
+        replace(*names, **options)
+        if count[0] == number:
+            die()
+
+    if kind in ("write", "written"):
+        os.replace = dying_replace
+    elif kind == "time":
+        threading.Timer(draw.uniform(0.0, 2.0), die).start()
+    attempt(folder, on_event if kind == "batch" else None)
+
+
+def main(folder: Path, seed: int, kills: int) -> None:
+    """Kill ``kills`` attempts, then let the run finish."""
+    torch.set_num_threads(1)
+    draw, died = random.Random(seed), 0
+    started = time.monotonic()
+    attempts = 0
+    while died < kills and not (folder / "result.json").exists():
+        attempts += 1
+        child = os.fork()
+        if child == 0:
+            try:
+                doomed(folder, random.Random(draw.randrange(2**31) if attempts == 1 else seed * 1000 + attempts))
+            finally:
+                os._exit(0)
+        _, status = os.waitpid(child, 0)
+        died += os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    attempt(folder)
+    sys.stdout.write(json.dumps({"died": died, "attempts": attempts, "seconds": time.monotonic() - started}) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

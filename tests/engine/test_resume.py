@@ -1,0 +1,104 @@
+"""A run killed anywhere goes on and ends in exactly the result of the uninterrupted run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from secateur.engine import Engine, Settings, State
+from tests.engine.nets import digits, trained
+
+ROOT = Path(__file__).resolve().parents[2]
+UNTIMED = ("seconds", "latency_ms")
+
+
+def untimed(value: Any) -> Any:
+    """Leave out what a clock measured."""
+    if isinstance(value, dict):
+        return {k: untimed(v) for k, v in value.items() if k not in UNTIMED}
+    if isinstance(value, list):
+        return [untimed(v) for v in value]
+    return value
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """Return everything that a run leaves, but for times."""
+    history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    return {
+        "history": untimed(history),
+        "result": untimed(json.loads((folder / "result.json").read_text())),
+        "plan": (folder / "plan.json").read_text(),
+        "models": {p.name: p.read_bytes() for p in sorted(folder.glob("*.safetensors"))},
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return killed(tmp_path_factory.mktemp("whole"), 0, 0)[0]
+
+
+def killed(folder: Path, seed: int, kills: int) -> tuple[dict[str, Any], int]:
+    """Run in another process with a number of kills; return what is left and how many there were."""
+    command = [sys.executable, "-m", "tests.engine.killing", str(folder), str(seed), str(kills)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert not list(folder.rglob("*.partial")) or report["died"]
+    return outcome(folder), report["died"]
+
+
+def test_the_run_visits_every_kind_of_step(expected: dict[str, Any]) -> None:
+    records = expected["history"]
+    assert {r["phase"] for r in records} == {1, 2}
+    assert {r["accepted"] for r in records} == {True, False}
+    assert len(records) >= 4
+
+
+def test_a_killed_run_ends_in_the_same_bits(expected: dict[str, Any], tmp_path: Path) -> None:
+    found, died = killed(tmp_path, 1, 5)
+    assert died == 5
+    assert found == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2, 8))
+def test_many_kills(expected: dict[str, Any], tmp_path: Path, seed: int) -> None:
+    found, died = killed(tmp_path, seed, 5)
+    assert died >= 4
+    assert found == expected
+
+
+def test_every_single_step_can_be_the_last(tmp_path: Path) -> None:
+    """Store and reload the state after each step: the same network in the end as without."""
+    train, validation, _ = digits(80)
+    settings = Settings.of({"pairs": 4, "optimise_epochs": 2, "optimizer": "adam", "lr": 1e-3, "schedule": "cosine"})
+
+    def engine() -> Engine:
+        return Engine(model, "cfp", train=train, validation=validation, tolerance=10, settings=settings)
+
+    model = trained(epochs=3)
+    whole = engine()
+    state = whole.init()
+    while not whole.finished(state):
+        state = whole.step(state)
+    other = engine()
+    stored = other.init()
+    steps = 0
+    while not other.finished(stored):
+        stored.save(tmp_path / "state.safetensors")
+        other = engine()
+        loaded, tensors = State.load(tmp_path / "state.safetensors")
+        stored = other.step(other.resume(loaded, tensors))
+        steps += 1
+    assert steps > 10
+    first, second = state.network.state_dict(), stored.network.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert untimed(state.plain()) == untimed(json.loads(json.dumps(stored.plain())))
