@@ -245,6 +245,8 @@ def pareto(runs: Sequence[Run]) -> Figure:
     series = [
         Series(name, [x], [y], "points", Tone.RUN, [name], place=place) for place, (x, y, name) in enumerate(points)
     ]
+    starts = sorted({score(run.result.baseline) for run in runs})
+    series.append(Series("original", [0.0] * len(starts), starts, "points", Tone.BEFORE, ["original"] * len(starts)))
     ordered = sorted(front, key=lambda i: points[i][0])
     series.insert(
         0,
@@ -265,6 +267,7 @@ def pareto(runs: Sequence[Run]) -> Figure:
         y_label=f"test {metric_name(runs[0])}",
         series=series,
         x_format="percent",
+        x_range=(-0.03, 1.0),
         y_format="percent",
     )
 

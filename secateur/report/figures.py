@@ -59,6 +59,7 @@ class Figure:
     y_scale: Literal["linear", "log"] = "linear"
     source: str = ""
     """The figure or the equations of a paper that it follows."""
+    x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
     x_format: Format = "text"
     y_format: Format = "decimal"

@@ -69,7 +69,9 @@
     const spec = store.figures[plot.dataset.figure];
     const layout = merged(baseLayout(plot), painted(spec.layout));
     // The browser prints before Plotly has made room for a legend of another height: make it beforehand.
-    if (printing) layout.margin.t = 24 + 20 * Math.ceil(spec.data.length / 2);
+    if (printing && layout.xaxis.type !== "category") {
+      layout.margin = { l: 72, r: 14, t: 24 + 20 * Math.ceil(spec.data.length / 2), b: 46, autoexpand: false };
+    }
     return Plotly.react(plot, painted(spec.data), layout, CONFIG);
   }
   function unpack(packed) {

@@ -138,7 +138,7 @@ def _view(index: int, run: Run, figures: list[Figure], heat_maps: list[HeatMap],
             if refused.rows
             else "Nothing was refused: every channel of the network could be pruned.",
         ),
-        _Section(f"{prefix}-settings", "To reproduce", settings(run), command=str(run.config.get("command", ""))),
+        _Section(f"{prefix}-settings", "To reproduce", settings(run), command=_command(run)),
     ]
     return _RunView(
         id=prefix,
@@ -167,6 +167,14 @@ def _wide(figures: Sequence[Figure]) -> set[str]:
 
 def _many_layers(figure: Figure) -> bool:
     return figure.x_scale == "category" and len(figure.series[0].x) > 12
+
+
+def _command(run: Run) -> str:
+    """The command that repeats the run, where it was one."""
+    file = run.path / "run.yaml"
+    return (
+        f"secateur compress --config {file} --run-dir NEW_DIR" if file.is_file() else str(run.config.get("command", ""))
+    )
 
 
 def _eyebrow(run: Run) -> str:

@@ -104,6 +104,8 @@ def _chart(figure: Figure, axes: Axes) -> None:
             axes.set_xticks([], minor=True)
     axes.set_yscale(figure.y_scale)
     axes.set_ylabel(figure.y_label)
+    if figure.x_range is not None:
+        axes.set_xlim(*figure.x_range)
     if figure.y_range is not None:
         axes.set_ylim(*figure.y_range)
     write: dict[str, Any] = {

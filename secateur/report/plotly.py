@@ -23,7 +23,7 @@ _TONES = {
     Tone.LIMIT: "$limit",
 }
 _TICKS: dict[Format, dict[str, Any]] = {
-    "percent": {"tickformat": ",.0~%"},
+    "percent": {"tickformat": ",.2~%"},
     "quantity": {"tickformat": ".3~s"},
     "bytes": {"tickformat": ".3~s", "ticksuffix": "B"},
     "decimal": {},
@@ -54,6 +54,8 @@ def specification(figure: Figure) -> dict[str, Any]:
     }
     if figure.x_scale == "category":
         layout["xaxis"]["title"] = {"text": ""}
+    if figure.x_range is not None:
+        layout["xaxis"]["range"] = list(figure.x_range)
     if figure.y_range is not None:
         layout["yaxis"]["range"] = [figure.y_range[0], figure.y_range[1] * 1.02]
     return {"data": [_trace(figure, series) for series in figure.series], "layout": layout}

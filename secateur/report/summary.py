@@ -60,9 +60,17 @@ def headline(run: Run) -> list[Headline]:
         change = f"{was / now:.2f}× faster" if name == "Latency" and now else describe_change(was, now)
         if name == "Latency" and now > was:
             change = f"{now / was:.2f}× slower"
+        if name == "Latency" and abs(now - was) < 0.02 * was:
+            change = "no change"
         items.append(
             Headline(
-                name, write(was), write(now), change, None if now == was else now < was, now / was, notes.get(name, "")
+                name,
+                write(was),
+                write(now),
+                change,
+                None if change == "no change" else now <= was,
+                now / was,
+                notes.get(name, ""),
             )
         )
     return items
@@ -242,7 +250,7 @@ def _flatten(value: Any, prefix: str = "") -> list[tuple[str, Cell]]:
             pair for key, inner in value.items() for pair in _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
         ]
     if isinstance(value, list):
-        return [(prefix, ", ".join(map(str, value)))]
+        return [(prefix, ", ".join(map(str, value)) or "none")]
     if value is None or isinstance(value, bool):
         return [(prefix, {None: "none", True: "yes", False: "no"}[value])]
     return [(prefix, f"{value:g}" if isinstance(value, float) else str(value))]
