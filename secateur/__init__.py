@@ -83,7 +83,7 @@ _HOME = {
 }
 """Public name -> module that defines it. Nothing is imported before it is asked for: torch alone takes seconds."""
 
-__all__ = [*_HOME]
+__all__ = [*_HOME]  # noqa: PLE0604 - its keys are strings
 
 
 def __getattr__(name: str) -> Any:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from secateur.data import Batches, DataBundle
+    from secateur.data.bundle import Sized
 
 PREFIXES = ("model.", "net.")
 """What trainers that hold the network as an attribute put before every key of a state dict."""
@@ -279,7 +280,7 @@ def training_batches(bundle: DataBundle, size: int, seed: int, workers: int = 0)
     return Batches(bundle.train, size, shuffle=True, augment=True, seed=seed, workers=workers)
 
 
-def evaluation_batches(dataset: Dataset[Any], workers: int = 0) -> Batches:
+def evaluation_batches(dataset: Sized | Dataset[Any], workers: int = 0) -> Batches:
     """Make batches of a validation or test set, as they come."""
     from secateur.data import Batches
 
