@@ -5,7 +5,6 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV   ?= .venv
 JOBS   ?= auto
 BIN    := $(VENV)/bin
-DEMO   ?= runs/demo
 
 # One process per core, one thread per process: small networks run no faster on more threads.
 TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8
@@ -16,7 +15,7 @@ help: ## Show what make can do
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
 demo: $(VENV)/.installed-run ## Train, compress and verify a LeNet-5 on real digits, without a download
-	$(BIN)/secateur demo --run-dir $(DEMO)
+	$(BIN)/secateur demo
 
 test: $(VENV)/.installed-dev ## Run the tests that take minutes at most
 	$(TEST) -m "not slow"

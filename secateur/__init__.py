@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from secateur.compensate import apply as apply
     from secateur.cost import macs as macs
     from secateur.cost import parameters as parameters
+    from secateur.criteria import Criterion as Criterion
+    from secateur.criteria import criterion as criterion
+    from secateur.engine import Settings as Settings
     from secateur.engine import compress as compress
     from secateur.engine import resume as resume
     from secateur.engine.result import CompressResult as CompressResult
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
     from secateur.errors import VerificationError as VerificationError
     from secateur.graph import ChannelGraph as ChannelGraph
     from secateur.graph import ChannelGroup as ChannelGroup
+    from secateur.graph import Member as Member
+    from secateur.graph import Refusal as Refusal
+    from secateur.graph import Role as Role
     from secateur.layers import register_layer as register_layer
     from secateur.planning import PruningPlan as PruningPlan
     from secateur.planning import Target as Target
@@ -38,24 +44,30 @@ if TYPE_CHECKING:
     from secateur.verification import verify as verify
 
 _HOME = {
-    "VerificationError": "errors",
-    "UsageError": "errors",
-    "TraceError": "errors",
-    "SecateurError": "errors",
-    "RunError": "errors",
-    "PlanError": "errors",
-    "ExportError": "errors",
-    "DataError": "errors",
-    "CriterionError": "errors",
-    "CheckpointError": "errors",
     "ChannelGraph": "graph",
     "ChannelGroup": "graph",
+    "CheckpointError": "errors",
     "CompressResult": "engine.result",
+    "Criterion": "criteria",
+    "CriterionError": "errors",
+    "DataError": "errors",
+    "ExportError": "errors",
+    "Member": "graph",
+    "PlanError": "errors",
     "PruningPlan": "planning",
+    "Refusal": "graph",
+    "Role": "graph",
+    "RunError": "errors",
+    "SecateurError": "errors",
+    "Settings": "engine",
     "Target": "planning",
+    "TraceError": "errors",
+    "UsageError": "errors",
+    "VerificationError": "errors",
     "VerificationReport": "verification",
     "apply": "compensate",
     "compress": "engine",
+    "criterion": "criteria",
     "load": "checkpoint",
     "macs": "cost",
     "parameters": "cost",
@@ -71,7 +83,7 @@ _HOME = {
 }
 """Public name -> module that defines it. Nothing is imported before it is asked for: torch alone takes seconds."""
 
-__all__ = list(_HOME)
+__all__ = [*_HOME]  # noqa: PLE0604 - its keys are strings
 
 
 def __getattr__(name: str) -> Any:

@@ -111,6 +111,7 @@ class RunConfig(_Section):
         description="Training before compression, where no weights are given.",
     )
     batch_size: int = Field(128, ge=1, description="Images a training step.")
+    workers: int = Field(0, ge=0, description="Processes that read image files; 0 reads them in the run's own.")
     seed: int = Field(0, ge=0, description="Seed of weights, data order and every other draw.")
     run_dir: str | None = Field(None, description="Folder of the run's files; runs/MODEL-METHOD unless given.")
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
+from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from secateur.graph import ChannelGraph, Member
     from secateur.planning import PruningPlan
 
@@ -23,10 +27,10 @@ WIDTH = 120
 """Columns of what is written to a file or a pipe, where there is no terminal to ask."""
 
 
-def output(stream: TextIO | None = None) -> Console:
-    """Return the console for results, on standard output."""
-    stream = stream or sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else WIDTH, highlight=False, emoji=False)
+def output(*, record: bool = False) -> Console:
+    """Return the console for results, on standard output; ``record`` keeps what is printed, for a picture."""
+    width = None if sys.stdout.isatty() else WIDTH
+    return Console(width=width, record=record, highlight=False, emoji=False)
 
 
 def error_line(text: str, kind: str = "error") -> None:
@@ -36,9 +40,9 @@ def error_line(text: str, kind: str = "error") -> None:
     console.print(f"[bold {colour}]{kind}:[/]", " ".join(text.split()), markup=True, soft_wrap=True)
 
 
-def write_json(value: Any, stream: TextIO | None = None) -> None:
+def write_json(value: Any) -> None:
     """Write ``value`` as the one JSON document of a command."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False), file=stream or sys.stdout)
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 class Steps:
@@ -256,16 +260,44 @@ def show_pruned(values: Mapping[str, Any]) -> None:
         out.print(f"saved: {values['file']}", markup=False)
 
 
-def show_run(values: Mapping[str, Any]) -> None:
+def show_run(values: Mapping[str, Any], out: Console | None = None) -> None:
     """Print what a compression run came to."""
-    out = output()
+    out = out or output()
     before, after = values["baseline"], values["final"]
-    out.print(widths(before["widths"], after["widths"]))
-    out.print()
     out.print(comparison(before, after, values["metric"]))
     out.print()
-    out.print(verdict(values["verification"]), markup=False)
-    out.print(f"files: {values['run_dir']}", markup=False)
+    out.print(widths(before["widths"], after["widths"]))
+    out.print()
+    out.print(f"{verdict(values['verification'])} (the cut alone, before fine-tuning)", markup=False)
+    out.print(f"files: {values['run_dir']}", markup=False, soft_wrap=True)
+
+
+def show_demo(values: Mapping[str, Any], picture: Path | None = None) -> None:
+    """Print the demo's result, with what to try next; and draw it as an SVG file if asked for."""
+    out = output(record=picture is not None)
+    parts = values["examples"]
+    out.print(
+        f"[bold]LeNet-5 on {sum(parts.values()):,} handwritten digits[/] ({parts['train']:,} to train on, "
+        f"{parts['validation']} to decide on, {parts['test']} to test on): trained, then compressed by filter "
+        f"correlation in {values['rounds']} rounds, {values['seconds']:.0f} s.\n"
+    )
+    show_run(values, out)
+    model = f"{values['run_dir']}/model.safetensors"
+    out.print(
+        f"saved and loaded again: {model}, {values['reloaded']:.2%} on the test set", markup=False, soft_wrap=True
+    )
+    out.print("\nNext, a network of yours:", style="bold")
+    out.print("  secateur trace torchvision:resnet18", markup=False)
+    out.print(
+        "  secateur prune path/to/network.py:build --weights trained.pth --macs 0.5 --out small.safetensors",
+        markup=False,
+    )
+    if picture is not None:
+        from secateur.checkpoint import write_atomic
+
+        # Rich's own frame fetches its font from a foreign host; any monospaced font does.
+        frame = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
+        write_atomic(picture, out.export_svg(title="secateur demo", code_format=frame).encode())
 
 
 def show_values(values: Mapping[str, Any]) -> None:

@@ -44,9 +44,9 @@ def start(run: RunConfig, steps: Steps) -> CompressResult:
     return compress(
         found.model,
         run.method,
-        train=sources.batches(bundle.train, run.batch_size, shuffle=True),
-        validation=sources.batches(bundle.validation),
-        test=sources.batches(bundle.test),
+        train=sources.training_batches(bundle, run.batch_size, run.seed, run.workers),
+        validation=sources.evaluation_batches(bundle.validation, run.workers),
+        test=sources.evaluation_batches(bundle.test, run.workers),
         example_inputs=found.inputs if run.input else None,
         tolerance=run.tolerance,
         target=None if run.target is None else Target(**run.target.model_dump()),
@@ -78,9 +78,9 @@ def go_on(folder: Path, steps: Steps) -> CompressResult:
     return resume(
         folder,
         found.model,
-        train=sources.batches(bundle.train, run.batch_size, shuffle=True),
-        validation=sources.batches(bundle.validation),
-        test=sources.batches(bundle.test),
+        train=sources.training_batches(bundle, run.batch_size, run.seed, run.workers),
+        validation=sources.evaluation_batches(bundle.validation, run.workers),
+        test=sources.evaluation_batches(bundle.test, run.workers),
         example_inputs=found.inputs if run.input else None,
         progress=Show(steps),
     )
@@ -134,7 +134,7 @@ def _found(run: RunConfig, steps: Steps, *, fresh: bool = False) -> tuple[DataBu
 def _train_baseline(model: nn.Module, run: RunConfig, bundle: DataBundle, steps: Steps) -> None:
     plan = run.baseline
     given: dict[str, Any] = {f.name: getattr(plan, f.name) for f in fields(TrainingSettings)}
-    batches = sources.batches(bundle.train, run.batch_size, shuffle=True)
+    batches = sources.training_batches(bundle, run.batch_size, run.seed, run.workers)
     epoch = 0
 
     def on_batch(done: int, total: int | None, loss: float) -> None:

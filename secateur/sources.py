@@ -6,6 +6,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import math
 import os
 import re
@@ -18,18 +19,26 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
 
 from secateur.errors import DataError, SecateurError, UsageError
 
 if TYPE_CHECKING:
-    from secateur.data import DataBundle
+    from torch.utils.data import Dataset
+
+    from secateur.data import Batches, DataBundle
+    from secateur.data.bundle import Sized
 
 PREFIXES = ("model.", "net.")
 """What trainers that hold the network as an attribute put before every key of a state dict."""
 
 PRETRAINED = "pretrained"
 """Stands for the weights that torchvision or timm publish."""
+
+EVALUATION_BATCH = 256
+"""Examples a batch of evaluation."""
+
+SAMPLE_BATCH = 64
+"""Examples a batch of what criteria and compensation see."""
 
 CIFAR_SIDE = 32
 """Height and width of the images that a network of :data:`secateur.models.MODELS` takes unless it names another."""
@@ -264,15 +273,25 @@ def seed(value: int) -> None:
     torch.manual_seed(value)
 
 
-def batches(dataset: Dataset[Any], size: int = 256, *, shuffle: bool = False) -> DataLoader[Any]:
-    """Make batches of a data set; when shuffled, in an order that training reseeds each epoch."""
-    return DataLoader(dataset, size, shuffle=shuffle, generator=torch.Generator() if shuffle else None)
+def training_batches(bundle: DataBundle, size: int, seed: int, workers: int = 0) -> Batches:
+    """Make shuffled, augmented batches of the training data, in an order that follows from seed and epoch alone."""
+    from secateur.data import Batches
+
+    return Batches(bundle.train, size, shuffle=True, augment=True, seed=seed, workers=workers)
 
 
-def sample(bundle: DataBundle, count: int, seed: int, size: int = 64) -> list[Any]:
-    """Take ``count`` batches of the training data at random, for criteria and compensation."""
-    order = torch.randperm(len(bundle.train), generator=torch.Generator().manual_seed(seed))[: count * size]
-    return list(batches(Subset(bundle.train, order.tolist()), size))
+def evaluation_batches(dataset: Sized | Dataset[Any], workers: int = 0) -> Batches:
+    """Make batches of a validation or test set, as they come."""
+    from secateur.data import Batches
+
+    return Batches(dataset, EVALUATION_BATCH, workers=workers)
+
+
+def sample(bundle: DataBundle, count: int, seed: int) -> list[Any]:
+    """Take ``count`` batches of the training data at random, without augmentation, for criteria and compensation."""
+    from secateur.data import Batches
+
+    return list(itertools.islice(Batches(bundle.train, SAMPLE_BATCH, shuffle=True, seed=seed), count))
 
 
 def writable(path: Path) -> None:

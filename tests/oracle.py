@@ -284,8 +284,8 @@ def difference(expected: Sequence[Any], found: Sequence[Any]) -> Verdict:
         if not a.is_floating_point() and not a.is_complex():
             worst = max(worst, 0.0 if torch.equal(a, b) else float("inf"))
             continue
-        error = float((a - b).abs().max())
-        scale = max(float(a.abs().max()), 1e-12)
+        error = float((a - b).detach().abs().max())
+        scale = max(float(a.detach().abs().max()), 1e-12)
         worst = max(worst, float("inf") if not np.isfinite(error) else error / scale)
     if worst > TOLERANCE:
         return Verdict("wrong-channel", f"outputs differ by {worst:.1e} of their scale", worst)
