@@ -1,4 +1,4 @@
-"""The wrong-channel score: every pattern of ``tests/cases`` pruned by Secateur and by Torch-Pruning, one judge for both.
+"""The wrong-channel score: every pattern of ``tests/cases`` pruned by Secateur and by Torch-Pruning.
 
 Usage: ``python -m bench.patterns [--json FILE] [--markdown FILE] [--only NAME ...] [--no-peer]``.
 
@@ -6,7 +6,8 @@ For each pattern the layers before the output are pruned to half their channels,
 with the original whose removed channels are zeroed where they are read (``tests/oracle.py``). A verdict is ``exact``;
 ``refused`` (nothing was pruned, and the tool said so or left it alone); ``crash`` (the tool or the pruned network
 raised); ``inexact`` (the pattern normalises over the channels themselves, so that no selection can equal zeroing, and
-the tool pruned it all the same); ``wrong-shape``; or ``wrong-channel``: the right shape and wrong values, which nobody notices.
+the tool pruned it all the same); ``wrong-shape``; or ``wrong-channel``: the right shape and wrong
+values, which nobody notices.
 """
 
 from __future__ import annotations

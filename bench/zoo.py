@@ -23,6 +23,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 Row = dict[str, Any]
 
+HEADER = (
+    "| network | groups | channels | verdict | MACs removed % | with inexact % | s | forward s | peak MB "
+    "| model MB | refusals | Torch-Pruning | MACs removed % | s |"
+)
+
 
 def _work(measure: Callable[[Any], Row], entry: Any, sender: Any) -> None:
     try:
@@ -90,15 +95,16 @@ def _line(name: str, rows: dict[str, Row]) -> str:
 
 
 def _summary(results: dict[str, dict[str, Row]]) -> list[str]:
-    lines = ["| | networks | traced | exact | inexact groups run | crash or wrong | timeout |", "|---|---:|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| | networks | traced | exact | inexact groups run | crash or wrong | timeout |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
     for title, prefix in (("torchvision, classification", "torchvision/classification"),
                           ("torchvision, other", "torchvision"), ("timm", "timm")):  # fmt: skip
         rows = [
             r["secateur"]
             for n, r in results.items()
-            if n.startswith(prefix)
-            and "secateur" in r
-            and (title != "torchvision, other" or "classification" not in n)
+            if n.startswith(prefix) and "secateur" in r and (title != "torchvision, other" or "classification" not in n)
         ]
         kinds = Counter(r.get("verdict") for r in rows)
         lines.append(
@@ -113,9 +119,9 @@ def _summary(results: dict[str, dict[str, Row]]) -> list[str]:
         ratio = sorted(r["peer"]["seconds"] / r["secateur"]["seconds"] for r in both)[len(both) // 2]
         lines += [
             "",
-            f"Torch-Pruning on the same networks: {', '.join(f'{n} {k}' for k, n in kinds.most_common())}. On the "
-            f"{len(both)} networks that both end on, the median of its seconds over Secateur's is {ratio:.1f}; Secateur "
-            f"takes longer on {len(slower)}.",
+            f"Torch-Pruning on the same networks: {', '.join(f'{n} {k}' for k, n in kinds.most_common())}.",
+            f"On the {len(both)} networks that both end on, the median of its seconds over Secateur's is {ratio:.1f};",
+            f"Secateur takes longer on {len(slower)}.",
         ]
     return lines
 
@@ -134,14 +140,14 @@ def report(results: dict[str, dict[str, Row]], patterns: Path) -> str:
         "## Networks of torchvision and timm",
         "",
         "`python -m bench.zoo`, one thread, each network in its own process, random weights, half of the channels of",
-        "every group. *MACs removed* is of exact groups; *with inexact* adds groups with a norm over the channels. Seconds",
-        "are trace + plan + apply (building the graph, choosing by magnitude and cutting for Torch-Pruning), and one plain",
-        "forward beside it, in processor time (the same on a busy machine). *Peak* is the extra memory of trace + plan + apply, in MB, beside the model's own size.",
+        "every group. *MACs removed* is of exact groups; *with inexact* adds groups with a norm over the channels.",
+        "Seconds are of processor time for trace + plan + apply (for Torch-Pruning: building its graph, choosing by",
+        "magnitude and cutting), and for one plain forward beside it. *Peak* is the extra memory of trace + plan + ",
+        "apply, in MB, beside the model's own size.",
         "",
         *_summary(results),
         "",
-        "| network | groups | channels | verdict | MACs removed % | with inexact % | s | forward s | peak MB | model MB "
-        "| refusals | Torch-Pruning | MACs removed % | s |",
+        HEADER,
         "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---|---:|---:|",
         *(_line(name, rows) for name, rows in results.items()),
         "",
@@ -193,7 +199,11 @@ def main() -> None:
     torch.set_num_threads(1)
     results: dict[str, dict[str, Row]] = json.loads(options.json.read_text()) if options.json.exists() else {}
     tools = [t for t, wanted in (("secateur", options.secateur), ("peer", options.peer)) if wanted]
-    chosen = [e for e in entries() if any(fnmatchcase(e.name, p) or fnmatchcase(e.name.rpartition("/")[2], p) for p in options.only)]
+    chosen = [
+        e
+        for e in entries()
+        if any(fnmatchcase(e.name, p) or fnmatchcase(e.name.rpartition("/")[2], p) for p in options.only)
+    ]
     measured = 0
     for entry in chosen:
         again = any(fnmatchcase(entry.name, p) or fnmatchcase(entry.name.rpartition("/")[2], p) for p in options.again)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -167,12 +167,14 @@ def _norm_over_kept(module: nn.Module, small: nn.Module, kept: Sequence[int], x:
         out = torch.zeros_like(x)
         out[:, index] = F.group_norm(x[:, index], int(small.num_groups), weight, bias, module.eps)
         return out
+    dim = -1 if x.shape[-1] == module.weight.numel() else 1  # layer norms of maps (N, C, H, W) permute inside
+    x = x.movedim(dim, -1)
     out = torch.zeros_like(x)
     if isinstance(module, nn.LayerNorm):
         out[..., index] = F.layer_norm(x[..., index], (len(index),), weight, bias, module.eps)
     else:
         out[..., index] = F.rms_norm(x[..., index], (len(index),), weight, module.eps)
-    return out
+    return out.movedim(-1, dim)
 
 
 def masked(
@@ -423,9 +425,7 @@ def _lines(coordinates: np.ndarray, dim: int) -> list[int]:
     return [int(i) for i in lines[:, 0]] if lines.size else []
 
 
-def _enter_layer(
-    plan: RecoveredPlan, name: str, layer: nn.Module, grid: np.ndarray, shape: tuple[int, ...]
-) -> None:
+def _enter_layer(plan: RecoveredPlan, name: str, layer: nn.Module, grid: np.ndarray, shape: tuple[int, ...]) -> None:
     """Turn the kept slices of a layer's weight into channels; a grouped layer counts one dimension by blocks."""
     groups = int(getattr(layer, "groups", 1))
     transposed = isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)

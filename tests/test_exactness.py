@@ -16,6 +16,9 @@ import secateur as sc
 from tests import oracle
 from tests.cases import CASES, Case
 
+# Some networks do on purpose what torch warns of.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 RATIOS = (0.25, 0.5, 0.8)
 SEEDS = (0, 1, 2)
 
@@ -23,7 +26,7 @@ EXPECTING = [c for c in CASES.values() if c.prunable]
 REFUSING = [c for c in CASES.values() if c.refused]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def traced(name: str) -> tuple[nn.Module, Any, Any]:
     """Build a case in fp64 with random values, and trace it."""
     case = CASES[name]
@@ -86,9 +89,7 @@ def test_refuses_with_its_reason(case: Case) -> None:
     _, _, graph = traced(case.name)
     for producer, fragment in case.refused.items():
         assert offered(graph, producer) == 0
-        listed = [
-            r for r in graph.refused if any(t == producer or t.startswith(f"{producer}.") for t in r.tensors)
-        ]
+        listed = [r for r in graph.refused if any(t == producer or t.startswith(f"{producer}.") for t in r.tensors)]
         assert listed, f"nothing is listed for {producer}: {graph.refused}"
         texts = " ".join(f"{r.operator} {r.module} {r.source} {r.reason}" for r in listed)
         assert fragment in texts

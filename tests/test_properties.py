@@ -20,6 +20,9 @@ from tests import oracle
 from tests.generator import Network, example, networks
 from tests.test_state import fingerprint, same, surroundings
 
+# Some networks do on purpose what torch warns of.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 
 def chosen(graph: Any, ratio: float, seed: int) -> dict[str, list[int]]:
     """Choose random channels of every exact group."""

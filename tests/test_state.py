@@ -14,6 +14,9 @@ import secateur as sc
 from tests.cases import CASES, Case, Net
 from tests.cases.table import conv
 
+# Some networks do on purpose what torch warns of.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Everything that a trace could leave changed, tensors by identity, version and value."""

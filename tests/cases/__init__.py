@@ -3,4 +3,15 @@
 from tests.cases import attention, convolutions, joins, norms, programs, reductions, reordering
 from tests.cases.table import CASES, Case, Net
 
-__all__ = ["CASES", "Case", "Net", "attention", "convolutions", "joins", "norms", "programs", "reductions", "reordering"]
+__all__ = [
+    "CASES",
+    "Case",
+    "Net",
+    "attention",
+    "convolutions",
+    "joins",
+    "norms",
+    "programs",
+    "reductions",
+    "reordering",
+]

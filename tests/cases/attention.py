@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.cases.table import Net, case, conv, image, pooled
@@ -206,9 +206,7 @@ def gru_after_cnn() -> Net:
         x, state = m.rnn(x)
         return m.head(m.fc(x.mean(1) + state[0]).relu())
 
-    return Net(
-        forward, conv1=conv(3, 4), rnn=nn.GRU(32, 6, batch_first=True), fc=nn.Linear(6, 8), head=nn.Linear(8, 4)
-    )
+    return Net(forward, conv1=conv(3, 4), rnn=nn.GRU(32, 6, batch_first=True), fc=nn.Linear(6, 8), head=nn.Linear(8, 4))
 
 
 @case(prunable={"conv1": 8})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.cases.table import Net, case, conv, conv_bn, image, pooled
@@ -53,9 +53,7 @@ def residual_stage() -> Net:
             x += block(x.clone())
         return m.head(pooled(x))
 
-    return Net(
-        forward, stem=conv_bn(3, 8), a=conv_bn(8, 8), b=conv_bn(8, 8), c=conv_bn(8, 8), head=nn.Linear(8, 4)
-    )
+    return Net(forward, stem=conv_bn(3, 8), a=conv_bn(8, 8), b=conv_bn(8, 8), c=conv_bn(8, 8), head=nn.Linear(8, 4))
 
 
 @case(prunable={"stem": 8, "conv1": 6, "conv2": 8})
@@ -166,9 +164,7 @@ def dense_block_before_groups() -> Net:
         x = torch.cat([x, m.narrow(x)], 1)
         return m.head(pooled(m.grouped(x).relu()))
 
-    return Net(
-        forward, stem=conv(3, 8), narrow=conv(8, 2), grouped=conv(10, 4, groups=2), head=nn.Linear(4, 3)
-    )
+    return Net(forward, stem=conv(3, 8), narrow=conv(8, 2), grouped=conv(10, 4, groups=2), head=nn.Linear(4, 3))
 
 
 @case(prunable={"one": 4, "three.0": 4, "three.1": 6, "five.0": 4, "pool.1": 4})
@@ -242,17 +238,13 @@ def multi_resolution() -> Net:
 @case(prunable={"conv1": 8})
 def input_concat() -> Net:
     """The raw input concatenated with features."""
-    return Net(
-        lambda m, x: m.head(torch.cat([x, m.conv1(x).relu(), x], 1)), conv1=conv(3, 8), head=conv(14, 4)
-    )
+    return Net(lambda m, x: m.head(torch.cat([x, m.conv1(x).relu(), x], 1)), conv1=conv(3, 8), head=conv(14, 4))
 
 
 @case(prunable={"conv2": 6}, refused={"conv1": "add"})
 def input_add() -> Net:
     """The raw input added to features: their channels are the input's."""
-    return Net(
-        lambda m, x: m.head(m.conv2(x + m.conv1(x)).relu()), conv1=conv(3, 3), conv2=conv(3, 6), head=conv(6, 4)
-    )
+    return Net(lambda m, x: m.head(m.conv2(x + m.conv1(x)).relu()), conv1=conv(3, 3), conv2=conv(3, 6), head=conv(6, 4))
 
 
 @case(prunable={"conv1": 8})
@@ -292,9 +284,7 @@ def option_a_by_cat() -> Net:
 @case(prunable={"a": 8, "b": 8})
 def product_of_branches() -> Net:
     """Two branches multiplied, one through a sigmoid."""
-    return Net(
-        lambda m, x: m.head(m.a(x).tanh() * m.b(x).sigmoid()), a=conv(3, 8), b=conv(3, 8), head=conv(8, 4)
-    )
+    return Net(lambda m, x: m.head(m.a(x).tanh() * m.b(x).sigmoid()), a=conv(3, 8), b=conv(3, 8), head=conv(8, 4))
 
 
 @case(prunable={"a": 8, "b": 8, "c": 8})
@@ -415,9 +405,7 @@ def batch_concat() -> Net:
 @case(prunable={"conv1": 8})
 def spatial_concat() -> Net:
     """Concatenation along the map's width."""
-    return Net(
-        lambda m, x: m.head(torch.cat([m.conv1(x), m.conv1(x.flip(2))], 3)), conv1=conv(3, 8), head=conv(8, 4)
-    )
+    return Net(lambda m, x: m.head(torch.cat([m.conv1(x), m.conv1(x.flip(2))], 3)), conv1=conv(3, 8), head=conv(8, 4))
 
 
 @case(prunable={"a": 6, "b": 8})
@@ -447,8 +435,7 @@ def temporal_shift() -> nn.Module:
         out[:, 2 * fold :] = x[:, 2 * fold :]
         return m.head(out)
 
-    net = Net(forward, conv1=conv(3, 8), head=conv(8, 4))
-    return net
+    return Net(forward, conv1=conv(3, 8), head=conv(8, 4))
 
 
 @case(prunable={"conv1": 8})
@@ -474,9 +461,7 @@ def detach_clone_dropout() -> Net:
         x = F.dropout2d(m.same(m.conv2(x)).to(torch.float64).to(x.dtype), 0.5, m.training)
         return m.head(x.float().type_as(x))
 
-    return Net(
-        forward, conv1=conv(3, 8), drop=nn.Dropout(0.3), conv2=conv(8, 8), same=nn.Identity(), head=conv(8, 4)
-    )
+    return Net(forward, conv1=conv(3, 8), drop=nn.Dropout(0.3), conv2=conv(8, 8), same=nn.Identity(), head=conv(8, 4))
 
 
 @case(prunable={"primary": 6, "cheap": 6})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torchvision.ops import FrozenBatchNorm2d
@@ -228,9 +228,7 @@ def layer_scale() -> Net:
 @case(prunable={"conv1": 8})
 def per_channel_buffer() -> Net:
     """Buffers with one value a channel: mean and scale."""
-    net = Net(
-        lambda m, x: m.head((m.conv1(x) - m.mean) / m.scale.view(1, -1, 1, 1)), conv1=conv(3, 8), head=conv(8, 4)
-    )
+    net = Net(lambda m, x: m.head((m.conv1(x) - m.mean) / m.scale.view(1, -1, 1, 1)), conv1=conv(3, 8), head=conv(8, 4))
     net.register_buffer("mean", torch.randn(1, 8, 1, 1))
     net.register_buffer("scale", torch.rand(8) + 0.5)
     return net
@@ -332,9 +330,7 @@ def weight_gain() -> Net:
         x = m.conv1(x).relu()
         return m.head(F.conv2d(x, m.conv2.weight * m.gain, m.conv2.bias, padding=1).relu())
 
-    return Net(
-        forward, conv1=conv(3, 8), conv2=conv(8, 6), gain=nn.Parameter(torch.randn(6, 1, 1, 1)), head=conv(6, 4)
-    )
+    return Net(forward, conv1=conv(3, 8), conv2=conv(8, 6), gain=nn.Parameter(torch.randn(6, 1, 1, 1)), head=conv(6, 4))
 
 
 @case(inputs=image(3, 8, 8), prunable={"hidden": 12}, inexact=("stem",), outputs=("head",))

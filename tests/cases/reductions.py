@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.cases.table import Net, case, conv, image, pooled
@@ -46,9 +46,7 @@ def squeeze_excite_residual() -> Net:
         y = y * m.excite(m.squeeze(y.mean((2, 3), keepdim=True)).relu()).sigmoid()
         return m.head(x + y)
 
-    return Net(
-        forward, stem=conv(3, 8), conv1=conv(8, 8), squeeze=conv(8, 4, 1), excite=conv(4, 8, 1), head=conv(8, 4)
-    )
+    return Net(forward, stem=conv(3, 8), conv1=conv(8, 8), squeeze=conv(8, 4, 1), excite=conv(4, 8, 1), head=conv(8, 4))
 
 
 @case(refused={"conv1": ""})
@@ -117,9 +115,7 @@ def split_attention() -> Net:
         gate = m.gate(z).view(n, 1, 2, -1).transpose(1, 2).softmax(1).reshape(n, 2, c // 2, 1, 1)
         return m.head((x * gate).sum(1))
 
-    return Net(
-        forward, conv1=conv(3, 8, groups=1), squeeze=conv(4, 4, 1), gate=conv(4, 8, 1), head=conv(4, 4)
-    )
+    return Net(forward, conv1=conv(3, 8, groups=1), squeeze=conv(4, 4, 1), gate=conv(4, 8, 1), head=conv(4, 4))
 
 
 @case(prunable={"theta": 6, "phi": 6, "value": 6, "stem": 8})
@@ -175,9 +171,7 @@ def softmax_over_channels() -> Net:
 @case(normalising=True)
 def mean_over_channels() -> Net:
     """Mean over the channels: its divisor is their number."""
-    return Net(
-        lambda m, x: m.head(m.conv1(x).mean(1, keepdim=True)), conv1=conv(3, 8), head=conv(1, 4)
-    )
+    return Net(lambda m, x: m.head(m.conv1(x).mean(1, keepdim=True)), conv1=conv(3, 8), head=conv(1, 4))
 
 
 @case(normalising=True)
@@ -201,9 +195,7 @@ def max_over_channels() -> Net:
 @case(refused={"conv1": "argmax"})
 def argmax_over_channels() -> Net:
     """The number of the strongest channel."""
-    return Net(
-        lambda m, x: m.head(m.conv1(x).argmax(1, keepdim=True).to(x.dtype)), conv1=conv(3, 8), head=conv(1, 4)
-    )
+    return Net(lambda m, x: m.head(m.conv1(x).argmax(1, keepdim=True).to(x.dtype)), conv1=conv(3, 8), head=conv(1, 4))
 
 
 @case(refused={"conv1": "sort"})
@@ -227,9 +219,7 @@ def cumulative_sum_over_channels() -> Net:
 @case(prunable={"conv1": 8})
 def cumulative_sum_over_map() -> Net:
     """Cumulative sum and softmax over the map's rows, channels apart."""
-    return Net(
-        lambda m, x: m.head(m.conv1(x).cumsum(2).softmax(3).sort(2).values), conv1=conv(3, 8), head=conv(8, 4)
-    )
+    return Net(lambda m, x: m.head(m.conv1(x).cumsum(2).softmax(3).sort(2).values), conv1=conv(3, 8), head=conv(8, 4))
 
 
 @case()
@@ -246,9 +236,7 @@ def flat_maximum() -> Net:
 @case(refused={"conv1": ""})
 def fourier_over_channels() -> Net:
     """Fourier transform over the channels."""
-    return Net(
-        lambda m, x: m.head(torch.fft.rfft(m.conv1(x), dim=1).abs()), conv1=conv(3, 8), head=conv(5, 4)
-    )
+    return Net(lambda m, x: m.head(torch.fft.rfft(m.conv1(x), dim=1).abs()), conv1=conv(3, 8), head=conv(5, 4))
 
 
 @case()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.cases.table import Net, case, conv, image, pooled
@@ -125,9 +125,7 @@ def split_of_concat() -> Net:
         a, b = both.split([a.shape[1], b.shape[1]], 1)
         return m.head_a(a.relu()) + m.head_b(b.relu())
 
-    return Net(
-        forward, a=conv(3, 6), b=conv(3, 5), bn=nn.BatchNorm2d(11), head_a=conv(6, 4), head_b=conv(5, 4)
-    )
+    return Net(forward, a=conv(3, 6), b=conv(3, 5), bn=nn.BatchNorm2d(11), head_a=conv(6, 4), head_b=conv(5, 4))
 
 
 @case(prunable={"conv1": 8})
@@ -178,9 +176,7 @@ def select_channel() -> Net:
 @case(prunable={"conv1": 8})
 def flip_channels() -> Net:
     """Channels in reverse order."""
-    return Net(
-        lambda m, x: m.head(m.conv1(x).relu().flip(1)), conv1=conv(3, 8), head=conv(8, 4)
-    )
+    return Net(lambda m, x: m.head(m.conv1(x).relu().flip(1)), conv1=conv(3, 8), head=conv(8, 4))
 
 
 @case(prunable={"conv1": 8})
@@ -220,9 +216,7 @@ def roll_map() -> Net:
 @case()
 def index_constant() -> Net:
     """Channels permuted by a constant index list: the numbers outlive the channels they named."""
-    return Net(
-        lambda m, x: m.head(m.conv1(x).relu()[:, [3, 1, 0, 2, 7, 6, 5, 4]]), conv1=conv(3, 8), head=conv(8, 4)
-    )
+    return Net(lambda m, x: m.head(m.conv1(x).relu()[:, [3, 1, 0, 2, 7, 6, 5, 4]]), conv1=conv(3, 8), head=conv(8, 4))
 
 
 @case()
@@ -412,9 +406,7 @@ def tile_channels() -> Net:
 @case(prunable={"conv1": 8})
 def repeat_interleave() -> Net:
     """Every channel repeated in place."""
-    return Net(
-        lambda m, x: m.head(m.conv1(x).relu().repeat_interleave(2, dim=1)), conv1=conv(3, 8), head=conv(16, 4)
-    )
+    return Net(lambda m, x: m.head(m.conv1(x).relu().repeat_interleave(2, dim=1)), conv1=conv(3, 8), head=conv(16, 4))
 
 
 @case(prunable={"conv1": 8, "fc": 10})
