@@ -165,7 +165,9 @@ def steps(group: ChannelGroup, order: Sequence[int]) -> list[list[int]]:
     place = np.full(group.size, -1, dtype=np.int64)
     place[list(order)] = np.arange(group.size)
     # The most important channel of every layer stays: a layer may make only some of the group's channels.
-    last = {int(m.channels[place[m.channels].argmax()]) for m in (*group.producers, *group.consumers) if m.channels.size}
+    last = {
+        int(m.channels[place[m.channels].argmax()]) for m in (*group.producers, *group.consumers) if m.channels.size
+    }
     for channel in order:
         if group.removable[channel] and channel not in last:
             queues[group.blocks[channel]].append(channel)
