@@ -213,6 +213,8 @@ import sys, torch
 from torch import nn
 import torch.distributed as dist
 from secateur import observe, scoring
+from secateur.compensate import apply
+from secateur.planning import plan_removal
 from secateur.tracing import trace
 
 rank, store = int(sys.argv[1]), sys.argv[2]
@@ -229,15 +231,22 @@ def everything(batches):
     found = {k: (m.count, m.total, m.cross) for k, m in observe.observe(model, graph, batches, exact=True).items()}
     for name in ("corrnet", "hrank", "taylor", "corrnet_su", "cshe"):
         found |= {f"{name}/{k}": v for k, v in scoring.score(model, graph, name, batches).items()}
-    return found
+    return found | refitted(batches)
+
+def refitted(batches):
+    plan = plan_removal(graph, {"0": [1], "2": [0, 3]})
+    return dict(apply(model, plan, "least_squares", batches, exact=True).state_dict())
 
 together = everything(own)
+all_on_one = refitted(data if rank else [])
 empty = observe.observe(model, graph, own if rank else [], exact=True)
 dist.destroy_process_group()
 alone = everything(data)
 assert together.keys() == alone.keys()
 for key in alone:
     torch.testing.assert_close(together[key], alone[key], rtol=1e-10, atol=1e-10)
+for key, value in all_on_one.items():
+    torch.testing.assert_close(value, alone[key], rtol=1e-8, atol=1e-8)
 assert int(empty["0"].count[0, 0]) == 12 * 16, "a process without data adds nothing"
 """
 
