@@ -208,6 +208,28 @@ def test_constant_channels_and_few_samples_have_a_stated_fallback(network: Resid
         assert int(scores["stem"].argmin()) == 1, criterion
 
 
+class Functional(nn.Module):
+    """A layer that is never called: its weight is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(torch.relu(self.first(x)), self.second.weight)
+
+
+@pytest.mark.parametrize("criterion", ["corrnet", "chip", "redundancy", "corrnet_su"])
+def test_maps_that_no_hook_sees_are_an_error_not_zeros(criterion: str) -> None:
+    model = Functional()
+    x = torch.randn(5, 3)
+    graph = trace(model, x)
+    assert [g.name for g in graph.groups] == ["first"]
+    with pytest.raises(CriterionError, match="first: the maps of 4 of its 4 channels were never seen"):
+        scoring.score(model, graph, criterion, [(x, torch.arange(5))])
+    assert scoring.score(model, graph, "l1")["first"].shape == (4,)
+
+
 TWO_PROCESSES = """
 import sys, torch
 from torch import nn
