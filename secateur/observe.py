@@ -479,8 +479,8 @@ def require_seen(count: Tensor, group: str) -> None:
     unseen = int((count == 0).sum())
     if unseen:
         raise CriterionError(
-            f"{group}: the maps of {unseen} of its {len(count)} channels were never seen, as the layer that reads them is "
-            "not called as a module. Use a criterion of weights, such as l1, or leave the group out."
+            f"{group}: the maps of {unseen} of its {len(count)} channels were never seen, as the layer that reads them "
+            "is not called as a module. Use a criterion of weights, such as l1, or leave the group out."
         )
 
 
