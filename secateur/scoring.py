@@ -170,7 +170,7 @@ class _Gatherer:
                 if len(flat.total) != len(maps) * sizes[name]:
                     raise CriterionError(
                         f"{name}: it is read once for {len(flat.total) // sizes[name]} samples and once for "
-                        f"{len(maps)}, so its maps can't be told by sample. Use another criterion, or leave the group out."
+                        f"{len(maps)}, so its maps can't be told by sample. Use another criterion, or leave it out."
                     )
                 where = torch.arange(sizes[name]) if index is None else index
                 at = (torch.arange(len(maps))[:, None] * sizes[name] + where).flatten()
