@@ -470,6 +470,20 @@ def require_samples(samples: int, device: torch.device) -> None:
         raise DataError("the data are empty: no batch came from the loader. Check the data set and drop_last.")
 
 
+def require_seen(count: Tensor, group: str) -> None:
+    """Refuse a group with channels that no hooked layer has read: its statistics would be zeros, not measurements.
+
+    Raises:
+        CriterionError: If so.
+    """
+    unseen = int((count == 0).sum())
+    if unseen:
+        raise CriterionError(
+            f"{group}: the maps of {unseen} of its {len(count)} channels were never seen, as the layer that reads them "
+            "is not called as a module. Use a criterion of weights, such as l1, or leave the group out."
+        )
+
+
 def observe(
     model: nn.Module,
     graph: ChannelGraph,
@@ -517,6 +531,7 @@ def observe(
         moments[name].update(rows, channels)
 
     stream(model, passes(wanted, lambda group: 16 * group.size**2, memory), data, update)
-    for statistics in moments.values():
+    for name, statistics in moments.items():
         statistics.all_reduce()
+        require_seen(statistics.count.diagonal(), name)
     return moments

@@ -167,12 +167,19 @@ class _Gatherer:
                 mean = maps.flatten(2).double().mean(2) if maps.dim() > 2 else maps.double()
                 # Sums a sample; a group that is read several times has the mean of its readings.
                 flat = current.setdefault(name, observe.Average.empty(len(maps) * sizes[name], "cpu"))
+                if len(flat.total) != len(maps) * sizes[name]:
+                    raise CriterionError(
+                        f"{name}: it is read once for {len(flat.total) // sizes[name]} samples and once for "
+                        f"{len(maps)}, so its maps can't be told by sample. Use another criterion, or leave it out."
+                    )
                 where = torch.arange(sizes[name]) if index is None else index
                 at = (torch.arange(len(maps))[:, None] * sizes[name] + where).flatten()
                 flat.update(mean.cpu().flatten(), at)
 
         def end(batch: observe.Batch) -> None:
-            for name, flat in current.items():
+            for name in sizes if Need.POOLED in needs else ():
+                flat = current.get(name, observe.Average.empty(sizes[name]))
+                observe.require_seen(flat.count.reshape(-1, sizes[name])[0], name)
                 pooled[name].append(flat.mean.reshape(-1, sizes[name]))
             current.clear()
             if Need.LABELS in needs:
@@ -180,11 +187,13 @@ class _Gatherer:
 
         observe.stream(self.model, [self.groups], data, see, end)
         for name in sizes:
-            averages[name].all_reduce()
+            if Need.MAPS in needs:
+                averages[name].all_reduce()
+                observe.require_seen(averages[name].count, name)
             self.averages[name] = averages[name].mean.to(device)
             if Need.POOLED in needs:
                 self.given[name]["pooled"] = _gather(
-                    torch.cat(pooled[name]) if pooled[name] else torch.empty(0, sizes[name])
+                    torch.cat(pooled[name]) if pooled[name] else torch.empty(0, sizes[name], dtype=torch.float64)
                 )
             if Need.LABELS in needs:
                 self.given[name]["labels"] = _gather(torch.cat(labels) if labels else torch.empty(0, dtype=torch.long))

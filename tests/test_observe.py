@@ -208,11 +208,35 @@ def test_constant_channels_and_few_samples_have_a_stated_fallback(network: Resid
         assert int(scores["stem"].argmin()) == 1, criterion
 
 
+class Functional(nn.Module):
+    """A layer that is never called: its weight is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(torch.relu(self.first(x)), self.second.weight)
+
+
+@pytest.mark.parametrize("criterion", ["corrnet", "chip", "redundancy", "corrnet_su"])
+def test_maps_that_no_hook_sees_are_an_error_not_zeros(criterion: str) -> None:
+    model = Functional()
+    x = torch.randn(5, 3)
+    graph = trace(model, x)
+    assert [g.name for g in graph.groups] == ["first"]
+    with pytest.raises(CriterionError, match="first: the maps of 4 of its 4 channels were never seen"):
+        scoring.score(model, graph, criterion, [(x, torch.arange(5))])
+    assert scoring.score(model, graph, "l1")["first"].shape == (4,)
+
+
 TWO_PROCESSES = """
 import sys, torch
 from torch import nn
 import torch.distributed as dist
 from secateur import observe, scoring
+from secateur.compensate import apply
+from secateur.planning import plan_removal
 from secateur.tracing import trace
 
 rank, store = int(sys.argv[1]), sys.argv[2]
@@ -229,15 +253,22 @@ def everything(batches):
     found = {k: (m.count, m.total, m.cross) for k, m in observe.observe(model, graph, batches, exact=True).items()}
     for name in ("corrnet", "hrank", "taylor", "corrnet_su", "cshe"):
         found |= {f"{name}/{k}": v for k, v in scoring.score(model, graph, name, batches).items()}
-    return found
+    return found | refitted(batches)
+
+def refitted(batches):
+    plan = plan_removal(graph, {"0": [1], "2": [0, 3]})
+    return dict(apply(model, plan, "least_squares", batches, exact=True).state_dict())
 
 together = everything(own)
+all_on_one = refitted(data if rank else [])
 empty = observe.observe(model, graph, own if rank else [], exact=True)
 dist.destroy_process_group()
 alone = everything(data)
 assert together.keys() == alone.keys()
 for key in alone:
     torch.testing.assert_close(together[key], alone[key], rtol=1e-10, atol=1e-10)
+for key, value in all_on_one.items():
+    torch.testing.assert_close(value, alone[key], rtol=1e-8, atol=1e-8)
 assert int(empty["0"].count[0, 0]) == 12 * 16, "a process without data adds nothing"
 """
 

@@ -288,6 +288,10 @@ def _calls(model: nn.Module, data: Iterable[Any], device: torch.device) -> dict[
             samples = batch.size
             break
     observe.require_samples(samples, device)
+    if observe.several_processes():  # one without data has to solve the same layers as the others
+        found: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, calls)
+        calls = next(each for each in found if each)
     return calls
 
 

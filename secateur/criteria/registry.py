@@ -5,9 +5,10 @@ A criterion never sees the model or the graph. It names what it needs, and :func
 package takes ten lines::
 
     import secateur as sc
+    from secateur.criteria import criterion
     from torch import Tensor
 
-    @sc.criterion("linf", needs=["filters"], source="largest absolute weight of a filter")
+    @criterion("linf", needs=["filters"], source="largest absolute weight of a filter")
     def linf(filters: Tensor) -> Tensor:
         return filters.abs().amax(1)
 
