@@ -462,10 +462,12 @@ def _measure(
     if metric is not None:
         metric.reset()
         metric.to(device)
-    stream: Iterator[tuple[Any, Any]] = _walk(batches, 0, "evaluation")
-    if runtime is not None and runtime.num_processes > 1:
-        stream = islice(stream, runtime.process_index, None, runtime.num_processes)
-    for inputs, target in stream:
+    mine, of = (0, 1) if runtime is None else (runtime.process_index, runtime.num_processes)
+    for number, (inputs, target) in enumerate(_walk(batches, 0, "evaluation")):
+        own = number % of == mine
+        # A process without a batch of its own still has to know how many classes it counts none of.
+        if not own and (metric is not None or number > 0):
+            continue
         inputs, target = send_to_device((inputs, target), device)
         output = forward(model, inputs)
         if metric is None:
@@ -474,7 +476,8 @@ def _measure(
                     "evaluation: accuracy needs class scores (N, classes) and indices (N,); give a metric of your own."
                 )
             metric = MulticlassAccuracy(num_classes=output.shape[1], average="micro", validate_args=False).to(device)
-        metric.update(output.float() if isinstance(output, Tensor) else output, target)
+        if own:
+            metric.update(output.float() if isinstance(output, Tensor) else output, target)
     if metric is None:
         raise DataError("evaluation: the data is empty; give at least one batch.")
     return float(metric.compute())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping
 from contextlib import suppress
@@ -97,10 +98,11 @@ def compress(
     )  # fmt: skip
     if run_dir is None:
         return _run(engine, engine.init(), None)
-    main = engine.runtime.is_main_process
-    with RunDirectory(run_dir, write=main) as directory:
+    with RunDirectory(run_dir, write=engine.runtime.is_main_process) as directory:
         if directory.started:
             raise UsageError(f"{directory.path}: holds a run already; resume it, or choose another run directory.")
+        # The main process must not begin before every other one has looked.
+        engine.runtime.wait_for_everyone()
         state = engine.init()
         directory.begin(engine.original, _configuration(engine, describe))
         directory.store(state)
@@ -142,7 +144,8 @@ def resume(
         RunError: If another process is running it.
         CheckpointError: If a file is damaged, or the model is another.
     """
-    with RunDirectory(run_dir) as directory:
+    # torchrun and accelerate launch tell each process its number before anything else is known.
+    with RunDirectory(run_dir, write=int(os.environ.get("RANK", "0")) == 0) as directory:
         if not directory.started:
             raise UsageError(f"{directory.path}: holds no run to resume; compress writes one.")
         config = directory.configuration()

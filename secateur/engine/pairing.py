@@ -96,7 +96,7 @@ def correlations(
 ) -> Tensor | None:
     """Score every pair of a group, ``(size, size)`` on the CPU; None where it has no filters to correlate.
 
-    Channels that are produced by different sets of layers (a padded shortcut) score -1: no stand-ins.
+    Channels that are produced by different sets of layers score -2, below every ρ: no stand-ins.
     """
     sources = producers(graph, group, share)
     if not sources:
@@ -114,7 +114,7 @@ def correlations(
         total[block] += source.weight * (rho if signed else rho.abs())
         weight[block] += source.weight
     scored = torch.where(weight > 0, total / weight.clamp_min(1e-300), 0.0)
-    return torch.where(alike, scored, -1.0)
+    return torch.where(alike, scored, -2.0)
 
 
 def norms(model: nn.Module, graph: ChannelGraph, group: ChannelGroup) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import secateur as sc
 from secateur.criteria import singh2020cfp as cfp
 from secateur.engine import CorrelationRegulariser, largest_correlations, pairing
+from secateur.engine.settings import Share
 from secateur.errors import CriterionError
 from tests.cases import CASES, Case
 from tests.engine.nets import Residual, Small
@@ -110,7 +111,7 @@ def test_every_selection_is_a_valid_plan(case: Case) -> None:
 
 @pytest.mark.parametrize("form", ["paper", "pair", "layer_mean", "log"])
 @pytest.mark.parametrize("share", ["mean", "macs", "first"])
-def test_regulariser_is_the_slow_sum_and_its_gradient(form: cfp.Form, share: pairing.Share) -> None:
+def test_regulariser_is_the_slow_sum_and_its_gradient(form: cfp.Form, share: Share) -> None:
     model, graph = residual()
     model.double()
     pairs = {"stem": [(0, 1), (2, 1), (5, 6)], "inner": [(3, 2)]}

@@ -102,3 +102,20 @@ def test_every_single_step_can_be_the_last(tmp_path: Path) -> None:
     first, second = state.network.state_dict(), stored.network.state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert untimed(state.plain()) == untimed(json.loads(json.dumps(stored.plain())))
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_network(tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "tests.engine.several", str(tmp_path)),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert sorted(line["rank"] for line in lines) == [0, 1], done.stderr[-2000:]
+    assert lines[0]["sum"] == lines[0]["again"] == lines[1]["sum"] == lines[1]["again"]
+    # Five batches of 40 a pass: two for each process.
+    assert all(line["images"] % 160 == 0 for line in lines)
+    assert all(line["test"] == line["alone"] for line in lines)
+    assert (tmp_path / "result.json").is_file()
