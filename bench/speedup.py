@@ -198,22 +198,21 @@ def main() -> None:
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(given.threads)
-    outcomes = []
+    outcomes: list[Outcome] = []
+    command = " ".join(["python bench/speedup.py", *sys.argv[1:]])
     for name in given.networks:
         outcomes.append(measure(name, given.batch, given.threads, given.rounds, not given.no_export))
         timed = outcomes[-1].timed
-        print(
-            name,
-            json.dumps([[s.backend, s.memory_format, round(s.measured, 3)] for s in timed.speed_ups] if timed else []),
-        )
-    command = " ".join(["python bench/speedup.py", *sys.argv[1:]])
-    sections = {"speed-up": speed_section(outcomes, given.batch, given.threads, given.rounds, command)}
-    if not given.no_export:
-        sections["export"] = export_section(outcomes, command)
-    for name, text in sections.items():
-        print(f"\n{text}")
-        if not given.dry_run:
-            write_section(RESULTS, name, text)
+        ratios = [[s.backend, s.memory_format, round(s.measured, 3)] for s in timed.speed_ups] if timed else []
+        print(name, json.dumps(ratios), flush=True)
+        # After every network, so that what took minutes is not lost to the next one.
+        sections = {"export": export_section(outcomes, command)} if not given.no_export else {}
+        if any(o.timed for o in outcomes):
+            sections["speed-up"] = speed_section(outcomes, given.batch, given.threads, given.rounds, command)
+        for section, text in sections.items():
+            if not given.dry_run:
+                write_section(RESULTS, section, text)
+    print("\n\n".join(sections.values()))
 
 
 if __name__ == "__main__":

@@ -122,8 +122,13 @@ def prune(
     ratio: options.Ratios = None,
     skip: options.Skip = None,
     round_to: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Keep a multiple of N channels in every group that loses any.")
-    ] = 1,
+        str,
+        typer.Option(
+            metavar="N|auto",
+            help="Keep a multiple of N channels in every group that loses any; 'auto' measures which of 1, 4, 8, 16, "
+            "32 runs fastest on this CPU.",
+        ),
+    ] = "1",
     min_channels: Annotated[int, typer.Option(metavar="N", min=1, help="Keep at least N channels in every group.")] = 1,
     max_ratio: Annotated[
         float, typer.Option(metavar="FRACTION", min=0, max=1, help="Remove at most this fraction of any group.")
@@ -157,6 +162,7 @@ def prune(
 
         goal = options.target(macs, params, channels)
         ratios = options.fractions("--ratio", ratio)
+        multiple = cli_deploy.round_to(round_to)
         if not goal and not ratios:
             raise UsageError("prune: how much? Give --macs, --params or --channels, or --ratio for some layers.")
         if out is not None:
@@ -180,12 +186,13 @@ def prune(
         with steps.step(f"scoring by {method}"):
             given = options.values("--method-option", method_option)
             scores = sc.score(found.model, graph, method, data=sample, seed=seed, **given)
-        with steps.step("pruning"):
-            plan = sc.plan(
+
+        def planned(multiple: int) -> sc.PruningPlan:
+            return sc.plan(
                 graph,
                 scores,
                 sc.Target(**goal) if goal else None,
-                round_to=round_to,
+                round_to=multiple,
                 min_channels=min_channels,
                 max_ratio=max_ratio,
                 ratios=ratios,
@@ -193,6 +200,13 @@ def prune(
                 ranking=ranking,
                 inexact=inexact,
             )
+
+        choice = None
+        if multiple is None:
+            choice = cli_deploy.fastest(lambda n: sc.apply(found.model, planned(n)), found.inputs, steps)
+            multiple = choice.round_to
+        with steps.step("pruning"):
+            plan = planned(multiple)
             small = sc.apply(found.model, plan)
         with steps.step("verifying"):
             check = sc.verify(found.model, small, plan, found.inputs)
@@ -225,9 +239,16 @@ def prune(
         "widths": {"before": console.graph_widths(graph), "after": console.graph_widths(graph, plan)},
         "verification": dataclasses.asdict(check),
         "compensation": None if moved is None else dataclasses.asdict(moved),
+        "round_to": multiple,
+        "measured": None if choice is None else cli_deploy.choice_values(choice),
         "file": None if out is None else str(out),
     }
-    console.write_json(values) if as_json else console.show_pruned(values)
+    if as_json:
+        console.write_json(values)
+        return
+    console.show_pruned(values)
+    if choice is not None:
+        cli_deploy.show_choice(choice)
 
 
 @app.command()

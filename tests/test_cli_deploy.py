@@ -48,6 +48,18 @@ def test_export_says_what_was_compared(tmp_path: Path, capsys: pytest.CaptureFix
     assert out.is_file()
 
 
+def test_prune_measures_which_multiple_of_channels_is_fastest(capsys: pytest.CaptureFixture[str]) -> None:
+    widths = ["--model-option", "widths=[8, 8]", "--model-option", "hidden=16", "--model-option", "in_size=16"]
+    assert main(["prune", "lenet5", *widths, "--macs", "0.4", "--round-to", "auto", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    times = {(t["round_to"], t["memory_format"]): t["ms"] for t in found["measured"]["times"]}
+    assert {1, 4} <= {multiple for multiple, _ in times}
+    assert "16" in found["measured"]["infeasible"]
+    chosen = times[found["round_to"], found["measured"]["memory_format"]]
+    assert chosen <= 1.03 * min(times.values())
+    assert all(width % found["round_to"] == 0 for width in found["widths"]["after"].values() if width < 8)
+
+
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
@@ -58,6 +70,7 @@ def test_export_says_what_was_compared(tmp_path: Path, capsys: pytest.CaptureFix
         (["benchmark", *TINY, "--out", "{}/none/b.json"], 2, "can't be written"),
         (["benchmark", "--run-dir", "{}"], 2, "no run.yaml"),
         (["benchmark", *TINY, "--run-dir", "{}"], 2, "leave out MODEL"),
+        (["prune", *TINY, "--macs", "0.5", "--round-to", "0"], 2, "whole number from 1 up, or auto"),
         (["export", *TINY], 2, "where to?"),
         (["export", *TINY, "--out", "{}/net.tflite"], 2, "unknown export format"),
         (["export", *TINY, "--out", "{}/net.onnx", "--int8", "{}/q.onnx"], 2, "--int8 quantises"),
