@@ -47,7 +47,7 @@ def distinct(model: nn.Module, seed: int = 0) -> nn.Module:
             code = code + n * spread if n <= 2**26 else code
             sign = 1 - 2 * (code & 1).double()
             exponent = ((code >> 1) & 3).double()
-            value = sign * scale * torch.exp2(exponent - 2) * (1 + (code >> 3).double() / 2**24)
+            value = sign * scale * torch.exp2(exponent - 2) * (1 + (code >> 3).double() / 2**23)
             parameter.copy_(value.view(parameter.shape).to(parameter.dtype))
         for name, buffer in model.named_buffers():
             if name.endswith("running_mean"):
