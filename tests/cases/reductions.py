@@ -118,7 +118,7 @@ def split_attention() -> Net:
     return Net(forward, conv1=conv(3, 8, groups=1), squeeze=conv(4, 4, 1), gate=conv(4, 8, 1), head=conv(4, 4))
 
 
-@case(prunable={"theta": 6, "phi": 6, "value": 6, "stem": 8})
+@case(prunable={"value": 6, "stem": 8}, refused={"theta": "contracted", "phi": "contracted"})
 def non_local() -> Net:
     """Non-local block: attention between positions, channels contracted."""
 
