@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.benchmark import Measurement, Timer
+from torch.utils.benchmark import timer as benchmark_timer
 
 from secateur.errors import PlanError, SecateurError, UsageError
 from secateur.export import OnnxModel, _batch_size, _resized, export, quiet
@@ -125,6 +127,7 @@ def benchmark(
     rounds: int = 9,
     min_seconds: float = 0.05,
     longest: float = math.inf,
+    clock: str = "wall",
     progress: Callable[[str], None] = lambda _: None,
 ) -> BenchmarkResult:
     """Measure a network, or two in turns.
@@ -148,6 +151,8 @@ def benchmark(
         rounds: Measurements of each network under each setting.
         min_seconds: Least duration of one measurement; short passes are repeated within it.
         longest: Seconds; once a forward pass takes longer, larger batch sizes of that setting are skipped.
+        clock: ``wall``, or ``cpu`` for the processor's time: on a machine that others use, what one thread would take
+            alone.
         progress: Is told of each setting before it is measured.
 
     Returns:
@@ -158,6 +163,7 @@ def benchmark(
             positive.
     """
     _check(batch_sizes, threads, devices, precisions, backends, memory_formats)
+    _check_clock(clock, threads, devices)
     models = {names[0]: model} if against is None else {names[0]: model, names[1]: against}
     counted = dict(zip(names, macs, strict=True)) if macs is not None else _count(models, example_inputs)
     rows: list[Row] = []
@@ -187,7 +193,7 @@ def benchmark(
                 skipped += [Skipped(name, f"{setting}, batch {size}", reason) for name in calls]
                 continue
             timed, failed = _interleaved(
-                {name: make(size) for name, make in calls.items()}, number, device, rounds, min_seconds
+                {name: make(size) for name, make in calls.items()}, number, rounds, min_seconds, clock
             )
             skipped += [Skipped(name, f"{setting}, batch {size}", reason) for name, reason in failed.items()]
             slowest = max([slowest, *(measured.median for measured in timed.values())])
@@ -245,6 +251,7 @@ def choose_round_to(
     threads: int | None = None,
     memory_formats: Sequence[str] = ("contiguous", "channels_last"),
     rounds: int = 7,
+    clock: str = "wall",
     margin: float = 0.03,
 ) -> RoundToChoice:
     """Measure the network pruned to multiples of each candidate, and choose: ``--round-to auto``.
@@ -257,6 +264,7 @@ def choose_round_to(
         threads: Threads of one operator; default torch's number.
         memory_formats: Formats to try with each.
         rounds: Measurements of each, all candidates in turns.
+        clock: As in :func:`benchmark`.
         margin: A smaller multiple, which follows the scores more closely, and the contiguous format are taken
             unless another is faster by more than this share.
 
@@ -285,7 +293,7 @@ def choose_round_to(
         raise PlanError(
             f"round_to auto: no candidate of {list(candidates)} can meet the target: {next(iter(infeasible.values()))}"
         )
-    timed, failed = _interleaved(calls, number, "cpu", rounds, 0.02)
+    timed, failed = _interleaved(calls, number, rounds, 0.02, clock)
     if failed:
         raise UsageError(f"round_to auto: the pruned network does not run ({next(iter(failed.values()))}).")
     seconds = {key: measured.median for key, measured in timed.items()}
@@ -310,6 +318,9 @@ def environment() -> dict[str, Any]:
     if torch.cuda.is_available():
         found["cuda"] = torch.cuda.get_device_name()
     return found
+
+
+_CLOCKS = {"wall": benchmark_timer, "cpu": time.process_time}
 
 
 class _NotAtHandError(Exception):
@@ -342,6 +353,15 @@ def _check(
             raise UsageError(f"benchmark: unknown device {device!r}; use cpu or cuda.") from error
         if kind == "cuda" and not torch.cuda.is_available():
             raise UsageError(f"benchmark: no CUDA device on this machine, so {device!r} can't be measured.")
+
+
+def _check_clock(clock: str, threads: Sequence[int], devices: Sequence[str]) -> None:
+    if clock not in _CLOCKS:
+        raise UsageError(f"benchmark: unknown clock {clock!r}; choose from {', '.join(_CLOCKS)}.")
+    if clock == "cpu" and (max(threads) > 1 or set(devices) != {"cpu"}):
+        raise UsageError(
+            "benchmark: the cpu clock adds up the time of all threads; use it with one thread, on the CPU."
+        )
 
 
 def _prepare(
@@ -388,12 +408,12 @@ def _bound(call: Callable[..., Any], arguments: tuple[tuple[Any, ...], dict[str,
 
 
 def _interleaved(
-    calls: dict[Any, Callable[[], Any]], threads: int, device: str, rounds: int, min_seconds: float
+    calls: dict[Any, Callable[[], Any]], threads: int, rounds: int, min_seconds: float, clock: str
 ) -> tuple[dict[Any, Measurement], dict[Any, str]]:
     """Time several calls in turns, the order turned round from round to round."""
     timers, numbers, failed = {}, {}, {}
     for name, call in calls.items():
-        timer = Timer("call()", globals={"call": call}, num_threads=threads)
+        timer = Timer("call()", globals={"call": call}, num_threads=threads, timer=_CLOCKS[clock])
         try:
             with quiet():
                 timer.timeit(2)  # warm-up: compilation, caches, the allocator's first pages

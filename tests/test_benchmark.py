@@ -1,4 +1,5 @@
 import statistics
+import time
 
 import pytest
 import torch
@@ -95,33 +96,39 @@ def test_peak_memory_grows_with_the_feature_maps() -> None:
     assert 16 * one_map * 0.9 < large < 16 * one_map * 4
 
 
-def test_round_to_auto_takes_the_smallest_multiple_that_is_as_fast() -> None:
+def test_round_to_auto_takes_the_smallest_multiple_that_is_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
-
-    class Spin(nn.Module):
-        def __init__(self, steps: int) -> None:
-            super().__init__()
-            self.steps = steps
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for _ in range(self.steps):
-                x = x.exp().log()
-            return x
+    seconds = {
+        (1, "contiguous"): 9.0,
+        (1, "channels_last"): 8.0,
+        (4, "contiguous"): 7.0,
+        (4, "channels_last"): 5.1,
+        (8, "contiguous"): 6.0,
+        (8, "channels_last"): 5.0,
+        (16, "contiguous"): 5.2,
+        (16, "channels_last"): 5.3,
+    }
 
     def prune(multiple: int) -> nn.Module:
         built.append(multiple)
         if multiple == 32:
             raise PlanError("target: cannot remove 50% of the macs.")
-        return Spin({1: 200, 4: 200, 8: 4, 16: 4}[multiple])
+        return _net(multiple)
 
-    choice = choose_round_to(prune, torch.rand(64, 64), memory_formats=("contiguous",), threads=1, margin=0.5)
+    def measured(calls: dict, *_: object) -> tuple[dict, dict]:
+        assert [call().shape for call in calls.values()] == [(2, 8, 16, 16)] * 8
+        return {key: Measurement(1, [seconds[key]] * 3, TaskSpec("call()", "pass")) for key in calls}, {}
+
+    monkeypatch.setattr("secateur.benchmark._interleaved", measured)
+    choice = choose_round_to(prune, X, threads=1)
     assert built == [1, 4, 8, 16, 32]
-    assert choice.round_to == 8
+    assert (choice.round_to, choice.memory_format) == (4, "channels_last")
+    assert choice.seconds == seconds
     assert set(choice.infeasible) == {32}
     with pytest.raises(PlanError, match="no candidate"):
-        choose_round_to(prune, torch.rand(4, 4), candidates=(32,))
+        choose_round_to(prune, X, candidates=(32,))
     with pytest.raises(UsageError, match="positive"):
-        choose_round_to(prune, torch.rand(4, 4), candidates=(0,))
+        choose_round_to(prune, X, candidates=(0,))
 
 
 @pytest.mark.parametrize(
@@ -133,6 +140,8 @@ def test_round_to_auto_takes_the_smallest_multiple_that_is_as_fast() -> None:
         ({"batch_sizes": (0,)}, "batch size is at least 1"),
         ({"threads": ()}, "number of threads is at least 1"),
         ({"devices": ("quantum",)}, "unknown device"),
+        ({"clock": "sundial"}, "unknown clock"),
+        ({"clock": "cpu", "threads": (2,)}, "with one thread"),
     ],
 )
 def test_bad_requests_are_usage_errors(options: dict, words: str) -> None:
@@ -149,3 +158,20 @@ def test_cuda_without_a_device_is_a_usage_error() -> None:
 def test_the_environment_names_what_a_time_depends_on() -> None:
     assert {"processor", "cores", "torch", "threads", "cpu_capability"} <= set(environment())
     assert BACKENDS == ("eager", "compile", "onnxruntime")
+
+
+def test_the_cpu_clock_does_not_count_waiting() -> None:
+    class Waiting(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.05)
+            return x
+
+    rows = {
+        clock: benchmark(
+            Waiting(), example_inputs=X, batch_sizes=(2,), macs=(1, 1), rounds=2, memory=False, clock=clock
+        )
+        .rows[0]
+        .seconds
+        for clock in ("wall", "cpu")
+    }
+    assert rows["cpu"] < rows["wall"] / 2
