@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from secateur import cli_deploy, console, options
+from secateur import __version__, cli_deploy, console, options
 from secateur.errors import DataError, SecateurError, UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -38,9 +38,7 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
     if version:
-        from importlib.metadata import version as installed
-
-        typer.echo(f"secateur {installed('secateur')}")
+        typer.echo(f"secateur {__version__}")
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
@@ -50,7 +48,7 @@ def _root(
 def demo(
     run_dir: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder for the run's files. [default: runs/demo]", show_default=False),
+        typer.Option(metavar="DIR", help="Folder for the run's files; runs/demo unless given.", show_default=False),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of everything that is drawn.")] = 0,
     picture: Annotated[
@@ -110,7 +108,10 @@ def prune(
     data_option: options.DataOptions = None,
     input_shape: options.InputShapes = None,
     method: Annotated[
-        str, typer.Option(metavar="CRITERION", help="How channels are ranked: l1, l2, fpgm, taylor, corrnet, cshe, …")
+        str,
+        typer.Option(
+            metavar="CRITERION", help="How channels are ranked: l1, fpgm, taylor, hrank, corrnet, cshe, redundancy."
+        ),
     ] = "l1",
     method_option: Annotated[
         list[str] | None,
@@ -140,7 +141,10 @@ def prune(
     ] = False,
     compensate: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Adjust what stays, before any training: merge, least_squares, recalibrate."),
+        typer.Option(
+            metavar="NAME",
+            help="Adjust what stays, before any training: merge, least_squares, bn; several with commas.",
+        ),
     ] = None,
     batches: Annotated[
         int, typer.Option(metavar="N", min=1, help="Training batches that criterion and compensation see.")
@@ -157,8 +161,9 @@ def prune(
     """Remove the least important channels of a network, once and without training, and verify the result."""
     with _steps(as_json) as steps:
         import secateur as sc
-        from secateur import sources
+        from secateur import criteria, sources
         from secateur.compensate import compensate as move
+        from secateur.compensate import parse
 
         goal = options.target(macs, params, channels)
         ratios = options.fractions("--ratio", ratio)
@@ -167,6 +172,12 @@ def prune(
             raise UsageError("prune: how much? Give --macs, --params or --channels, or --ratio for some layers.")
         if out is not None:
             sources.writable(out)
+        if data is None and criteria.get(method).needs_data:
+            raise UsageError(f"prune: --method {method} looks at feature maps; give --data, e.g. --data digits.")
+        if data is None and set(parse(compensate or ())) - {"merge"}:
+            raise UsageError(
+                f"prune: --compensate {compensate} looks at feature maps; give --data, e.g. --data digits."
+            )
         bundle = None
         if data is not None:
             with steps.step("loading the data"):
@@ -229,7 +240,7 @@ def prune(
                 with steps.step("evaluating"):
                     measured["test"] = evaluate(network, sources.evaluation_batches(bundle.test))
         if out is not None:
-            sc.save(small, plan, out)
+            sc.save(small, (*found.plans, plan), out)
             after["file_bytes"] = out.stat().st_size
     values = {
         "model": found.name,
@@ -265,12 +276,12 @@ def compress(
     data_option: options.DataOptions = None,
     input_shape: options.InputShapes = None,
     method: Annotated[
-        str | None, typer.Option(metavar="NAME", help="cfp, or a criterion: l1, fpgm, corrnet, … [default: cfp]")
+        str | None, typer.Option(metavar="NAME", help="cfp, or a criterion: l1, fpgm, corrnet, …; cfp unless given.")
     ] = None,
     tolerance: Annotated[
         float | None,
         typer.Option(
-            metavar="POINTS", help="Points of accuracy that may be lost on the validation set. [default: 0.5]"
+            metavar="POINTS", help="Points of accuracy that may be lost on the validation set; 0.5 unless given."
         ),
     ] = None,
     macs: options.Macs = None,
@@ -291,9 +302,11 @@ def compress(
             help="How to train the network first, where no weights are given, e.g. epochs=20; repeatable.",
         ),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(metavar="N", help="Images a training step. [default: 128]")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Images a training step; 128 unless given.")
+    ] = None,
     seed: Annotated[
-        int | None, typer.Option(metavar="N", help="Seed of everything that is drawn. [default: 0]")
+        int | None, typer.Option(metavar="N", help="Seed of everything that is drawn; 0 unless given.")
     ] = None,
     run_dir: options.RunDir = None,
     as_json: options.Json = False,
@@ -318,7 +331,7 @@ def compress(
             "seed": seed,
             "run_dir": None if run_dir is None else str(run_dir),
         }
-        chosen = {name: value for name, value in given.items() if value}
+        chosen = {name: value for name, value in given.items() if value not in (None, {}, [])}
         configured = config.build(chosen) if config_file is None else config.load(config_file, chosen)
         grounded = run.grounded(configured)
         with _resumable(grounded.run_dir or ""):

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,9 +36,9 @@ def output(*, record: bool = False) -> Console:
 
 def error_line(text: str, kind: str = "error") -> None:
     """Write one line to standard error, whatever line breaks the text holds."""
-    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     colour = "red" if kind == "error" else "yellow"
-    console.print(f"[bold {colour}]{kind}:[/]", " ".join(text.split()), markup=True, soft_wrap=True)
+    line = Text.assemble((f"{kind}:", f"bold {colour}"), " ", " ".join(text.split()))
+    Console(stderr=True, highlight=False, emoji=False).print(line, soft_wrap=True)
 
 
 def write_json(value: Any) -> None:
@@ -257,7 +258,7 @@ def show_pruned(values: Mapping[str, Any]) -> None:
         if layer["reason"]:
             out.print(f"not compensated: {layer['module']}: {layer['reason']}", markup=False)
     if values["file"]:
-        out.print(f"saved: {values['file']}", markup=False)
+        out.print(f"saved: {values['file']}, {size(values['after']['file_bytes'])}", markup=False, soft_wrap=True)
 
 
 def show_run(values: Mapping[str, Any], out: Console | None = None) -> None:

@@ -86,7 +86,10 @@ Ranking = Annotated[
 RunDir = Annotated[
     Path | None,
     typer.Option(
-        "--run-dir", metavar="DIR", help="Folder for the run's files. [default: runs/MODEL-METHOD]", show_default=False
+        "--run-dir",
+        metavar="DIR",
+        help="Folder for the run's files; runs/MODEL-METHOD unless given.",
+        show_default=False,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to standard output, and nothing else.")]

@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from secateur import config, sources, training
+from secateur import checkpoint, config, sources, training
 from secateur.config import RunConfig
 from secateur.engine import CompressResult, Event, RunDirectory, compress, resume
 from secateur.errors import UsageError
@@ -41,7 +41,7 @@ def start(run: RunConfig, steps: Steps) -> CompressResult:
     config.save(run, folder / config.FILE)
     if run.weights is None:
         _train_baseline(found.model, run, bundle, steps)
-    return compress(
+    result = compress(
         found.model,
         run.method,
         train=sources.training_batches(bundle, run.batch_size, run.seed, run.workers),
@@ -56,6 +56,7 @@ def start(run: RunConfig, steps: Steps) -> CompressResult:
         describe={"model": run.model, "data": run.data, "weights": run.weights},
         **run.settings.plain(),
     )
+    return _with_earlier_plans(result, found, folder)
 
 
 def go_on(folder: Path, steps: Steps) -> CompressResult:
@@ -75,7 +76,7 @@ def go_on(folder: Path, steps: Steps) -> CompressResult:
         # It was interrupted while the baseline was trained, which is repeated the same from its seed.
         return start(run, steps)
     bundle, found = _found(run, steps, fresh=run.weights == sources.PRETRAINED)
-    return resume(
+    result = resume(
         folder,
         found.model,
         train=sources.training_batches(bundle, run.batch_size, run.seed, run.workers),
@@ -84,6 +85,7 @@ def go_on(folder: Path, steps: Steps) -> CompressResult:
         example_inputs=found.inputs if run.input else None,
         progress=Show(steps),
     )
+    return _with_earlier_plans(result, found, folder)
 
 
 class Show:
@@ -120,6 +122,14 @@ def grounded(run: RunConfig) -> RunConfig:
             "run_dir": str(Path(run.run_dir or f"runs/{name}-{run.method}").expanduser().absolute()),
         }
     )
+
+
+def _with_earlier_plans(result: CompressResult, found: sources.SourceModel, folder: Path) -> CompressResult:
+    """Where the run began with a pruned network, let the file load into the unpruned one, too."""
+    if found.plans:
+        plans = (*found.plans, result.plan)
+        checkpoint.save(result.model, plans, folder / "model.safetensors", extra=result.report["final"])
+    return result
 
 
 def _found(run: RunConfig, steps: Steps, *, fresh: bool = False) -> tuple[DataBundle, sources.SourceModel]:

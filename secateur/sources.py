@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from secateur.data import Batches, DataBundle
     from secateur.data.bundle import Sized
+    from secateur.planning import PruningPlan
 
 PREFIXES = ("model.", "net.")
 """What trainers that hold the network as an attribute put before every key of a state dict."""
@@ -54,6 +55,8 @@ class SourceModel:
     model: nn.Module
     example_inputs: Any | None
     name: str
+    plans: tuple[PruningPlan, ...] = ()
+    """What was pruned already, where the weights are a pruned network's: a file of it has to tell all its plans."""
 
     @property
     def inputs(self) -> Any:
@@ -150,15 +153,15 @@ def open_model(
         example = inputs(shapes)
     elif bundle is not None:
         example = _noise((1, *bundle.input_shape))
-    built = found.model
+    built, plans = found.model, found.plans
     if weights is not None and weights != PRETRAINED:
         from secateur import checkpoint
 
         if checkpoint.is_checkpoint(weights):
-            built = checkpoint.load(built, weights)
+            built, plans = checkpoint.load(built, weights), checkpoint.read_header(weights).plans
         else:
             load_weights(built, weights)
-    return SourceModel(built.eval(), example, found.name)
+    return SourceModel(built.eval(), example, found.name, plans)
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -318,8 +321,10 @@ def absolute(spec: str) -> str:
         >>> absolute("mnist:data") == f"mnist:{Path('data').absolute()}"
         True
     """
+    from secateur.data import DATASETS
+
     head, colon, tail = spec.partition(":")
-    if head in ("mnist", "cifar10", "imagefolder"):
+    if head in DATASETS and tail:
         return f"{head}:{Path(tail).expanduser().absolute()}"
     if head.endswith(".py"):
         return f"{Path(head).expanduser().absolute()}{colon}{tail}"
