@@ -74,12 +74,15 @@ def judge_secateur(case: Case, ratio: float = 0.5) -> oracle.Verdict:
         return oracle.Verdict("refused", str(error))
     except Exception as error:  # noqa: BLE001 - any other exception is the verdict
         return oracle.Verdict("crash", f"{type(error).__name__}: {error}")
-    return _named(case, oracle.judge(model, small, plan, oracle.fresh(inputs, 1), modes=case.modes))
+    return _judged(case, model, small, plan, oracle.fresh(inputs, 1))
 
 
-def _named(case: Case, verdict: oracle.Verdict) -> oracle.Verdict:
-    """Tell a wrong channel from a norm over fewer channels."""
-    if verdict.kind == "wrong-channel" and case.normalising:
+def _judged(case: Case, model: nn.Module, small: nn.Module, plan: oracle.Plan, inputs: Any) -> oracle.Verdict:
+    """Compare, and tell a wrong channel from a norm over fewer channels."""
+    verdict = oracle.judge(model, small, plan, inputs, modes=case.modes)
+    if verdict.kind == "wrong-channel" and (
+        case.normalising or oracle.judge(model, small, plan, inputs, modes=case.modes, norms=True).exact
+    ):
         return oracle.Verdict("inexact", verdict.detail, verdict.error)
     return verdict
 
@@ -105,7 +108,7 @@ def judge_peer(case: Case, ratio: float = 0.5) -> oracle.Verdict:
         plan = oracle.recover(model, small)
     except ValueError as error:
         return oracle.Verdict("wrong-channel", str(error))
-    return _named(case, oracle.judge(model, small, plan, oracle.fresh(inputs, 1), modes=case.modes))
+    return _judged(case, model, small, plan, oracle.fresh(inputs, 1))
 
 
 def table(rows: list[dict[str, Any]]) -> str:

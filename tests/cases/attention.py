@@ -31,7 +31,7 @@ def multihead_attention() -> Net:
     )
 
 
-@case(inputs=image(3, 4, 3), prunable={"feed": 12})
+@case(inputs=image(3, 4, 3), prunable={"feed": 12}, normalising=True)
 def transformer_layer() -> Net:
     """nn.TransformerEncoderLayer over the positions of a map: its hidden layer is free."""
     return Net(
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(n, length, dim))
 
 
-@case(inputs=image(3, 4, 3), prunable={"hidden": 16})
+@case(inputs=image(3, 4, 3), prunable={"hidden": 16}, normalising=True)
 def timm_attention() -> Net:
     """Vision transformer block, attention by matrix products."""
 
@@ -89,7 +89,7 @@ def timm_attention() -> Net:
     )
 
 
-@case(inputs=image(3, 4, 3), prunable={"hidden": 12})
+@case(inputs=image(3, 4, 3), prunable={"hidden": 12}, normalising=True)
 def timm_attention_fused() -> Net:
     """The same with scaled dot product attention and a class token."""
 
