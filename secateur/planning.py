@@ -14,7 +14,6 @@ from torch import Tensor
 
 from secateur import cost
 from secateur.errors import PlanError, UsageError
-from secateur.graph import Role
 
 if TYPE_CHECKING:
     from secateur.graph import ChannelGraph, ChannelGroup
@@ -176,11 +175,9 @@ def steps(group: ChannelGroup, order: Sequence[int]) -> list[list[int]]:
 
 
 def matches(group: ChannelGroup, pattern: str, graph: ChannelGraph) -> bool:
-    """Tell whether a pattern names a group: by its name, a member module, or the class of a producer."""
-    for member in group.members:
-        if fnmatchcase(member.module, pattern):
-            return True
-        if member.role is Role.PRODUCER and graph.module_types.get(member.module) == pattern:
+    """Tell whether a pattern names a group: by its name, or by a layer that makes its channels or that layer's class."""
+    for member in group.producers:
+        if fnmatchcase(member.module, pattern) or graph.module_types.get(member.module) == pattern:
             return True
     return fnmatchcase(group.name, pattern)
 

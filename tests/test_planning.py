@@ -1,0 +1,188 @@
+"""From scores to a plan: targets, constraints, contradictions, and the plan's JSON form."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import secateur as sc
+from secateur import planning
+
+
+class Net(nn.Module):
+    """A residual block, a grouped convolution and a linear head on a flattened map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.bn = nn.BatchNorm2d(16)
+        self.inner = nn.Conv2d(16, 24, 3, padding=1)
+        self.outer = nn.Conv2d(24, 16, 3, padding=1)
+        self.mix = nn.Conv2d(16, 16, 3, padding=1, groups=4)
+        self.hidden = nn.Linear(16 * 16, 12)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.bn(self.stem(x)).relu()
+        x = x + self.outer(self.inner(x).relu())
+        return self.head(self.hidden(self.mix(x.relu()).relu().flatten(1)).relu())
+
+
+X = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+GRAPH = sc.trace(Net().eval(), X)
+SIZES = {g.name: g.size for g in GRAPH.groups}
+
+
+def scores(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {g.name: torch.rand(g.size, generator=generator) for g in GRAPH.groups}
+
+
+def test_the_graph_is_the_one_drawn_by_hand() -> None:
+    assert SIZES == {"stem": 16, "inner": 24, "mix": 16, "hidden": 12}
+    assert [m.module for m in GRAPH.group("stem").producers] == ["stem", "outer"]
+    assert [m.module for m in GRAPH.group("stem").consumers] == ["inner", "mix"]
+    assert GRAPH.group("mix").constraint == "equal fractions of 4 blocks"
+
+
+@pytest.mark.parametrize("what", ["macs", "params", "channels"])
+@pytest.mark.parametrize("ranking", ["normalized", "global", "uniform"])
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.8])
+def test_a_target_is_met_and_by_no_more_than_one_step(what: str, ranking: Any, fraction: float) -> None:
+    target = sc.Target(**{what: fraction})
+    plan = sc.plan(GRAPH, scores(), target, ranking=ranking)
+    assert target.removed(GRAPH, plan) >= fraction
+    model = Net().eval()
+    small = sc.apply(model, plan)
+    count = sum(p.numel() for p in small.parameters())
+    assert count == sc.parameters(GRAPH, plan)
+    assert sc.macs(sc.trace(small, X)) == sc.macs(GRAPH, plan)
+    assert sc.verify(model, small, plan, X).exact
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1000), fraction=st.floats(0.05, 0.7))
+def test_blocks_lose_alike_and_the_lowest_go_first(seed: int, fraction: float) -> None:
+    values = scores(seed)
+    plan = sc.plan(GRAPH, values, sc.Target(channels=fraction), ranking="uniform")
+    for group in GRAPH.groups:
+        gone = set(plan.removed.get(group.name, []))
+        counts = [sum(group.blocks[c] == b for c in gone) for b in range(int(group.blocks.max()) + 1)]
+        assert len(set(counts)) == 1
+        for channel in gone:
+            kept = [c for c in range(group.size) if c not in gone and group.blocks[c] == group.blocks[channel]]
+            assert kept
+            assert values[group.name][channel] <= min(values[group.name][c] for c in kept)
+
+
+@pytest.mark.parametrize("multiple", [2, 4, 8])
+def test_round_to_keeps_multiples_where_anything_goes(multiple: int) -> None:
+    plan = sc.plan(GRAPH, scores(), sc.Target(channels=0.4), round_to=multiple)
+    assert plan.removed
+    for name, gone in plan.removed.items():
+        assert (SIZES[name] - len(gone)) % multiple == 0
+
+
+def test_ratios_are_exact_and_skipped_groups_lose_nothing() -> None:
+    plan = sc.plan(GRAPH, scores(), ratios={"inner": 0.5, "hidden": 0.25})
+    assert {name: len(gone) for name, gone in plan.removed.items()} == {"inner": 12, "hidden": 3}
+    plan = sc.plan(GRAPH, scores(), sc.Target(channels=0.4), skip=["stem", "Linear"])
+    assert set(plan.removed) <= {"inner", "mix"}
+    plan = sc.plan(GRAPH, scores(), sc.Target(channels=0.3), min_channels=10, max_ratio=0.5)
+    for name, gone in plan.removed.items():
+        assert SIZES[name] - len(gone) >= max(10, SIZES[name] / 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({}, sc.UsageError, "nothing is asked for"),
+        ({"target": sc.Target(macs=0.999)}, sc.PlanError, "all that may go is"),
+        ({"target": sc.Target(macs=0.5), "skip": ["nowhere"]}, sc.UsageError, "nowhere: no layer"),
+        ({"target": sc.Target(macs=0.5), "round_to": 0}, sc.UsageError, "round_to"),
+        ({"target": sc.Target(macs=0.5), "max_ratio": 0.0}, sc.UsageError, "max_ratio"),
+        ({"target": sc.Target(macs=0.5), "ranking": "best"}, sc.UsageError, "ranking"),
+        ({"ratios": {"inner": 1.5}}, sc.UsageError, "ratio of inner"),
+        ({"ratios": {"inner": 0.5}, "skip": ["inner"]}, sc.UsageError, "contradicts skip 'inner'"),
+        ({"ratios": {"inner": 0.5, "inn*": 0.25}}, sc.UsageError, "contradicts ratio"),
+        ({"ratios": {"inner": 0.9}, "min_channels": 8}, sc.UsageError, "contradicts min_channels 8"),
+    ],
+)
+def test_impossible_requests_are_refused_in_one_line(
+    arguments: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error) as caught:
+        sc.plan(GRAPH, scores(), **arguments)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_scores_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(sc.PlanError, match="inner: 24 channels need as many scores"):
+        sc.plan(GRAPH, scores() | {"inner": torch.rand(5)}, sc.Target(macs=0.5))
+    values = torch.rand(24)
+    values[3] = float("nan")
+    with pytest.raises(sc.PlanError, match="score of channel 3 is not a number"):
+        sc.plan(GRAPH, scores() | {"inner": values}, sc.Target(macs=0.5))
+
+
+@pytest.mark.parametrize(
+    ("removed", "says"),
+    [
+        ({"nowhere": [0]}, "no such group"),
+        ({"inner": [24]}, "channel 24 does not exist"),
+        ({"inner": [-1]}, "channel -1 does not exist"),
+        ({"inner": list(range(24))}, "a layer keeps at least 1"),
+        ({"mix": [0]}, "4 blocks have to lose equal fractions"),
+    ],
+)
+def test_an_impossible_choice_is_refused(removed: dict[str, list[int]], says: str) -> None:
+    with pytest.raises(sc.PlanError) as caught:
+        sc.plan_removal(GRAPH, removed)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("given_", [{}, {"macs": 0.5, "params": 0.5}, {"macs": 0.0}, {"channels": 1.0}])
+def test_a_target_is_one_fraction(given_: dict[str, float]) -> None:
+    with pytest.raises(sc.UsageError, match="target"):
+        sc.Target(**given_)
+
+
+@given(seed=st.integers(0, 50))
+@settings(max_examples=20, deadline=None)
+def test_a_plan_survives_json(seed: int) -> None:
+    plan = sc.plan(GRAPH, scores(seed), sc.Target(params=0.4))
+    assert sc.PruningPlan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "not JSON"),
+        ("[]", "no pruning plan"),
+        ('{"kept_outputs": {}}', "no format version"),
+        (json.dumps({"version": planning.FORMAT_VERSION + 1}), "newer"),
+        (json.dumps({"version": 1, "extra": 0}), "unknown field 'extra'"),
+        (json.dumps({"version": 1, "kept_outputs": {"a": ["x"]}}), "damaged"),
+        (json.dumps({"version": 1, "kept_outputs": 3}), "damaged"),
+    ],
+)
+def test_a_damaged_plan_is_refused(text: str, says: str) -> None:
+    with pytest.raises(sc.PlanError) as caught:
+        sc.PruningPlan.from_json(text)
+    assert says in str(caught.value)
+
+
+def test_a_plan_for_another_model_is_refused() -> None:
+    plan = sc.plan_removal(GRAPH, {"inner": [0, 5]})
+    with pytest.raises(sc.PlanError, match="no such tensor"):
+        sc.apply(nn.Sequential(nn.Conv2d(3, 4, 3)), plan)
+    small = sc.apply(Net(), plan)
+    with pytest.raises(sc.PlanError, match="made for shape"):
+        sc.apply(small, plan)
