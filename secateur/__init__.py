@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from secateur.planning import plan_removal as plan_removal
     from secateur.scoring import score as score
     from secateur.scoring import select as select
+    from secateur.surgery import carry_optimizer as carry_optimizer
     from secateur.tracing import trace as trace
     from secateur.verification import VerificationReport as VerificationReport
     from secateur.verification import verify as verify
@@ -68,6 +69,7 @@ _HOME = {
     "VerificationError": "errors",
     "VerificationReport": "verification",
     "apply": "compensate",
+    "carry_optimizer": "surgery",
     "compress": "engine",
     "criterion": "criteria",
     "load": "checkpoint",

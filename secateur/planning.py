@@ -175,7 +175,7 @@ def steps(group: ChannelGroup, order: Sequence[int]) -> list[list[int]]:
 
 
 def matches(group: ChannelGroup, pattern: str, graph: ChannelGraph) -> bool:
-    """Tell whether a pattern names a group: by its name, or by a layer that makes its channels or that layer's class."""
+    """Tell whether a pattern names a group: by its name, a layer that makes its channels, or such a layer's class."""
     for member in group.producers:
         if fnmatchcase(member.module, pattern) or graph.module_types.get(member.module) == pattern:
             return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -41,13 +42,21 @@ def cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
                 f"{name}: the plan was made for shape {tuple(shape)}, the model has {tuple(tensors[name].shape)}. "
                 "Apply it to the unpruned model."
             )
-    memo: dict[int, Any] = {}
-    modules = dict(model.named_modules())
-    for module in modules.values():
+    memo = _cut_tensors(model, plan, tensors)
+    for module in model.modules():
         for value in vars(module).values():
             # A tensor computed from parameters can't be deep-copied; it is computed anew at the next forward.
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
+    small = copy.deepcopy(model, memo)
+    _set_attributes(small, plan)
+    return small
+
+
+def _cut_tensors(model: nn.Module, plan: PruningPlan, tensors: dict[str, Tensor]) -> dict[int, Any]:
+    """Return what every tensor that the plan touches becomes, by the identity of the old one."""
+    memo: dict[int, Any] = {}
+    modules = dict(model.named_modules())
     for name in plan.kept_outputs.keys() | plan.kept_inputs.keys():
         layer = modules.get(name)
         if layer_rule(layer) is not None:
@@ -58,15 +67,60 @@ def cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
         _cut_layer(name, layer, plan, tensors, memo)
     for name, dims in plan.kept_tensors.items():
         tensor = tensors[name]
-        full, half = dims.get(0), dims.get(1)
-        if name in plan.blocks and half is not None:
-            value = _cut_blocks(tensor, full, half, plan.blocks[name])
+        if name in plan.blocks and 1 in dims:
+            value = _cut_blocks(tensor, dims.get(0), dims[1], plan.blocks[name])
         else:
             value = _select(tensor, dims)
         memo[id(tensor)] = _like(tensor, value)
-    small = copy.deepcopy(model, memo)
-    _set_attributes(small, plan)
-    return small
+    return memo
+
+
+def carry_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, small: nn.Module, plan: PruningPlan
+) -> torch.optim.Optimizer:
+    """Return an optimizer of the pruned model that goes on where the given one stands.
+
+    State of a parameter's own shape (SGD momentum, Adam moments) loses the elements that the parameter loses; counters
+    are copied. Hyper-parameters and parameter groups stay.
+
+    Args:
+        optimizer: An optimizer of the unpruned model's parameters; it is left as it is.
+        model: The unpruned model.
+        small: What applying the plan made of it.
+        plan: The plan applied.
+
+    Raises:
+        PlanError: If the optimizer holds a parameter that the model doesn't.
+    """
+    old, new = dict(model.named_parameters()), dict(small.named_parameters())
+    names = {id(parameter): name for name, parameter in old.items()}
+    groups = []
+    for group in optimizer.param_groups:
+        unknown = [p for p in group["params"] if id(p) not in names]
+        if unknown:
+            shape = tuple(unknown[0].shape)
+            raise PlanError(f"optimizer: it holds a parameter of shape {shape} that is none of the model's.")
+        groups.append({**group, "params": [new[names[id(p)]] for p in group["params"]]})
+    accepted = inspect.signature(type(optimizer)).parameters
+    defaults = {name: value for name, value in optimizer.defaults.items() if name in accepted}
+    carried = type(optimizer)(groups, **defaults)
+    for key in {k for state in optimizer.state.values() for k in state}:
+        # Whatever a parameter holds element by element is cut as the parameter itself is.
+        held = {
+            name: optimizer.state[p][key]
+            for name, p in old.items()
+            if isinstance(optimizer.state.get(p, {}).get(key), Tensor) and optimizer.state[p][key].shape == p.shape
+        }
+        stand_ins: dict[str, Tensor] = {name: held.get(name, p) for name, p in old.items()}
+        cut_state = _cut_tensors(model, plan, {**dict(model.named_buffers()), **stand_ins})
+        for name, p in old.items():
+            value = optimizer.state.get(p, {}).get(key)
+            if value is None:
+                continue
+            if name in held:
+                value = cut_state.get(id(value), value).detach().clone()
+            carried.state[new[name]][key] = value.clone() if isinstance(value, Tensor) else copy.copy(value)
+    return carried
 
 
 def _cut_layer(
