@@ -188,9 +188,9 @@ def secateur(entry: Entry) -> dict[str, Any]:
 
 def peer(entry: Entry) -> dict[str, Any]:
     """Prune and compare with Torch-Pruning."""
-    from bench import peer as tool
-
     import torch_pruning  # noqa: F401 - imported before the clock starts
+
+    from bench import peer as tool
 
     model, inputs, row = _prepare(entry, distinct)
     outputs = output_layers(model)
