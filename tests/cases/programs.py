@@ -158,11 +158,23 @@ def list_of_images() -> Net:
 
 @case(inputs=lambda: torch.rand(2, 3, 8, 6), prunable={"conv1": 8})
 def control_flow_on_values() -> Net:
-    """A branch on the input's values."""
+    """Branches on the input's values."""
 
     def forward(m: Net, x: Tensor) -> Tensor:
         if x.mean() > 0:
             x = x * 2
+        if bool((x < -9).any()):
+            x = x.abs()
+        return m.head(m.conv1(x).relu())
+
+    return Net(forward, conv1=conv(3, 8), head=conv(8, 4))
+
+
+@case()
+def control_flow_on_features() -> Net:
+    """A branch on whether any feature is negative: it reads all channels."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
         x = m.conv1(x).relu()
         if bool((x < 0).any()):
             x = x.abs()
@@ -346,9 +358,9 @@ def scripted_submodule() -> Net:
     )
 
 
-@case(prunable={"conv1": 8})
+@case(inexact=("conv1",))
 def vectorised_map() -> Net:
-    """torch.vmap over the examples."""
+    """torch.vmap over the examples; each is scaled by its mean over channels and positions."""
     return Net(
         lambda m, x: m.head(torch.vmap(lambda one: one * one.mean())(m.conv1(x))), conv1=conv(3, 8), head=conv(8, 4)
     )
