@@ -292,15 +292,16 @@ class _Candidate:
     """One group that may lose channels: its steps, least important first, and what each costs in importance."""
 
     name: str
-    steps: list[list[int]]
-    keys: list[float]
+    steps: np.ndarray
+    """Channels, shape ``(steps, channels a step)``; every step takes as many."""
+    keys: np.ndarray
     size: int
 
     def removed(self, count: int, round_to: int) -> list[int]:
         """Return the channels of the first ``count`` steps, less those that rounding gives back."""
-        while count and (self.size - sum(map(len, self.steps[:count]))) % round_to:
+        while count and (self.size - count * self.steps.shape[1]) % round_to:
             count -= 1
-        return sorted(c for step in self.steps[:count] for c in step)
+        return [int(c) for c in np.sort(self.steps[:count], axis=None)]
 
 
 def plan(
@@ -351,24 +352,24 @@ def plan(
         found = steps(group, np.argsort(values, kind="stable").tolist())
         ratio = next((r for p, r in fixed.items() if matches(group, p, graph)), None)
         limit = min(max_ratio if ratio is None else ratio, 1.0) * group.size
-        while found and (group.size - _length(found) < max(min_channels, 1) or _length(found) > limit + 1e-9):
-            found.pop()
-        scale = float(np.abs(values).mean()) or 1.0
-        keys = [float(values[step].mean()) / (scale if ranking == "normalized" else 1.0) for step in found]
+        if not found:
+            continue
+        # As many whole steps as both bounds allow.
+        most = min(limit + 1e-9, group.size - min_channels)
+        taken = np.array(found[: max(int(most // len(found[0])), 0)], dtype=np.int64).reshape(-1, len(found[0]))
         if ranking == "uniform":
-            keys = [_length(found[: i + 1]) / group.size for i in range(len(found))]
-        candidate = _Candidate(group.name, found, keys, group.size)
+            keys = np.arange(1, len(taken) + 1) * taken.shape[1] / group.size
+        else:
+            scale = float(np.abs(values).mean()) or 1.0
+            keys = values[taken].mean(1) / (scale if ranking == "normalized" else 1.0)
+        candidate = _Candidate(group.name, taken, np.maximum.accumulate(keys), group.size)
         if ratio is None:
             candidates.append(candidate)
-        elif removed := candidate.removed(len(found), round_to):
+        elif removed := candidate.removed(len(taken), round_to):
             forced[group.name] = removed
     if target is None:
         return _build(graph, forced)
     return _search(graph, candidates, forced, target, round_to)
-
-
-def _length(found: Sequence[Sequence[int]]) -> int:
-    return sum(len(step) for step in found)
 
 
 def _values(group: ChannelGroup, scores: Tensor) -> np.ndarray:
@@ -384,13 +385,14 @@ def _search(
     graph: ChannelGraph, candidates: list[_Candidate], forced: Removed, target: Target, round_to: int
 ) -> PruningPlan:
     """Find the fewest steps, in order of importance over all groups, that meet the target."""
-    order = sorted(
-        ((key, index, i) for index, c in enumerate(candidates) for i, key in enumerate(np.maximum.accumulate(c.keys))),
-        key=lambda entry: (entry[0], entry[2], entry[1]),
-    )
+    lengths = [len(c.keys) for c in candidates]
+    owner = np.repeat(np.arange(len(candidates)), lengths)
+    place = np.concatenate([np.arange(n) for n in lengths]) if candidates else owner
+    keys = np.concatenate([c.keys for c in candidates]) if candidates else np.zeros(0)
+    order = owner[np.lexsort((owner, place, keys))]
 
     def taking(count: int) -> PruningPlan:
-        taken = np.bincount([index for _, index, _ in order[:count]], minlength=len(candidates))
+        taken = np.bincount(order[:count], minlength=len(candidates))
         removed = dict(forced)
         for candidate, steps_taken in zip(candidates, taken.tolist(), strict=True):
             if gone := candidate.removed(steps_taken, round_to):
