@@ -117,7 +117,8 @@ def _summary(results: dict[str, dict[str, Row]]) -> list[str]:
         ]
         kinds = Counter(r.get("verdict") for r in rows)
         lines.append(
-            f"| {title} | {len(rows)} | {sum(bool(r.get('traced')) for r in rows)} | {kinds['exact']} | {kinds['refused']} "
+            f"| {title} | {len(rows)} | {sum(bool(r.get('traced')) for r in rows)} "
+            f"| {kinds['exact']} | {kinds['refused']} "
             f"| {sum(r.get('inexact') == 'runs' for r in rows)} of {sum('inexact' in r for r in rows)} "
             f"| {len(rows) - kinds['exact'] - kinds['refused'] - kinds['timeout']} | {kinds['timeout']} |"
         )
