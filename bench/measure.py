@@ -168,7 +168,7 @@ def secateur(entry: Entry) -> dict[str, Any]:
     row["macs_removed"] = 1 - macs(small, inputs) / max(row["macs"], 1)
     row["parameters_removed"] = 1 - sum(p.numel() for p in small.parameters()) / max(row["parameters"], 1)
     row |= _compare(model, small, plan, inputs)
-    if row["macs_removed"] <= 0 and row["verdict"] == "exact":
+    if row["parameters_removed"] <= 0 and row["verdict"] == "exact":
         row |= {"verdict": "refused", "detail": "nothing could be pruned exactly"}
     row["macs_removed_all"] = row["macs_removed"]
     if len(exact) < len(graph.groups):

@@ -105,8 +105,8 @@ def _line(name: str, rows: dict[str, Row]) -> str:
 
 def _summary(results: dict[str, dict[str, Row]]) -> list[str]:
     lines = [
-        "| | networks | traced | exact | inexact groups run | crash or wrong | timeout |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| | networks | traced | exact | refused | inexact groups run | crash or wrong | timeout |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for title, prefix in (("torchvision, classification", "torchvision/classification"),
                           ("torchvision, other", "torchvision"), ("timm", "timm")):  # fmt: skip
@@ -117,9 +117,10 @@ def _summary(results: dict[str, dict[str, Row]]) -> list[str]:
         ]
         kinds = Counter(r.get("verdict") for r in rows)
         lines.append(
-            f"| {title} | {len(rows)} | {sum(bool(r.get('traced')) for r in rows)} | {kinds['exact']} "
+            f"| {title} | {len(rows)} | {sum(bool(r.get('traced')) for r in rows)} "
+            f"| {kinds['exact']} | {kinds['refused']} "
             f"| {sum(r.get('inexact') == 'runs' for r in rows)} of {sum('inexact' in r for r in rows)} "
-            f"| {len(rows) - kinds['exact'] - kinds['timeout']} | {kinds['timeout']} |"
+            f"| {len(rows) - kinds['exact'] - kinds['refused'] - kinds['timeout']} | {kinds['timeout']} |"
         )
     both = [r for r in results.values() if "seconds" in r.get("secateur", {}) and "seconds" in r.get("peer", {})]
     slower = [r for r in both if r["secateur"]["seconds"] > r["peer"]["seconds"]]
