@@ -15,11 +15,17 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+from secateur.checkpoint import load, save
 from secateur.errors import UsageError
 from secateur.models import MODELS, CifarResNet, PadShortcut, lenet5, resnet20, resnet56, resnet110, vgg16
 from secateur.models.pad_shortcut import centred
+from secateur.planning import PruningPlan, plan_removal
+from secateur.surgery import cut
+from secateur.tracing import trace
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 SHARED = Path(os.environ.get("SECATEUR_SHARED", Path(__file__).parents[3] / "shared"))
@@ -267,3 +273,64 @@ def test_weights_are_drawn_with_the_papers_variance():
     assert fc1.std().item() == pytest.approx(800**-0.5, rel=0.02)
     assert vgg16().features[10].weight.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)
     assert resnet20().layer3[1].conv1.weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.02)
+
+
+def removed_from_streams(net: nn.Module, widths: dict[str, int]) -> PruningPlan:
+    """Plan to keep every second channel or so of the groups that produce these modules' outputs."""
+    graph = trace(net, torch.zeros(1, 3, 32, 32))
+    removed = {}
+    for module, width in widths.items():
+        group = next(g for g in graph.groups if any(m.module == module for m in g.producers))
+        order = torch.randperm(group.size, generator=torch.Generator().manual_seed(width)).tolist()
+        removed[group.name] = order[width:]
+    return plan_removal(graph, removed)
+
+
+STREAM_OUTPUTS = {"layer1.0.conv2": 11, "layer2.0.conv2": 19, "layer3.0.conv2": 40}
+
+
+@pytest.mark.parametrize("free_stem", [False, True])
+def test_padded_streams_are_pruned_exactly_and_come_back_from_a_file(tmp_path, free_stem):
+    torch.manual_seed(0)
+    net = resnet20(free_stem=free_stem).eval()
+    plan = removed_from_streams(net, STREAM_OUTPUTS)
+    small = cut(net.double(), plan)
+    assert small.conv1.out_channels == (16 if free_stem else 11)
+    assert [small.get_submodule(name).out_channels for name in STREAM_OUTPUTS] == list(STREAM_OUTPUTS.values())
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    zeroed = copy.deepcopy(net)
+
+    def only(kept: list[int]) -> Callable[..., tuple[Tensor]]:
+        def zero_the_rest(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+            mask = torch.zeros(args[0].shape[1], dtype=torch.float64)
+            mask[kept] = 1
+            return (args[0] * mask.reshape(-1, *[1] * (args[0].ndim - 2)),)
+
+        return zero_the_rest
+
+    for name, kept in plan.kept_inputs.items():
+        zeroed.get_submodule(name).register_forward_pre_hook(only(kept))
+    for stage, name in ((2, "layer1.0.conv2"), (3, "layer2.0.conv2")):
+        # The padded shortcut reads the stream before it.
+        zeroed.get_submodule(f"layer{stage}.0.shortcut").register_forward_pre_hook(only(plan.kept_outputs[name]))
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), zeroed(x), rtol=1e-10, atol=1e-10)
+    save(small, plan, tmp_path / "small.safetensors")
+    loaded = load(resnet20(free_stem=free_stem).eval(), tmp_path / "small.safetensors")
+    assert loaded.layer2[0].shortcut.source == small.layer2[0].shortcut.source != net.layer2[0].shortcut.source
+    with torch.no_grad():
+        assert torch.equal(loaded(x), small(x))
+
+
+@pytest.mark.parametrize("kind", ["A", "B"])
+@pytest.mark.parametrize(
+    ("streams", "published"), [((10, 20, 38), 48_553_596), ((9, 18, 36), 40_818_024), ((8, 16, 27), 29_549_902)]
+)
+def test_pruning_resnet56_arrives_at_the_published_macs(kind, streams, published):
+    net = resnet56(kind, free_stem=True)
+    widths = {f"layer{s}.{b}.conv1": n for s, n in enumerate(streams, 1) for b in range(9)}
+    widths |= {f"layer{s}.0.conv2": n for s, n in enumerate(streams, 1)}
+    small = cut(net, removed_from_streams(net, widths))
+    a, b, c = streams
+    projections = 16 * a * 32**2 + a * b * 16**2 + b * c * 8**2
+    assert sum(macs(small, 3, 32, 32).values()) == published - (projections if kind == "A" else 0)
