@@ -27,10 +27,13 @@ if TYPE_CHECKING:
 WIDTH = 120
 """Columns of what is written to a file or a pipe, where there is no terminal to ask."""
 
+PICTURE_WIDTH = 100
+"""Columns of a picture of the terminal."""
+
 
 def output(*, record: bool = False) -> Console:
     """Return the console for results, on standard output; ``record`` keeps what is printed, for a picture."""
-    width = None if sys.stdout.isatty() else WIDTH
+    width = PICTURE_WIDTH if record else None if sys.stdout.isatty() else WIDTH
     return Console(width=width, record=record, highlight=False, emoji=False)
 
 
@@ -269,7 +272,7 @@ def show_run(values: Mapping[str, Any], out: Console | None = None) -> None:
     out.print()
     out.print(widths(before["widths"], after["widths"]))
     out.print()
-    out.print(f"{verdict(values['verification'])} (the cut alone, before fine-tuning)", markup=False)
+    out.print(verdict(values["verification"], tuned=True), markup=False)
     out.print(f"files: {values['run_dir']}", markup=False, soft_wrap=True)
 
 
@@ -297,7 +300,7 @@ def show_demo(values: Mapping[str, Any], picture: Path | None = None) -> None:
         from secateur.checkpoint import write_atomic
 
         # Rich's own frame fetches its font from a foreign host; any monospaced font does.
-        frame = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
+        frame = re.sub(r"@font-face \{\{.*?\}\}\s*|<!--.*?-->\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
         write_atomic(picture, out.export_svg(title="secateur demo", code_format=frame).encode())
 
 
@@ -313,14 +316,19 @@ def show_values(values: Mapping[str, Any]) -> None:
     out.print(table)
 
 
-def verdict(check: Mapping[str, Any]) -> str:
-    """Say in a line how the pruned network compares with the original whose removed channels are zeroed."""
+def verdict(check: Mapping[str, Any], *, tuned: bool = False) -> str:
+    """Say in a line how the pruned network compares with the original whose removed channels are zeroed.
+
+    Args:
+        check: Fields of a :class:`secateur.verification.VerificationReport`.
+        tuned: Whether the network was trained since; then it is the cut alone that was compared.
+    """
     bits = {"float64": "fp64", "float32": "fp32"}.get(check["dtype"], check["dtype"])
-    found = "exact" if check["exact"] else "not exact"
+    what = "the network as it was cut, before fine-tuning," if tuned else "it"
     unchecked = f"; unchecked: {'; '.join(check['refused'])}" if check["refused"] else ""
     return (
-        f"verified {found}: it differs from the original with the removed channels zeroed by at most "
-        f"{check['max_error']:.1e} of the output, in {bits}{unchecked}"
+        f"verified {'exact' if check['exact'] else 'not exact'}: {what} differs from the original with the removed "
+        f"channels zeroed by at most {check['max_error']:.1e} of the output ({bits}){unchecked}"
     )
 
 
