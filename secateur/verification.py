@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -92,11 +93,27 @@ def _reading(name: str, readings: Readings) -> Callable[..., None]:
     return hook
 
 
-def masked_copy(model: nn.Module, plan: PruningPlan, readings: Readings) -> nn.Module:
-    """Return the original with removed channels zeroed where they are read, sharing all tensors it can with it.
+@contextmanager
+def masked(model: nn.Module, plan: PruningPlan, readings: Readings) -> Iterator[nn.Module]:
+    """Give the original with removed channels zeroed where they are read, for as long as the context lasts.
 
-    Layers read through a hook. A weight that the code uses without a layer of its own has its removed columns zeroed.
+    Layers read through a hook, which is taken away again. Where code uses a weight without a layer of its own, a copy
+    of the model is given, in which that weight has its removed columns zeroed; it shares all other tensors.
     """
+    reference = _zeroed_copy(model, plan) if plan.reads else model
+    modules = dict(reference.named_modules())
+    hooks = [
+        modules[name].register_forward_pre_hook(_masking(name, torch.tensor(kept), readings), with_kwargs=True)
+        for name, kept in plan.kept_inputs.items()
+    ]
+    try:
+        yield reference
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _zeroed_copy(model: nn.Module, plan: PruningPlan) -> nn.Module:
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     memo: dict[int, Any] = {id(t): t for t in tensors.values()}
     for module in model.modules():
@@ -109,12 +126,16 @@ def masked_copy(model: nn.Module, plan: PruningPlan, readings: Readings) -> nn.M
             index = torch.tensor(kept, device=value.device)
             value = torch.zeros_like(value).index_copy(dim, index, value.index_select(dim, index))
         memo[id(tensors[name])] = nn.Parameter(value, requires_grad=tensors[name].requires_grad)
-    reference = copy.deepcopy(model, memo)
-    modules = dict(reference.named_modules())
-    for name, kept in plan.kept_inputs.items():
-        layer = modules[name]
-        layer.register_forward_pre_hook(_masking(name, torch.tensor(kept), readings), with_kwargs=True)
-    return reference
+    return copy.deepcopy(model, memo)
+
+
+def _outputs(network: nn.Module, example_inputs: Any) -> list[Tensor]:
+    """Run a network in eval mode, with the same random numbers every time, and return its output tensors."""
+    with left_as_found(network):
+        torch.manual_seed(0)
+        network.eval()
+        positional, keyword = arguments(mapped(example_inputs, lambda t: t.clone()))
+        return [t.detach() for t in tensors_of(network(*positional, **keyword))]
 
 
 def compare(model: nn.Module, small: nn.Module, plan: PruningPlan, example_inputs: Any, tolerance: float) -> Difference:
@@ -126,23 +147,18 @@ def compare(model: nn.Module, small: nn.Module, plan: PruningPlan, example_input
     difference = Difference()
     original: Readings = defaultdict(list)
     pruned: Readings = defaultdict(list)
-    reference = masked_copy(model, plan, original)
     modules = dict(small.named_modules())
     hooks = [
         modules[name].register_forward_pre_hook(_reading(name, pruned), with_kwargs=True) for name in plan.kept_inputs
     ]
     try:
-        outputs = []
-        for network in (small, reference):
-            with left_as_found(network):
-                torch.manual_seed(0)
-                network.eval()
-                positional, keyword = arguments(mapped(example_inputs, lambda t: t.clone()))
-                outputs.append([t.detach() for t in tensors_of(network(*positional, **keyword))])
+        found_outputs = _outputs(small, example_inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    _compare_outputs(outputs[1], outputs[0], difference)
+    with masked(model, plan, original) as reference:
+        wanted_outputs = _outputs(reference, example_inputs)
+    _compare_outputs(wanted_outputs, found_outputs, difference)
     for name, kept in plan.kept_inputs.items():
         if len(original[name]) != len(pruned[name]):
             difference.mismatched[name] = kept
