@@ -28,7 +28,10 @@ RunDirs = Annotated[
 ]
 Against = Annotated[
     str | None,
-    typer.Option(metavar="WEIGHTS", help="Hold it against the same model with these weights; 'original': unpruned."),
+    typer.Option(
+        metavar="MODEL",
+        help="Hold it against another model, or the same one with the weights of a file; 'original': unpruned.",
+    ),
 ]
 REPORT_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Batch sizes that a report shows, up to the first that takes too long."""
@@ -120,6 +123,7 @@ def benchmark(
         from secateur.export import replacing
         from secateur.sources import open_model
 
+        names = ("pruned", "original")
         if run_dir is not None:
             if model or model_flag or weights or against or out:
                 raise UsageError(
@@ -131,17 +135,26 @@ def benchmark(
         else:
             name = options.one(model, model_flag)
             built = options.values("--model-option", model_option)
+            if against not in (None, "original"):
+                names = (Path(weights).name if weights else name, Path(against).name if "/" in against else against)
+                names = names if names[0] != names[1] else (names[0], f"{names[1]} (against)")
             with steps.step("building the model"):
                 first = open_model(name, built, weights, input_shape or ())
                 other = None
                 if against is not None:
-                    other = open_model(name, built, None if against == "original" else against, input_shape or ())
+                    if against == "original":
+                        other = open_model(name, built, None, input_shape or ())
+                    elif Path(against).is_file() and ":" not in against:
+                        other = open_model(name, built, against, input_shape or ())
+                    else:
+                        other = open_model(against, None, None, input_shape or ())
         # Opened before anything is measured: minutes of work are not lost to a wrong path.
         part = None if out is None else files.enter_context(replacing(out))
         result = _measure(
             first,
             other,
             steps,
+            names=names,
             batch_sizes=batch_size or (1, 8),
             threads=threads or (1,),
             devices=device or ("cpu",),
@@ -287,7 +300,6 @@ def _measure(first: SourceModel, other: SourceModel | None, steps: console.Steps
         first.model,
         None if other is None else other.model,
         example_inputs=first.inputs,
-        names=("pruned", "original"),
         progress=progress,
         **given,
     )
@@ -325,6 +337,7 @@ def _measure_run(folder: Path, steps: console.Steps) -> None:
             first,
             other,
             steps,
+            names=("pruned", "original"),
             batch_sizes=REPORT_BATCH_SIZES,
             devices=("cpu", "cuda") if torch.cuda.is_available() else ("cpu",),
             backends=("eager", "onnxruntime") if importlib.util.find_spec("onnxruntime") else ("eager",),

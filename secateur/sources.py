@@ -184,6 +184,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         # Reading takes a wrapper's name off; here it is a part of the model's own.
         if all(key.startswith(wrapper) for key in own) and not any(key.startswith(wrapper) for key in state):
             state = {wrapper + key: value for key, value in state.items()}
+    # Files from before PyTorch 0.4.1 have no counters of batches; torch's own strict loading allows that too.
+    state = {key: own[key] for key in own if key.endswith("num_batches_tracked")} | state
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
     if missing or unexpected:

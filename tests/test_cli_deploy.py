@@ -85,3 +85,14 @@ def test_a_wrong_request_is_one_line_and_leaves_nothing(
     assert len(shown.err.strip().splitlines()) == 1
     assert not shown.out
     assert not list(tmp_path.iterdir())
+
+
+def test_benchmark_against_another_model_names_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = tmp_path / "other.py"
+    network.write_text(
+        "from secateur.models import lenet5\n\n\ndef build():\n    return lenet5(widths=(4, 4), hidden=8)\n"
+    )
+    words = ["benchmark", *TINY, "--against", f"{network}:build", "--batch-size", "2", "--rounds", "2", "--json"]
+    assert main(words) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [row["variant"] for row in shown["rows"]] == ["lenet5", "other.py:build"]

@@ -257,3 +257,19 @@ def test_a_shape_that_is_none_is_refused(shapes: list[str]) -> None:
 )
 def test_paths_in_specs_become_absolute(spec: str, expected: str) -> None:
     assert sources.absolute(spec) == expected.format(here=Path.cwd())
+
+
+def test_weights_from_before_batches_were_counted_are_read(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3))
+
+    model = build()
+    model(torch.randn(2, 1, 5, 5))
+    state = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+    save_file(state, tmp_path / "old.safetensors")
+    fresh = build()
+    sources.load_weights(fresh, tmp_path / "old.safetensors")
+    for key, value in state.items():
+        assert torch.equal(fresh.state_dict()[key], value)
+    assert int(fresh[1].num_batches_tracked) == 0
