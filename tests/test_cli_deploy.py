@@ -90,7 +90,7 @@ def test_a_wrong_request_is_one_line_and_leaves_nothing(
 def test_benchmark_against_another_model_names_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     network = tmp_path / "other.py"
     network.write_text(
-        "from secateur.models import lenet5\n\n\ndef build():\n    return lenet5(widths=(4, 4), hidden=8)\n"
+        "from secateur.models import lenet5\n\n\ndef build():\n    return lenet5((4, 4), 8, in_size=16)\n"
     )
     words = ["benchmark", *TINY, "--against", f"{network}:build", "--batch-size", "2", "--rounds", "2", "--json"]
     assert main(words) == 0
