@@ -314,8 +314,10 @@ def _refusals(
 ) -> list[Refusal]:
     """List what makes channels that can't go: one entry a cause, with the parameters it fixes."""
     tensors: dict[Cause, dict[str, None]] = {}
+    # A depthwise convolution makes no channels of its own, but is looked for all the same.
+    shown = made | {(call.weight, 0, 1) for call in flow.calls if call.kind == "conv"}
     for home in homes:
-        if (home.tensor, home.dim, home.blocks) not in made:
+        if (home.tensor, home.dim, home.blocks) not in shown:
             continue
         own = np.unique(classes[home.start : home.start + home.size])
         for c in own[produced[own] & frozen[own]].tolist():

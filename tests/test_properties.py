@@ -107,10 +107,14 @@ def twice_is_once_with_the_union(network: Network, seed: int) -> None:
         for m in g.members
         for p, c in zip(m.positions, m.channels, strict=True)
     }
+    makers = {(m.tensor, m.dim) for g in graph.groups for m in g.producers}
     union: dict[str, set[int]] = {name: set(channels) for name, channels in first.items()}
     second: dict[str, list[int]] = {}
     for name, channels in chosen(again, 0.3, seed + 1).items():
         both = {n: set(c) for n, c in union.items()}
+        if any((m.tensor, m.dim) not in makers for m in again.group(name).producers):
+            # A depthwise convolution left with one channel is a plain one, and makes channels of its own.
+            continue
         for member in again.group(name).producers:
             for p, c in zip(member.positions, member.channels, strict=True):
                 if int(c) in channels:
