@@ -1,5 +1,6 @@
 """The command line: what it prints and writes, and that every error is one line and the right status."""
 
+import io
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import torch
 import typer
 from safetensors.torch import save_file
 
-from secateur import config, options, training
+from secateur import config, console, options, training
 from secateur.cli import app, main
 from secateur.console import change, quantity
 from secateur.engine import Event
@@ -458,3 +459,19 @@ def test_changes_are_relative_to_before(before: float, after: float, text: str) 
 
 def test_lenet_of_the_tests_is_the_papers_but_narrower() -> None:
     assert [type(m).__name__ for m in lenet5((4, 6), 8).children()] == ["Conv2d", "Conv2d", "Linear", "Linear"]
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_progress_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    terminal = console.Console(file=screen, force_terminal=True, width=width, color_system=None)
+    monkeypatch.setattr(console, "Console", lambda **_: terminal)
+    with console.Steps() as steps:
+        steps("training the baseline", 12, 425, "loss 0.476")
+        steps("compressing", 3, None, "round 4, phase 1; 94.17% at 1,512,200 MACs, accepted " + "and so on " * 9)
+    frame = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    lines = [line.strip("\r") for line in frame.splitlines() if "training" in line or "compressing" in line]
+    assert lines
+    assert max(map(len, lines)) <= width
+    assert any(" 12/425 " in line and "0:00:0" in line and "loss 0.476" in line for line in lines)
+    assert any("compressing" in line and "round 4, phase 1" in line for line in lines)
