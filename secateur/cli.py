@@ -9,7 +9,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -57,7 +57,7 @@ def demo(
     as_json: options.Json = False,
 ) -> None:
     """Train a LeNet-5 on real digits, remove 90% of its MACs, verify, save and reload it; nothing is downloaded."""
-    with _steps(as_json) as steps:
+    with console.running(as_json) as steps:
         from secateur.demo import demonstrate
         from secateur.sources import writable
 
@@ -77,7 +77,7 @@ def trace(
     as_json: options.Json = False,
 ) -> None:
     """Show which channels of a network can be removed together, and what can't be removed and why."""
-    with _steps(as_json) as steps:
+    with console.running(as_json) as steps:
         import secateur as sc
         from secateur.sources import open_model
 
@@ -159,7 +159,7 @@ def prune(
     as_json: options.Json = False,
 ) -> None:
     """Remove the least important channels of a network, once and without training, and verify the result."""
-    with _steps(as_json) as steps:
+    with console.running(as_json) as steps:
         import secateur as sc
         from secateur import criteria, sources
         from secateur.compensate import compensate as move
@@ -312,7 +312,7 @@ def compress(
     as_json: options.Json = False,
 ) -> None:
     """Prune and fine-tune a trained network round by round, as far as its accuracy allows or to a target."""
-    with _steps(as_json) as steps:
+    with console.running(as_json) as steps:
         from secateur import config, run
 
         given = {
@@ -345,7 +345,7 @@ def resume(
     as_json: options.Json = False,
 ) -> None:
     """Go on with a run that was interrupted, from its last whole epoch."""
-    with _steps(as_json) as steps:
+    with console.running(as_json) as steps:
         from secateur import run
 
         with _resumable(run_dir):
@@ -366,7 +366,7 @@ def evaluate(
     as_json: options.Json = False,
 ) -> None:
     """Measure a network, pruned or not: accuracy, MACs, parameters."""
-    with _steps(as_json) as steps:
+    with console.running(as_json) as steps:
         import secateur as sc
         from secateur import sources, training
 
@@ -420,13 +420,6 @@ def config_command(
         typer.echo(config.schema())
     else:
         typer.echo(config.to_yaml(config.load(file)), nl=False)
-
-
-@contextmanager
-def _steps(as_json: bool) -> Iterator[console.Steps]:
-    """Show progress; with ``--json``, keep what the user's own code prints off standard output."""
-    with console.Steps() as steps, redirect_stdout(sys.stderr) if as_json else nullcontext():
-        yield steps
 
 
 class _InterruptedError(SecateurError):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,7 +67,7 @@ def report(
     as_json: options.Json = False,
 ) -> None:
     """Write the report of a run as one HTML page that needs no network; of several runs, side by side."""
-    with _steps(as_json) as steps:
+    with console.running(as_json) as steps:
         from secateur import config
         from secateur.report import read_run, write_report
 
@@ -119,7 +118,7 @@ def benchmark(
     as_json: options.Json = False,
 ) -> None:
     """Measure time and peak memory of a network, or of two in turns: theoretical against measured speed-up."""
-    with _steps(as_json) as steps, ExitStack() as files:
+    with console.running(as_json) as steps, ExitStack() as files:
         from secateur.export import replacing
         from secateur.sources import open_model
 
@@ -190,7 +189,7 @@ def export(
     as_json: options.Json = False,
 ) -> None:
     """Export a network to .pt2 (torch.export) or .onnx, load the file again and compare before saying done."""
-    with _steps(as_json) as steps:
+    with console.running(as_json) as steps:
         from secateur import sources
         from secateur.export import export as write
 
@@ -410,10 +409,3 @@ def _show(result: BenchmarkResult, out: Path | None) -> None:
         console.error_line(f"{skipped.variant}, {skipped.setting}: not measured: {skipped.reason}", "warning")
     if out is not None:
         screen.print(f"\nWritten to {out}")
-
-
-@contextmanager
-def _steps(as_json: bool) -> Iterator[console.Steps]:
-    """Show progress; with ``--json``, keep what the user's own code prints off standard output."""
-    with console.Steps() as steps, redirect_stdout(sys.stderr) if as_json else nullcontext():
-        yield steps

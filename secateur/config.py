@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
+from secateur import criteria
 from secateur.checkpoint import write_atomic
 from secateur.engine import Settings
 from secateur.errors import UsageError
@@ -114,6 +115,18 @@ class RunConfig(_Section):
     workers: int = Field(0, ge=0, description="Processes that read image files; 0 reads them in the run's own.")
     seed: int = Field(0, ge=0, description="Seed of weights, data order and every other draw.")
     run_dir: str | None = Field(None, description="Folder of the run's files; runs/MODEL-METHOD unless given.")
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        # Found out now, not after the baseline is trained.
+        names = criteria.names()
+        if value not in names:
+            close = difflib.get_close_matches(value, names, n=1)
+            raise ValueError(
+                f"unknown method {value!r}; " + (f"did you mean {close[0]!r}" if close else ", ".join(names))
+            )
+        return value
 
     @field_validator("settings", mode="before")
     @classmethod

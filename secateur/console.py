@@ -7,7 +7,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -365,3 +365,10 @@ def _table(*columns: str) -> Table:
 
 def _some(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+@contextmanager
+def running(as_json: bool) -> Iterator[Steps]:
+    """Show progress; with ``--json``, keep what the user's own code prints off standard output."""
+    with Steps() as steps, redirect_stdout(sys.stderr) if as_json else nullcontext():
+        yield steps

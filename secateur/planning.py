@@ -197,7 +197,7 @@ def plan_removal(graph: ChannelGraph, removed: Mapping[str, Sequence[int]]) -> P
     checked: Removed = {}
     for name, chosen in removed.items():
         if name not in names:
-            raise PlanError(f"{name}: the graph has no such group. Its groups are listed by print(graph).")
+            raise PlanError(f"{name}: the graph has no such group. See `secateur trace`.")
         group = names[name]
         channels = sorted({int(c) for c in chosen})
         if not channels:
@@ -406,8 +406,8 @@ def _search(
     if not enough(everything):
         most = target.removed(graph, everything)
         raise PlanError(
-            f"target: cannot remove {target.fraction:.1%} of the {target.what}; all that may go is {most:.1%}. "
-            f"Lower --{target.what} (now {target.fraction:g}), or skip and fix fewer layers."
+            f"target: cannot remove {target.fraction:g} of the {target.what}; all that may go is {most:.4g}. "
+            f"Lower --{target.what}, or loosen --skip, --max-ratio, --min-channels or --round-to."
         )
     low, high = 0, len(order)
     while low < high:
@@ -442,7 +442,7 @@ def _check_request(
     for pattern in (*ratios, *skip):
         named = any(fnmatchcase(module, pattern) for module in known) or pattern in graph.module_types.values()
         if not named and not any(matches(group, pattern, graph) for group in graph.groups):
-            raise UsageError(f"{pattern}: no layer has this name or class. The names are listed by print(graph).")
+            raise UsageError(f"{pattern}: no layer has this name or class. See `secateur trace`.")
     for pattern, ratio in ratios.items():
         if not 0 <= ratio < 1:
             raise UsageError(f"ratio of {pattern}: the fraction to remove is in [0, 1); found {ratio}.")

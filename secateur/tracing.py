@@ -96,13 +96,11 @@ def _run(model: nn.Module, flow: Flow, example_inputs: Any) -> None:
     try:
         with _module_paths(model, flow), _LabelMode(flow):
             outputs = model(*positional, **keyword)
-    except AssertionError:
-        raise
     except Exception as error:
         where = f" in {flow.module}" if flow.module else ""
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TraceError(
-            f"trace: the model fails on the example inputs{where}: {type(error).__name__}: {text} "
+            f"trace: the model fails on the example inputs{where}: {type(error).__name__}: {text.rstrip('.')}. "
             "Check their shapes, types and device."
         ) from error
     flow.operator, flow.module = "model output", ""
