@@ -291,7 +291,7 @@ ERRORS: list[tuple[list[str], int, str]] = [
     (["prune", "lenet5", "--macs", "0.5", "--params", "0.5"], 2, "contradict each other"),
     (["prune", "lenet5", "--macs", "1.5"], 2, "above 0 and below 1"),
     (["prune", "lenet5", "--macs", "0.9999"], 1, "Lower --macs"),
-    (["prune", "lenet5", "--macs", "0.5", "--method", "l3"], 2, "unknown method 'l3'"),
+    (["prune", "lenet5", "--macs", "0.5", "--method", "l3"], 2, "unknown criterion 'l3'"),
     (["prune", "lenet5", "--macs", "0.5", "--method-option", "p=3"], 2, "'p'"),
     (["prune", "lenet5", "--macs", "0.5", "--method", "corrnet"], 2, "give --data"),
     (["prune", "lenet5", "--macs", "0.5", "--compensate", "glue"], 2, "unknown compensation 'glue'"),
