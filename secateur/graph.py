@@ -96,6 +96,16 @@ class ChannelGroup:
         return ", ".join(rules)
 
 
+def quotas(blocks: IndexArray) -> IndexArray:
+    """Return how many channels each block loses in one step: the smallest counts in proportion to the blocks' sizes.
+
+    >>> quotas(np.array([0, 0, 1, 1, 1, 1]))
+    array([1, 2])
+    """
+    sizes = np.bincount(blocks)
+    return np.asarray(sizes // np.gcd.reduce(sizes), dtype=np.int64)
+
+
 @dataclass(frozen=True)
 class Refusal:
     """Something that can't be pruned, and why."""

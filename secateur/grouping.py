@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import gcd
 
 import numpy as np
 from torch import nn
 
-from secateur.graph import AttributeRule, ChannelGraph, ChannelGroup, LayerPort, Member, Refusal, Role
+from secateur.graph import AttributeRule, ChannelGraph, ChannelGroup, LayerPort, Member, Refusal, Role, quotas
 from secateur.labels import Home, Labels
 from secateur.rules.flow import Call, Cause, Flow, Site
 
@@ -256,12 +255,6 @@ def _cells(
         else:
             cells[g] = np.zeros(own.size, dtype=np.int64)
     return cells, uneven
-
-
-def quotas(cells: Labels) -> Labels:
-    """Return how many channels each cell loses in one step: the smallest counts in proportion to the cells' sizes."""
-    sizes = np.bincount(cells)
-    return np.asarray(sizes // gcd(*sizes.tolist()), dtype=np.int64)
 
 
 def _unsplittable(cells: Labels, removable: np.ndarray) -> str:

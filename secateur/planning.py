@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
-from math import gcd
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from secateur import cost
 from secateur.errors import PlanError, UsageError
+from secateur.graph import quotas
 
 if TYPE_CHECKING:
     from secateur.graph import ChannelGraph, ChannelGroup
@@ -159,7 +159,7 @@ def steps(group: ChannelGroup, order: Sequence[int]) -> list[list[int]]:
     all blocks have lost the same fraction. At least one channel of every block stays.
     """
     sizes = np.bincount(group.blocks)
-    quota = sizes // gcd(*sizes.tolist())
+    quota = quotas(group.blocks)
     queues: list[list[int]] = [[] for _ in sizes]
     place = np.full(group.size, -1, dtype=np.int64)
     place[list(order)] = np.arange(group.size)

@@ -14,7 +14,7 @@ from secateur import cost
 from secateur.criteria import singh2020cfp as cfp
 from secateur.engine.settings import Share
 from secateur.errors import CriterionError, PlanError
-from secateur.graph import ChannelGraph, ChannelGroup, Member
+from secateur.graph import ChannelGraph, ChannelGroup, Member, quotas
 from secateur.planning import steps
 
 Pairs = dict[str, list[tuple[int, int]]]
@@ -130,8 +130,7 @@ def norms(model: nn.Module, graph: ChannelGraph, group: ChannelGroup) -> Tensor:
 
 def step_size(group: ChannelGroup) -> int:
     """Return the smallest number of channels that a group can lose at once, so that its blocks keep equal fractions."""
-    sizes = np.bincount(group.blocks)
-    return int((sizes // np.gcd.reduce(sizes)).sum())
+    return int(quotas(group.blocks).sum())
 
 
 def most_removable(group: ChannelGroup, min_width: int = 1) -> int:
