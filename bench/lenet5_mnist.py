@@ -40,13 +40,14 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 BATCH = 128
 BASELINE_EPOCHS = 15
+TRAINING = TrainingSettings(lr=0.02, schedule="cosine", warmup=0.05, clip_norm=5.0)
 
 
 def settings(arm: str, final_epochs: int) -> dict[str, Any]:
     """Return an arm's settings: all arms differ in two switches only."""
     return {
         "widths": GOALS, "rounds": (10, 1, 1, 1), "optimise_epochs": 1, "correlation_target": None,
-        "finetune_epochs": 1, "lr": 0.01, "final_epochs": final_epochs, "final_lr": 0.03, "device": "cpu", **ARMS[arm],
+        "finetune_epochs": 1, "lr": 0.01, "final_epochs": final_epochs, "final_lr": 0.03, "clip_norm": 5.0, "device": "cpu", **ARMS[arm],
     }  # fmt: skip
 
 
@@ -57,7 +58,7 @@ def baseline(seed: int, work: Path, data: dict[str, Any]) -> nn.Module:
     model = lenet5()
     if path.is_file():
         return checkpoint.load(model, path)
-    fit(model, data["train"], epochs=BASELINE_EPOCHS, seed=seed, settings=TrainingSettings(lr=0.03, schedule="cosine"))
+    fit(model, data["train"], epochs=BASELINE_EPOCHS, seed=seed, settings=TRAINING)
     checkpoint.save(model, PruningPlan(), path)
     return model
 

@@ -160,18 +160,23 @@ def steps(group: ChannelGroup, order: Sequence[int]) -> list[list[int]]:
     """
     sizes = np.bincount(group.blocks)
     quota = quotas(group.blocks)
-    queues: list[list[int]] = [[] for _ in sizes]
+    ordered = np.asarray(order, dtype=np.int64).reshape(-1)
     place = np.full(group.size, -1, dtype=np.int64)
-    place[list(order)] = np.arange(group.size)
+    place[ordered] = np.arange(ordered.size)
+    free = group.removable.copy()
     # The most important channel of every layer stays: a layer may make only some of the group's channels.
-    last = {
-        int(m.channels[place[m.channels].argmax()]) for m in (*group.producers, *group.consumers) if m.channels.size
-    }
-    for channel in order:
-        if group.removable[channel] and channel not in last:
-            queues[group.blocks[channel]].append(channel)
-    count = min(min(len(q), int(n) - 1) // int(k) for q, n, k in zip(queues, sizes, quota, strict=True))
-    return [[c for q, k in zip(queues, quota, strict=True) for c in q[i * k : (i + 1) * k]] for i in range(count)]
+    free[
+        [int(m.channels[place[m.channels].argmax()]) for m in (*group.producers, *group.consumers) if m.channels.size]
+    ] = False
+    queue = ordered[free[ordered]]
+    blocks = group.blocks[queue]
+    queue = queue[np.argsort(blocks, kind="stable")]
+    lengths = np.bincount(blocks, minlength=sizes.size)
+    starts = np.cumsum(lengths) - lengths
+    count = int((np.minimum(lengths, sizes - 1) // quota).min())
+    taken = [queue[i : i + count * k].reshape(count, k) for i, k in zip(starts.tolist(), quota.tolist(), strict=True)]
+    found: list[list[int]] = np.concatenate(taken, axis=1).tolist()
+    return found
 
 
 def matches(group: ChannelGroup, pattern: str, graph: ChannelGraph) -> bool:

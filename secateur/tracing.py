@@ -20,6 +20,7 @@ from secateur.rules import RULES, Flow
 from secateur.rules.flow import Cause
 from secateur.rules.pointwise import is_pointwise, pointwise
 from secateur.rules.registry import tensors_in
+from secateur.rules.trust import Watch, counting
 
 _MOST_TRIALS = 12
 _RESHAPING = ("aten::squeeze_", "aten::unsqueeze_", "aten::as_strided_", "aten::as_strided")
@@ -40,6 +41,8 @@ class _LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         flow.ordinal += 1
         flow.operator = str(func)
+        if flow.called is None and flow.doubt is None:
+            flow.doubt = flow.cause("is called by code that can't be looked into")
         name = func._schema.name
         rule = RULES.get(name)
         if rule is None and is_pointwise(func):
@@ -68,6 +71,7 @@ def _module_paths(model: nn.Module, flow: Flow) -> Iterator[None]:
         stack.append((names.get(id(module), stack[-1][0]), module))
         flow.module, flow.layer = stack[-1]
         if layer_rule(module) is not None:
+            flow.doubt = flow.doubt or Cause("", flow.module, "", "a registered layer")
             flow.paused += 1
 
     def leave(module: nn.Module, args: Any, out: Any) -> None:
@@ -94,7 +98,7 @@ def _module_paths(model: nn.Module, flow: Flow) -> Iterator[None]:
 def _run(model: nn.Module, flow: Flow, example_inputs: Any) -> None:
     positional, keyword = arguments(mapped(example_inputs, lambda t: t.clone()))
     try:
-        with _module_paths(model, flow), _LabelMode(flow):
+        with _module_paths(model, flow), Watch(flow), _LabelMode(flow):
             outputs = model(*positional, **keyword)
     except Exception as error:
         where = f" in {flow.module}" if flow.module else ""
@@ -116,6 +120,7 @@ def _record(model: nn.Module, example_inputs: Any, decisions: Mapping[int, int],
     with left_as_found(model):
         model.eval()
         flow = Flow(named, decisions, banned)
+        flow.doubt = next(counting(model), None)
         _run(model, flow, example_inputs)
         idle = _idle(model, flow)
         if idle:
@@ -168,6 +173,8 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     for _ in range(_MOST_TRIALS):
         flow, notes = _record(model, example_inputs, decisions, banned)
         grouping = group_channels(flow, types, tuple(notes), batch)
+        if flow.certain:
+            return grouping.graph
         failures = trial.failing(model, example_inputs, grouping)
         if not failures:
             return grouping.graph

@@ -123,7 +123,7 @@ def _attempt(model: nn.Module, example_inputs: Any, grouping: Grouping, chosen: 
     plan = plan_removal(graph, {graph.groups[i].name: picked[i] for i in chosen})
     exact = [i for i in chosen if graph.groups[i].exact]
     try:
-        small = cut(model, plan)
+        small = cut(model, plan, share=True)
         difference = compare(model, small, plan, example_inputs, _TOLERANCE)
     except SecateurError:
         raise
@@ -153,7 +153,7 @@ def _in_double(model: nn.Module, plan: Any, example_inputs: Any) -> Any:
     doubled = copy.deepcopy(model).double()
     inputs = mapped(example_inputs, lambda t: t.double() if t.is_floating_point() else t)
     try:
-        return compare(doubled, cut(doubled, plan), plan, inputs, 1e-6)
+        return compare(doubled, cut(doubled, plan, share=True), plan, inputs, 1e-6)
     except (RuntimeError, TypeError, ValueError):
         return None
 

@@ -9,6 +9,7 @@ channel from a right one even where the outputs happen to agree.
 from __future__ import annotations
 
 import copy
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,20 +67,30 @@ def channel_dim(layer: nn.Module, x: Tensor) -> int:
 
 
 def _sums(x: Tensor, dim: int) -> tuple[Tensor, int]:
-    """Return two sums for every channel, enough to tell channels apart: of its values, and weighted by position."""
-    rows = x.detach().movedim(dim, 0).reshape(x.shape[dim], -1).to(torch.float64 if x.device.type != "mps" else x.dtype)
-    ramp = torch.linspace(0.5, 1.5, rows.shape[1], dtype=rows.dtype, device=rows.device)
-    return torch.stack([rows.mean(1), (rows * ramp).mean(1), rows.abs().mean(1)], 1), rows.shape[1]
+    """Return two sums for every channel, enough to tell channels apart: of its values, and weighted at random."""
+    rows = x.detach().movedim(dim, 0).reshape(x.shape[dim], -1)
+    if rows.dtype not in (torch.float32, torch.float64):
+        rows = rows.float()
+    count = rows.shape[1]
+    return rows @ _weights(count).to(rows), count
 
 
-def _masking(name: str, kept: Tensor, readings: Readings) -> Callable[..., Any]:
+@functools.lru_cache(maxsize=8)
+def _weights(count: int) -> Tensor:
+    """Return one column of equal weights and one of random weights in [-1.5, 1.5], the same in every run."""
+    drawn = torch.rand(count, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+    return torch.stack([torch.ones_like(drawn), 3 * drawn - 1.5], 1) / max(count, 1)
+
+
+def _masking(name: str, kept: list[int], readings: Readings) -> Callable[..., Any]:
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = args[0] if args else kwargs["input"]
         dim = channel_dim(layer, x)
-        index = kept.to(x.device)
-        read = x.index_select(dim, index)
-        readings[name].append(_sums(read, dim))
-        masked = torch.zeros_like(x).index_copy(dim, index, read)
+        index = torch.tensor(kept, device=x.device)
+        sums, count = _sums(x, dim)
+        readings[name].append((sums.index_select(0, index), count))
+        gone = torch.ones(x.shape[dim], dtype=torch.bool, device=x.device).index_fill(0, index, False)
+        masked = x.index_fill(dim, gone.nonzero().flatten(), 0)
         return ((masked, *args[1:]), kwargs) if args else (args, {**kwargs, "input": masked})
 
     return hook
@@ -103,7 +114,7 @@ def masked(model: nn.Module, plan: PruningPlan, readings: Readings) -> Iterator[
     reference = _zeroed_copy(model, plan) if plan.reads else model
     modules = dict(reference.named_modules())
     hooks = [
-        modules[name].register_forward_pre_hook(_masking(name, torch.tensor(kept), readings), with_kwargs=True)
+        modules[name].register_forward_pre_hook(_masking(name, kept, readings), with_kwargs=True)
         for name, kept in plan.kept_inputs.items()
     ]
     try:

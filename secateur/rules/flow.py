@@ -78,6 +78,8 @@ class Attribute:
     name: str
     labels: Labels
     value: int
+    guessed: bool = False
+    """Whether only its name and its value tell what it counts."""
 
 
 class Labelled:
@@ -125,6 +127,10 @@ class Flow:
         """Ranges of labels of equal copies, which an expansion makes: any of them may go for any other."""
         self.paused = 0
         """Depth of layers whose operators are not looked at, because a registered rule speaks for them."""
+        self.called: object = None
+        """The torch function that the model's code has called; None where code in no Python called the operator."""
+        self.doubt: Cause | None = None
+        """The first call that may depend on the number of channels in a way that labels don't show."""
         self.ordinal = 0
         self.shape_before: tuple[int, ...] = ()
         self.stride_before: tuple[int, ...] = ()
@@ -133,6 +139,12 @@ class Flow:
             self._names.setdefault(id(tensor), name)
         self._leaves: dict[int, Labelled] = {}
         self._virtual: dict[tuple[str, int], Labels] = {}
+
+    @property
+    def certain(self) -> bool:
+        """Whether what was found holds by the rules alone, whatever number of channels goes."""
+        follows = all(site.options[site.choice] in ("follow", "freeze") for site in self.sites)
+        return self.doubt is None and follows and not any(attribute.guessed for attribute in self.attributes)
 
     # Labels of tensors
 

@@ -54,7 +54,7 @@ def _split(flow: Flow, labels: Labels, shape: Sequence[int]) -> dict[int, Labels
     if axis == heads:
         for name in HEAD_COUNTS:
             if getattr(flow.layer, name, None) == shape[axis]:
-                flow.attributes.append(Attribute(flow.module, name, left, shape[axis]))
+                flow.attributes.append(Attribute(flow.module, name, left, shape[axis], guessed=True))
     return {axis: left}
 
 
@@ -63,7 +63,7 @@ def _count_width(flow: Flow, labels: Labels) -> None:
     for name in WIDTHS:
         value = getattr(flow.layer, name, None)
         if isinstance(value, int) and not isinstance(value, bool) and value == labels.size:
-            flow.attributes.append(Attribute(flow.module, name, labels, labels.size))
+            flow.attributes.append(Attribute(flow.module, name, labels, labels.size, guessed=True))
 
 
 def reshaped(flow: Flow, axes: Axes, old: Sequence[int], new: Sequence[int], *, trusted: bool = False) -> Axes:

@@ -1,0 +1,177 @@
+"""Which calls of the user's code can't depend on the number of channels, and which may: those call for a trial.
+
+Operators alone don't tell how their arguments came about: ``x.view(-1, 512)`` and ``x.flatten(1)`` are one and the same
+view. What tells is the function that the code called, its arguments, and whether the code read a size of a tensor
+with channels. Functions that take no size at all, such as ``cat`` or ``flatten``, follow whatever is left of the
+channels. Anything not known to do so is a doubt, and a graph in doubt is handed out only after a trial pruning.
+"""
+
+from __future__ import annotations
+
+import dis
+import os
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from secateur.rules.flow import Cause, Flow, shown
+from secateur.rules.registry import tensors_in
+
+_FREE = """
+    relu relu_ relu6 gelu silu silu_ mish hardswish hardsigmoid hardtanh sigmoid sigmoid_ logsigmoid tanh tanh_ elu
+    selu celu leaky_relu softplus softsign threshold clamp clip exp log sqrt rsqrt square abs neg pow
+    add add_ sub mul mul_ div __radd__ __rmul__ __rsub__ __rdiv__ where maximum minimum
+    dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout
+
+    linear batch_norm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
+
+    max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d interpolate
+
+    cat concat permute transpose flatten squeeze unsqueeze contiguous mean sum amax amin softmax log_softmax
+
+    dim is_floating_point is_contiguous to float half double type_as detach clone _assert
+"""
+"""Functions of which no argument is a number of channels: of single values, layers, positions, whole dimensions."""
+_HOMES = (torch, torch.Tensor, F, torch._C._nn)
+_TRUSTED = {
+    function for name in _FREE.split() for home in _HOMES if (function := getattr(home, name, None)) is not None
+}
+_TRUSTED |= {
+    getattr(torch.Tensor, name).__get__
+    for name in ("ndim", "dtype", "device", "is_cuda", "requires_grad", "layout", "is_quantized")
+}
+_VIEWS = {torch.Tensor.view, torch.Tensor.reshape, torch.reshape}
+_CONVOLUTIONS = {
+    F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+    torch.conv1d, torch.conv2d, torch.conv3d,
+    torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
+}  # fmt: skip
+_COUNTS = {
+    "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_channels",
+    "normalized_shape", "num_parameters", "num_embeddings", "embedding_dim",
+}  # fmt: skip
+"""Attributes that a cut changes; code that reads them may do something else afterwards."""
+_LAYERS = (
+    nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.PReLU,
+    nn.Embedding,
+)  # fmt: skip
+
+
+_COUNTING = "reads an attribute that counts channels"
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
+
+
+class Watch(TorchFunctionMode):
+    """Sees every torch function that the model's code calls, and remembers the first not known to be safe."""
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.flow = flow
+        self._base = sys._getframe(1)
+        self._seen: set[types.CodeType] = set()
+
+    def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        flow = self.flow
+        outer, flow.called = flow.called, func
+        assumed = len(flow.sites)
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            flow.called = outer
+        if flow.doubt is None and not flow.paused:
+            self._look_at_callers()
+            if not self._safe(func, args, kwargs, out, len(flow.sites) > assumed):
+                flow.doubt = flow.cause(f"{getattr(func, '__name__', func)} may depend on the number of channels")
+        return out
+
+    def _look_at_callers(self) -> None:
+        """Doubt where a function at work reads an attribute that counts channels, in a class or out of one."""
+        frame: types.FrameType | None = sys._getframe(2)
+        while frame is not None and frame is not self._base:
+            code = frame.f_code
+            if code not in self._seen:
+                self._seen.add(code)
+                if not code.co_filename.startswith(_TORCH) and _counts(code, type(frame.f_locals.get("self"))):
+                    self.flow.doubt = Cause("", self.flow.module, shown(code.co_filename, frame.f_lineno), _COUNTING)
+            frame = frame.f_back
+
+    def _safe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, assumes: bool) -> bool:
+        flow = self.flow
+        if func in _TRUSTED:
+            return func not in _CONVOLUTIONS or _owns_groups(flow.layer, args, kwargs)
+        if func in _VIEWS and isinstance(out, Tensor):
+            shape = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
+            # Where channels lie, the size is left open, so the sizes written out are of other dimensions.
+            return all(len(shape) == out.ndim and shape[dim] == -1 for dim in flow.axes(out))
+        if not assumes and not any(flow.axes(t) for t in tensors_in((*args, *kwargs.values()))):
+            return True
+        if func is torch.Tensor.size:
+            dim = args[1] if len(args) > 1 else kwargs.get("dim")
+            return isinstance(dim, int) and dim % args[0].ndim not in flow.axes(args[0])
+        if func is F.layer_norm:
+            sizes = args[1] if len(args) > 1 else kwargs.get("normalized_shape")
+            return isinstance(flow.layer, nn.LayerNorm) and sizes is flow.layer.normalized_shape
+        return False
+
+
+def _owns_groups(layer: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Tell whether the number of groups of a convolution is that of its layer, which a cut sees to."""
+    groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
+    return groups == 1 or (isinstance(layer, nn.modules.conv._ConvNd) and groups == layer.groups)
+
+
+def counting(model: nn.Module) -> Iterator[Cause]:
+    """Yield a doubt for each class of modules that has a method, but for construction, that reads such an attribute."""
+    kinds = {type(module): name for name, module in model.named_modules()}
+    for kind, name in kinds.items():
+        for base in kind.__mro__:
+            if base is object or base.__module__.startswith("torch."):
+                continue
+            for attribute, value in vars(base).items():
+                function = getattr(value, "__func__", getattr(value, "fget", value))
+                if attribute in ("__init__", "extra_repr", "__repr__") or not isinstance(function, types.FunctionType):
+                    continue
+                if _counts(function.__code__, kind):
+                    yield Cause(
+                        "", name, shown(function.__code__.co_filename, function.__code__.co_firstlineno), _COUNTING
+                    )
+
+
+def _counts(code: types.CodeType, kind: type) -> bool:
+    """Tell whether code that may run as a method of ``kind`` reads an attribute that a cut changes."""
+    named = _COUNTS & set(_names(code))
+    # What these two hand on to their function is looked at when it is called.
+    named -= {"groups"} if issubclass(kind, nn.modules.conv._ConvNd) else set()
+    named -= {"normalized_shape"} if issubclass(kind, nn.LayerNorm) else set()
+    if not named or issubclass(kind, _LAYERS):
+        return bool(named)
+    # A module that is no layer itself keeps numbers of its own, which a cut leaves alone.
+    return any(name in named and holder != "self" for holder, name in _read(code))
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def _read(code: types.CodeType) -> Iterator[tuple[str, str]]:
+    """Yield every attribute that code reads, and the variable that it reads it from (empty for an expression)."""
+    holder = ""
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            yield holder, str(step.argval)
+        holder = str(step.argval) if step.opname in ("LOAD_FAST", "LOAD_DEREF") else ""
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _read(constant)

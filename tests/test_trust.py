@@ -1,0 +1,124 @@
+"""A graph handed out without a trial pruning: then the trial, had it been run, would have passed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torchvision.models as zoo
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from secateur import tracing, trial
+from secateur.grouping import group_channels
+from tests.cases import CASES, Case
+from tests.cases.table import Net, conv
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def recorded(model: nn.Module, inputs: object) -> tracing.Flow:
+    """Let labels flow through a model once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return tracing._record(model, inputs, {}, {})[0]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=lambda c: c.name)
+def test_what_is_certain_passes_its_trial(case: Case) -> None:
+    torch.manual_seed(0)
+    model, inputs = case.build(), case.inputs()
+    flow = recorded(model, inputs)
+    if flow.certain:
+        types = {name: type(module).__name__ for name, module in model.named_modules()}
+        assert trial.failing(model, inputs, group_channels(flow, types, (), 1)) == []
+
+
+def test_cases_of_both_kinds_are_there() -> None:
+    kinds = [recorded(case.build(), case.inputs()).certain for case in CASES.values()]
+    assert 40 < sum(kinds) < len(kinds) - 40
+
+
+TEXTBOOK = (
+    "resnet18 resnext50_32x4d mobilenet_v2 densenet121 squeezenet1_1 regnet_y_400mf efficientnet_b0 mobilenet_v3_small "
+    "vgg11_bn convnext_tiny"
+)
+
+
+@pytest.mark.parametrize("name", TEXTBOOK.split())
+def test_textbook_networks_need_no_trial(name: str) -> None:
+    flow = recorded(zoo.get_model(name, weights=None), torch.zeros(1, 3, 64, 64))
+    assert flow.certain, flow.doubt
+
+
+def helper(x: Tensor, layer: nn.Conv2d) -> Tensor:
+    """Code outside any module that looks at a count."""
+    return x.relu() if layer.out_channels == 8 else x.sigmoid()
+
+
+class Counting(nn.Module):
+    """A module whose own method looks at a count, and calls nothing of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def wide(self) -> bool:
+        """Look."""
+        return self.conv.out_channels == 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Branch on it."""
+        return self.conv(x).relu() if self.wide() else self.conv(x)
+
+
+DEPENDENT: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "size read": lambda m, x: x / x.shape[1],
+    "size() read": lambda m, x: x * x.size(1),
+    "size() of all": lambda m, x: x * x.size()[1],
+    "length read": lambda m, x: x * len(x[0]),
+    "elements counted": lambda m, x: x / x.numel(),
+    "stride read": lambda m, x: x * x.stride(0),
+    "parameter's size read": lambda m, x: x * m.one.weight.shape[0],
+    "written sizes": lambda m, x: x.view(-1, 8, 6, 6),
+    "written groups": lambda m, x: F.conv2d(x, m.depthwise, groups=8),
+    "written norm": lambda m, x: F.layer_norm(x, (8, 6, 6)),
+    "copies by number": lambda m, x: x + torch.ones(1).expand(8).view(8, 1, 1),
+    "numpy": lambda m, x: torch.from_numpy(x.detach().numpy().copy()),
+    "lists": lambda m, x: torch.tensor(x.tolist()),
+    "attribute read by a function": lambda m, x: helper(x, m.one),
+    "own operator": lambda m, x: torch.ops.aten.relu.default(x),
+    "scripted": lambda m, x: torch.jit.script(scripted)(x),
+}  # fmt: skip
+
+
+def scripted(x: Tensor) -> Tensor:
+    """Read a size where nobody can see it."""
+    return x / x.size(1)
+
+
+@pytest.mark.parametrize("name", DEPENDENT)
+def test_code_that_may_count_channels_needs_one(name: str) -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        return m.head(DEPENDENT[name](m, m.one(x)))
+
+    model = Net(forward, one=conv(3, 8), head=conv(8, 4), depthwise=nn.Parameter(torch.ones(8, 1, 1, 1)))
+    assert not recorded(model, torch.zeros(1, 3, 6, 6)).certain
+
+
+def test_a_method_that_counts_channels_needs_one() -> None:
+    assert not recorded(
+        nn.Sequential(nn.Conv2d(3, 8, 1), Counting(), nn.Conv2d(8, 2, 1)), torch.zeros(1, 3, 4, 4)
+    ).certain
+
+
+def test_what_leaves_channels_alone_needs_none() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = m.one(x)
+        x = torch.cat([x, 2 * x + 1], 1).clamp(0, 6)
+        return m.head(x.flatten(2).mean(2).view(x.size(0), -1))
+
+    flow = recorded(Net(forward, one=conv(3, 8), head=nn.Linear(16, 4)), torch.zeros(2, 3, 6, 6))
+    assert flow.certain, flow.doubt
