@@ -47,7 +47,8 @@ def settings(arm: str, final_epochs: int) -> dict[str, Any]:
     """Return an arm's settings: all arms differ in two switches only."""
     return {
         "widths": GOALS, "rounds": (10, 1, 1, 1), "optimise_epochs": 1, "correlation_target": None,
-        "finetune_epochs": 1, "lr": 0.01, "final_epochs": final_epochs, "final_lr": 0.03, "clip_norm": 5.0, "device": "cpu", **ARMS[arm],
+        "finetune_epochs": 1, "lr": 0.01, "final_epochs": final_epochs, "final_lr": 0.03, "clip_norm": 5.0,
+        "device": "cpu", **ARMS[arm],
     }  # fmt: skip
 
 

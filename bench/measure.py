@@ -10,6 +10,7 @@ import copy
 import json
 import re
 import resource
+import statistics
 import sys
 import time
 import warnings
@@ -144,24 +145,52 @@ def half(group: Any, rng: np.random.Generator) -> list[int]:
     return sorted(channel for step in order[:count] for channel in step)
 
 
+def _tiny() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1)
+    )
+
+
+def _times(prune: Callable[[], Any]) -> tuple[dict[str, Any], Any]:
+    """Run up to three times; return processor time (the median), memory and result of the first.
+
+    One run has to do where it takes 3 s or longer.
+    """
+    taken: list[float] = []
+    before = reset_peak()
+    start = time.process_time()
+    result = prune()
+    taken.append(time.process_time() - start)
+    peak = resident("VmHWM") - before
+    while len(taken) < 3 and taken[0] < 3:
+        start = time.process_time()
+        prune()
+        taken.append(time.process_time() - start)
+    return {"seconds": statistics.median(taken), "seconds_each": taken, "peak_bytes": peak}, result
+
+
+def _pruned(model: nn.Module, inputs: Any) -> tuple[Any, dict[str, list[int]], nn.Module]:
+    """Trace a network, and take half of the channels of each group that can be pruned exactly."""
+    import secateur as sc
+
+    rng = np.random.default_rng(0)
+    graph = sc.trace(model, inputs)
+    chosen = {g.name: channels for g in graph.groups if (channels := half(g, rng))}
+    exact = {g.name for g in graph.groups if g.exact}
+    plan = sc.plan_removal(graph, {n: c for n, c in chosen.items() if n in exact})
+    return graph, chosen, sc.apply(model, plan)
+
+
 def secateur(entry: Entry) -> dict[str, Any]:
     """Trace, plan, apply and compare with Secateur: first the exact groups, then all."""
     import secateur as sc
 
-    trace, plan_removal, apply = sc.trace, sc.plan_removal, sc.apply  # imported before the clock starts
     model, inputs, row = _prepare(entry, scattered)
-    rng = np.random.default_rng(0)
-    before = reset_peak()
-    start = time.process_time()
-    graph = trace(model, inputs)
-    row["trace_seconds"] = time.process_time() - start
-    chosen = {g.name: half(g, rng) for g in graph.groups}
-    chosen = {name: channels for name, channels in chosen.items() if channels}
+    _pruned(_tiny(), torch.zeros(1, 3, 8, 8))  # everything is imported and has run before the clock starts
+    times, (graph, chosen, small) = _times(lambda: _pruned(model, inputs))
+    row |= times
     exact = {g.name for g in graph.groups if g.exact}
-    plan = plan_removal(graph, {n: c for n, c in chosen.items() if n in exact})
-    small = apply(model, plan)
-    row["seconds"] = time.process_time() - start
-    row["peak_bytes"] = resident("VmHWM") - before
+    plan = sc.plan_removal(graph, {n: c for n, c in chosen.items() if n in exact})
     row |= {
         "traced": True,
         "groups": len(graph.groups),
@@ -183,8 +212,7 @@ def secateur(entry: Entry) -> dict[str, Any]:
     if len(exact) < len(graph.groups):
         del small
         try:
-            whole = plan_removal(graph, chosen)
-            small = apply(model, whole)
+            small = sc.apply(model, sc.plan_removal(graph, chosen))
             row["macs_removed_all"] = 1 - macs(small, inputs) / max(row["macs"], 1)
             shapes = [getattr(t, "shape", t) for t in oracle.run(small, inputs)]
             row["inexact"] = (
@@ -203,11 +231,12 @@ def peer(entry: Entry) -> dict[str, Any]:
 
     model, inputs, row = _prepare(entry, distinct)
     outputs = output_layers(model)
-    small = copy.deepcopy(model)
-    start = time.process_time()
-    before = reset_peak()
-    tool.prune(small, inputs, outputs, RATIO)
-    row |= {"seconds": time.process_time() - start, "peak_bytes": resident("VmHWM") - before, "ignored": outputs}
+    tiny = _tiny()
+    tool.prune(tiny, torch.zeros(1, 3, 8, 8), ["4"], RATIO)
+    copies = [copy.deepcopy(model) for _ in range(3)]  # it prunes in place
+    small = copies[0]
+    times, _ = _times(lambda: tool.prune(copies.pop(0), inputs, outputs, RATIO))
+    row |= {**times, "ignored": outputs}
     try:
         row["macs_removed"] = 1 - macs(small, inputs) / max(row["macs"], 1)
     except Exception as error:  # noqa: BLE001 - recorded as the result
