@@ -122,3 +122,65 @@ def test_what_leaves_channels_alone_needs_none() -> None:
 
     flow = recorded(Net(forward, one=conv(3, 8), head=nn.Linear(16, 4)), torch.zeros(2, 3, 6, 6))
     assert flow.certain, flow.doubt
+
+
+def unpack_and_use(x: Tensor) -> Tensor:
+    """Use the number of channels."""
+    n, c, h, w = x.shape
+    return x * c + n * h * w
+
+
+def unpack_and_leave(x: Tensor) -> Tensor:
+    """Use the others."""
+    n, _c, h, w = x.shape
+    return x + n * h * w
+
+
+def unpack_and_close_over(x: Tensor) -> Tensor:
+    """Let an inner function use it."""
+    n, c, h, w = x.shape
+    return (lambda: x * c)() + n * h * w
+
+
+def unpack_size(x: Tensor) -> Tensor:
+    """Use the others of size()."""
+    n, _, h, w = x.size()
+    return x + n * h * w
+
+
+def keep_whole(x: Tensor) -> Tensor:
+    """Keep the shape for later."""
+    shape = x.shape
+    return x * shape[1]
+
+
+def subscript_by_name(x: Tensor) -> Tensor:
+    """Take the size that a variable says."""
+    which = 1
+    return x * x.shape[which]
+
+
+SHAPES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "positions": (lambda x: x + x.shape[-2:][0], True),
+    "batch": (lambda x: x + x.shape[0], True),
+    "positions of size()": (lambda x: x + x.size()[2:][1], True),
+    "all but the batch": (lambda x: x + x.shape[1:][1], False),
+    "channels": (lambda x: x * x.shape[1], False),
+    "channels from the end": (lambda x: x * x.shape[-3], False),
+    "every other": (lambda x: x * x.shape[::2][0], True),
+    "unpacked and used": (unpack_and_use, False),
+    "unpacked and left": (unpack_and_leave, True),
+    "unpacked for an inner function": (unpack_and_close_over, False),
+    "unpacked from size()": (unpack_size, True),
+    "kept whole": (keep_whole, False),
+    "subscript in a variable": (subscript_by_name, False),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_what_is_used_of_a_shape_decides(name: str) -> None:
+    function, safe = SHAPES[name]
+    flow = recorded(
+        Net(lambda m, x: m.head(function(m.one(x))), one=conv(3, 8), head=conv(8, 4)), torch.zeros(1, 3, 6, 6)
+    )
+    assert flow.certain is safe, flow.doubt

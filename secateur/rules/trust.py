@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from secateur.rules.flow import Cause, Flow, shown
 from secateur.rules.registry import tensors_in
+from secateur.rules.sizes import used
 
 _FREE = """
     relu relu_ relu6 gelu silu silu_ mish hardswish hardsigmoid hardtanh sigmoid sigmoid_ logsigmoid tanh tanh_ elu
@@ -48,6 +49,7 @@ _TRUSTED |= {
     getattr(torch.Tensor, name).__get__
     for name in ("ndim", "dtype", "device", "is_cuda", "requires_grad", "layout", "is_quantized")
 }
+_SHAPES = {torch.Tensor.size, torch.Tensor.shape.__get__}  # type: ignore[attr-defined]
 _VIEWS = {torch.Tensor.view, torch.Tensor.reshape, torch.reshape}
 _CONVOLUTIONS = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
@@ -114,9 +116,10 @@ class Watch(TorchFunctionMode):
             return all(len(shape) == out.ndim and shape[dim] == -1 for dim in flow.axes(out))
         if not assumes and not any(flow.axes(t) for t in tensors_in((*args, *kwargs.values()))):
             return True
-        if func is torch.Tensor.size:
+        if func in _SHAPES:
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
-            return isinstance(dim, int) and dim % args[0].ndim not in flow.axes(args[0])
+            read = {dim % args[0].ndim} if isinstance(dim, int) else used(sys._getframe(2), args[0].ndim)
+            return read.isdisjoint(flow.axes(args[0]))
         if func is F.layer_norm:
             sizes = args[1] if len(args) > 1 else kwargs.get("normalized_shape")
             return isinstance(flow.layer, nn.LayerNorm) and sizes is flow.layer.normalized_shape
