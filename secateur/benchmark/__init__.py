@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,91 +18,29 @@ from torch.utils import _pytree as pytree
 from torch.utils.benchmark import Measurement, Timer
 from torch.utils.benchmark import timer as benchmark_timer
 
+from secateur.benchmark.machine import (
+    ExampleInputs,
+    NotAtHandError,
+    cpu_peak_bytes,
+    cuda_peak,
+    environment,
+    weight_bytes,
+)
+from secateur.benchmark.result import BenchmarkResult, RoundToChoice, Row, Setting, Skipped, SpeedUp
 from secateur.errors import PlanError, SecateurError, UsageError
 from secateur.export import OnnxModel, _batch_size, _resized, export, quiet
 from secateur.inputs import arguments
+
+__all__ = [
+    "BACKENDS", "CANDIDATES", "MEMORY_FORMATS", "PRECISIONS", "BenchmarkResult", "RoundToChoice", "Row", "Setting",
+    "Skipped", "SpeedUp", "benchmark", "choose_round_to", "cpu_peak_bytes", "environment",
+]  # fmt: skip
 
 BACKENDS = ("eager", "compile", "onnxruntime")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 CANDIDATES = (1, 4, 8, 16, 32)
 """Multiples of channels that vector units and their libraries like."""
-
-Setting = tuple[str, str, str, str, int, int]
-"""Backend, device, precision, memory format, threads, batch size."""
-
-ExampleInputs = Tensor | tuple[Any, ...] | dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One network under one setting."""
-
-    variant: str
-    backend: str
-    device: str
-    precision: str
-    memory_format: str
-    threads: int
-    batch_size: int
-    seconds: float
-    """Median time of one forward pass."""
-    iqr: float
-    """Interquartile range of that time."""
-    peak_bytes: int | None = None
-    """Peak memory of one forward pass beyond the loaded network and its inputs: resident memory of a process of its
-    own on a CPU, the allocator's on CUDA."""
-    weight_bytes: int | None = None
-
-    @property
-    def setting(self) -> Setting:
-        """Everything but the network."""
-        return self.backend, self.device, self.precision, self.memory_format, self.threads, self.batch_size
-
-
-@dataclass(frozen=True)
-class SpeedUp:
-    """How many times faster the network is than the one it is held against, under one setting."""
-
-    backend: str
-    device: str
-    precision: str
-    memory_format: str
-    threads: int
-    batch_size: int
-    measured: float
-    """Median over rounds of the ratio of two neighbouring measurements."""
-    low: float
-    """First quartile of that ratio."""
-    high: float
-    """Third quartile of that ratio."""
-    theoretical: float | None
-    """Ratio of MACs; None where they were not counted."""
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A setting that could not be measured, and why."""
-
-    variant: str
-    setting: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class BenchmarkResult:
-    """Every row measured, in pairs where there are two networks."""
-
-    rows: list[Row]
-    speed_ups: list[SpeedUp]
-    skipped: list[Skipped]
-    environment: dict[str, Any]
-    macs: dict[str, int] = field(default_factory=dict)
-    """Variant -> MACs of one example."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result as plain data, the form of ``benchmark.json`` in a run directory."""
-        return asdict(self)
 
 
 def benchmark(
@@ -184,7 +117,7 @@ def benchmark(
         for name, network in models.items():
             try:
                 calls[name] = _prepare(network, example_inputs, device, precision, layout, backend, number)
-            except (SecateurError, _NotAtHandError) as error:
+            except (SecateurError, NotAtHandError) as error:
                 skipped.append(Skipped(name, setting, str(error)))
         slowest = 0.0
         for size in sorted(batch_sizes):
@@ -198,7 +131,7 @@ def benchmark(
             skipped += [Skipped(name, f"{setting}, batch {size}", reason) for name, reason in failed.items()]
             slowest = max([slowest, *(measured.median for measured in timed.values())])
             for name, measured in timed.items():
-                peak = _cuda_peak(calls[name](size), device) if memory and device != "cpu" else None
+                peak = cuda_peak(calls[name](size), device) if memory and device != "cpu" else None
                 rows.append(
                     Row(
                         name,
@@ -211,7 +144,7 @@ def benchmark(
                         measured.median,
                         measured.iqr,
                         peak,
-                        _weight_bytes(models[name], precision),
+                        weight_bytes(models[name], precision),
                     )
                 )
             if len(timed) == 2:
@@ -229,18 +162,6 @@ def benchmark(
         rows, missing = _with_cpu_peaks(rows, models, example_inputs, done) if done else (rows, [])
         skipped += missing
     return BenchmarkResult(rows, speed_ups, skipped, environment(), counted)
-
-
-@dataclass(frozen=True)
-class RoundToChoice:
-    """The multiple of channels, and the memory format, that run fastest here."""
-
-    round_to: int
-    memory_format: str
-    seconds: dict[tuple[int, str], float]
-    """(round_to, memory format) -> median time of one forward pass."""
-    infeasible: dict[int, str] = field(default_factory=dict)
-    """Candidate -> why the target can't be met with it."""
 
 
 def choose_round_to(
@@ -302,29 +223,7 @@ def choose_round_to(
     return RoundToChoice(chosen[0], chosen[1], seconds, infeasible)
 
 
-def environment() -> dict[str, Any]:
-    """What a time depends on: processor, threads, versions, load."""
-    found: dict[str, Any] = {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-    }
-    if hasattr(os, "getloadavg"):
-        found["load"] = round(os.getloadavg()[0], 2)
-    if torch.cuda.is_available():
-        found["cuda"] = torch.cuda.get_device_name()
-    return found
-
-
 _CLOCKS = {"wall": benchmark_timer, "cpu": time.process_time}
-
-
-class _NotAtHandError(Exception):
-    """A backend can't run this setting."""
 
 
 def _check(
@@ -378,7 +277,7 @@ def _prepare(
     own = _batch_size(args_kwargs)
     if backend == "onnxruntime":
         if device != "cpu" or precision != "fp32" or layout != "contiguous":
-            raise _NotAtHandError("ONNX Runtime is measured on the CPU, in fp32, contiguous.")
+            raise NotAtHandError("ONNX Runtime is measured on the CPU, in fp32, contiguous.")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "network.onnx"
             export(network, path, example_inputs, tolerance=1e-3)
@@ -445,54 +344,6 @@ def _count(models: dict[str, nn.Module], example_inputs: ExampleInputs) -> dict[
     return {name: macs(trace(network, kwargs or args)) for name, network in models.items()}
 
 
-def _weight_bytes(network: nn.Module, precision: str) -> int:
-    width = 2 if precision == "bf16" else None
-    return sum(
-        t.numel() * (width if width and t.is_floating_point() else t.element_size())
-        for t in (*network.parameters(), *network.buffers())
-    )
-
-
-def _cuda_peak(call: Callable[[], Any], device: str) -> int:
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    output = call()
-    torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) - before
-    del output
-    return int(peak)
-
-
-_PEAK = """
-import json, sys, torch
-torch.set_num_threads(1)
-def memory(field):
-    with open("/proc/self/status") as file:
-        return next(1024 * int(line.split()[1]) for line in file if line.startswith(field))
-program, inputs, sizes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-module = torch.export.load(program).module()
-leaves, own = torch.load(inputs, weights_only=True), None
-args, kwargs = leaves["args"], leaves["kwargs"]
-found = []
-with torch.inference_mode():
-    for size in sizes:
-        def resized(leaf):
-            same = isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == leaves["batch"]
-            return leaf[torch.arange(size) % leaf.shape[0]] if same else leaf
-        a, k = torch.utils._pytree.tree_map(resized, (args, kwargs))
-        module(*a, **k)
-        before = memory("VmRSS")
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-        module(*a, **k)
-        found.append(max(0, memory("VmHWM") - before))
-print(json.dumps(found))
-"""
-"""Peak resident memory of a forward pass, in a process that has loaded nothing else. It gives freed memory back at
-once (see the environment it is given), so that the peak is of what was in use together."""
-
-
 def _with_cpu_peaks(
     rows: list[Row], models: dict[str, nn.Module], example_inputs: ExampleInputs, sizes: Sequence[int]
 ) -> tuple[list[Row], list[Skipped]]:
@@ -502,7 +353,7 @@ def _with_cpu_peaks(
     for name, network in models.items():
         try:
             measured = cpu_peak_bytes(network, example_inputs, sizes)
-        except (SecateurError, _NotAtHandError) as error:
+        except (SecateurError, NotAtHandError) as error:
             skipped.append(Skipped(name, "peak memory, cpu", str(error)))
             continue
         peaks |= {(name, size): peak for size, peak in zip(sizes, measured, strict=True)}
@@ -518,53 +369,3 @@ def _with_cpu_peaks(
             yield Row(**{**asdict(row), "peak_bytes": peaks.get((row.variant, row.batch_size))}) if plain else row
 
     return list(completed()), skipped
-
-
-def cpu_peak_bytes(network: nn.Module, example_inputs: ExampleInputs, sizes: Sequence[int]) -> list[int]:
-    """Measure the peak memory of a forward pass in a process of its own.
-
-    The network travels as a ``.pt2`` file, so its class need not be importable there.
-
-    Args:
-        network: The network.
-        example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
-        sizes: Batch sizes.
-
-    Returns:
-        Bytes beyond the loaded network and its inputs, one a batch size.
-
-    Raises:
-        ExportError: If the network can't be exported.
-    """
-    if not Path("/proc/self/clear_refs").exists():
-        raise _NotAtHandError("peak memory on a CPU is read from /proc, which this system does not have")
-    args, kwargs = arguments(example_inputs)
-    with tempfile.TemporaryDirectory() as folder:
-        program, inputs = Path(folder) / "network.pt2", Path(folder) / "inputs.pt"
-        export(network, program, example_inputs, tolerance=1e-3)
-        torch.save({"args": args, "kwargs": kwargs, "batch": _batch_size((args, kwargs))}, inputs)
-        run = subprocess.run(
-            [sys.executable, "-c", _PEAK, str(program), str(inputs), json.dumps(list(sizes))],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={
-                **os.environ,
-                "MALLOC_MMAP_THRESHOLD_": "65536",
-                "MALLOC_TRIM_THRESHOLD_": "65536",
-                "OMP_NUM_THREADS": "1",
-            },
-        )
-    if run.returncode:
-        last = (run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1]
-        raise _NotAtHandError(f"the process that measures peak memory failed: {last}")
-    found: list[int] = json.loads(run.stdout.splitlines()[-1])
-    return found
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
