@@ -68,7 +68,8 @@ def _stored(steps: list[dis.Instruction], count: int) -> Iterator[str]:
     for step in steps:
         if not step.opname.startswith("STORE_FAST") or count <= 0:
             return
-        for name in step.argval if isinstance(step.argval, tuple) else (step.argval,):
+        held = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+        for name in held[:1] if step.opname == "STORE_FAST_LOAD_FAST" else held:
             count -= 1
             yield name
 

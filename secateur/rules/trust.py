@@ -174,7 +174,7 @@ def _read(code: types.CodeType) -> Iterator[tuple[str, str]]:
     for step in dis.get_instructions(code):
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             yield holder, str(step.argval)
-        holder = str(step.argval) if step.opname in ("LOAD_FAST", "LOAD_DEREF") else ""
+        holder = str(step.argval) if step.opname in ("LOAD_FAST", "LOAD_FAST_BORROW", "LOAD_DEREF") else ""
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _read(constant)
