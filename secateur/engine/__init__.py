@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.engine.loop import Engine, Event, Progress
+from secateur.engine.events import Event, Progress
+from secateur.engine.loop import Engine
 from secateur.engine.pairing import CorrelationRegulariser, largest_correlations
 from secateur.engine.result import CompressResult, summarise
 from secateur.engine.rundir import RunDirectory

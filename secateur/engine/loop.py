@@ -7,21 +7,20 @@ anywhere goes on from its last whole step and, on a CPU with the same seed, ends
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from secateur import cost, observe, training
-from secateur.criteria import singh2020cfp as cfp
 from secateur.engine import pairing
+from secateur.engine.events import Event, Progress
+from secateur.engine.selection import Selection, union
 from secateur.engine.settings import Settings
 from secateur.engine.state import Removed, State
 from secateur.errors import RunError, UsageError
-from secateur.graph import ChannelGraph, ChannelGroup
+from secateur.graph import ChannelGraph
 from secateur.planning import PruningPlan, Target, plan_removal
 from secateur.surgery import cut
 from secateur.tracing import trace
@@ -29,28 +28,6 @@ from secateur.training import Batches, Distillation, Loss, Metric, Stage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a run is doing, for progress bars and logs."""
-
-    kind: Literal["stage", "batch", "episode", "milestone"]
-    """``stage``: a stage of training begins an epoch; ``batch``: a batch is done; ``episode``, ``milestone``: its
-    ``record`` is complete."""
-    stage: str
-    """``optimise``, ``finetune`` or ``final``."""
-    round: int
-    phase: int
-    epoch: int = 0
-    epochs: int = 0
-    batch: int = 0
-    batches: int | None = None
-    loss: float = math.nan
-    record: Mapping[str, Any] | None = None
-
-
-Progress = Callable[[Event], None]
 
 
 class Engine:
@@ -99,21 +76,8 @@ class Engine:
         self.original = copy.deepcopy(model).to(self.runtime.device)
         self.example_inputs = self._example(example_inputs)
         self.graph: ChannelGraph = trace(self.original, self.example_inputs)
-        chosen = self.settings
-        self.groups = pairing.eligible(
-            self.graph,
-            internal_only=chosen.internal_only,
-            linear=chosen.linear or bool(chosen.widths),
-            skip=chosen.skip,
-        )
-        self.goals = [self._goal(widths) for widths in chosen.widths]
-        if self.goals:
-            named = {name for goal in self.goals for name in goal}
-            self.groups = [group for group in self.groups if group.name in named]
-        if not self.groups:
-            raise UsageError(
-                "compress: the network has no group of filters that these settings let go; see trace for the reasons."
-            )
+        self.selection = Selection(self.graph, method, self.settings, target=target, seed=seed, train=train, loss=loss)
+        self.groups, self.goals = self.selection.groups, self.selection.goals
         self._stage: Stage | None = None
         self._regulariser: pairing.CorrelationRegulariser | None = None
         self._traced: tuple[nn.Module, ChannelGraph] | None = None
@@ -137,26 +101,6 @@ class Engine:
             given = send_to_device(first[0], self.runtime.device)
             given = _first_example(given)
         return send_to_device(given, self.runtime.device)
-
-    def _goal(self, widths: Mapping[str, int]) -> dict[str, int]:
-        """Turn widths by module into widths by group."""
-        goal: dict[str, int] = {}
-        for module, width in widths.items():
-            found = [g for g in self.groups if any(m.module == module for m in g.producers)]
-            if not found:
-                known = ", ".join(g.name for g in self.groups)
-                raise UsageError(f"widths: {module} has no filters that can be pruned here; groups are {known}.")
-            group = found[0]
-            if not group.size - pairing.most_removable(group, 1) <= width <= group.size:
-                raise UsageError(
-                    f"widths: {module} can have 1 to {group.size} filters within its constraint, found {width}."
-                )
-            if goal.get(group.name, width) != width:
-                raise UsageError(
-                    f"widths: {module} shares its channels with {group.name}, which is to have {goal[group.name]}."
-                )
-            goal[group.name] = width
-        return goal
 
     @property
     def bounded(self) -> bool:
@@ -212,7 +156,7 @@ class Engine:
 
     def plan(self, removed: Removed) -> PruningPlan:
         """Return the plan, for the unpruned network, that removes these channels."""
-        return plan_removal(self.graph, removed) if removed else PruningPlan()
+        return self.selection.plan(removed)
 
     def present(self, state: State) -> ChannelGraph:
         """Return the channel graph of the network as it is now."""
@@ -220,33 +164,19 @@ class Engine:
             self._traced = (state.network, trace(state.network, self.example_inputs))
         return self._traced[1]
 
-    def alive(self, state: State, group: str) -> list[int]:
-        """Return the channels that a group still has."""
-        gone = set(state.removed.get(group, []))
-        return [c for c in range(self.graph.group(group).size) if c not in gone]
-
     # Select
 
     def _select(self, state: State) -> None:
         if self._arrived(state):
             state.stage, state.epoch = "final", 0
             return
-        counts = self._counts(state)
-        pairs, going = self._choose(state, counts)
-        if not going:
+        graph = self.present(state)
+        state.pairs, state.going = self.selection.choose(state, graph, self.selection.counts(state))
+        if not state.going:
             self._nothing_left(state)
             return
-        graph = self.present(state)
-        state.pairs = {
-            name: [[alive[d], alive[k]] for d, k in chosen]
-            for name, chosen in pairs.items()
-            for alive in [self.alive(state, name)]
-        }
-        state.going = {
-            name: [alive[c] for c in chosen] for name, chosen in going.items() for alive in [self.alive(state, name)]
-        }
         if self.target is not None:
-            self._trim(state)
+            self.selection.trim(state)
         before = self._scores(state, graph)
         state.episode = {
             "round": state.round,
@@ -270,14 +200,16 @@ class Engine:
             state.goal = max(state.goal, len(self.goals) - 1)
             return True
         if self.target is not None:
-            return self.target.removed(self.graph, self.plan(state.removed)) >= self.target.fraction - 1e-12
+            return self.selection.reached(state.removed)
         if self.goals:
-            return all(len(self.alive(state, name)) <= width for name, width in self.goals[state.goal].items())
+            return all(
+                len(self.selection.alive(state, name)) <= width for name, width in self.goals[state.goal].items()
+            )
         return False
 
     def _nothing_left(self, state: State) -> None:
         if self.target is not None:
-            reached = self.target.removed(self.graph, self.plan(state.removed))
+            reached = self.selection.removed_share(state.removed)
             raise RunError(
                 f"target: {self.target.what} {self.target.fraction:g} is out of reach: with nothing left to remove, "
                 f"{reached:.3f} is gone. Ask for less, or let more groups go (linear, skip, internal_only, min_width)."
@@ -295,133 +227,13 @@ class Engine:
         over = 2 not in self.settings.phases or state.position >= len(self.groups)
         state.stage, state.epoch = ("final" if over else "select"), 0
 
-    def _counts(self, state: State) -> dict[str, int]:
-        """Return how many channels of each group go in this round."""
-        chosen = self.settings
-        groups = [self.groups[state.position]] if state.phase == 2 else self.groups
-        if state.phase == 2 and chosen.phase2_pairs is not None:
-            return {group.name: chosen.phase2_pairs for group in groups}
-        counts = self._by_rule(groups)
-        if not self.goals:
-            return counts
-        goal = self.goals[state.goal]
-        left = {name: len(self.alive(state, name)) - width for name, width in goal.items()}
-        if not chosen.rounds:
-            return {name: min(counts[name], n) for name, n in left.items()}
-        remaining = max(1, chosen.rounds[state.goal] - state.goal_round)
-        return {name: self._paced(n, goal[name], remaining) for name, n in left.items()}
-
-    def _paced(self, left: int, width: int, rounds: int) -> int:
-        if left <= 0 or rounds == 1:
-            return max(0, left)
-        if self.settings.pace == "linear":
-            return round(left / rounds)
-        now = left + width
-        kept = math.pow(width / now, 1 / rounds)
-        return min(left, round(now * (1 - kept)))
-
-    def _by_rule(self, groups: list[ChannelGroup]) -> dict[str, int]:
-        rule, fraction = self.settings.pairs, self.settings.fraction
-        sizes = [group.size for group in groups]
-        if rule == "width":
-            numbers = [cfp.pairs_by_width(size, fraction) for size in sizes]
-        elif rule == "macs":
-            macs = pairing.layer_macs(self.graph)
-            shares = [sum(macs.get(m.module, 0) for m in group.producers) for group in groups]
-            numbers = cfp.pairs_by_macs(shares, sizes, fraction)
-        elif isinstance(rule, int):
-            numbers = [rule] * len(groups)
-        elif isinstance(rule, dict):
-            numbers = [next((n for start, n in rule.items() if g.name.startswith(start)), 0) for g in groups]
-        elif isinstance(rule, tuple):
-            distinct = sorted({group.size for group in self.groups})
-            if len(distinct) != len(rule):
-                raise UsageError(f"pairs: {list(rule)} needs one number for each of the widths {distinct}.")
-            numbers = [rule[distinct.index(size)] for size in sizes]
-        else:
-            raise UsageError(f"pairs: is width, macs, a number, a list or a mapping, found {rule!r}.")
-        return {group.name: n for group, n in zip(groups, numbers, strict=True)}
-
-    def _choose(self, state: State, counts: Mapping[str, int]) -> tuple[pairing.Pairs, Removed]:
-        """Choose pairs (CFP) or channels (any criterion), numbered as in the present network."""
-        graph, chosen = self.present(state), self.settings
-        wanted = {name: n for name, n in counts.items() if n > 0 and self._still_there(state, graph, name)}
-        pairs: pairing.Pairs = {}
-        if self.method == "cfp":
-            for name, count in wanted.items():
-                found = pairing.select_pairs(
-                    state.network, graph, graph.group(name), count,
-                    share=chosen.share, signed=chosen.signed, min_width=chosen.min_width,
-                )  # fmt: skip
-                if found:
-                    pairs[name] = found
-            return pairs, {name: [d for d, _ in found] for name, found in pairs.items()}
-        scores = self._criterion_scores(state, graph, list(wanted))
-        lowest = {
-            name: pairing.select_lowest(graph.group(name), scores[name], n, min_width=chosen.min_width)
-            for name, n in wanted.items()
-        }
-        return {}, {name: channels for name, channels in lowest.items() if channels}
-
-    def _still_there(self, state: State, graph: ChannelGraph, name: str) -> bool:
-        """Tell whether the present network has a group with channels to spare; a last channel is no group any more."""
-        alive = len(self.alive(state, name))
-        if alive <= 1:
-            return False
-        found = [group.size for group in graph.groups if group.name == name]
-        if found != [alive]:
-            raise RunError(
-                f"{name}: the pruned network has {found[0] if found else 'no'} coupled channels there in place "
-                f"of {alive}; its structure depends on its widths. Leave the group out with skip."
-            )
-        return True
-
-    def _criterion_scores(self, state: State, graph: ChannelGraph, groups: list[str]) -> dict[str, Tensor]:
-        from secateur.scoring import score
-
-        with training.seeded(self.seed, state.round, 1):
-            data = _Some(self.train, self.settings.criterion_batches)
-            return score(
-                state.network, graph, self.method, data=data, groups=groups, loss=self.loss, seed=self.seed,
-                **self.settings.criterion,
-            )  # fmt: skip
-
-    def _trim(self, state: State) -> None:
-        """Leave out of the last round what is not needed to reach the target: the least correlated pairs stay."""
-        assert self.target is not None
-        order = [
-            (place / len(chosen), name, place) for name, chosen in state.going.items() for place in range(len(chosen))
-        ]
-        steps = {name: pairing.step_size(self.graph.group(name)) for name in state.going}
-
-        def taking(count: int) -> Removed:
-            taken = dict.fromkeys(state.going, 0)
-            for _, name, place in sorted(order)[:count]:
-                taken[name] = place + 1
-            return {name: state.going[name][: -(-n // steps[name]) * steps[name]] for name, n in taken.items() if n}
-
-        if any(len(self.graph.group(name).blocks) and self.graph.group(name).blocks.max() > 0 for name in state.going):
-            return  # blocks lose equal fractions, which a prefix of the choice doesn't
-
-        low, high = 1, len(order)
-        while low < high:
-            middle = (low + high) // 2
-            reached = self.target.removed(self.graph, self.plan(_union(state.removed, taking(middle))))
-            low, high = (low, middle) if reached >= self.target.fraction - 1e-12 else (middle + 1, high)
-        state.going = taking(low)
-        kept = {name: set(channels) for name, channels in state.going.items()}
-        state.pairs = {
-            name: [pair for pair in chosen if pair[0] in kept.get(name, set())] for name, chosen in state.pairs.items()
-        }
-        state.pairs = {name: chosen for name, chosen in state.pairs.items() if chosen}
-
     # Optimise
 
     def _local_pairs(self, state: State) -> pairing.Pairs:
         """Return the episode's pairs, numbered as in the present network."""
         found: pairing.Pairs = {}
         for name, chosen in state.pairs.items():
-            place = {channel: i for i, channel in enumerate(self.alive(state, name))}
+            place = {channel: i for i, channel in enumerate(self.selection.alive(state, name))}
             found[name] = [(place[d], place[k]) for d, k in chosen]
         return found
 
@@ -464,11 +276,11 @@ class Engine:
         graph = self.present(state)
         local = {}
         for name, channels in state.going.items():
-            place = {channel: i for i, channel in enumerate(self.alive(state, name))}
+            place = {channel: i for i, channel in enumerate(self.selection.alive(state, name))}
             local[name] = sorted(place[c] for c in channels)
         plan = plan_removal(graph, local)
         state.model = cut(self._merged(state, graph, plan), plan)
-        state.removed = _union(state.removed, state.going)
+        state.removed = union(state.removed, state.going)
         state.episode["metric_dropped"] = self._measure(state.network)
         tunes = self.settings.finetune_epochs > 0
         if not tunes:
@@ -609,26 +421,6 @@ class Engine:
     def widths(self, plan: PruningPlan) -> dict[str, int]:
         """Return the output channels of every convolution and linear layer under a plan."""
         return {layer.module: layer.out_channels for layer in cost.layer_costs(self.graph, plan)}
-
-
-class _Some:
-    """The first batches of some data, again and again."""
-
-    def __init__(self, batches: Batches, count: int) -> None:
-        self.batches, self.count = batches, count
-
-    def __iter__(self) -> Any:
-        for number, batch in enumerate(self.batches):
-            if number >= self.count:
-                return
-            yield batch
-
-
-def _union(first: Mapping[str, list[int]], second: Mapping[str, list[int]]) -> Removed:
-    return {
-        name: sorted({*first.get(name, []), *second.get(name, [])})
-        for name in [*first, *(n for n in second if n not in first)]
-    }
 
 
 def _copied(model: nn.Module) -> dict[str, Tensor]:

@@ -232,7 +232,7 @@ def test_distillation_and_other_training(network: nn.Module) -> None:
 def test_counts_by_rule(network: nn.Module) -> None:
     def counts(**settings: Any) -> dict[str, int]:
         engine = Engine(network, "cfp", train=TRAIN, validation=VALIDATION, settings=Settings.of(settings))
-        return engine._counts(engine.init())
+        return engine.selection.counts(engine.init())
 
     assert counts(fraction=0.25) == {"conv1": 2, "conv2": 3}
     assert counts() == {"conv1": 1, "conv2": 1}

@@ -1,0 +1,262 @@
+"""What goes in one episode: how many channels of which groups, which ones, and how little of it meets a target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from secateur import training
+from secateur.criteria import singh2020cfp as cfp
+from secateur.engine import pairing
+from secateur.engine.settings import Settings
+from secateur.engine.state import Removed, State
+from secateur.errors import RunError, UsageError
+from secateur.graph import ChannelGraph, ChannelGroup
+from secateur.planning import PruningPlan, Target, plan_removal
+from secateur.training import Batches, Loss
+
+
+class Selection:
+    """The choice of an episode's channels, from what does not change over a run.
+
+    Args:
+        graph: Channel graph of the unpruned network.
+        method: ``cfp``, or the name of a criterion (or the criterion itself).
+        settings: Of the run.
+        target: Fraction to remove; None where widths or the tolerance rule.
+        seed: Seed of what a criterion draws.
+        train: Training batches, for a criterion that looks at data.
+        loss: Of the training, for a criterion that takes gradients.
+
+    Raises:
+        UsageError: If the settings let no group go, or widths name no group or can't be had.
+    """
+
+    def __init__(
+        self,
+        graph: ChannelGraph,
+        method: Any,
+        settings: Settings,
+        *,
+        target: Target | None,
+        seed: int,
+        train: Batches,
+        loss: Loss | None,
+    ) -> None:
+        self.graph, self.method, self.settings, self.target = graph, method, settings, target
+        self.seed, self.train, self.loss = seed, train, loss
+        self.groups = pairing.eligible(
+            graph,
+            internal_only=settings.internal_only,
+            linear=settings.linear or bool(settings.widths),
+            skip=settings.skip,
+        )
+        self.goals = [self._goal(widths) for widths in settings.widths]
+        if self.goals:
+            named = {name for goal in self.goals for name in goal}
+            self.groups = [group for group in self.groups if group.name in named]
+        if not self.groups:
+            raise UsageError(
+                "compress: the network has no group of filters that these settings let go; see trace for the reasons."
+            )
+
+    def plan(self, removed: Removed) -> PruningPlan:
+        """Return the plan, for the unpruned network, that removes these channels."""
+        return plan_removal(self.graph, removed) if removed else PruningPlan()
+
+    def alive(self, state: State, group: str) -> list[int]:
+        """Return the channels that a group still has."""
+        gone = set(state.removed.get(group, []))
+        return [c for c in range(self.graph.group(group).size) if c not in gone]
+
+    def removed_share(self, removed: Removed) -> float:
+        """Return the fraction removed, of what the target counts."""
+        assert self.target is not None
+        return self.target.removed(self.graph, self.plan(removed))
+
+    def reached(self, removed: Removed) -> bool:
+        """Tell whether the target is met."""
+        assert self.target is not None
+        return self.removed_share(removed) >= self.target.fraction - 1e-12
+
+    def _goal(self, widths: Mapping[str, int]) -> dict[str, int]:
+        """Turn widths by module into widths by group."""
+        goal: dict[str, int] = {}
+        for module, width in widths.items():
+            found = [g for g in self.groups if any(m.module == module for m in g.producers)]
+            if not found:
+                known = ", ".join(g.name for g in self.groups)
+                raise UsageError(f"widths: {module} has no filters that can be pruned here; groups are {known}.")
+            group = found[0]
+            if not group.size - pairing.most_removable(group, 1) <= width <= group.size:
+                raise UsageError(
+                    f"widths: {module} can have 1 to {group.size} filters within its constraint, found {width}."
+                )
+            if goal.get(group.name, width) != width:
+                raise UsageError(
+                    f"widths: {module} shares its channels with {group.name}, which is to have {goal[group.name]}."
+                )
+            goal[group.name] = width
+        return goal
+
+    def counts(self, state: State) -> dict[str, int]:
+        """Return how many channels of each group go in this round."""
+        chosen = self.settings
+        groups = [self.groups[state.position]] if state.phase == 2 else self.groups
+        if state.phase == 2 and chosen.phase2_pairs is not None:
+            return {group.name: chosen.phase2_pairs for group in groups}
+        counts = self._by_rule(groups)
+        if not self.goals:
+            return counts
+        goal = self.goals[state.goal]
+        left = {name: len(self.alive(state, name)) - width for name, width in goal.items()}
+        if not chosen.rounds:
+            return {name: min(counts[name], n) for name, n in left.items()}
+        remaining = max(1, chosen.rounds[state.goal] - state.goal_round)
+        return {name: self._paced(n, goal[name], remaining) for name, n in left.items()}
+
+    def _paced(self, left: int, width: int, rounds: int) -> int:
+        if left <= 0 or rounds == 1:
+            return max(0, left)
+        if self.settings.pace == "linear":
+            return round(left / rounds)
+        now = left + width
+        kept = math.pow(width / now, 1 / rounds)
+        return min(left, round(now * (1 - kept)))
+
+    def _by_rule(self, groups: list[ChannelGroup]) -> dict[str, int]:
+        rule, fraction = self.settings.pairs, self.settings.fraction
+        sizes = [group.size for group in groups]
+        if rule == "width":
+            numbers = [cfp.pairs_by_width(size, fraction) for size in sizes]
+        elif rule == "macs":
+            macs = pairing.layer_macs(self.graph)
+            shares = [sum(macs.get(m.module, 0) for m in group.producers) for group in groups]
+            numbers = cfp.pairs_by_macs(shares, sizes, fraction)
+        elif isinstance(rule, int):
+            numbers = [rule] * len(groups)
+        elif isinstance(rule, dict):
+            numbers = [next((n for start, n in rule.items() if g.name.startswith(start)), 0) for g in groups]
+        elif isinstance(rule, tuple):
+            distinct = sorted({group.size for group in self.groups})
+            if len(distinct) != len(rule):
+                raise UsageError(f"pairs: {list(rule)} needs one number for each of the widths {distinct}.")
+            numbers = [rule[distinct.index(size)] for size in sizes]
+        else:
+            raise UsageError(f"pairs: is width, macs, a number, a list or a mapping, found {rule!r}.")
+        return {group.name: n for group, n in zip(groups, numbers, strict=True)}
+
+    def choose(
+        self, state: State, graph: ChannelGraph, counts: Mapping[str, int]
+    ) -> tuple[dict[str, list[list[int]]], Removed]:
+        """Choose the pairs (CFP only) and the channels of an episode.
+
+        Args:
+            state: Where the run stands.
+            graph: Channel graph of the network as it is now.
+            counts: Channels wanted of each group.
+
+        Returns:
+            Group name -> [dropped, kept] channels, and group name -> channels that go.
+        """
+        pairs, going = self._choose(state, graph, counts)
+        alive = {name: self.alive(state, name) for name in going}
+        return (
+            {name: [[alive[name][d], alive[name][k]] for d, k in found] for name, found in pairs.items()},
+            {name: [alive[name][c] for c in found] for name, found in going.items()},
+        )
+
+    def _choose(self, state: State, graph: ChannelGraph, counts: Mapping[str, int]) -> tuple[pairing.Pairs, Removed]:
+        """Choose pairs or channels, numbered as in the present network."""
+        chosen = self.settings
+        wanted = {name: n for name, n in counts.items() if n > 0 and self._still_there(state, graph, name)}
+        pairs: pairing.Pairs = {}
+        if self.method == "cfp":
+            for name, count in wanted.items():
+                found = pairing.select_pairs(
+                    state.network, graph, graph.group(name), count,
+                    share=chosen.share, signed=chosen.signed, min_width=chosen.min_width,
+                )  # fmt: skip
+                if found:
+                    pairs[name] = found
+            return pairs, {name: [d for d, _ in found] for name, found in pairs.items()}
+        scores = self._criterion_scores(state, graph, list(wanted))
+        lowest = {
+            name: pairing.select_lowest(graph.group(name), scores[name], n, min_width=chosen.min_width)
+            for name, n in wanted.items()
+        }
+        return {}, {name: channels for name, channels in lowest.items() if channels}
+
+    def _still_there(self, state: State, graph: ChannelGraph, name: str) -> bool:
+        """Tell whether the present network has a group with channels to spare; a last channel is no group any more."""
+        alive = len(self.alive(state, name))
+        if alive <= 1:
+            return False
+        found = [group.size for group in graph.groups if group.name == name]
+        if found != [alive]:
+            raise RunError(
+                f"{name}: the pruned network has {found[0] if found else 'no'} coupled channels there in place "
+                f"of {alive}; its structure depends on its widths. Leave the group out with skip."
+            )
+        return True
+
+    def _criterion_scores(self, state: State, graph: ChannelGraph, groups: list[str]) -> dict[str, Tensor]:
+        from secateur.scoring import score
+
+        with training.seeded(self.seed, state.round, 1):
+            data = _Some(self.train, self.settings.criterion_batches)
+            return score(
+                state.network, graph, self.method, data=data, groups=groups, loss=self.loss, seed=self.seed,
+                **self.settings.criterion,
+            )  # fmt: skip
+
+    def trim(self, state: State) -> None:
+        """Leave out of the last round what is not needed to reach the target: the least correlated pairs stay."""
+        order = [
+            (place / len(chosen), name, place) for name, chosen in state.going.items() for place in range(len(chosen))
+        ]
+        steps = {name: pairing.step_size(self.graph.group(name)) for name in state.going}
+
+        def taking(count: int) -> Removed:
+            taken = dict.fromkeys(state.going, 0)
+            for _, name, place in sorted(order)[:count]:
+                taken[name] = place + 1
+            return {name: state.going[name][: -(-n // steps[name]) * steps[name]] for name, n in taken.items() if n}
+
+        if any(len(self.graph.group(name).blocks) and self.graph.group(name).blocks.max() > 0 for name in state.going):
+            return  # blocks lose equal fractions, which a prefix of the choice doesn't
+
+        low, high = 1, len(order)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.reached(union(state.removed, taking(middle))) else (middle + 1, high)
+        state.going = taking(low)
+        kept = {name: set(channels) for name, channels in state.going.items()}
+        state.pairs = {
+            name: [pair for pair in chosen if pair[0] in kept.get(name, set())] for name, chosen in state.pairs.items()
+        }
+        state.pairs = {name: chosen for name, chosen in state.pairs.items() if chosen}
+
+
+class _Some:
+    """The first batches of some data, again and again."""
+
+    def __init__(self, batches: Batches, count: int) -> None:
+        self.batches, self.count = batches, count
+
+    def __iter__(self) -> Any:
+        for number, batch in enumerate(self.batches):
+            if number >= self.count:
+                return
+            yield batch
+
+
+def union(first: Mapping[str, list[int]], second: Mapping[str, list[int]]) -> Removed:
+    """Return the channels of either selection."""
+    return {
+        name: sorted({*first.get(name, []), *second.get(name, [])})
+        for name in [*first, *(n for n in second if n not in first)]
+    }
