@@ -178,7 +178,7 @@ def select_pairs(
 
 
 def select_lowest(group: ChannelGroup, scores: Tensor, count: int, *, min_width: int = 1) -> list[int]:
-    """Choose about ``count`` channels of a group with the lowest scores, its constraint kept."""
+    """Choose about ``count`` channels of a group with the lowest scores, lowest first, its constraint kept."""
     wanted = _whole(group, count, min_width)
     order = torch.sort(scores.double().cpu(), stable=True).indices.tolist()
     taken: list[int] = []
@@ -186,7 +186,7 @@ def select_lowest(group: ChannelGroup, scores: Tensor, count: int, *, min_width:
         if len(taken) + len(step) > wanted:
             break
         taken += step
-    return sorted(taken)
+    return taken
 
 
 def eligible(

@@ -189,6 +189,17 @@ def test_lowest_l1_goes(network: nn.Module) -> None:
     assert result.plan.removed == {"conv1": sorted(norms.argsort()[:3].tolist())}
 
 
+def test_what_a_target_spares_of_the_last_round_scores_highest(network: nn.Module) -> None:
+    result = run(
+        network, "l1", target=sc.Target(macs=0.25), pairs=6, optimise_epochs=0, finetune_epochs=0, final_epochs=0
+    )
+    assert len(result.history) == 1
+    for name, channels in result.plan.removed.items():
+        norms = network.get_parameter(f"{name}.weight").detach().abs().flatten(1).sum(1)
+        assert 0 < len(channels) < 6, "the target must spare some, or the test shows nothing"
+        assert set(channels) == set(norms.argsort()[: len(channels)].tolist())
+
+
 def test_own_function_as_criterion(network: nn.Module) -> None:
     def late(filters: Tensor) -> Tensor:
         return -torch.arange(len(filters), dtype=torch.float64)
