@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -88,10 +89,11 @@ def merge(
         removed = removed_channels(group, plan)
         if not removed:
             continue
+        lost = _passed_on(graph, group, removed)
         try:
             path = _examine(model, group, example)
             done, note = _merge_group(merged, group, removed, path, (pairs or {}).get(group.name))
-            report.append(LayerCompensation("merge", group.name, done > 0, note))
+            report.append(LayerCompensation("merge", group.name, done > 0, "; ".join([note, *lost][not note :])))
         except _NotDefinedError as reason:
             report.append(LayerCompensation("merge", group.name, False, str(reason)))
     return merged, report
@@ -105,6 +107,18 @@ def removed_channels(group: ChannelGroup, plan: PruningPlan) -> list[int]:
             f"{group.name}: the plan removes channel {removed[-1]}; the group has {group.size}. Trace this model."
         )
     return removed
+
+
+def _passed_on(graph: ChannelGraph, group: ChannelGroup, removed: list[int]) -> list[str]:
+    """Name the layers that hand removed channels to other groups, such as a shortcut that pads: they hand on zeros."""
+    index = graph.groups.index(group)
+    found = [
+        port.module
+        for port in graph.layers
+        if port.kind == "registered" and port.in_group is not None and port.in_channel is not None
+        if np.isin(port.in_channel[port.in_group == index], removed).any()
+    ]
+    return [f"{module} hands them on to other channels, which is lost" for module in dict.fromkeys(found)]
 
 
 def _examine(model: nn.Module, group: ChannelGroup, example: observe.Batch) -> _Path:

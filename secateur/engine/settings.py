@@ -73,7 +73,8 @@ class Settings:
     optimise_lr: float | None = None
     """Learning rate of the optimisation; ``lr`` when None."""
     merge: bool = False
-    """Fold each dropped filter into its partner's consumers."""
+    """Fold each dropped filter into its partner's consumers. Through a ReLU only a positive pair can be folded: set
+    ``signed`` with it, or the others are dropped plainly."""
 
     # Training
     finetune_epochs: int = 2

@@ -13,6 +13,7 @@ from secateur.compensate import apply, compensate
 from secateur.compensate.merging import merge
 from secateur.errors import UsageError
 from secateur.graph import ChannelGraph
+from secateur.models import resnet20
 from secateur.planning import PruningPlan, plan_removal
 from secateur.surgery import cut
 from secateur.tracing import trace
@@ -255,3 +256,14 @@ def test_bad_requests_are_refused() -> None:
         apply(model, plan, "merge", graph=graph)
     with pytest.raises(UsageError, match="pair 0 -> 2 does not lead from a removed to a kept"):
         apply(model, plan, "merge", graph=graph, example_inputs=x, pairs={"0": {0: 2}})
+
+
+def test_what_a_padding_shortcut_hands_on_is_named_as_lost() -> None:
+    torch.manual_seed(0)
+    model = resnet20(streams=(4, 6, 8), stem=4).double().eval()
+    x = drawn(9, 1, 3, 8, 8)
+    graph, plan = removal(model, x, {"conv1": [1], "layer1.0.conv1": [2]})
+    _, report = merge(model, graph, plan, observe.Batch((x,), {}, None, 1))
+    notes = {entry.module: entry.reason for entry in report}
+    assert "layer2.0.shortcut hands them on to other channels, which is lost" in notes["conv1"]
+    assert "hands them on" not in notes["layer1.0.conv1"]
