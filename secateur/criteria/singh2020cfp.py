@@ -21,6 +21,9 @@ from secateur.errors import CriterionError
 Form = Literal["paper", "pair", "layer_mean", "log"]
 """Name of a form of the regulariser; see :func:`regulariser`."""
 
+Order = Literal["correlation", "residual"]
+"""What pairs are ordered by: |ρ|, as in the paper, or :func:`residual`."""
+
 PAPER_SUM_LIMIT = 10.0
 """Σ|ρ| above which the form ``paper`` has practically no gradient left, exp(-10) = 4.5e-5."""
 
@@ -173,6 +176,32 @@ def group_score(
         raise CriterionError("group_score: the producers of a group must have the same number of channels.")
     terms = [(rho if signed else rho.abs()) * (share / total) for rho, share in zip(correlations, shares, strict=True)]
     return torch.stack(terms).sum(dim=0)
+
+
+def residual(filters: Tensor, *, signed: bool = False) -> Tensor:
+    r"""Measure what is lost of each filter where a multiple of another stands in for it.
+
+    :math:`R_{pk} = \min_{a,b} \|w_p - a\,w_k - b\|^2 = \|w_p - \bar w_p\|^2\,(1 - \rho_{pk}^2)`; with ``signed``,
+    where only :math:`a \ge 0` may stand in, :math:`\max(\rho_{pk}, 0)` takes the place of ρ.
+
+    Not in the paper, which orders pairs by |ρ| alone: two filters of little weight are then as costly to pair as two
+    that the network lives on. Among filters of one norm, the order by residual is that by |ρ|.
+
+    Args:
+        filters: Weight of a convolution or linear layer, shape ``(C_out, ...)``.
+        signed: Whether a negative multiple can't stand in, as behind a ReLU.
+
+    Returns:
+        R, shape ``(C_out, C_out)``, in squared units of the weights; p is the row. The diagonal is 0.
+
+    Raises:
+        CriterionError: If a filter has fewer than two elements, or ``filters`` is not floating point.
+    """
+    rho = pearson(filters)
+    rho = rho.clamp_min(0.0) if signed else rho
+    rows = filters.flatten(1).to(rho.dtype)
+    lengths = (rows - rows.mean(dim=1, keepdim=True)).square().sum(dim=1)
+    return lengths[:, None] * (1 - rho.square())
 
 
 def select_pairs(

@@ -92,11 +92,19 @@ def layer_macs(graph: ChannelGraph) -> dict[str, int]:
 
 
 def correlations(
-    model: nn.Module, graph: ChannelGraph, group: ChannelGroup, *, share: Share, signed: bool
+    model: nn.Module,
+    graph: ChannelGraph,
+    group: ChannelGroup,
+    *,
+    share: Share,
+    signed: bool,
+    order: cfp.Order = "correlation",
 ) -> Tensor | None:
     """Score every pair of a group, ``(size, size)`` on the CPU; None where it has no filters to correlate.
 
-    Channels that are produced by different sets of layers score -2, below every ρ: no stand-ins.
+    ``correlation`` scores the mean of |ρ| over the producers; ``residual`` scores 1 less the mean of what the better
+    of the two directions loses, as a share of the largest loss. Channels that are produced by different sets of layers
+    score -2, below every other score: no stand-ins.
     """
     sources = producers(graph, group, share)
     if not sources:
@@ -106,14 +114,21 @@ def correlations(
     alike = torch.ones_like(total, dtype=torch.bool)
     for source in sources:
         with torch.no_grad():
-            rho = cfp.pearson(source.filters(model)).double().cpu()
+            filters = source.filters(model)
+            if order == "residual":
+                found = cfp.residual(filters, signed=signed).double().cpu()
+            else:
+                rho = cfp.pearson(filters).double().cpu()
+                found = rho if signed else rho.abs()
         here = source.index >= 0
         alike &= here[:, None] == here[None, :]
         which = torch.nonzero(here).flatten()
         block = (which[:, None], which[None, :])
-        total[block] += source.weight * (rho if signed else rho.abs())
+        total[block] += source.weight * found
         weight[block] += source.weight
     scored = torch.where(weight > 0, total / weight.clamp_min(1e-300), 0.0)
+    if order == "residual":
+        scored = 1 - torch.minimum(scored, scored.T) / scored.max().clamp_min(1e-300)
     return torch.where(alike, scored, -2.0)
 
 
@@ -158,6 +173,7 @@ def select_pairs(
     share: Share,
     signed: bool,
     min_width: int = 1,
+    order: cfp.Order = "correlation",
 ) -> list[tuple[int, int]]:
     """Choose about ``count`` channels of a group to drop, each with the partner that stays.
 
@@ -165,7 +181,7 @@ def select_pairs(
     nothing may go.
     """
     wanted = _whole(group, count, min_width)
-    scores = correlations(model, graph, group, share=share, signed=signed) if wanted else None
+    scores = correlations(model, graph, group, share=share, signed=signed, order=order) if wanted else None
     if scores is None:
         return []
     return cfp.select_pairs(

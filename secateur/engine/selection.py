@@ -178,7 +178,7 @@ class Selection:
             for name, count in wanted.items():
                 found = pairing.select_pairs(
                     state.network, graph, graph.group(name), count,
-                    share=chosen.share, signed=chosen.signed, min_width=chosen.min_width,
+                    share=chosen.share, signed=chosen.signed, min_width=chosen.min_width, order=chosen.order,
                 )  # fmt: skip
                 if found:
                     pairs[name] = found

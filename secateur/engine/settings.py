@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from secateur.criteria.singh2020cfp import Form
+from secateur.criteria.singh2020cfp import Form, Order
 from secateur.errors import UsageError
 from secateur.training import Distillation, TrainingSettings
 
@@ -36,6 +36,9 @@ class Settings:
     """Score of a coupled group: ``mean`` over its producers, ``macs``-weighted mean, or the ``first`` only."""
     signed: bool = False
     """Pair by ρ instead of |ρ|: a negative pair can't be merged through a ReLU."""
+    order: Order = "correlation"
+    """Which pairs go first: ``correlation``, those of the largest |ρ|, as in the paper; ``residual``, those of which
+    the least is lost, ‖w_p‖²(1 - ρ²) (see :func:`secateur.criteria.singh2020cfp.residual`)."""
     internal_only: bool = False
     """Leave alone the groups that several layers produce together, the residual streams."""
     linear: bool = False
@@ -115,6 +118,7 @@ class Settings:
         _require(isinstance(counts, str) or all(n >= 0 for n in counts), "pairs", "are not negative", self.pairs)
         _choice("share", self.share, get_args(Share))
         _choice("form", self.form, get_args(Form))
+        _choice("order", self.order, get_args(Order))
         _choice("optimise", self.optimise, ("correlation", "none"))
         _choice("pace", self.pace, ("geometric", "linear"))
         _require(self.min_width >= 1, "min_width", "is at least 1", self.min_width)
