@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -249,7 +249,7 @@ def select_pairs(
     if not bool(torch.isfinite(scores).all()):
         raise CriterionError("select_pairs: scores must be finite; a filter holds NaN or infinity.")
     if blocks is not None and len(set(blocks.tolist())) > 1:
-        return _select_in_blocks(scores, count, norms, removable, blocks)
+        return _select_in_blocks(select_pairs, scores, count, blocks, norms=norms, removable=removable)
     fixed = torch.zeros(size, dtype=torch.bool) if removable is None else ~removable.bool().cpu()
     free = size - int(fixed.sum())
     most = min(free, size - 1)
@@ -292,8 +292,63 @@ def select_pairs(
     return list(partner.items())
 
 
+def select_least_lost(
+    residuals: Tensor, count: int, *, removable: Tensor | None = None, blocks: Tensor | None = None
+) -> list[tuple[int, int]]:
+    r"""Choose ``count`` filters to drop by :func:`residual`, each with the survivor that can best stand in for it.
+
+    Backward elimination: of the filters that are left, the one goes of which the least is lost with another that is
+    left standing in, :math:`\arg\min_p \min_k R_{pk}`; equal losses: the higher index goes. Of two filters alike, the
+    one of less weight goes first, so that what its partner took over is not lost after it. In place of the rule of
+    :func:`select_pairs`, where it is |ρ| that orders the pairs and a pair does not say which end costs less.
+
+    Args:
+        residuals: R, shape ``(C, C)``, p is the row; the diagonal is not read.
+        count: Number of filters to drop; at most C - 1 (a layer keeps at least one).
+        removable: False for filters that must stay, shape ``(C,)``; they may be partners.
+        blocks: Block of each filter, shape ``(C,)``: partners are of one block, and every block loses the same
+            fraction and keeps one filter.
+
+    Returns:
+        ``(dropped, kept)`` in the order chosen; no filter is dropped twice, and no kept one is dropped.
+
+    Raises:
+        CriterionError: If ``residuals`` is not square or finite, ``count`` is not within what may be dropped, or the
+            blocks can't lose the same fraction each.
+
+    Example:
+        >>> select_least_lost(torch.tensor([[0.0, 0.5, 0.4], [9.0, 0.0, 8.0], [7.0, 1.0, 0.0]]), 1)
+        [(0, 2)]
+    """
+    size = len(residuals)
+    if residuals.ndim != 2 or residuals.shape != (size, size):
+        raise CriterionError(f"select_least_lost: residuals must be square, found {tuple(residuals.shape)}.")
+    if not bool(torch.isfinite(residuals).all()):
+        raise CriterionError("select_least_lost: residuals must be finite; a filter holds NaN or infinity.")
+    if blocks is not None and len(set(blocks.tolist())) > 1:
+        return _select_in_blocks(select_least_lost, residuals, count, blocks, removable=removable)
+    free = torch.ones(size, dtype=torch.bool) if removable is None else removable.bool().cpu()
+    most = min(int(free.sum()), size - 1)
+    if not 0 <= count <= most:
+        raise CriterionError(f"select_least_lost: cannot drop {count} of {size} filters; at most {most} may go.")
+    table = residuals.detach().double().cpu().clone().fill_diagonal_(math.inf)
+    lost = table.clone()
+    lost[~free] = math.inf
+    dropped: list[int] = []
+    for _ in range(count):
+        best = lost.min(dim=1).values
+        goes = size - 1 - int(best.flip(0).argmin())
+        dropped.append(goes)
+        lost[goes], lost[:, goes], table[:, goes] = math.inf, math.inf, math.inf
+    return [(p, int(table[p].argmin())) for p in dropped]
+
+
 def _select_in_blocks(
-    scores: Tensor, count: int, norms: Tensor | None, removable: Tensor | None, blocks: Tensor
+    select: Callable[..., list[tuple[int, int]]],
+    table: Tensor,
+    count: int,
+    blocks: Tensor,
+    **vectors: Tensor | None,
 ) -> list[tuple[int, int]]:
     """Select the same fraction of every block, partners within the block."""
     labels = sorted(set(blocks.tolist()))
@@ -302,17 +357,16 @@ def _select_in_blocks(
     share, rest = divmod(count, sum(quota))
     if rest:
         raise CriterionError(
-            f"select_pairs: blocks of {sizes} filters must lose the same fraction each; "
+            f"{select.__name__}: blocks of {sizes} filters must lose the same fraction each; "
             f"{count} is not a multiple of {sum(quota)}."
         )
     pairs = []
     for label, part in zip(labels, quota, strict=True):
         index = torch.nonzero(blocks.cpu() == label).flatten()
-        inside = select_pairs(
-            scores.cpu()[index][:, index],
+        inside = select(
+            table.cpu()[index][:, index],
             share * part,
-            norms=None if norms is None else norms.cpu()[index],
-            removable=None if removable is None else removable.cpu()[index],
+            **{name: None if vector is None else vector.cpu()[index] for name, vector in vectors.items()},
         )
         pairs += [(int(index[dropped]), int(index[kept])) for dropped, kept in inside]
     return pairs

@@ -102,9 +102,9 @@ def correlations(
 ) -> Tensor | None:
     """Score every pair of a group, ``(size, size)`` on the CPU; None where it has no filters to correlate.
 
-    ``correlation`` scores the mean of |ρ| over the producers; ``residual`` scores 1 less the mean of what the better
-    of the two directions loses, as a share of the largest loss. Channels that are produced by different sets of layers
-    score -2, below every other score: no stand-ins.
+    ``correlation`` scores the mean of |ρ| over the producers; ``residual`` scores minus the mean of what is lost of
+    the row's filters where the column's stand in, as a share of the largest such loss. Channels that are produced by
+    different sets of layers score -2, below every other score: no stand-ins.
     """
     sources = producers(graph, group, share)
     if not sources:
@@ -128,7 +128,7 @@ def correlations(
         weight[block] += source.weight
     scored = torch.where(weight > 0, total / weight.clamp_min(1e-300), 0.0)
     if order == "residual":
-        scored = 1 - torch.minimum(scored, scored.T) / scored.max().clamp_min(1e-300)
+        scored = -scored / scored.max().clamp_min(1e-300)
     return torch.where(alike, scored, -2.0)
 
 
@@ -184,13 +184,10 @@ def select_pairs(
     scores = correlations(model, graph, group, share=share, signed=signed, order=order) if wanted else None
     if scores is None:
         return []
-    return cfp.select_pairs(
-        scores,
-        wanted,
-        norms=norms(model, graph, group),
-        removable=torch.from_numpy(group.removable),
-        blocks=torch.from_numpy(group.blocks),
-    )
+    removable, blocks = torch.from_numpy(group.removable), torch.from_numpy(group.blocks)
+    if order == "residual":
+        return cfp.select_least_lost(-scores, wanted, removable=removable, blocks=blocks)
+    return cfp.select_pairs(scores, wanted, norms=norms(model, graph, group), removable=removable, blocks=blocks)
 
 
 def select_lowest(group: ChannelGroup, scores: Tensor, count: int, *, min_width: int = 1) -> list[int]:

@@ -164,6 +164,73 @@ def test_group_score_means() -> None:
     assert torch.allclose(cfp.group_score([first], signed=True), first)
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_residual_is_what_least_squares_leaves(signed: bool) -> None:
+    w = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    w[3] = -2 * w[1] + 0.5
+    w[4] = 0.01 * w[4]
+    rows = w.flatten(1).numpy()
+    found = cfp.residual(w, signed=signed)
+    for p in range(5):
+        for k in range(5):
+            columns = np.stack([rows[k], np.ones(12)], axis=1)
+            factors = np.linalg.lstsq(columns, rows[p], rcond=None)[0]
+            if signed and factors[0] < 0:
+                factors = np.array([0.0, rows[p].mean()])  # a negative multiple can't stand in, so that nothing does
+            left = rows[p] - columns @ factors
+            assert float(found[p, k]) == pytest.approx(float(left @ left), abs=1e-12)
+    assert (float(found[3, 1]) < 1e-12) is not signed
+
+
+def test_residual_orders_filters_of_one_norm_by_correlation() -> None:
+    w = torch.randn(8, 27, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    w -= w.mean(dim=1, keepdim=True)
+    w /= w.norm(dim=1, keepdim=True)
+    upper = torch.triu_indices(8, 8, offset=1)
+    rho = cfp.pearson(w).abs()[upper[0], upper[1]]
+    lost = cfp.residual(w)[upper[0], upper[1]]
+    assert rho.argsort(descending=True).tolist() == lost.argsort().tolist()
+
+
+def slow_elimination(lost: np.ndarray, count: int, removable: np.ndarray) -> list[tuple[int, int]]:
+    left = list(range(len(lost)))
+    gone = []
+    for _ in range(count):
+        costs = {p: min(lost[p, k] for k in left if k != p) for p in left if removable[p]}
+        goes = min(costs, key=lambda p: (costs[p], -p))
+        left.remove(goes)
+        gone.append(goes)
+    return [(p, min(left, key=lambda k: lost[p, k])) for p in gone]
+
+
+@given(size=st.integers(2, 9), seed=st.integers(0, 2**32 - 1), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_least_lost_go_each_with_a_surviving_partner(size: int, seed: int, data: st.DataObject) -> None:
+    generator = np.random.default_rng(seed)
+    lost = generator.integers(0, 6, (size, size)).astype(float)  # with ties
+    removable = generator.random(size) < 0.8
+    count = data.draw(st.integers(0, min(int(removable.sum()), size - 1)))
+    table = torch.from_numpy(lost)
+    pairs = cfp.select_least_lost(table, count, removable=torch.from_numpy(removable))
+    assert pairs == slow_elimination(lost, count, removable)
+    dropped, kept = [d for d, _ in pairs], {k for _, k in pairs}
+    assert len(set(dropped)) == count
+    assert not kept & set(dropped)
+    assert all(removable[dropped])
+    assert torch.equal(table, torch.from_numpy(lost))
+
+
+def test_the_least_lost_of_two_alike_is_the_lighter() -> None:
+    w = torch.randn(4, 9, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    w[2] = 0.3 * w[0]
+    assert cfp.select_least_lost(cfp.residual(w), 1) == [(2, 0)]
+    blocks = torch.tensor([0, 1, 0, 1])
+    inside = cfp.select_least_lost(cfp.residual(w), 2, blocks=blocks)
+    assert inside[0] == (2, 0)
+    assert inside[1][0] in (1, 3)
+    assert inside[1][1] in (1, 3)
+
+
 def test_star_graph_drops_the_hub() -> None:
     rho = torch.full((6, 6), 0.1)
     hub = 3

@@ -189,6 +189,15 @@ def test_lowest_l1_goes(network: nn.Module) -> None:
     assert result.plan.removed == {"conv1": sorted(norms.argsort()[:3].tolist())}
 
 
+def test_pairs_by_residual_drop_a_dead_filter_first(network: nn.Module) -> None:
+    model = copy.deepcopy(network)
+    with torch.no_grad():
+        model.get_parameter("conv2.weight")[5] *= 1e-3
+    options = {"widths": {"conv2": 11}, "rounds": (1,), "optimise_epochs": 0, "finetune_epochs": 0}
+    assert run(model, order="residual", **options).plan.removed == {"conv2": [5]}
+    assert run(model, **options).plan.removed != {"conv2": [5]}
+
+
 def test_what_a_target_spares_of_the_last_round_scores_highest(network: nn.Module) -> None:
     result = run(
         network, "l1", target=sc.Target(macs=0.25), pairs=6, optimise_epochs=0, finetune_epochs=0, final_epochs=0
@@ -322,6 +331,7 @@ def test_resume_refuses_a_damaged_state(network: nn.Module, tmp_path: Path) -> N
         ({"finetune_epoch": 2}, UsageError, "finetune_epoch: no such setting; did you mean finetune_epochs"),
         ({"fraction": 1.5}, UsageError, r"fraction: is in \(0, 1\), found 1.5"),
         ({"form": "square"}, UsageError, "form: is one of paper"),
+        ({"order": "norm"}, UsageError, "order: is one of correlation, residual"),
         ({"pairs": "share"}, UsageError, "pairs: is width"),
         ({"pairs": [1, 2, 4]}, UsageError, "one number for each of the widths"),
         ({"phases": [3]}, UsageError, "phases"),

@@ -47,6 +47,24 @@ def test_a_coupled_group_is_scored_over_its_producers() -> None:
                 assert float(found[i, j]) == pytest.approx(expected, abs=1e-6)
 
 
+def test_pairs_by_residual_are_the_means_over_producers_and_spare_what_weighs() -> None:
+    model, graph = residual()
+    stream = graph.group("stem")
+    weights = [model.get_parameter(name) for name in ("stem.weight", "outer.weight")]
+    with torch.no_grad():
+        for weight in weights:
+            weight[6] *= 0.01
+            weight[2] *= 0.1
+    for signed in (False, True):
+        lost = torch.stack([cfp.residual(w.detach(), signed=signed).double() for w in weights]).mean(0)
+        expected = -lost / lost.max()
+        found = pairing.correlations(model, graph, stream, share="mean", signed=signed, order="residual")
+        assert found is not None
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+        pairs = pairing.select_pairs(model, graph, stream, 2, share="mean", signed=signed, order="residual")
+        assert [d for d, _ in pairs] == [6, 2], "the filters of least weight are the least lost"
+
+
 def test_which_groups_may_go() -> None:
     _, graph = residual()
     assert [g.name for g in pairing.eligible(graph)] == ["stem", "inner"]
@@ -89,15 +107,18 @@ def test_blocks_lose_equal_fractions_and_pair_inside() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # what torch says of old layers is no business of this test
+@pytest.mark.parametrize("order", ["correlation", "residual"])
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
-def test_every_selection_is_a_valid_plan(case: Case) -> None:
+def test_every_selection_is_a_valid_plan(case: Case, order: cfp.Order) -> None:
     torch.manual_seed(0)
     model = case.build()
     inputs = case.inputs()
     graph = sc.trace(model, inputs)
     removed = {}
     for group in pairing.eligible(graph, linear=True):
-        pairs = pairing.select_pairs(model, graph, group, max(1, group.size // 3), share="mean", signed=False)
+        pairs = pairing.select_pairs(
+            model, graph, group, max(1, group.size // 3), share="mean", signed=False, order=order
+        )
         if pairs:
             removed[group.name] = [d for d, _ in pairs]
             assert not {d for d, _ in pairs} & {k for _, k in pairs}
