@@ -65,7 +65,8 @@ def test_the_reduced_form_is_the_same_row_on_less(path):
     full, reduced = config.load(path), config.load(ROOT / "cpu" / path.name)
     for key in ("model", "model_options", "method", "target"):
         assert getattr(reduced, key) == getattr(full, key)
-    for key in ("widths", "form", "optimise", "correlation_target", "internal_only", "criterion", "skip", "phases"):
+    same = ("widths", "form", "optimise", "correlation_target", "internal_only", "order", "signed", "merge")
+    for key in (*same, "criterion", "skip", "phases"):
         assert getattr(reduced.settings, key) == getattr(full.settings, key)
     assert reduced.data_options["train_size"] <= 10_000
     for key in ("optimise_epochs", "finetune_epochs", "final_epochs"):
