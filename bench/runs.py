@@ -3,7 +3,8 @@
     python -m bench.runs curve cfp-resnet20 --title "ResNet-20 ..." runs/cpu-resnet20_cifar10_cfp runs/cpu-...
     python -m bench.runs table cpu-recipes --title "..." runs/cpu-resnet56_* runs/cpu-vgg16_*
 
-Every figure is read from the files of the run directories; text that ``--note`` names is put below them.
+Every figure is read from the files of the run directories; text that ``--note`` names is put below them. A run's folder
+is named as its recipe does, with options after ``--`` that differ: ``cpu-resnet20_cifar10_cfp--order=correlation``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 
 from bench.sections import write_section
-from secateur import config
 from secateur.benchmark import environment
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results.md"
@@ -33,7 +33,6 @@ class Run:
         self.history: list[dict[str, Any]] = [
             json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()
         ]
-        self.asked = config.load(folder / config.FILE)
 
     @property
     def removed(self) -> float:
@@ -42,15 +41,25 @@ class Run:
 
     @property
     def recipe(self) -> str:
-        """The recipe's file; a run's folder is named after it, and after a seed other than 0."""
-        name = self.name.removesuffix(f"-{self.config['seed']}")
+        """The recipe's file."""
+        name = self.name.partition("--")[0]
         return f"recipes/cpu/{name.removeprefix('cpu-')}.yaml" if name.startswith("cpu-") else f"recipes/{name}.yaml"
+
+    @property
+    def options(self) -> str:
+        """What was typed beside the recipe, with a space before each option."""
+        seed = f" --seed {self.config['seed']}" if self.config["seed"] else ""
+        return seed + "".join(f" --set {option}" for option in self.name.split("--")[1:])
 
     @property
     def command(self) -> str:
         """What was typed."""
-        seed = f" --seed {self.config['seed']}" if self.config["seed"] else ""
-        return f"secateur compress --config {self.recipe}{seed}"
+        return f"secateur compress --config {self.recipe}{self.options}"
+
+    @property
+    def label(self) -> str:
+        """The recipe and what was typed beside it."""
+        return f"`{Path(self.recipe).stem}{self.options}`"
 
 
 def curve(runs: list[Run]) -> list[str]:
@@ -66,7 +75,7 @@ def curve(runs: list[Run]) -> list[str]:
         before, after = run.result["baseline"], run.result["final"]
         gone = 1 - after["parameters"] / before["parameters"]
         lines.append(
-            f"| `{run.recipe}` | {run.config['seed']} | {run.removed:.2%} | {gone:.2%} | {before['test']:.2%} "
+            f"| {run.label} | {run.config['seed']} | {run.removed:.2%} | {gone:.2%} | {before['test']:.2%} "
             f"| **{after['test']:.2%}** | {before['validation']:.2%} | {after['validation']:.2%} "
             f"| {run.result['images']:,} | {run.result['seconds']:.0f} |"
         )
@@ -74,7 +83,7 @@ def curve(runs: list[Run]) -> list[str]:
         total = run.result["baseline"]["macs"]
         lines += [
             "",
-            f"`{run.recipe}`, seed {run.config['seed']}, episode by episode; accuracy on the validation images:",
+            f"{run.label}, episode by episode; accuracy on the validation images:",
             "",
             (
                 "| episode | MACs removed | filters removed | before | after the drop | after fine-tuning "
@@ -113,7 +122,7 @@ def table(runs: list[Run]) -> list[str]:
     for run in runs:
         before, after = run.result["baseline"], run.result["final"]
         lines.append(
-            f"| `{run.recipe}` | {run.removed:.2%} | {1 - after['parameters'] / before['parameters']:.2%} "
+            f"| {run.label} | {run.removed:.2%} | {1 - after['parameters'] / before['parameters']:.2%} "
             f"| {before['test']:.2%} | {after['test']:.2%} | {run.result['rounds']} "
             f"| {'yes' if run.result['verification']['exact'] else 'no'} | {run.result['seconds']:.0f} |"
         )
