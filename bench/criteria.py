@@ -29,9 +29,11 @@ from torch import Tensor, nn
 from bench.sections import write_section
 from secateur import scoring
 from secateur.compensate import compensate
+from secateur.criteria import Returns, get
+from secateur.errors import RunError
 from secateur.graph import ChannelGraph
 from secateur.models import MODELS
-from secateur.planning import plan_removal
+from secateur.planning import PruningPlan, plan_removal
 from secateur.surgery import cut
 from secateur.tracing import trace
 
@@ -50,8 +52,13 @@ CRITERIA: dict[str, dict[str, Any]] = {
     "taylor": {},
     "hrank": {},
     "l2": {},
+    "corrnet_successive": {"threshold": -1.0},
+    "corrnet_su": {},
+    "cfp": {},
     "random": {},
 }
+BY_SCORE = ("corrnet_su",)
+"""Criteria whose selection may stop short of the budget; their lowest scores go instead, which spends it exactly."""
 COMPENSATIONS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "none": ([], {}),
     "least squares": (["least_squares"], {}),
@@ -75,6 +82,16 @@ def images(split: str, choose: np.ndarray | None = None) -> tuple[Tensor, Tensor
     return (x - MEAN) / STD, torch.tensor([labels[i] for i in chosen])
 
 
+def trained(network: str) -> nn.Module:
+    """Return a network with its published weights, in eval mode."""
+    model = MODELS[network]()
+    weights = load_file(SHARED / "weights" / f"cifar10-{network}.safetensors")
+    # The published weights lack the counters of batches, which play no part in evaluation.
+    counters = {name: value for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")}
+    model.load_state_dict(counters | weights)
+    return model.eval()
+
+
 @torch.inference_mode()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """Return the accuracy in per cent."""
@@ -83,9 +100,35 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return 100 * right / len(x)
 
 
-def cells(ratios: list[float]) -> Iterator[tuple[float, str, str]]:
+def selection(
+    model: nn.Module,
+    graph: ChannelGraph,
+    criterion: str,
+    ratio: float,
+    train: list[Any],
+    scores: dict[str, dict[str, Tensor]],
+) -> PruningPlan:
+    """Plan the removal of exactly so much of the internal filters of every block; scores are kept for other ratios."""
+    options = CRITERIA[criterion]
+    groups = {group.name: group for group in graph.groups if re.search(r"layer\d\.\d+\.conv1$", group.name)}
+    counts = {name: int(ratio * group.size) for name, group in groups.items()}
+    if criterion in BY_SCORE or get(criterion).returns is Returns.SCORES:
+        if criterion not in scores:
+            scores[criterion] = scoring.score(model, graph, criterion, train, groups=list(counts), **options)
+        found = scores[criterion]
+        removed = {name: list(scoring.lowest(groups[name], found[name], count)) for name, count in counts.items()}
+    else:
+        chosen = scoring.select(model, graph, criterion, counts, train, **options)
+        removed = {name: list(selected.removed) for name, selected in chosen.items()}
+    for name, channels in removed.items():
+        if len(channels) != counts[name]:
+            raise RunError(f"{criterion}, {name}: {len(channels)} channels selected, {counts[name]} asked for.")
+    return plan_removal(graph, removed)
+
+
+def cells(ratios: list[float], compensations: list[str]) -> Iterator[tuple[float, str, str]]:
     """Yield every cell of the table, the ones asked about most first."""
-    wanted = [(r, c, k) for k in COMPENSATIONS for c in CRITERIA for r in ratios]
+    wanted = [(r, c, k) for k in compensations for c in CRITERIA for r in ratios]
     first = [cell for cell in wanted if cell[1] in ("l1", "redundancy")]
     yield from first
     yield from (cell for cell in wanted if cell not in first)
@@ -94,23 +137,21 @@ def cells(ratios: list[float]) -> Iterator[tuple[float, str, str]]:
 def measure(
     model: nn.Module,
     graph: ChannelGraph,
-    ratios: list[float],
+    wanted: Iterator[tuple[float, str, str]],
     store: Path,
     train: list[Any],
     test: tuple[Tensor, Tensor],
 ) -> None:
     """Measure the cells that the store lacks, and append each to it."""
     done = {(c["ratio"], c["criterion"], c["compensation"]) for c in read(store)}
-    internal = {g.name: g.size for g in graph.groups if re.search(r"layer\d\.\d+\.conv1$", g.name)}
-    plans: dict[tuple[float, str], Any] = {}
-    for ratio, criterion, compensation in cells(ratios):
+    scores: dict[str, dict[str, Tensor]] = {}
+    plans: dict[tuple[float, str], PruningPlan] = {}
+    for ratio, criterion, compensation in wanted:
         if (ratio, criterion, compensation) in done:
             continue
         start = time.perf_counter()
         if (ratio, criterion) not in plans:
-            counts = {name: int(ratio * size) for name, size in internal.items()}
-            chosen = scoring.select(model, graph, criterion, counts, train, **CRITERIA[criterion])
-            plans[ratio, criterion] = plan_removal(graph, {name: list(s.removed) for name, s in chosen.items()})
+            plans[ratio, criterion] = selection(model, graph, criterion, ratio, train, scores)
         plan = plans[ratio, criterion]
         small = cut(model, plan)
         methods, options = COMPENSATIONS[compensation]
@@ -144,7 +185,8 @@ def render(network: str, store: Path) -> str:
         (
             f"Test accuracy in per cent (10,000 images; unpruned {baseline:.2f}) after the given fraction of the "
             f"internal filters of every block is removed. Criteria and compensation see {IMAGES} training images; "
-            f"`taylor` alone reads their labels. Written by `python -m bench.criteria --network {network}`."
+            f"`taylor` and `corrnet_su` alone read their labels. "
+            f"Written by `python -m bench.criteria --network {network}`."
         ),
     ]
     for ratio in sorted({c["ratio"] for c in found if c["ratio"]}):
@@ -169,18 +211,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--network", choices=("resnet20", "resnet56"), default="resnet20")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5])
+    parser.add_argument("--compensations", choices=COMPENSATIONS, nargs="+", default=list(COMPENSATIONS))
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results.md")
     parser.add_argument("--render-only", action="store_true", help="write the table from the cells measured so far")
     arguments = parser.parse_args()
     store = ROOT / "bench" / f"criteria-{arguments.network}.jsonl"
     if not arguments.render_only:
         torch.set_num_threads(1)
-        model = MODELS[arguments.network]()
-        weights = load_file(SHARED / "weights" / f"cifar10-{arguments.network}.safetensors")
-        # The published weights lack the counters of batches, which play no part in evaluation.
-        counters = {name: value for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")}
-        model.load_state_dict(counters | weights)
-        model.eval()
+        model = trained(arguments.network)
         chosen = np.random.default_rng(0).permutation(50_000)[:IMAGES]
         x, y = images("train", chosen)
         train = [(x[i : i + BATCH], y[i : i + BATCH]) for i in range(0, IMAGES, BATCH)]
@@ -188,7 +226,8 @@ def main() -> None:
         if not read(store):
             cell = {"ratio": 0, "criterion": "unpruned", "compensation": "none", "accuracy": accuracy(model, *test)}
             store.write_text(json.dumps(cell) + "\n")
-        measure(model, trace(model, x[:2]), arguments.ratios, store, train, test)
+        wanted = cells(arguments.ratios, arguments.compensations)
+        measure(model, trace(model, x[:2]), wanted, store, train, test)
     write_section(arguments.results, f"criteria-{arguments.network}", render(arguments.network, store))
 
 

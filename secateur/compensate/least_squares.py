@@ -16,6 +16,7 @@ part of the weights stays as it was. A layer with a bias is also refitted in its
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_leaves
 
 from secateur import observe
 from secateur.compensate.report import LayerCompensation
@@ -210,8 +212,9 @@ def refit(
 ) -> list[LayerCompensation]:
     """Refit the layers that read pruned groups, in place.
 
-    The data are read once a layer, up to the layer. Convolutions (grouped ones block by block) and linear layers are
-    refitted; a layer called several times is fitted to all its calls.
+    The data are read once a layer, up to the layer, and by the original as seldom as memory allows. Convolutions
+    (grouped ones block by block) and linear layers are refitted; a layer called several times is fitted to all its
+    calls.
 
     Args:
         original: The network before pruning.
@@ -222,7 +225,8 @@ def refit(
         positions: Output positions read of each image, drawn at random where a map has more.
         exact: Read every position.
         seed: Seed of the draw.
-        memory: Bytes of moments that a layer may need; a layer that needs more is left alone.
+        memory: Bytes of moments that a layer may need; a layer that needs more is left alone. As many again hold
+            outputs of the original.
         everywhere: Refit also the layers after the first pruned group whose own inputs are complete, since what is
             fed to them has changed too.
 
@@ -253,20 +257,13 @@ def refit(
             tied.setdefault(id(module.weight), []).append(name)
     refusals = {name: _refusal(name, pruned.get_submodule(name), tied, memory) for name in ordered}
     observe.require_passes(data, 1 + sum(not reason for reason in refusals.values()))
+    draw = _Draw(None if exact else positions, seed)
+    wanted = _Wanted(original, plan, calls, [name for name in ordered if not refusals[name]], data, draw, memory)
     for name in ordered:
         if refusals[name]:
             report.append(LayerCompensation("least_squares", name, False, refusals[name]))
             continue
-        equations = _accumulate(
-            original,
-            pruned,
-            plan,
-            name,
-            calls[name],
-            data,
-            None if exact else positions,
-            torch.Generator().manual_seed(seed),
-        )
+        equations = _accumulate(pruned, name, wanted, data, draw)
         report.append(_replace(name, pruned.get_submodule(name), equations, ridge))
     return report
 
@@ -295,47 +292,162 @@ def _calls(model: nn.Module, data: Iterable[Any], device: torch.device) -> dict[
     return calls
 
 
-def _accumulate(
-    original: nn.Module,
-    pruned: nn.Module,
-    plan: PruningPlan,
-    name: str,
-    calls: int,
-    data: Iterable[Any],
-    positions: int | None,
-    generator: torch.Generator,
-) -> NormalEquations:
-    before, layer = original.get_submodule(name), pruned.get_submodule(name)
-    assert isinstance(layer, (*observe.CONVOLUTIONS, nn.Linear))
-    kept = plan.kept_outputs.get(name)
-    channels = None if kept is None else torch.tensor(kept, dtype=torch.long)
-    blocks, bias = getattr(layer, "groups", 1), layer.bias is not None
-    device = observe.device_of(pruned)
-    sums_on = torch.device("cpu") if device.type == "mps" else device
-    equations = NormalEquations.empty(blocks, layer.weight[0].numel() + bias, len(layer.weight), sums_on)
-    with observe.evaluating(original), observe.evaluating(pruned), torch.no_grad():
-        for number, batch in enumerate(observe.batches(data, device), start=1):
-            wanted = _run_to(original, before, batch, number, calls)
-            given = _run_to(pruned, layer, batch, number, calls)
-            for (_, y), (x, made) in zip(wanted, given, strict=True):
-                at = _draw(layer, made, positions, generator)
-                rows = unfold(layer, x, at)
-                if bias:
-                    rows = torch.cat((rows, rows.new_ones(*rows.shape[:2], 1)), 2)
-                equations.update(rows, _outputs(before, y, at, channels), _outputs(layer, made, at, None))
-            if not bool(torch.isfinite(equations.error_power)):
-                raise CriterionError(
-                    f"{name}: NaN or infinity in its outputs at batch {number}. Check weights and inputs."
-                )
+@dataclass(frozen=True)
+class _Draw:
+    """Which output positions are read: at random, the same in both networks and in every pass over the data."""
+
+    positions: int | None
+    seed: int
+
+    def generator(self) -> torch.Generator:
+        """Return the generator that a layer draws from, batch after batch."""
+        return torch.Generator().manual_seed(self.seed)
+
+    def __call__(self, layer: nn.Module, y: Tensor, generator: torch.Generator) -> Tensor | None:
+        """Return flat indices of positions of one output; None for all."""
+        if isinstance(layer, nn.Linear) or self.positions is None:
+            return None
+        count = y.flatten(-(layer.weight.dim() - 2)).shape[-1]  # type: ignore[operator]
+        if count <= self.positions:
+            return None
+        return torch.randperm(count, generator=generator)[: self.positions].sort().values
+
+
+class _Wanted:
+    """What the layers gave in the original network.
+
+    The original never changes, so the outputs of as many layers as memory allows are kept from one pass over the data.
+    A layer whose outputs don't fit is run again beside the pruned network; so is every layer where the data turn out
+    to differ from one pass to the next, as those of a loader that shuffles do.
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        plan: PruningPlan,
+        calls: Mapping[str, int],
+        names: Sequence[str],
+        data: Iterable[Any],
+        draw: _Draw,
+        memory: int,
+    ) -> None:
+        self.original, self.calls, self.data, self.draw, self.memory = original, calls, data, draw, memory
+        self.waiting = list(names)
+        self.channels = {
+            name: torch.tensor(plan.kept_outputs[name], dtype=torch.long) if name in plan.kept_outputs else None
+            for name in names
+        }
+        self.kept: dict[str, list[list[Tensor]]] = {}
+        self.marks: list[Any] = []
+
+    def start(self, name: str) -> None:
+        """Have a layer's outputs at hand, where they can be kept."""
+        if name not in self.kept and self.memory > 0:
+            self._record()
+        self.waiting.remove(name)
+
+    def end(self, name: str) -> None:
+        """Let go of a layer's outputs."""
+        self.kept.pop(name, None)
+
+    def outputs(self, name: str, batch: observe.Batch, number: int) -> list[Tensor] | None:
+        """Return the outputs kept of a batch, one a call of the layer; None where the layer has to be run."""
+        if name not in self.kept:
+            return None
+        if number > len(self.marks) or self.marks[number - 1] != _mark(batch):
+            raise _Changed
+        return self.kept[name][number - 1]
+
+    def run(self, name: str, batch: observe.Batch, number: int, at: Sequence[Tensor | None]) -> list[Tensor]:
+        """Run the original up to a layer."""
+        layer = self.original.get_submodule(name)
+        made = _run_to(self.original, layer, batch, number, self.calls[name])
+        return [_outputs(layer, y, places, self.channels[name]) for (_, y), places in zip(made, at, strict=True)]
+
+    def distrust(self) -> None:
+        """Keep nothing from here on: the data are not the same in every pass."""
+        self.kept.clear()
+        self.memory = 0
+
+    def _record(self) -> None:
+        """Run the original once over the data, and keep what the next layers give until the memory is full."""
+        names = list(self.waiting)
+        kept: dict[str, list[list[Tensor]]] = {name: [] for name in names}
+        generators = {name: self.draw.generator() for name in names}
+        held = dict.fromkeys(names, 0)
+        current: dict[str, list[Tensor]] = {}
+        self.marks = []
+        with observe.evaluating(self.original), torch.no_grad(), ExitStack() as stack:
+            for name in names:
+                layer = self.original.get_submodule(name)
+
+                def see(layer: nn.Module, _: Any, y: Tensor, name: str = name) -> None:
+                    if name not in kept or len(current.setdefault(name, [])) == self.calls[name]:
+                        return
+                    at = self.draw(layer, y, generators[name])
+                    current[name].append(_outputs(layer, y, at, self.channels[name]).clone())
+
+                stack.callback(layer.register_forward_hook(see).remove)
+            for number, batch in enumerate(observe.batches(self.data, observe.device_of(self.original)), start=1):
+                current.clear()
+                observe.forward(self.original, batch, number)
+                self.marks.append(_mark(batch))
+                for name in kept:
+                    kept[name].append(current.get(name, []))
+                    held[name] += sum(y.numel() * y.element_size() for y in kept[name][-1])
+                while kept and sum(held[name] for name in kept) > self.memory:
+                    kept.pop(next(reversed(kept)))
+                if not kept:
+                    break
+        self.kept.update(kept)
+
+
+class _Changed(Exception):
+    """A batch is not the one that was kept."""
+
+
+def _mark(batch: observe.Batch) -> list[tuple[tuple[int, ...], int]]:
+    """Tell one batch from another by the shapes and checksums of its tensors."""
+    tensors = [leaf for leaf in tree_leaves((batch.args, batch.kwargs)) if isinstance(leaf, Tensor)]
+    return [(tuple(t.shape), zlib.crc32(t.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)) for t in tensors]
+
+
+def _accumulate(pruned: nn.Module, name: str, wanted: _Wanted, data: Iterable[Any], draw: _Draw) -> NormalEquations:
+    wanted.start(name)
+    try:
+        equations = _sums(pruned, name, wanted, data, draw)
+    except _Changed:
+        wanted.distrust()
+        equations = _sums(pruned, name, wanted, data, draw)
+    wanted.end(name)
     equations.all_reduce()
     return equations
 
 
-def _draw(layer: nn.Module, y: Tensor, positions: int | None, generator: torch.Generator) -> Tensor | None:
-    if isinstance(layer, nn.Linear) or positions is None:
-        return None
-    count = y.flatten(-(layer.weight.dim() - 2)).shape[-1]  # type: ignore[operator]
-    return torch.randperm(count, generator=generator)[:positions].sort().values if count > positions else None
+def _sums(pruned: nn.Module, name: str, wanted: _Wanted, data: Iterable[Any], draw: _Draw) -> NormalEquations:
+    layer = pruned.get_submodule(name)
+    assert isinstance(layer, (*observe.CONVOLUTIONS, nn.Linear))
+    blocks, bias = getattr(layer, "groups", 1), layer.bias is not None
+    device, generator = observe.device_of(pruned), draw.generator()
+    sums_on = torch.device("cpu") if device.type == "mps" else device
+    equations = NormalEquations.empty(blocks, layer.weight[0].numel() + bias, len(layer.weight), sums_on)
+    with observe.evaluating(wanted.original), observe.evaluating(pruned), torch.no_grad():
+        for number, batch in enumerate(observe.batches(data, device), start=1):
+            targets = wanted.outputs(name, batch, number)
+            given = _run_to(pruned, layer, batch, number, wanted.calls[name])
+            at = [draw(layer, made, generator) for _, made in given]
+            if targets is None:
+                targets = wanted.run(name, batch, number, at)
+            for target, (x, made), places in zip(targets, given, at, strict=True):
+                rows = unfold(layer, x, places)
+                if bias:
+                    rows = torch.cat((rows, rows.new_ones(*rows.shape[:2], 1)), 2)
+                equations.update(rows, target, _outputs(layer, made, places, None))
+            if not bool(torch.isfinite(equations.error_power)):
+                raise CriterionError(
+                    f"{name}: NaN or infinity in its outputs at batch {number}. Check weights and inputs."
+                )
+    return equations
 
 
 def _run_to(

@@ -157,6 +157,66 @@ def test_everywhere_refits_what_lost_no_input_too() -> None:
     assert errors[0] < errors[1]
 
 
+def deep(seed: int) -> tuple[nn.Sequential, Tensor]:
+    torch.manual_seed(seed)
+    layers = [module for _ in range(4) for module in (nn.Conv2d(4, 4, 3), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, 3)).double().eval(), drawn(seed, 12, 4, 9, 9)
+
+
+class Changing:
+    """Batches in another order every time they are read."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.passes = x, 0
+
+    def __iter__(self) -> Any:
+        self.passes += 1
+        order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(self.passes))
+        return iter(self.x[order].split(5))
+
+
+def test_the_original_is_run_once_and_the_result_is_that_of_running_it_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = deep(3)
+    plan = removal(model, x, {name: [1] for name in ("0", "2", "4")})
+    kept, beside = cut(model, plan), cut(model, plan)
+    runs: list[int] = []
+    model.register_forward_pre_hook(lambda *_: runs.append(1))
+    refit(model, kept, plan, x.split(5), everywhere=True, positions=3)
+    assert len(runs) == 3  # one pass of three batches
+    # A mark that never repeats makes every pass look like other data.
+    monkeypatch.setattr("secateur.compensate.least_squares._mark", lambda _: object())
+    runs.clear()
+    refit(model, beside, plan, x.split(5), everywhere=True, positions=3)
+    assert len(runs) > 3 * 4
+    for name, value in kept.state_dict().items():
+        torch.testing.assert_close(value, beside.state_dict()[name], rtol=0, atol=0)
+
+
+def test_outputs_that_do_not_fit_the_memory_are_kept_for_fewer_layers_a_pass() -> None:
+    model, x = deep(4)
+    plan = removal(model, x, {name: [1] for name in ("0", "2", "4")})
+    small, tight = cut(model, plan), cut(model, plan)
+    refit(model, small, plan, x.split(5), exact=True, ridge=0.1)
+    runs: list[int] = []
+    model.register_forward_pre_hook(lambda *_: runs.append(1))
+    # Outputs of 12 images in fp64: "2" 3 channels of 25 places, 7200 bytes; "4" 3 of 9, 2592; "6" 4 of 1, 384.
+    refit(model, tight, plan, x.split(5), exact=True, ridge=0.1, memory=9000)
+    assert len(runs) == 2 * 3  # "2" in a pass of three batches, "4" and "6" in another
+    for name, value in small.state_dict().items():
+        torch.testing.assert_close(value, tight.state_dict()[name], rtol=0, atol=0)
+
+
+def test_data_in_another_order_every_time_are_fitted_batch_by_batch() -> None:
+    model, x = deep(5)
+    with torch.no_grad():
+        model[0].weight[1], model[0].bias[1] = 2 * model[0].weight[2], 2 * model[0].bias[2]  # type: ignore[index, operator, union-attr]
+    plan = removal(model, x, {"0": [1]})
+    small, data = cut(model, plan), Changing(x)
+    refit(model, small, plan, data, everywhere=True, exact=True, ridge=0.0)
+    assert data.passes > 3
+    torch.testing.assert_close(small(x), model(x))
+
+
 def test_moments_of_batches_add_up_to_those_of_all() -> None:
     rows, wanted, given = drawn(0, 2, 30, 3), drawn(1, 30, 4), drawn(2, 30, 4)
     whole, parts = (NormalEquations.empty(2, 3, 4, torch.device("cpu")) for _ in range(2))
