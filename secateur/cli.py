@@ -52,7 +52,8 @@ def demo(
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of everything that is drawn.")] = 0,
     picture: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write what is printed as an SVG picture, too.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write what is printed as an SVG picture, too; a missing folder is made."),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -98,7 +99,7 @@ def trace(
         console.show_graph(graph, found.name, seconds)
 
 
-@app.command()
+@app.command(cls=options.NamingCriteria)
 def prune(
     model: options.ModelArgument = None,
     model_flag: options.ModelFlag = None,
@@ -108,10 +109,7 @@ def prune(
     data_option: options.DataOptions = None,
     input_shape: options.InputShapes = None,
     method: Annotated[
-        str,
-        typer.Option(
-            metavar="CRITERION", help="How channels are ranked: l1, fpgm, taylor, hrank, corrnet, cshe, redundancy."
-        ),
+        str, typer.Option(metavar="CRITERION", help=f"How channels are ranked: {options.CRITERIA}.")
     ] = "l1",
     method_option: Annotated[
         list[str] | None,
@@ -153,7 +151,9 @@ def prune(
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Write the pruned network here: safetensors, with its plan.", show_default=False
+            metavar="FILE",
+            help="Write the pruned network here: safetensors, with its plan; a missing folder is made.",
+            show_default=False,
         ),
     ] = None,
     as_json: options.Json = False,
@@ -233,14 +233,14 @@ def prune(
                 moved = move(found.model, small, plan, compensate, sample, graph=graph, example_inputs=found.inputs)
         before: dict[str, float] = {"macs": sc.macs(graph), "parameters": sc.parameters(graph)}
         after: dict[str, float] = {"macs": sc.macs(graph, plan), "parameters": sc.parameters(graph, plan)}
-        if bundle is not None:
+        if bundle is not None and bundle.task == "classification":
             from secateur.training import evaluate
 
             for network, measured in ((found.model, before), (small, after)):
                 with steps.step("evaluating"):
                     measured["test"] = evaluate(network, sources.evaluation_batches(bundle.test))
         if out is not None:
-            sc.save(small, (*found.plans, plan), out)
+            sc.save(small, (*found.plans, plan), out, extra=found.origin)
             after["file_bytes"] = out.stat().st_size
     values = {
         "model": found.name,
@@ -262,7 +262,7 @@ def prune(
         cli_deploy.show_choice(choice)
 
 
-@app.command()
+@app.command(cls=options.NamingCriteria)
 def compress(
     model: options.ModelArgument = None,
     model_flag: options.ModelFlag = None,
@@ -276,7 +276,8 @@ def compress(
     data_option: options.DataOptions = None,
     input_shape: options.InputShapes = None,
     method: Annotated[
-        str | None, typer.Option(metavar="NAME", help="cfp, or a criterion: l1, fpgm, corrnet, …; cfp unless given.")
+        str | None,
+        typer.Option(metavar="NAME", help=f"What chooses the channels: {options.CRITERIA}; cfp unless given."),
     ] = None,
     tolerance: Annotated[
         float | None,
@@ -374,6 +375,7 @@ def evaluate(
             raise UsageError("evaluate: --data is missing; name what to measure on, e.g. --data digits.")
         with steps.step("loading the data"):
             bundle = sources.data(data, options.values("--data-option", data_option))
+            sources.require_classes(bundle, data)
         with steps.step("building the model"):
             found = sources.open_model(
                 options.one(model, model_flag),

@@ -35,7 +35,9 @@ Against = Annotated[
 REPORT_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Batch sizes that a report shows, up to the first that takes too long."""
 
-Out = Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write.", show_default=False)]
+Out = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Where to write; a missing folder is made.", show_default=False)
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -49,10 +51,14 @@ def report(
     run_dir: RunDirs = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The HTML file; its JSON goes beside it. Default RUN_DIR/report.html."),
+        typer.Option(
+            metavar="FILE",
+            help="The HTML file; its JSON goes beside it; a missing folder is made. RUN_DIR/report.html unless given.",
+        ),
     ] = None,
     figures: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Write every figure here as PNG and SVG, for a paper.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write every figure here as PNG and SVG, for a paper; the folder is made."),
     ] = None,
     layer: Annotated[
         list[str] | None, typer.Option(metavar="MODULE", help="Draw the correlation of this layer; repeatable.")
@@ -184,7 +190,7 @@ def export(
     ] = 1e-5,
     int8: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write an int8 ONNX file too, calibrated and measured on --data."),
+        typer.Option(metavar="FILE", help="Write an int8 ONNX file too, calibrated and measured on --data; as --out."),
     ] = None,
     as_json: options.Json = False,
 ) -> None:

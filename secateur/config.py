@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from secateur import criteria
@@ -137,6 +145,15 @@ class RunConfig(_Section):
         lists = {f.name for f in fields(Settings) if str(f.type).startswith("tuple[")}
         return {k: [v] if k in lists and not isinstance(v, (list, tuple)) else v for k, v in value.items()}
 
+    @field_validator("settings", "baseline", mode="wrap")
+    @classmethod
+    def _in_range(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        """Let what a section itself refuses be told with the place where it stands."""
+        try:
+            return check(value)
+        except UsageError as error:
+            raise ValueError(str(error).removesuffix(".")) from None
+
 
 def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """Read a configuration from a YAML file.
@@ -167,9 +184,7 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunCon
     try:
         return RunConfig.model_validate(_merge(values, overrides or {}))
     except ValidationError as error:
-        raise UsageError(explain(error, str(path), tree)) from error
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from error
+        raise UsageError(explain(error, str(path), tree, overrides)) from error
 
 
 def build(values: Mapping[str, Any]) -> RunConfig:
@@ -203,20 +218,30 @@ def schema() -> str:
     return json.dumps(values, indent=2, ensure_ascii=False)
 
 
-def explain(error: ValidationError, place: str, tree: yaml.Node | None = None) -> str:
+def explain(
+    error: ValidationError, place: str, tree: yaml.Node | None = None, overrides: Mapping[str, Any] | None = None
+) -> str:
     """Put pydantic's first finding in one line: where, what was found, and what to do.
 
     Args:
         error: What validation raised.
         place: File that the values come from; empty for the command line.
         tree: The file's YAML nodes, for line numbers.
+        overrides: Values that went before the file's: what is wrong with one of them is not laid to the file.
     """
     unknown = ("extra_forbidden", "unexpected_keyword_argument")
     # An unknown key often explains the missing one, so it is told first.
     findings = sorted(error.errors(), key=lambda e: e["type"] not in unknown)
     first = findings[0]
     location = [str(part) for part in first["loc"]]
+    said = str(first["ctx"]["error"]) if first["type"] == "value_error" else ""
+    name, colon, rest = said.partition(": ")
+    if colon and len(location) == 1 and name in _keys(location):
+        # A section's own check begins with the key that it is about.
+        location, said = [*location, name], rest
     key = ".".join(location)
+    if first["type"] != "missing" and _overridden(overrides, location):
+        place = ""
     line = _line_of(tree, location)
     where = (f"{place}:{line}: " if line else f"{place}: ") if place else ""
     if first["type"] in unknown:
@@ -227,7 +252,7 @@ def explain(error: ValidationError, place: str, tree: yaml.Node | None = None) -
     elif first["type"] == "missing":
         text = f"{key}: missing; " + (f"add '{key}: …'." if place else f"give --{key} or a --config file that has it.")
     elif first["type"] == "value_error":
-        text = f"{key}: {first['ctx']['error']}."
+        text = f"{key}: {said}."
     else:
         message = first["msg"].removeprefix("Input ")
         text = f"{key}: {message[0].lower()}{message[1:]}, found {first['input']!r}."
@@ -245,9 +270,8 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _keys(location: list[str]) -> list[str]:
     """Names of the keys that a place in a configuration knows."""
-    section: Any = {"settings": Settings, "baseline": Baseline, "target": TargetConfig}.get(
-        "".join(location[:1]), RunConfig
-    )
+    sections: dict[str, Any] = {"settings": Settings, "baseline": Baseline, "target": TargetConfig}
+    section = sections.get("".join(location[:1]), RunConfig)
     return [f.name for f in fields(section)] if is_dataclass(section) else list(section.model_fields)
 
 
@@ -277,6 +301,17 @@ def _line_of(tree: yaml.Node | None, location: list[str]) -> int | None:
             break
         line, tree = found[0].start_mark.line + 1, found[1]
     return line
+
+
+def _overridden(overrides: Mapping[str, Any] | None, location: list[str]) -> bool:
+    value: Any = overrides
+    for part in location:
+        if not isinstance(value, Mapping):
+            break
+        if part not in value:
+            return False
+        value = value[part]
+    return overrides is not None
 
 
 def _refuse_doubled(node: yaml.Node | None, path: Path) -> None:

@@ -101,7 +101,7 @@ def export(
     if kind not in FORMATS.values():
         raise UsageError(
             f"{target}: unknown export format {format or target.suffix or 'without a suffix'!r}. "
-            "End the name in .pt2 (torch.export) or .onnx, or pass format."
+            "End the name in .pt2 (torch.export) or .onnx."
         )
     if kind == "onnx":
         _require("onnx", "onnxscript", "onnxruntime")
@@ -481,10 +481,14 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary file of the same suffix, which takes the target's place if all goes well and is gone if not."""
+    """Give a temporary file of the same suffix, which takes the target's place if all goes well and is gone if not.
+
+    A missing folder is made.
+    """
     if path.is_dir():
         raise UsageError(f"{path}: can't be written (it is a directory). Choose another target.")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     except OSError as error:
         raise UsageError(f"{path}: can't be written ({error.strerror}). Choose another target.") from error

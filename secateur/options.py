@@ -9,8 +9,26 @@ from typing import Annotated, Any, Literal
 
 import typer
 import yaml
+from typer.core import TyperCommand
 
 from secateur.errors import UsageError
+
+CRITERIA = "CRITERIA"
+"""Stands in a help text for the names of all criteria, those of installed packages too."""
+
+
+class NamingCriteria(TyperCommand):
+    """A command whose help names the criteria, looked up no sooner than asked for, since that takes torch."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help."""
+        from secateur import criteria
+
+        for parameter in self.params:
+            if getattr(parameter, "help", None):
+                parameter.help = parameter.help.replace(CRITERIA, ", ".join(criteria.names()))  # type: ignore[attr-defined]
+        super().format_help(ctx, formatter)
+
 
 ModelArgument = Annotated[
     str | None,
@@ -38,7 +56,8 @@ Data = Annotated[
     str | None,
     typer.Option(
         metavar="DATA",
-        help="digits; mnist:ROOT, cifar10:ROOT, imagefolder:ROOT; path/to/file.py:FUNCTION; package.module:FUNCTION.",
+        help="digits; mnist:ROOT, cifar10:ROOT, imagefolder:ROOT, voc:ROOT (boxes, for prune alone); "
+        "path/to/file.py:FUNCTION; package.module:FUNCTION.",
     ),
 ]
 DataOptions = Annotated[

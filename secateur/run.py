@@ -135,6 +135,7 @@ def _with_earlier_plans(result: CompressResult, found: sources.SourceModel, fold
 def _found(run: RunConfig, steps: Steps, *, fresh: bool = False) -> tuple[DataBundle, sources.SourceModel]:
     with steps.step("loading the data"):
         bundle = sources.data(run.data, run.data_options)
+        sources.require_classes(bundle, run.data)
     with steps.step("building the model"):
         sources.seed(run.seed)
         weights = None if fresh else run.weights

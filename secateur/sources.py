@@ -7,20 +7,21 @@ import importlib
 import importlib.util
 import inspect
 import itertools
+import json
 import math
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import DataError, SecateurError, UsageError
+from secateur.errors import CheckpointError, DataError, SecateurError, UsageError
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
@@ -34,6 +35,9 @@ PREFIXES = ("model.", "net.")
 
 PRETRAINED = "pretrained"
 """Stands for the weights that torchvision or timm publish."""
+
+ORIGIN = "origin"
+"""Key of what a file says of how its network was built."""
 
 EVALUATION_BATCH = 256
 """Examples a batch of evaluation."""
@@ -57,6 +61,13 @@ class SourceModel:
     name: str
     plans: tuple[PruningPlan, ...] = ()
     """What was pruned already, where the weights are a pruned network's: a file of it has to tell all its plans."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments that it was built with."""
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What to keep beside its weights, so that whoever reads them can be told how to build it."""
+        return {ORIGIN: {"model": self.name, "model_options": dict(self.options)}}
 
     @property
     def inputs(self) -> Any:
@@ -151,6 +162,9 @@ def open_model(
     example = found.example_inputs
     if shapes:
         example = inputs(shapes)
+    elif bundle is not None and bundle.task == "detection":
+        # Detectors take a list of images, one positional argument.
+        example = ([_noise(bundle.input_shape)],)
     elif bundle is not None:
         example = _noise((1, *bundle.input_shape))
     built, plans = found.model, found.plans
@@ -158,10 +172,53 @@ def open_model(
         from secateur import checkpoint
 
         if checkpoint.is_checkpoint(weights):
-            built, plans = checkpoint.load(built, weights), checkpoint.read_header(weights).plans
+            built, plans = _load_pruned(found, weights, options)
         else:
             load_weights(built, weights)
-    return SourceModel(built.eval(), example, found.name, plans)
+    return SourceModel(built.eval(), example, found.name, plans, options)
+
+
+def _load_pruned(
+    found: SourceModel, path: str, options: Mapping[str, Any]
+) -> tuple[nn.Module, tuple[PruningPlan, ...]]:
+    from secateur import checkpoint
+
+    header = checkpoint.read_header(path)
+    try:
+        return checkpoint.load(found.model, path), header.plans
+    except CheckpointError as error:
+        saved = _origin(path, header.extra)
+        if saved is None or saved == (found.name, dict(options)):
+            raise
+        raise UsageError(
+            f"{path}: was saved of {_words(*saved)}, and the model given is {_words(found.name, options)}; "
+            "give the same model and options."
+        ) from error
+
+
+def _origin(path: str, extra: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """Find out how the network of a file was built, from the file itself or from the run that it lies in."""
+    from secateur import config
+
+    saved = extra.get(ORIGIN)
+    if isinstance(saved, dict) and isinstance(saved.get("model_options"), dict):
+        return str(saved.get("model")), saved["model_options"]
+    beside = Path(path).with_name(config.FILE)
+    if not beside.is_file():
+        return None
+    try:
+        run = config.load(beside)
+    except UsageError:
+        return None  # the checkpoint's own error says what is wrong
+    return run.model, run.model_options
+
+
+def _words(name: str, options: Mapping[str, Any]) -> str:
+    given = [
+        f"--model-option {key}={value if isinstance(value, str) else json.dumps(value, default=str)}"
+        for key, value in options.items()
+    ]
+    return " ".join((name, *given))
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -206,9 +263,9 @@ def data(spec: str, options: Mapping[str, Any] | None = None) -> DataBundle:
     """Load the data sets that ``spec`` names.
 
     Args:
-        spec: ``digits``; ``mnist:ROOT``, ``cifar10:ROOT`` or ``imagefolder:ROOT``; or ``path/to/file.py:FUNCTION``
-            or ``package.module:FUNCTION``, which is called with ``options`` and returns a
-            :class:`secateur.data.DataBundle`.
+        spec: ``digits``; ``mnist:ROOT``, ``cifar10:ROOT``, ``imagefolder:ROOT`` or ``voc:ROOT``; or
+            ``path/to/file.py:FUNCTION`` or ``package.module:FUNCTION``, which is called with ``options`` and returns
+            a :class:`secateur.data.DataBundle`.
         options: Keyword arguments of the loader, e.g. ``{"image_size": 224}``.
 
     Raises:
@@ -234,6 +291,19 @@ def data(spec: str, options: Mapping[str, Any] | None = None) -> DataBundle:
         if len(getattr(bundle, part)) == 0:
             raise DataError(f"{spec}: the {part} set is empty; nothing can be measured on it.")
     return bundle
+
+
+def require_classes(bundle: DataBundle, spec: str) -> None:
+    """Refuse data that accuracy can't be measured on, before any work is done for it.
+
+    Raises:
+        UsageError: If the data hold boxes.
+    """
+    if bundle.task != "classification":
+        raise UsageError(
+            f"{spec}: holds boxes, and the program measures the accuracy of classes. Prune it by 'secateur prune', or "
+            "call secateur.compress with a loss and a metric of your own."
+        )
 
 
 def inputs(shapes: Iterable[str]) -> Any:
@@ -341,7 +411,8 @@ def _fitting(spec: str, bundle: DataBundle) -> dict[str, Any]:
     if kind == "timm":
         return {"num_classes": classes, "in_chans": channels}
     if kind == "torchvision":
-        return {"num_classes": classes}
+        # Detectors count the background as a class.
+        return {"num_classes": classes + (bundle.task == "detection")}
     from secateur.models import MODELS
 
     wanted = {"num_classes": classes, "in_channels": channels, "in_size": side}

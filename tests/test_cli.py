@@ -14,7 +14,7 @@ import torch
 import typer
 from safetensors.torch import save_file
 
-from secateur import config, console, options, training
+from secateur import config, console, criteria, options, training
 from secateur.cli import app, main
 from secateur.console import change, quantity
 from secateur.engine import Event
@@ -60,6 +60,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "network.py").write_text(NETWORK)
     (tmp_path / "text.safetensors").write_text("no weights")
     (tmp_path / "bad.yaml").write_text("model: lenet5\ndatta: digits\n")
+    (tmp_path / "good.yaml").write_text("model: lenet5\ndata: digits\n")
     (tmp_path / "empty").mkdir()
     save_file({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
     return tmp_path
@@ -130,6 +131,25 @@ def test_what_was_pruned_can_be_pruned_again_and_still_loads(here: Path, capsys:
     after = json.loads(capsys.readouterr().out)["after"]
     assert run("trace", *LENET, *size, "--weights", "two.safetensors", "--json") == 0
     assert json.loads(capsys.readouterr().out)["macs"] == after["macs"]
+
+
+def test_weights_saved_with_other_options_say_with_which(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("prune", *LENET, "--channels", "0.3", "--out", "small.safetensors") == 0
+    capsys.readouterr()
+    assert run("trace", "lenet5", "--model-option", "hidden=8", "--weights", "small.safetensors") == 2
+    assert capsys.readouterr().err == (
+        "error: small.safetensors: was saved of lenet5 --model-option widths=[4, 6] --model-option hidden=8, and the "
+        "model given is lenet5 --model-option hidden=8; give the same model and options.\n"
+    )
+    assert run("trace", "resnet20", "--weights", "small.safetensors") == 2
+    assert "was saved of lenet5" in capsys.readouterr().err
+
+
+def test_a_missing_folder_of_the_output_is_made(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("prune", *LENET, "--channels", "0.3", "--out", "new/deep/small.safetensors") == 0
+    assert (here / "new/deep/small.safetensors").is_file()
+    assert run("export", *LENET, "--out", "other/deep/small.pt2") == 0
+    assert (here / "other/deep/small.pt2").is_file()
 
 
 def test_ratios_skips_and_rounding_are_followed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -309,7 +329,12 @@ ERRORS: list[tuple[list[str], int, str]] = [
     (["compress", "lenet5", "--data", "digits", "--tolerance", "-1"], 2, "tolerance"),
     (["compress", "lenet5", "--data", "digits", "--set", "fractoin=0.1"], 2, "did you mean fraction?"),
     (["compress", "lenet5", "--data", "digits", "--set", "fraction=3"], 2, "fraction: is in (0, 1)"),
-    (["compress", "lenet5", "--data", "digits", "--baseline", "epochs=0"], 2, "at least 1"),
+    (
+        ["compress", "lenet5", "--data", "digits", "--baseline", "epochs=0"],
+        2,
+        "error: baseline.epochs: must be at least",
+    ),
+    (["compress", "--config", "good.yaml", "--baseline", "epochs=0"], 2, "error: baseline.epochs: must be at least 1"),
     (["compress", "lenet5", "--data", "digits", "--batch-size", "0"], 2, "batch_size"),
     (["compress", "lenet5", "--data", "digits", "--run-dir", "bad.yaml"], 2, "bad.yaml"),
     (["compress", *LENET, *DIGITS, *QUICK, "--method", "l3"], 2, "unknown method 'l3'"),
@@ -427,6 +452,21 @@ def test_every_command_and_option_has_help(name: str, capsys: pytest.CaptureFixt
         assert parameter.help.endswith("."), f"{name} {parameter.name}: a sentence ends with a full stop"
     assert run(name, "--help") == 0
     assert f"Usage: secateur {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["prune", "compress"])
+def test_help_names_every_criterion(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    @criteria.criterion("of_a_plugin", needs=["filters"])
+    def of_a_plugin(filters: torch.Tensor) -> torch.Tensor:
+        return filters.abs().amax(1)
+
+    try:
+        assert run(name, "--help") == 0
+    finally:
+        criteria.unregister("of_a_plugin")
+    shown = set(re.findall(r"\w+", capsys.readouterr().out))
+    assert shown >= {*criteria.names(), "of_a_plugin"}
+    assert "CRITERIA" not in shown
 
 
 def test_help_does_not_wait_for_torch() -> None:

@@ -1,6 +1,7 @@
 """A run configuration is typed: what it accepts it gives back, what it refuses it explains in one line."""
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -74,8 +75,10 @@ def test_the_command_line_goes_before_the_file_and_merges_mappings(tmp_path: Pat
         (MINIMAL + "target: {macs: 0.5, params: 0.5}\n", 3, ["found macs, params"]),
         (MINIMAL + "settings:\n  form: pear\n", 4, ["settings.form", "'pair'", "found 'pear'"]),
         (MINIMAL + "settings:\n  fraktion: 1\n", 4, ["settings.fraktion: no such key; did you mean fraction?"]),
-        (MINIMAL + "settings: {fraction: 2}\n", None, ["fraction: is in (0, 1), found 2"]),
-        (MINIMAL + "baseline: {epochs: 0}\n", None, ["epochs: must be at least 1"]),
+        (MINIMAL + "settings: {fraction: 2}\n", 3, [":3: settings.fraction: is in (0, 1), found 2."]),
+        (MINIMAL + "settings:\n  lr: 0.1\n  fraction: 2\n", 5, [":5: settings.fraction: is in (0, 1), found 2."]),
+        (MINIMAL + "baseline: {epochs: 0}\n", 3, [":3: baseline.epochs: must be at least 1, found 0."]),
+        (MINIMAL + "baseline:\n  lr: -1\n", 4, [":4: baseline.lr: must be above 0, found -1.0."]),
         ("model: lenet5\n", None, ["data: missing", "add 'data: …'"]),
         ("modle: lenet5\ndata: digits\n", 1, ["modle: no such key", "did you mean model?"]),
         (MINIMAL + "model: vgg16\n", 3, ["model: already given in line 1"]),
@@ -107,7 +110,21 @@ def test_a_file_that_is_missing_or_not_text_is_refused(tmp_path: Path) -> None:
         config.load(binary)
 
 
+def test_what_the_command_line_overrides_is_not_laid_to_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, MINIMAL + "baseline: {epochs: 3}\nseed: -1\n")
+    with pytest.raises(UsageError, match=r"^baseline\.epochs: must be at least 1, found 0\."):
+        config.load(path, {"baseline": {"epochs": 0}, "seed": 1})
+    with pytest.raises(UsageError, match=r"^tolerance: .*found -3"):
+        config.load(path, {"tolerance": -3, "seed": 1})
+    with pytest.raises(UsageError, match=rf"^{re.escape(str(path))}:4: seed: .*found -1"):
+        config.load(path, {"baseline": {"epochs": 2}})
+    with pytest.raises(UsageError, match=r"^baseline\.epocs: no such key; did you mean epochs"):
+        config.load(path, {"baseline": {"epocs": 2}, "seed": 1})
+
+
 def test_values_of_the_command_line_are_checked_too() -> None:
+    with pytest.raises(UsageError, match=r"^baseline\.epochs: must be at least 1, found 0\.$"):
+        config.build({"model": "lenet5", "data": "digits", "baseline": {"epochs": 0}})
     with pytest.raises(UsageError, match=r"^data: missing; give --data or a --config file that has it\.$"):
         config.build({"model": "lenet5"})
     with pytest.raises(UsageError, match=r"^tolerance: .*found -3"):

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -120,8 +121,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, any_class: bool = Fa
     mine = type(model).__qualname__
     if mine != header.model and not any_class:
         raise CheckpointError(
-            f"{path}: holds a {header.model}, and the model given is a {mine}; build the class that was pruned "
-            "(any_class=True takes another if all its tensors fit)."
+            f"{path}: holds a {header.model}, and the model given is a {mine}; build the class that was pruned."
         )
     _require_original(model, header, path)
     pruned = _apply(model, header.plans, path)
@@ -140,9 +140,14 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     content = read_bytes(path)
     if not looks_like_safetensors(content):
         return False
-    # Told by the bytes, since a truncated header can't be parsed; a tensor of that name would have an object here.
     length = int.from_bytes(content[:8], "little")
-    return f'"{KEY}":"'.encode() in content[8 : 8 + length]
+    header = content[8 : 8 + length]
+    try:
+        metadata = json.loads(header).get("__metadata__")
+    except (ValueError, AttributeError):
+        # A truncated or damaged header can't be parsed; a tensor of that name would have an object here.
+        return re.search(rb'"%s"\s*:\s*"' % KEY.encode(), header) is not None
+    return isinstance(metadata, dict) and KEY in metadata
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:

@@ -46,8 +46,8 @@ def write_report(
 
     Args:
         run_dirs: Directory of a finished run, or several.
-        output: The HTML file; the JSON of the same numbers goes beside it. Default ``report.html`` in the directory
-            of a single run, or in the working directory for several.
+        output: The HTML file; the JSON of the same numbers goes beside it, and a missing folder is made. Default
+            ``report.html`` in the directory of a single run, or in the working directory for several.
         figures: Folder for every figure as PNG and SVG; default none.
         layers: Layers whose correlation heat maps to draw; default all, or 24 spread over the depth.
 
@@ -154,12 +154,13 @@ def _write_figures(
 def _replacing(path: Path) -> Iterator[Path]:
     """Give a temporary file beside ``path`` that takes its place once it is whole, and is gone if it never is."""
     if path.is_dir():
-        raise UsageError(f"{path}: can't be written (it is a directory). Choose another --output.")
+        raise UsageError(f"{path}: can't be written (it is a directory). Choose another target.")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
         os.close(handle)
     except OSError as error:
-        raise UsageError(f"{path}: can't be written ({error.strerror}). Choose another --output.") from error
+        raise UsageError(f"{path}: can't be written ({error.strerror}). Choose another target.") from error
     part = Path(name)
     try:
         yield part
@@ -168,6 +169,6 @@ def _replacing(path: Path) -> Iterator[Path]:
         part.chmod(0o666 & ~umask)
         os.replace(part, path)
     except OSError as error:
-        raise UsageError(f"{path}: can't be written ({error.strerror}). Choose another --output.") from error
+        raise UsageError(f"{path}: can't be written ({error.strerror}). Choose another target.") from error
     finally:
         part.unlink(missing_ok=True)

@@ -300,6 +300,24 @@ def test_a_truncated_file_is_said_to_be_one(stored):
         checkpoint.load(Net(), stored)
 
 
+def test_a_header_written_by_another_hand_is_told_all_the_same(stored):
+    content = stored.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + length]), indent=2, ensure_ascii=True).encode()
+    rewritten = len(header).to_bytes(8, "little") + header + content[8 + length :]
+    stored.write_bytes(rewritten)
+    assert checkpoint.is_checkpoint(stored)
+    checkpoint.load(Net(), stored)
+    stored.write_bytes(rewritten[: 8 + len(header) - 9])
+    assert checkpoint.is_checkpoint(stored), "cut off within its header"
+
+
+def test_a_tensor_named_as_the_metadata_is_makes_no_checkpoint(tmp_path):
+    path = tmp_path / "f"
+    save_file({"x": torch.zeros(2)}, path, {"note": '"secateur":"no"'})
+    assert not checkpoint.is_checkpoint(path)
+
+
 def test_a_flipped_bit_is_noticed(stored):
     content = bytearray(stored.read_bytes())
     content[-5] ^= 1
