@@ -113,7 +113,12 @@ def prune(
     ] = "l1",
     method_option: Annotated[
         list[str] | None,
-        typer.Option("--method-option", metavar="NAME=VALUE", help="Option of the criterion; repeatable."),
+        typer.Option(
+            "--method-option",
+            metavar="NAME=VALUE",
+            help="Option of the criterion; repeatable. One that decides a selection, such as corrnet's threshold=0.9, "
+            "may remove less than asked for.",
+        ),
     ] = None,
     macs: options.Macs = None,
     params: options.Params = None,
@@ -178,6 +183,15 @@ def prune(
             raise UsageError(
                 f"prune: --compensate {compensate} looks at feature maps; give --data, e.g. --data digits."
             )
+        given = options.values("--method-option", method_option)
+        criterion = criteria.get(method)
+        # Such as a threshold: within the numbers that a plan by scores allows, the criterion then selects by itself.
+        deciding = set(given) & (criterion.takes(True) - criterion.takes(False))
+        criterion.check(given, bool(deciding))
+        if deciding and multiple != 1:
+            raise UsageError(
+                f"prune: --round-to can't hold what --method-option {min(deciding)} selects; leave one of them out."
+            )
         bundle = None
         if data is not None:
             with steps.step("loading the data"):
@@ -195,11 +209,11 @@ def prune(
         with steps.step("tracing"):
             graph = sc.trace(found.model, found.inputs)
         with steps.step(f"scoring by {method}"):
-            given = options.values("--method-option", method_option)
-            scores = sc.score(found.model, graph, method, data=sample, seed=seed, **given)
+            scoring = {name: value for name, value in given.items() if name not in deciding}
+            scores = sc.score(found.model, graph, method, data=sample, seed=seed, **scoring)
 
         def planned(multiple: int) -> sc.PruningPlan:
-            return sc.plan(
+            budget = sc.plan(
                 graph,
                 scores,
                 sc.Target(**goal) if goal else None,
@@ -211,6 +225,11 @@ def prune(
                 ranking=ranking,
                 inexact=inexact,
             )
+            if not deciding:
+                return budget
+            counts = {name: len(channels) for name, channels in budget.removed.items()}
+            chosen = sc.select(found.model, graph, method, counts, sample, seed=seed, **given)
+            return sc.plan_removal(graph, {name: list(s.removed) for name, s in chosen.items() if s.removed})
 
         choice = None
         if multiple is None:

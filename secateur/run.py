@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from secateur import checkpoint, config, sources, training
 from secateur.config import RunConfig
 from secateur.engine import CompressResult, Event, RunDirectory, compress, resume
+from secateur.engine.selection import selective
 from secateur.errors import UsageError
 from secateur.planning import Target
 from secateur.training import TrainingSettings
@@ -37,6 +38,7 @@ def start(run: RunConfig, steps: Steps) -> CompressResult:
     folder = Path(run.run_dir)
     if RunDirectory(folder).started:
         raise UsageError(f"{folder}: holds a run already; go on with 'secateur resume {folder}', or give --run-dir.")
+    selective(run.method, run.settings.criterion)  # refused now, not after the baseline is trained
     bundle, found = _found(run, steps)
     config.save(run, folder / config.FILE)
     if run.weights is None:

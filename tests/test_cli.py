@@ -122,6 +122,21 @@ def test_prune_saves_a_network_that_evaluate_loads(here: Path, capsys: pytest.Ca
     assert (measured["macs"], measured["parameters"]) == (shown["after"]["macs"], shown["after"]["parameters"])
 
 
+def test_a_threshold_lets_a_criterion_remove_less_than_asked_for(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["prune", *LENET, *DIGITS, "--channels", "0.5", "--method", "corrnet", "--batches", "2", "--json"]
+    removed = []
+    for threshold in ("0", "0.5", "1.0"):
+        capsys.readouterr()
+        assert run(*words, "--method-option", f"threshold={threshold}") == 0
+        shown = json.loads(capsys.readouterr().out)
+        assert shown["verification"]["exact"] is True
+        removed.append(sum(shown["widths"]["before"].values()) - sum(shown["widths"]["after"].values()))
+    assert removed[0] == 9, "half of 4 + 6 + 8 channels"
+    assert removed[0] > removed[1] > removed[2] == 0
+
+
 def test_what_was_pruned_can_be_pruned_again_and_still_loads(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     size = ["--model-option", "in_size=16"]
     assert run("prune", *LENET, *size, "--channels", "0.3", "--out", "one.safetensors") == 0
@@ -314,6 +329,20 @@ ERRORS: list[tuple[list[str], int, str]] = [
     (["prune", "lenet5", "--macs", "0.5", "--method", "l3"], 2, "unknown criterion 'l3'"),
     (["prune", "lenet5", "--macs", "0.5", "--method-option", "p=3"], 2, "'p'"),
     (["prune", "lenet5", "--macs", "0.5", "--method", "corrnet"], 2, "give --data"),
+    (
+        ["prune", "lenet5", *DIGITS, "--macs", "0.5", "--method", "corrnet", "--method-option", "threshold=2"],
+        2,
+        "threshold is 2",
+    ),
+    (
+        [
+            *("prune", "lenet5", *DIGITS, "--macs", "0.5", "--method", "corrnet"),
+            *("--method-option", "threshold=0.9", "--round-to", "4"),
+        ],
+        2,
+        "--round-to can't hold",
+    ),
+    (["compress", *LENET, *DIGITS, "--method", "l1", "--set", "criterion={threshold: 1}"], 2, "unknown option"),
     (["prune", "lenet5", "--macs", "0.5", "--compensate", "glue"], 2, "unknown compensation 'glue'"),
     (["prune", "lenet5", "--macs", "0.5", "--compensate", "bn"], 2, "give --data"),
     (["prune", "lenet5", "--ratio", "conv1"], 2, "write NAME=VALUE"),

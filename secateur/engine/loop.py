@@ -208,6 +208,9 @@ class Engine:
         return False
 
     def _nothing_left(self, state: State) -> None:
+        if self.selection.selective and (self.target is not None or self.goals):
+            state.stage, state.epoch, state.goal = "final", 0, max(state.goal, len(self.goals) - 1)
+            return
         if self.target is not None:
             reached = self.selection.removed_share(state.removed)
             raise RunError(

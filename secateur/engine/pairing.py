@@ -156,7 +156,7 @@ def most_removable(group: ChannelGroup, min_width: int = 1) -> int:
     return min(len(possible), max(0, group.size - min_width) // len(possible[0])) * len(possible[0])
 
 
-def _whole(group: ChannelGroup, count: int, min_width: int) -> int:
+def whole(group: ChannelGroup, count: int, min_width: int) -> int:
     """Round a number of channels to what the constraint allows; at least one step if any may go."""
     if count <= 0:
         return 0
@@ -180,7 +180,7 @@ def select_pairs(
     Blocks lose the same fraction each, so the number is rounded to what the group's constraint allows; empty where
     nothing may go.
     """
-    wanted = _whole(group, count, min_width)
+    wanted = whole(group, count, min_width)
     scores = correlations(model, graph, group, share=share, signed=signed, order=order) if wanted else None
     if scores is None:
         return []
@@ -192,7 +192,7 @@ def select_pairs(
 
 def select_lowest(group: ChannelGroup, scores: Tensor, count: int, *, min_width: int = 1) -> list[int]:
     """Choose about ``count`` channels of a group with the lowest scores, lowest first, its constraint kept."""
-    wanted = _whole(group, count, min_width)
+    wanted = whole(group, count, min_width)
     order = torch.sort(scores.double().cpu(), stable=True).indices.tolist()
     taken: list[int] = []
     for step in steps(group, order):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur import training
+from secateur import criteria, training
 from secateur.criteria import singh2020cfp as cfp
 from secateur.engine import pairing
 from secateur.engine.settings import Settings
@@ -32,7 +32,8 @@ class Selection:
         loss: Of the training, for a criterion that takes gradients.
 
     Raises:
-        UsageError: If the settings let no group go, or widths name no group or can't be had.
+        UsageError: If the settings let no group go, widths name no group or can't be had, or the criterion is unknown
+            or takes no such option.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Selection:
     ) -> None:
         self.graph, self.method, self.settings, self.target = graph, method, settings, target
         self.seed, self.train, self.loss = seed, train, loss
+        self.selective = selective(method, settings.criterion)
         self.groups = pairing.eligible(
             graph,
             internal_only=settings.internal_only,
@@ -176,19 +178,22 @@ class Selection:
         pairs: pairing.Pairs = {}
         if self.method == "cfp":
             for name, count in wanted.items():
-                found = pairing.select_pairs(
+                paired = pairing.select_pairs(
                     state.network, graph, graph.group(name), count,
                     share=chosen.share, signed=chosen.signed, min_width=chosen.min_width, order=chosen.order,
                 )  # fmt: skip
-                if found:
-                    pairs[name] = found
-            return pairs, {name: [d for d, _ in found] for name, found in pairs.items()}
-        scores = self._criterion_scores(state, graph, list(wanted))
-        lowest = {
-            name: pairing.select_lowest(graph.group(name), scores[name], n, min_width=chosen.min_width)
-            for name, n in wanted.items()
-        }
-        return {}, {name: channels for name, channels in lowest.items() if channels}
+                if paired:
+                    pairs[name] = paired
+            return pairs, {name: [d for d, _ in paired] for name, paired in pairs.items()}
+        if self.selective:
+            found = self._criterion_selection(state, graph, wanted)
+        else:
+            scores = self._criterion_scores(state, graph, list(wanted))
+            found = {
+                name: pairing.select_lowest(graph.group(name), scores[name], n, min_width=chosen.min_width)
+                for name, n in wanted.items()
+            }
+        return {}, {name: channels for name, channels in found.items() if channels}
 
     def _still_there(self, state: State, graph: ChannelGraph, name: str) -> bool:
         """Tell whether the present network has a group with channels to spare; a last channel is no group any more."""
@@ -212,6 +217,18 @@ class Selection:
                 state.network, graph, self.method, data=data, groups=groups, loss=self.loss, seed=self.seed,
                 **self.settings.criterion,
             )  # fmt: skip
+
+    def _criterion_selection(self, state: State, graph: ChannelGraph, wanted: Mapping[str, int]) -> Removed:
+        from secateur.scoring import select
+
+        counts = {name: pairing.whole(graph.group(name), n, self.settings.min_width) for name, n in wanted.items()}
+        with training.seeded(self.seed, state.round, 1):
+            data = _Some(self.train, self.settings.criterion_batches)
+            found = select(
+                state.network, graph, self.method, counts, data, loss=self.loss, seed=self.seed,
+                **self.settings.criterion,
+            )  # fmt: skip
+        return {name: list(selected.removed) for name, selected in found.items()}
 
     def trim(self, state: State) -> None:
         """Leave out of the last round what is not needed to reach the target: the least correlated pairs stay."""
@@ -239,6 +256,23 @@ class Selection:
             name: [pair for pair in chosen if pair[0] in kept.get(name, set())] for name, chosen in state.pairs.items()
         }
         state.pairs = {name: chosen for name, chosen in state.pairs.items() if chosen}
+
+
+def selective(method: Any, options: Mapping[str, Any]) -> bool:
+    """Tell whether a criterion makes the selection itself, which an option that decides one and no score asks for.
+
+    Raises:
+        UsageError: If the criterion is unknown, or takes no such option.
+    """
+    if method == "cfp":
+        if options:
+            raise UsageError(f"criterion: cfp takes no option {next(iter(options))!r}; share and signed are settings.")
+        return False
+    criterion = criteria.get(method)
+    deciding = criterion.takes(True) - criterion.takes(False)
+    found = bool(deciding & set(options))
+    criterion.check(options, found)
+    return found
 
 
 class _Some:

@@ -102,7 +102,9 @@ class Settings:
     device: str = "auto"
     precision: str = "no"
     criterion: dict[str, Any] = field(default_factory=dict)
-    """Options of the criterion, for methods other than ``cfp``."""
+    """Options of the criterion, for methods other than ``cfp``. With one that decides a selection and no score, such
+    as ``threshold`` of ``corrnet`` or ``budget`` of ``cshe``, the criterion selects by itself, at most as many channels
+    as the round allows; where it selects none, the run ends, short of a target if there is one."""
     criterion_batches: int = 8
     """Batches of the training data that a criterion sees."""
 

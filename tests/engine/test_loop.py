@@ -183,6 +183,37 @@ def test_any_criterion_drives_the_loop(network: nn.Module, method: str) -> None:
     assert all(record["pairs"] == [] for record in result.history)
 
 
+def test_corrnet_with_a_threshold_selects_for_itself_round_by_round(network: nn.Module) -> None:
+    options: dict[str, Any] = {"criterion_batches": 2, "fraction": 0.25, "finetune_epochs": 0, "optimise_epochs": 0}
+    result = run(network, "corrnet", target=sc.Target(macs=0.9), criterion={"threshold": 0.35}, **options)
+    check(network, result)
+    graph, first = sc.trace(network, VALIDATION.x[:1]), result.history[0]["removed"]
+    with training.seeded(0, 1, 1):
+        data = [batch for _, batch in zip(range(2), TRAIN, strict=False)]
+        wanted = {"conv1": 2, "conv2": 3}
+        chosen = sc.select(network, graph, "corrnet", wanted, data, threshold=0.35, seed=0)
+    assert first == {name: sorted(s.removed) for name, s in chosen.items() if s.removed}
+    assert all(len(record["removed"].get(name, [])) <= n for record in result.history for name, n in wanted.items())
+    # Nothing is left that correlates so much, and the run ends short of its target.
+    assert result.report["final"]["macs"] > 0.1 * result.report["baseline"]["macs"]
+    last = sc.trace(result.model, VALIDATION.x[:1])
+    rest = sc.select(result.model, last, "corrnet", {"conv1": 1, "conv2": 1}, data, threshold=0.6)
+    assert [s.removed for s in rest.values()] == [(), ()]
+
+
+def test_a_threshold_out_of_reach_leaves_the_network_as_it_was(network: nn.Module) -> None:
+    result = run(network, "corrnet", target=sc.Target(macs=0.5), criterion={"threshold": 1.0}, criterion_batches=2)
+    assert result.history == []
+    assert result.plan.removed == {}
+
+
+def test_cshe_keeps_a_representative_of_each_cluster(network: nn.Module) -> None:
+    result = run(
+        network, "cshe", widths={"conv1": 5}, rounds=(1,), finetune_epochs=0, criterion={"budget": "representative"}
+    )
+    assert len(result.plan.removed["conv1"]) == 3
+
+
 def test_lowest_l1_goes(network: nn.Module) -> None:
     result = run(network, "l1", widths={"conv1": 5}, rounds=(1,), finetune_epochs=0)
     norms = network.get_parameter("conv1.weight").detach().abs().flatten(1).sum(1)
@@ -346,6 +377,9 @@ def test_resume_refuses_a_damaged_state(network: nn.Module, tmp_path: Path) -> N
         ({"skip": ["conv", "fc"]}, UsageError, "no group of filters"),
         ({"train": iter([])}, UsageError, "walked through only once"),
         ({"method": "nope", "widths": {"conv1": 7}}, UsageError, "unknown criterion 'nope'"),
+        ({"method": "corrnet", "criterion": {"treshold": 0.9}}, UsageError, "unknown option 'treshold'"),
+        ({"method": "l1", "criterion": {"threshold": 0.9}}, UsageError, "unknown option 'threshold'"),
+        ({"criterion": {"threshold": 0.9}}, UsageError, "cfp takes no option 'threshold'"),
         ({"widths": {"conv1": 7}, "lr": 1e25}, RunError, "lower the learning rate"),
     ],
 )
