@@ -298,6 +298,13 @@ def compress(
         str | None,
         typer.Option(metavar="NAME", help=f"What chooses the channels: {options.CRITERIA}; cfp unless given."),
     ] = None,
+    compensate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Adjust what stays as filters go, before fine-tuning: merge, least_squares, bn; several with commas.",
+        ),
+    ] = None,
     tolerance: Annotated[
         float | None,
         typer.Option(
@@ -345,7 +352,7 @@ def compress(
             "method": method,
             "tolerance": tolerance,
             "target": options.target(macs, params, channels),
-            "settings": options.values("--set", settings),
+            "settings": options.values("--set", settings) | ({} if compensate is None else {"compensate": compensate}),
             "baseline": options.values("--baseline", baseline),
             "batch_size": batch_size,
             "seed": seed,

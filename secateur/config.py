@@ -143,7 +143,7 @@ class RunConfig(_Section):
         if not isinstance(value, Mapping):
             return value
         lists = {f.name for f in fields(Settings) if str(f.type).startswith("tuple[")}
-        return {k: [v] if k in lists and not isinstance(v, (list, tuple)) else v for k, v in value.items()}
+        return {k: _listed(k, v) if k in lists else v for k, v in value.items()}
 
     @field_validator("settings", "baseline", mode="wrap")
     @classmethod
@@ -153,6 +153,12 @@ class RunConfig(_Section):
             return check(value)
         except UsageError as error:
             raise ValueError(str(error).removesuffix(".")) from None
+
+
+def _listed(name: str, value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return value
+    return [part.strip() for part in value.split(",")] if name == "compensate" and isinstance(value, str) else [value]
 
 
 def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:

@@ -201,6 +201,26 @@ def test_compress_keeps_a_run_that_a_configuration_file_repeats(here: Path, caps
             assert second[part][key] == first[part][key]
 
 
+def test_any_method_and_compensation_go_by_name_in_every_way(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "cshe.yaml").write_text(
+        "model: lenet5\nmodel_options: {widths: [4, 6], hidden: 8}\n"
+        "data: digits\ndata_options: {size: 16, train_size: 200}\n"
+        "method: cshe\ntarget: {macs: 0.3}\nbaseline: {epochs: 2}\n"
+        "settings: {compensate: least_squares, device: cpu, finetune_epochs: 1, fraction: 0.25}\n"
+    )
+    assert run("compress", "--config", "cshe.yaml", "--run-dir", "file", "--json") == 0
+    by_file = json.loads(capsys.readouterr().out)
+    words = ["--method", "cshe", "--compensate", "least_squares", "--macs", "0.3", "--baseline", "epochs=2"]
+    sets = ["--set", "device=cpu", "--set", "finetune_epochs=1", "--set", "fraction=0.25"]
+    assert run("compress", *LENET, *DIGITS, *words, *sets, "--run-dir", "words", "--json") == 0
+    by_words = json.loads(capsys.readouterr().out)
+    assert by_file["history"][0]["compensated"]["least_squares"]
+    assert by_file["final"]["test"] == by_words["final"]["test"]
+    assert [r["removed"] for r in by_file["history"]] == [r["removed"] for r in by_words["history"]]
+    once = ["--method", "cshe", "--compensate", "least_squares", "--macs", "0.3", "--batches", "2"]
+    assert run("prune", *LENET, *DIGITS, *once) == 0
+
+
 def test_an_interrupted_run_says_how_it_goes_on_and_ends_the_same(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,6 +363,11 @@ ERRORS: list[tuple[list[str], int, str]] = [
         "--round-to can't hold",
     ),
     (["compress", *LENET, *DIGITS, "--method", "l1", "--set", "criterion={threshold: 1}"], 2, "unknown option"),
+    (
+        ["compress", *LENET, *DIGITS, "--compensate", "glue"],
+        2,
+        "error: settings.compensate: unknown compensation 'glue'",
+    ),
     (["prune", "lenet5", "--macs", "0.5", "--compensate", "glue"], 2, "unknown compensation 'glue'"),
     (["prune", "lenet5", "--macs", "0.5", "--compensate", "bn"], 2, "give --data"),
     (["prune", "lenet5", "--ratio", "conv1"], 2, "write NAME=VALUE"),

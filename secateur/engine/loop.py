@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from secateur import cost, observe, training
+from secateur import cost, training
+from secateur.compensate import compensate, parse
 from secateur.engine import pairing
 from secateur.engine.events import Event, Progress
-from secateur.engine.selection import Selection, union
+from secateur.engine.selection import Selection, Some, union
 from secateur.engine.settings import Settings
 from secateur.engine.state import Removed, State
 from secateur.errors import RunError, UsageError
@@ -282,7 +283,7 @@ class Engine:
             place = {channel: i for i, channel in enumerate(self.selection.alive(state, name))}
             local[name] = sorted(place[c] for c in channels)
         plan = plan_removal(graph, local)
-        state.model = cut(self._merged(state, graph, plan), plan)
+        state.model = self._compensated(state, graph, plan)
         state.removed = union(state.removed, state.going)
         state.episode["metric_dropped"] = self._measure(state.network)
         tunes = self.settings.finetune_epochs > 0
@@ -290,17 +291,26 @@ class Engine:
             state.episode["metric_tuned"] = state.episode["metric_dropped"]
         state.stage, state.epoch = ("finetune" if tunes else "judge"), 0
 
-    def _merged(self, state: State, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
-        """Return the present network, the filters that go folded into their partners' consumers if so set."""
-        if not self.settings.merge or not state.pairs:
-            return state.network
-        from secateur.compensate.merging import merge
-
+    def _compensated(self, state: State, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
+        """Return the present network without the filters that go, what they knew moved as the settings say."""
+        small = cut(state.network, plan)
+        methods = parse(self.settings.compensate)
+        if self.settings.merge and state.pairs and "merge" not in methods:
+            methods.insert(0, "merge")
+        if not methods:
+            return small
         partners = {name: dict(chosen) for name, chosen in self._local_pairs(state).items()}
-        example = next(observe.batches([(self.example_inputs, None)], self.runtime.device))
-        network, report = merge(state.network, graph, plan, example, partners)
-        state.episode["merged"] = {layer.module: layer.reason if not layer.applied else "" for layer in report}
-        return network
+        with training.seeded(self.seed, state.round, 2):
+            report = compensate(
+                state.network, small, plan, methods, Some(self.train, self.settings.criterion_batches),
+                graph=graph, example_inputs=self.example_inputs, pairs=partners or None,
+                **self.settings.compensate_options,
+            )  # fmt: skip
+        done: dict[str, dict[str, str]] = {}
+        for layer in report:
+            done.setdefault(layer.method, {})[layer.module] = "" if layer.applied else layer.reason
+        state.episode["compensated"] = done
+        return small
 
     def _finetune(self, state: State) -> None:
         if self._train(state, "finetune", self.settings.finetune_epochs, self.settings.training()):

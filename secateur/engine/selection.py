@@ -212,7 +212,7 @@ class Selection:
         from secateur.scoring import score
 
         with training.seeded(self.seed, state.round, 1):
-            data = _Some(self.train, self.settings.criterion_batches)
+            data = Some(self.train, self.settings.criterion_batches)
             return score(
                 state.network, graph, self.method, data=data, groups=groups, loss=self.loss, seed=self.seed,
                 **self.settings.criterion,
@@ -223,7 +223,7 @@ class Selection:
 
         counts = {name: pairing.whole(graph.group(name), n, self.settings.min_width) for name, n in wanted.items()}
         with training.seeded(self.seed, state.round, 1):
-            data = _Some(self.train, self.settings.criterion_batches)
+            data = Some(self.train, self.settings.criterion_batches)
             found = select(
                 state.network, graph, self.method, counts, data, loss=self.loss, seed=self.seed,
                 **self.settings.criterion,
@@ -275,7 +275,7 @@ def selective(method: Any, options: Mapping[str, Any]) -> bool:
     return found
 
 
-class _Some:
+class Some:
     """The first batches of some data, again and again."""
 
     def __init__(self, batches: Batches, count: int) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from secateur.compensate import parse
+from secateur.compensate.least_squares import refit
 from secateur.criteria.singh2020cfp import Form, Order
 from secateur.errors import UsageError
 from secateur.training import Distillation, TrainingSettings
@@ -79,6 +82,13 @@ class Settings:
     """Fold each dropped filter into its partner's consumers. Through a ReLU only a positive pair can be folded: set
     ``signed`` with it, or the others are dropped plainly."""
 
+    # Compensation, as filters go
+    compensate: tuple[str, ...] = ()
+    """Moves that keep accuracy before any fine-tuning, in order: ``merge``, ``least_squares``, ``bn``. ``merge`` folds
+    the pairs of ``cfp``, and filters that other criteria drop into the one most like each."""
+    compensate_options: dict[str, Any] = field(default_factory=dict)
+    """Options of ``least_squares``, such as ``everywhere: true``."""
+
     # Training
     finetune_epochs: int = 2
     final_epochs: int = 0
@@ -106,7 +116,7 @@ class Settings:
     as ``threshold`` of ``corrnet`` or ``budget`` of ``cshe``, the criterion selects by itself, at most as many channels
     as the round allows; where it selects none, the run ends, short of a target if there is one."""
     criterion_batches: int = 8
-    """Batches of the training data that a criterion sees."""
+    """Batches of the training data that a criterion sees, and compensation."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range, each in one line."""
@@ -137,6 +147,7 @@ class Settings:
             f"needs {len(self.widths)} numbers",
             self.rounds,
         )
+        _check_compensation(self.compensate, self.compensate_options)
         self.training()
         Distillation(self.distillation, self.temperature)
 
@@ -179,7 +190,20 @@ def _plain_to_setting(name: str, value: Any) -> Any:
         value = [value]
     if name == "skip" and isinstance(value, str):
         value = [value]
+    if name == "compensate" and isinstance(value, str):
+        value = parse(value)
     return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _check_compensation(methods: Sequence[str], options: Mapping[str, Any]) -> None:
+    try:
+        names = parse(methods)
+    except UsageError as error:
+        raise UsageError(f"compensate: {error}") from None
+    known = set(inspect.signature(refit).parameters) - {"original", "pruned", "plan", "data"}
+    for name in options:
+        _require("least_squares" in names, "compensate_options", "are those of least_squares, not asked for", name)
+        _require(name in known, "compensate_options", f"are {', '.join(sorted(known))}", name)
 
 
 def _require(holds: bool, name: str, rule: str, found: object) -> None:

@@ -273,6 +273,26 @@ def test_merging_a_duplicate_costs_nothing(network: nn.Module) -> None:
     assert not torch.allclose(outputs[0], outputs[2], atol=1e-3)
 
 
+def test_compensation_as_filters_go_keeps_accuracy(network: nn.Module) -> None:
+    options: dict[str, Any] = {"widths": {"conv1": 3, "conv2": 5}, "rounds": (2,), "finetune_epochs": 0}
+    plain = run(network, "l1", **options)
+    moved = run(network, "l1", compensate="least_squares", compensate_options={"everywhere": True}, **options)
+    check(network, moved)
+    assert moved.plan.removed["conv1"] == plain.plan.removed["conv1"]
+    assert moved.report["final"]["validation"] > plain.report["final"]["validation"] + 0.1
+    done = moved.history[0]["compensated"]["least_squares"]
+    assert done == {"conv2": "", "fc1": "", "fc2": ""}
+
+
+def test_compensations_follow_one_another_and_are_recorded(network: nn.Module) -> None:
+    result = run(network, widths={"conv1": 6}, rounds=(1,), compensate=["merge", "bn"], finetune_epochs=0)
+    record = result.history[0]
+    assert list(record["compensated"]) == ["merge", "bn"]
+    assert record["compensated"]["bn"] == {"bn1": ""}
+    again = run(network, widths={"conv1": 6}, rounds=(1,), compensate="merge,bn", finetune_epochs=0)
+    assert same(result.model, again.model)
+
+
 def test_distillation_and_other_training(network: nn.Module) -> None:
     result = run(
         network, widths={"conv1": 7}, distillation=0.5, optimizer="adam", lr=1e-3, schedule="cosine", clip_norm=1.0
@@ -380,6 +400,10 @@ def test_resume_refuses_a_damaged_state(network: nn.Module, tmp_path: Path) -> N
         ({"method": "corrnet", "criterion": {"treshold": 0.9}}, UsageError, "unknown option 'treshold'"),
         ({"method": "l1", "criterion": {"threshold": 0.9}}, UsageError, "unknown option 'threshold'"),
         ({"criterion": {"threshold": 0.9}}, UsageError, "cfp takes no option 'threshold'"),
+        ({"compensate": "glue"}, UsageError, "unknown compensation 'glue'"),
+        ({"compensate": ["bn", "merge"]}, UsageError, "Put merge first"),
+        ({"compensate_options": {"ridge": 1}}, UsageError, "are those of least_squares, not asked for"),
+        ({"compensate": "least_squares", "compensate_options": {"rigde": 1}}, UsageError, "found 'rigde'"),
         ({"widths": {"conv1": 7}, "lr": 1e25}, RunError, "lower the learning rate"),
     ],
 )
