@@ -287,7 +287,10 @@ def _compared(
     try:
         runner = load()
     except Exception as error:  # whatever a damaged or unreadable file raises is the finding
-        raise ExportError(f"The exported file can't be loaded again: {_first_line(error)}.") from error
+        # ONNX Runtime tells the node, which is named after the operator that it came from.
+        node = re.search(r"node(?: with name '| \()node_(\w+?)(?:_\d+)?['\)]", f"{error} {error.__cause__}")
+        where = f"aten.{node.group(1)}: the" if node else "The"
+        raise ExportError(f"{where} exported file can't be loaded again: {_reason(error)}.") from error
     largest, relative, size = 0.0, 0.0, _batch_size(call)
     for batch in sizes:
         args, kwargs = _resized(call, size, batch)

@@ -137,8 +137,22 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["net.tflite", "net", "missing/net.pt2"])
+def test_a_missing_folder_is_made(tmp_path: Path) -> None:
+    export(Net(), tmp_path / "missing" / "deep" / "net.pt2", torch.randn(2, 3, 8, 8))
+    assert [p.name for p in (tmp_path / "missing" / "deep").iterdir()] == ["net.pt2"]
+
+
+def test_what_onnx_runtime_lacks_is_named_by_its_operator(tmp_path: Path) -> None:
+    resized = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(3, 4, 3)).double()
+    with pytest.raises(ExportError, match=r"^aten\.upsample_nearest2d: the exported file can't be loaded again: ") as e:
+        export(resized, tmp_path / "net.onnx", torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    assert str(tmp_path) not in str(e.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["net.tflite", "net", "file/net.pt2"])
 def test_a_wrong_target_is_a_usage_error(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=re.escape(str(tmp_path / name))):
         export(Net(), tmp_path / name, torch.randn(2, 3, 8, 8))
 
