@@ -74,13 +74,18 @@ def test_a_missing_directory_and_no_directory_are_usage_errors(tmp_path: Path) -
         write_report([])
 
 
-@pytest.mark.parametrize("target", ["missing/report.html", "report.txt", "run/history.jsonl/report.html"])
+@pytest.mark.parametrize("target", ["report.txt", "run/history.jsonl/report.html"])
 def test_an_unwritable_target_is_one_clear_line_and_leaves_nothing(target: str, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UsageError, match=re.escape(str(tmp_path / target))):
         write_report(run, tmp_path / target)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_missing_folder_of_the_target_is_made(tmp_path: Path) -> None:
+    files = write_report(write_run(tmp_path / "run"), tmp_path / "new" / "deep" / "report.html")
+    assert sorted((tmp_path / "new" / "deep").iterdir()) == [files.html, files.json]
 
 
 def test_a_target_that_is_a_directory_leaves_it_alone(tmp_path: Path) -> None:
