@@ -14,15 +14,19 @@ import argparse
 import copy
 import json
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from bench import criteria
 from bench.sections import write_section
+from secateur.checkpoint import write_atomic
 from secateur.compensate import compensate
 from secateur.data import Batches, DataBundle, load
 from secateur.graph import ChannelGraph
@@ -30,7 +34,7 @@ from secateur.surgery import cut
 from secateur.tracing import trace
 from secateur.training import TrainingSettings, accelerator, evaluate, fit
 
-RATIO, EPOCHS, BATCH = 0.5, 3, 128
+RATIO, BATCH = 0.5, 128
 REPORTED = (1, 3)
 PEAKS = (0.01, 0.03, 0.1)
 FIRST = ("none", "least squares everywhere")
@@ -85,22 +89,39 @@ class Table:
         append({"peak": best, "validation": {str(rate): round(value, 2) for rate, value in tried.items()}})
         return best
 
-    def cell(self, criterion: str, compensation: str, peak: float) -> dict[str, Any]:
-        """Train one cell and measure it after each epoch."""
+    def cell(self, criterion: str, compensation: str, peak: float, epochs: int, work: Path) -> dict[str, Any]:
+        """Train one cell up to a number of epochs, from where an earlier call left it, and measure it."""
         start = time.process_time()
         model = self.pruned(criterion, compensation)
-        measured = {}
-        for number in range(EPOCHS):
+        done, kept = 0, work / f"{criterion}-{compensation.replace(' ', '-')}.safetensors"
+        if kept.exists():
+            with safe_open(kept, "pt") as file:
+                done = int(file.metadata()["epochs"])
+            if done <= epochs:
+                model.load_state_dict(load_file(kept))
+            else:
+                done = 0
+        for number in range(done, epochs):
             self.epoch(model, number, peak)
-            if number + 1 in REPORTED:
-                measured[str(number + 1)] = criteria.accuracy(model, *self.test)
-        seconds = round(time.process_time() - start, 1)
-        return {"criterion": criterion, "compensation": compensation, "accuracy": measured, "cpu_seconds": seconds}
+        work.mkdir(parents=True, exist_ok=True)
+        write_atomic(kept, save(model.state_dict(), {"epochs": str(epochs)}))
+        return {
+            "criterion": criterion,
+            "compensation": compensation,
+            "epochs": epochs,
+            "accuracy": criteria.accuracy(model, *self.test),
+            "cpu_seconds": round(time.process_time() - start, 1),
+        }
 
 
 def read() -> list[dict[str, Any]]:
     """Return what was measured so far."""
     return [json.loads(line) for line in STORE.read_text().splitlines()] if STORE.exists() else []
+
+
+def key(line: dict[str, Any]) -> tuple[int, str, str]:
+    """Return what tells one cell from another."""
+    return line["epochs"], line["criterion"], line["compensation"]
 
 
 def append(line: dict[str, Any]) -> None:
@@ -115,8 +136,8 @@ def render() -> str:
     lines = read()
     chosen = next(line for line in lines if "peak" in line)
     tried = ", ".join(f"{rate}: {value:.2f}" for rate, value in chosen["validation"].items())
-    value = {(line["criterion"], line["compensation"]): line["accuracy"] for line in lines if "criterion" in line}
-    columns = [name for name in criteria.COMPENSATIONS if any(key[1] == name for key in value)]
+    value = {key(line): line["accuracy"] for line in lines if "criterion" in line}
+    columns = [name for name in criteria.COMPENSATIONS if any(cell[2] == name for cell in value)]
     missing = [name for name in criteria.COMPENSATIONS if name not in columns]
     text = [
         "## Criteria × compensation: resnet20, CIFAR-10, after fine-tuning",
@@ -133,16 +154,19 @@ def render() -> str:
             + "Written by `python -m bench.finetuning`."
         ),
     ]
-    for epochs in map(str, REPORTED):
+    for epochs in REPORTED:
         text += [
             "",
-            f"### {epochs} epoch{'' if epochs == '1' else 's'}",
+            f"### {epochs} epoch{'' if epochs == 1 else 's'}",
             "",
             "| criterion | " + " | ".join(columns) + " |",
             "|---" * (len(columns) + 1) + "|",
         ]
         for criterion in criteria.CRITERIA:
-            row = [f"{value[criterion, k][epochs]:.2f}" if (criterion, k) in value else "not measured" for k in columns]
+            row = [
+                f"{value[epochs, criterion, k]:.2f}" if (epochs, criterion, k) in value else "not measured"
+                for k in columns
+            ]
             if any(cell != "not measured" for cell in row):
                 text.append(f"| `{criterion}` | " + " | ".join(row) + " |")
     return "\n".join(text)
@@ -152,6 +176,9 @@ def main() -> None:
     """Measure what is missing and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--compensations", choices=criteria.COMPENSATIONS, nargs="+", default=list(FIRST))
+    parser.add_argument(
+        "--work", type=Path, default=criteria.ROOT / "runs" / "finetuning", help="for half-trained cells"
+    )
     parser.add_argument("--results", type=Path, default=criteria.ROOT / "docs" / "results.md")
     parser.add_argument("--render-only", action="store_true", help="write the tables from the cells measured so far")
     arguments = parser.parse_args()
@@ -159,12 +186,13 @@ def main() -> None:
         torch.set_num_threads(1)
         table = Table()
         peak = table.peak()
-        done = {(line["criterion"], line["compensation"]) for line in read() if "criterion" in line}
-        # The comparisons that matter most come first.
-        for criterion in sorted(criteria.CRITERIA, key=lambda name: name.startswith("corrnet_")):
-            for compensation in arguments.compensations:
-                if (criterion, compensation) not in done:
-                    append(table.cell(criterion, compensation, peak))
+        done = {key(line) for line in read() if "criterion" in line}
+        # The comparisons that matter most come first, one epoch of all before the third of any.
+        order = sorted(criteria.CRITERIA, key=lambda name: name.startswith("corrnet_"))
+        for wanted in product(REPORTED, order, arguments.compensations):
+            if wanted not in done:
+                epochs, criterion, compensation = wanted
+                append(table.cell(criterion, compensation, peak, epochs, arguments.work))
     write_section(arguments.results, "finetuning-resnet20", render())
 
 
