@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from secateur.labels import Axes, Labels, merged, runs, varying
@@ -326,25 +327,64 @@ def index(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
         flow.freeze_tensor(tensor, "is used as an index")
     if not axes:
         return
-    # A mask of n dimensions stands for n of them.
-    consumed: list[int] = []
+    consumed = _indexed(indices)
+    flow.freeze_tensor(x, "is read at given indices", consumed)
+    position = _positions(consumed, x.ndim, out.ndim)
+    flow.set(out, {new: axes[d] for d, new in position.items() if d in axes}, weight=False)
+
+
+def _indexed(indices: Sequence[Any]) -> list[int]:
+    """Return the dimensions that indices stand for: a mask of n dimensions for n of them, None for none."""
+    found: list[int] = []
     dim = 0
     for entry in indices:
-        width = (
-            entry.ndim
-            if isinstance(entry, Tensor) and entry.dtype.is_floating_point is False and entry.element_size() == 1
-            else 1
-        )
+        width = entry.ndim if _is_mask(entry) else 1
         if entry is not None:
-            consumed.extend(range(dim, dim + width))
+            found.extend(range(dim, dim + width))
         dim += width
-    flow.freeze_tensor(x, "is read at given indices", consumed)
-    kept = [d for d in range(x.ndim) if d not in consumed]
-    added = out.ndim - len(kept)
-    adjacent = consumed == list(range(consumed[0], consumed[0] + len(consumed))) if consumed else True
+    return found
+
+
+def _is_mask(entry: Any) -> bool:
+    return isinstance(entry, Tensor) and entry.dtype in (torch.bool, torch.uint8)
+
+
+def _positions(consumed: Sequence[int], before: int, after: int) -> dict[int, int]:
+    """Return where each dimension that is not indexed lies in the result of indexing."""
+    kept = [d for d in range(before) if d not in consumed]
+    added = after - len(kept)
+    adjacent = list(consumed) == list(range(consumed[0], consumed[0] + len(consumed))) if consumed else True
     first = consumed[0] if consumed and adjacent else 0
-    position = {d: i if i < first else i + added for i, d in enumerate(kept)}
-    flow.set(out, {position[d]: axes[d] for d in kept if d in axes}, weight=False)
+    return {d: i if i < first else i + added for i, d in enumerate(kept)}
+
+
+@rule("aten::index_put_", "aten::_index_put_impl_")
+def index_put(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Write values at given indices of some dimensions: their channels are frozen, those of the others join."""
+    x, indices, values = args[:3]
+    for tensor in tensors_in(indices):
+        flow.freeze_tensor(tensor, "is used as an index")
+    consumed = _indexed(indices)
+    flow.freeze_tensor(x, "is written at given indices", consumed)
+    own, given = flow.axes(x), dict(flow.axes(values))
+    written: Axes = {}
+    indexed = x.ndim - len(consumed) + max(1 if _is_mask(t) else t.ndim for t in tensors_in(indices))
+    for dim, place in _positions(consumed, x.ndim, indexed).items():
+        place -= indexed - values.ndim
+        labels = given.pop(place, None)
+        if dim in own and (place < 0 or values.shape[place] == 1):
+            written[dim] = own[dim]
+            continue
+        if labels is not None and dim in own and labels.size == own[dim].size:
+            flow.store.join(own[dim], labels)
+            written[dim] = labels
+            continue
+        for unknown in (labels, own.get(dim)):
+            if unknown is not None:
+                flow.freeze(unknown, "is written together with values that are no known channels")
+    for labels in given.values():
+        flow.freeze(labels, "is written at given indices")
+    flow.set(out, written)
 
 
 @rule("aten::flip")

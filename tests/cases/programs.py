@@ -423,3 +423,47 @@ def region_of_interest() -> nn.Module:
         return m.head(m.fc(x.flatten(1)).relu())
 
     return Net(forward, backbone=conv(3, 8), fc=nn.Linear(32, 10), head=nn.Linear(10, 4))
+
+
+@case(inputs=image(3, 8, 8), prunable={"low": 6, "high": 6, "fc": 10})
+def regions_by_level() -> nn.Module:
+    """Regions pooled from the level that suits their size, written row by row into one tensor (feature pyramid)."""
+    from torchvision.ops import roi_align
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        rois = torch.tensor([[0.0, 1, 1, 5, 6], [1, 0, 2, 7, 7], [1, 3, 3, 5, 5]], dtype=x.dtype)
+        levels = [m.high(x).relu(), F.max_pool2d(m.low(x).relu(), 2)]
+        area = (rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])
+        x = torch.zeros(len(rois), levels[0].shape[1], 2, 2, dtype=x.dtype)
+        for level, features in enumerate(levels):
+            here = torch.where((area > 10) == bool(level))[0]
+            x[here] = roi_align(features, rois[here], (2, 2), 1 / (level + 1))
+        return m.head(m.fc(x.flatten(1)).relu())
+
+    return Net(forward, low=conv(3, 6), high=conv(3, 6), fc=nn.Linear(24, 10), head=nn.Linear(10, 4))
+
+
+@case(prunable={"conv1": 8})
+def rows_written_by_mask() -> Net:
+    """Examples of a batch replaced by constants where a mask says so; channels stay in place."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        dark = x.mean((1, 2, 3)) < x.mean()
+        x = m.conv1(x).relu()
+        x[dark] = 0.25
+        x[:, :, torch.tensor([0, 3])] = x[:, :, torch.tensor([1, 2])] * 2
+        return m.head(x)
+
+    return Net(forward, conv1=conv(3, 8), head=conv(8, 4))
+
+
+@case()
+def channels_written_by_index() -> Net:
+    """Channels overwritten at given numbers."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = m.conv1(x).relu()
+        x[:, torch.tensor([1, 4])] = x[:, torch.tensor([0, 7])] * 2
+        return m.head(x)
+
+    return Net(forward, conv1=conv(3, 8), head=conv(8, 4))
