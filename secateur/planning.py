@@ -165,9 +165,7 @@ def steps(group: ChannelGroup, order: Sequence[int]) -> list[list[int]]:
     place[ordered] = np.arange(ordered.size)
     free = group.removable.copy()
     # The most important channel of every layer stays: a layer may make only some of the group's channels.
-    free[
-        [int(m.channels[place[m.channels].argmax()]) for m in (*group.producers, *group.consumers) if m.channels.size]
-    ] = False
+    free[[int(m.channels[place[m.channels].argmax()]) for m in group.members if m.channels.size]] = False
     queue = ordered[free[ordered]]
     blocks = group.blocks[queue]
     queue = queue[np.argsort(blocks, kind="stable")]

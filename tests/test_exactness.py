@@ -163,7 +163,9 @@ def test_inexact_groups_equal_a_norm_over_the_kept_channels(case: Case) -> None:
             assert verdict.kind in ("exact", "wrong-channel"), f"{verdict.kind}: {verdict.detail}"
 
 
-@pytest.mark.parametrize("name", ["dense_block_before_groups", "chunk_halves", "slice_half_of_shape"])
+@pytest.mark.parametrize(
+    "name", ["dense_block_before_groups", "chunk_halves", "slice_half_of_shape", "mixed_convolution", "dual_path"]
+)
 def test_every_layer_keeps_a_filter(name: str) -> None:
     model, inputs, graph = traced(name)
     for group in graph.groups:

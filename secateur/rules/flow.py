@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import sysconfig
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch import Tensor, nn
@@ -139,6 +140,7 @@ class Flow:
             self._names.setdefault(id(tensor), name)
         self._leaves: dict[int, Labelled] = {}
         self._virtual: dict[tuple[str, int], Labels] = {}
+        self._counted: dict[tuple[str, str], Labels] = {}
 
     @property
     def certain(self) -> bool:
@@ -257,6 +259,33 @@ class Flow:
             self.freeze(labels, reason)
         return every[choice]
 
+    def counts(self, *values: int) -> list[str]:
+        """Return the attributes of the module at work that hold one of these numbers, and that the running code names.
+
+        An element of a list or tuple is given as ``name[index]``.
+        """
+        if self.layer is None:
+            return []
+        named = _names_read(self.layer)
+        found = []
+        for name in [n for n in vars(self.layer) if n in named]:
+            value = getattr(self.layer, name)
+            if isinstance(value, (list, tuple)):
+                found += [f"{name}[{i}]" for i, v in enumerate(value) if type(v) is int and v in values]
+            elif type(value) is int and value in values:
+                found.append(name)
+        return found
+
+    def count(self, name: str, labels: Labels) -> None:
+        """Let an attribute of the module at work follow the number of these channels.
+
+        Whatever else it counts has to lose as many: one number can't follow two.
+        """
+        self.attributes.append(Attribute(self.module, name, labels, labels.size, guessed=True))
+        first = self._counted.setdefault((self.module, name), labels)
+        if first is not labels and first.size == labels.size:
+            self.share([first, labels], f"{name} is the number of both")
+
     def call(self, layer: nn.Module, inputs: Labels | None, outputs: Labels | None) -> None:
         """Note what a registered layer reads and makes, so that a plan tells it what it keeps of both."""
         counts = [labels.size if labels is not None else 0 for labels in (inputs, outputs)]
@@ -310,11 +339,24 @@ def shown(path: str, line: int) -> str:
 
 def source_line() -> str:
     """Return ``file:line`` of the innermost frame outside torch, Python and this package; empty if there is none."""
-    frame = sys._getframe(1)
-    while True:
+    return next((shown(frame.f_code.co_filename, frame.f_lineno) for frame in _user_frames()), "")
+
+
+def _user_frames() -> Iterator[FrameType]:
+    """Yield the running frames outside torch, Python and this package, innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
         path = frame.f_code.co_filename
         if not path.startswith(_SKIPPED) and not (path.startswith(_STDLIB) and "site-packages" not in path):
-            return shown(path, frame.f_lineno)
-        if frame.f_back is None:
-            return ""
+            yield frame
         frame = frame.f_back
+
+
+def _names_read(layer: nn.Module) -> set[str]:
+    """Return the names that the running code reads, from the innermost frame out to the layer's own method."""
+    named: set[str] = set()
+    for frame in _user_frames():
+        named |= set(frame.f_code.co_names)
+        if frame.f_locals.get("self") is layer:
+            break
+    return named

@@ -17,9 +17,6 @@ from secateur.rules.registry import rule, tensors_in
 HEAD_COUNTS = ("num_heads", "n_heads", "nhead", "heads", "num_attention_heads")
 """Names under which a module keeps the number of blocks that it cuts its channels into."""
 
-WIDTHS = ("attn_dim", "inner_dim", "attention_dim", "all_head_size", "width", "split_size")
-"""Names under which a module keeps the number of channels that it merges blocks into, or cuts them at."""
-
 _HARD_CODED = "sizes written in the code do not follow the removed channels"
 
 
@@ -61,10 +58,8 @@ def _split(flow: Flow, labels: Labels, shape: Sequence[int]) -> dict[int, Labels
 
 def _count_width(flow: Flow, labels: Labels) -> None:
     """Let an attribute of the module at work follow, where it is the number of these channels."""
-    for name in WIDTHS:
-        value = getattr(flow.layer, name, None)
-        if isinstance(value, int) and not isinstance(value, bool) and value == labels.size:
-            flow.attributes.append(Attribute(flow.module, name, labels, labels.size, guessed=True))
+    for name in flow.counts(labels.size):
+        flow.count(name, labels)
 
 
 def reshaped(flow: Flow, axes: Axes, old: Sequence[int], new: Sequence[int], *, trusted: bool = False) -> Axes:
@@ -106,12 +101,16 @@ def view(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor)
         return
     if tuple(x.shape) == tuple(out.shape):
         flow.assume(np.concatenate(list(axes.values())), _HARD_CODED, "follow")
+        for labels in axes.values():
+            _count_width(flow, labels)
         flow.set(out, axes, weight=flow.is_weight(x))
         return
     untouched = {d for left, right in runs(x.shape, out.shape) if len(left) == len(right) == 1 for d in left}
     fixed = [axes[d] for d in axes if d in untouched]
     if fixed and not flow.is_weight(x):
         flow.assume(np.concatenate(fixed), _HARD_CODED, "follow")
+        for labels in fixed:
+            _count_width(flow, labels)
     flow.set(out, reshaped(flow, axes, x.shape, out.shape), weight=flow.is_weight(x))
 
 
@@ -244,8 +243,7 @@ def slice_(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tenso
         if index.size == size:
             flow.assume(labels, _HARD_CODED, "follow")
         elif step == 1:
-            blocks = [labels[:start], axes[dim], labels[start + index.size :]]
-            _cut(flow, labels, [b for b in blocks if b.size])
+            _cut(flow, labels, [start, start + index.size])
         elif size % step == 0 and start < step and index.size == size // step:
             rows = labels.reshape(-1, step)
             flow.store.join(rows[:, :1], rows)
@@ -256,10 +254,55 @@ def slice_(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tenso
     flow.set(out, axes, weight=flow.is_weight(x))
 
 
-def _cut(flow: Flow, labels: Labels, blocks: Sequence[Labels]) -> None:
-    """Cut a dimension into ranges; the code is taken to cut it at the same fractions once channels are gone."""
-    if len(blocks) > 1 and flow.assume(labels, "is cut at indices written in the code", "share") == "share":
+def _cut(flow: Flow, labels: Labels, bounds: Sequence[int]) -> None:
+    """Cut a dimension at indices; the code is taken to cut it at the same channels once some are gone.
+
+    Where attributes of the module hold the width of each block, they follow and the blocks are free. Where one holds
+    the whole width or that of equal blocks, it follows, and the blocks have to lose equal fractions; so they have
+    where the code computes the cuts of the shape.
+    """
+    blocks = [b for b in np.split(labels, bounds) if b.size]
+    if len(blocks) < 2:
+        return
+    widths = _widths(flow, labels, blocks, bounds)
+    whole = flow.counts(labels.size)
+    equal = flow.counts(blocks[0].size) if len({b.size for b in blocks}) == 1 else []
+    known = {"widths": widths, "whole": whole, "equal": equal}
+    options = [*(name for name, found in known.items() if found), "share"]
+    option = flow.assume(labels, "is cut at indices written in the code", *options)
+    if option == "widths":
+        for name, counted in widths:
+            flow.count(name, counted)
+        for name in {n for n, _ in widths}:
+            alike = [counted for n, counted in widths if n == name]
+            flow.share(alike, f"is cut into ranges of equal width {name}")
+    elif option != "freeze":
         flow.share(blocks, "is cut into ranges in fixed proportion")
+        for name in whole if option == "whole" else equal if option == "equal" else []:
+            flow.count(name, labels if option == "whole" else blocks[0])
+
+
+def _widths(flow: Flow, labels: Labels, blocks: Sequence[Labels], bounds: Sequence[int]) -> list[tuple[str, Labels]]:
+    """Return attributes that hold the widths between cuts, and what each counts; empty unless all cuts are explained.
+
+    The last block needs none: it is what the others leave.
+    """
+    found: list[tuple[str, Labels]] = []
+    known = [flow.counts(block.size) for block in blocks]
+    lists = {n.partition("[")[0] for n in known[0] if n.endswith("[0]")}
+    for name in sorted(lists):
+        if all(f"{name}[{i}]" in names for i, names in enumerate(known)):
+            return [(f"{name}[{i}]", block) for i, block in enumerate(blocks)]
+    plain = [[n for n in names if not n.endswith("]")] for names in known]
+    if len(blocks) == 2 and not plain[0]:
+        # x[:, -k:]
+        plain[0], plain[1] = plain[1], plain[0]
+        blocks = blocks[::-1]
+    for names, block in zip(plain[:-1], blocks[:-1], strict=True):
+        if not names:
+            return []
+        found += [(name, block) for name in names]
+    return found + [(name, blocks[-1]) for name in plain[-1] if len(blocks) > 2]
 
 
 @rule("aten::split", "aten::split_with_sizes", "aten::split_copy", "aten::split_with_sizes_copy", "aten::unsafe_split",
@@ -285,8 +328,7 @@ def split(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Sequen
         if any(b.size == 1 for b in blocks):
             flow.freeze(labels, "is cut into single channels")
         else:
-            _count_width(flow, blocks[0])
-            _cut(flow, labels, blocks)
+            _cut(flow, labels, np.cumsum([b.size for b in blocks[:-1]]).tolist())
 
 
 @rule("aten::select", "aten::select_copy", "aten::unbind", "aten::unbind_copy")
@@ -409,7 +451,7 @@ def roll(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor)
         labels = axes.get(dim % x.ndim)
         if labels is not None:
             start = -shift % labels.size
-            _cut(flow, labels, [b for b in (labels[:start], labels[start:]) if b.size])
+            _cut(flow, labels, [start])
             axes[dim % x.ndim] = np.roll(labels, shift)
     flow.set(out, axes, weight=flow.is_weight(x))
 
