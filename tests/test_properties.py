@@ -24,6 +24,12 @@ from tests.test_state import fingerprint, same, surroundings
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def modules_are_loaded() -> None:
+    """Trace once: what torch imports at the first run changes the process's warning filters."""
+    sc.trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)).double(), example())
+
+
 def chosen(graph: Any, ratio: float, seed: int) -> dict[str, list[int]]:
     """Choose random channels of every exact group."""
     rng = np.random.default_rng(seed)

@@ -129,22 +129,29 @@ def norms(model: nn.Module, graph: ChannelGraph, group: ChannelGroup) -> Tensor:
 
 
 def step_size(group: ChannelGroup) -> int:
-    """Return the smallest number of channels that a group can lose at once, so that its blocks keep equal fractions."""
+    """Return the smallest number of channels that a group can lose at once, so that it keeps its constraint."""
+    if group.schedule is not None:
+        return int(group.schedule[0].sum())
     return int(quotas(group.blocks).sum())
+
+
+def _totals(group: ChannelGroup, min_width: int) -> list[int]:
+    """Return how many channels a group may have lost, its constraint and ``min_width`` kept, ascending."""
+    ends = np.cumsum([len(step) for step in steps(group, range(group.size))])
+    return [int(n) for n in ends if n <= group.size - min_width]
 
 
 def most_removable(group: ChannelGroup, min_width: int = 1) -> int:
     """Return how many channels of a group may go at most, its constraint and ``min_width`` kept."""
-    possible = steps(group, range(group.size))
-    if not possible:
-        return 0
-    return min(len(possible), max(0, group.size - min_width) // len(possible[0])) * len(possible[0])
+    return max(_totals(group, min_width), default=0)
 
 
 def _whole(group: ChannelGroup, count: int, min_width: int) -> int:
     """Round a number of channels to what the constraint allows; at least one step if any may go."""
     if count <= 0:
         return 0
+    if group.schedule is not None:
+        return min(_totals(group, min_width), key=lambda n: abs(n - count), default=0)
     step = step_size(group)
     return min(max(1, round(count / step)) * step, most_removable(group, min_width))
 
@@ -168,13 +175,23 @@ def select_pairs(
     scores = correlations(model, graph, group, share=share, signed=signed) if wanted else None
     if scores is None:
         return []
-    return cfp.select_pairs(
-        scores,
-        wanted,
-        norms=norms(model, graph, group),
-        removable=torch.from_numpy(group.removable),
-        blocks=torch.from_numpy(group.blocks),
-    )
+    lengths, free = norms(model, graph, group), torch.from_numpy(group.removable)
+    if group.schedule is None:
+        return cfp.select_pairs(scores, wanted, norms=lengths, removable=free, blocks=torch.from_numpy(group.blocks))
+    pairs: list[tuple[int, int]] = []
+    for block, n in enumerate(_row(group, wanted).tolist()):
+        own = torch.from_numpy(np.flatnonzero(group.blocks == block))
+        inside = cfp.select_pairs(scores[own][:, own], n, norms=lengths[own], removable=free[own])
+        pairs += [(int(own[dropped]), int(own[kept])) for dropped, kept in inside]
+    return pairs
+
+
+def _row(group: ChannelGroup, count: int) -> np.ndarray:
+    """Return what each block loses at the latest step of a schedule that leaves every block a partner."""
+    assert group.schedule is not None
+    whole = np.bincount(group.blocks)
+    rows = [row for row in group.schedule if row.sum() <= count and (row < whole).all()]
+    return rows[-1] if rows else np.zeros_like(whole)
 
 
 def select_lowest(group: ChannelGroup, scores: Tensor, count: int, *, min_width: int = 1) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -46,6 +46,19 @@ class Site:
 
 
 @dataclass(eq=False)
+class Shuffled:
+    """A place where channels are cut into rows that may be merged in another order.
+
+    Taken strictly, the channels at one place of every row go together, and what is left keeps its order. Taken loosely,
+    rows lose any channels, equally many, and what is left lies in another order than in the unpruned network.
+    """
+
+    key: int
+    """Ordinal of the operator call in the run."""
+    labels: Labels
+
+
+@dataclass(eq=False)
 class Share:
     """Blocks of channels that must all lose the same fraction."""
 
@@ -83,15 +96,27 @@ class Attribute:
     """Whether only its name and its value tell what it counts."""
 
 
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Two dimensions of a tensor that one vector of channels was cut into, until they are merged again."""
+
+    row: int
+    """The dimension that counts the rows."""
+    column: int
+    labels: Labels
+    """Shape ``(rows, columns)``."""
+
+
 class Labelled:
     """The labels of one tensor, and whether it was computed from parameters and buffers alone."""
 
-    __slots__ = ("axes", "owner", "weight")
+    __slots__ = ("axes", "grid", "owner", "weight")
 
-    def __init__(self, owner: object, axes: Axes, weight: bool) -> None:
+    def __init__(self, owner: object, axes: Axes, weight: bool, grid: Grid | None = None) -> None:
         self.owner = owner
         self.axes = axes
         self.weight = weight
+        self.grid = grid
 
 
 _ATTRIBUTE = "_secateur_labels"
@@ -108,6 +133,8 @@ class Flow:
     """For sites whose first option was seen not to hold: key -> index of the option to take."""
     banned: Mapping[tuple[str, int], Cause] = field(default_factory=dict)
     """Dimensions of parameters that were seen not to be prunable, and why."""
+    loose: Set[int] = frozenset()
+    """Ordinals of the operator calls that shuffle channels whose rows may lose different indices; see ``Shuffled``."""
 
     def __post_init__(self) -> None:
         self.store = LabelStore()
@@ -124,6 +151,7 @@ class Flow:
         self.module = ""
         self.layer: nn.Module | None = None
         self.operator = ""
+        self.shuffled: list[Shuffled] = []
         self.copies: list[tuple[int, int]] = []
         """Ranges of labels of equal copies, which an expansion makes: any of them may go for any other."""
         self.paused = 0
@@ -146,7 +174,8 @@ class Flow:
     def certain(self) -> bool:
         """Whether what was found holds by the rules alone, whatever number of channels goes."""
         follows = all(site.options[site.choice] in ("follow", "freeze") for site in self.sites)
-        return self.doubt is None and follows and not any(attribute.guessed for attribute in self.attributes)
+        guessed = any(attribute.guessed for attribute in self.attributes) or bool(self.store.moves)
+        return self.doubt is None and follows and not guessed
 
     # Labels of tensors
 
@@ -199,6 +228,17 @@ class Flow:
                     self.freeze(labels, "is written into a tensor of the model")
         elif axes or weight or getattr(tensor, _ATTRIBUTE, None) is not None:
             setattr(tensor, _ATTRIBUTE, Labelled(self.token, axes, weight))
+
+    def set_grid(self, tensor: Tensor, grid: Grid) -> None:
+        """Let a tensor carry, beside its labels, two dimensions that one vector of channels was cut into."""
+        known = self.labelled(tensor)
+        axes, weight = (known.axes, known.weight) if known is not None else ({}, False)
+        setattr(tensor, _ATTRIBUTE, Labelled(self.token, axes, weight, grid))
+
+    def grid(self, tensor: Tensor) -> Grid | None:
+        """Return the two dimensions of a tensor that one vector of channels was cut into."""
+        known = self.labelled(tensor)
+        return known.grid if known is not None else None
 
     def virtual(self, weight: Tensor, size: int, blocks: int) -> Labels | None:
         """Return labels for all the channels of which a grouped convolution's weight holds one block on dimension 1.
