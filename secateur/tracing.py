@@ -118,7 +118,7 @@ def _run(model: nn.Module, flow: Flow, example_inputs: Any) -> None:
 
 
 def _record(
-    model: nn.Module, example_inputs: Any, decisions: Mapping[int, int], banned: Any, loose: Set[int]
+    model: nn.Module, example_inputs: Any, decisions: Mapping[int, int], banned: Any, loose: Set[int] = frozenset()
 ) -> tuple[Flow, list[str]]:
     """Let labels flow through one forward in eval mode, and one in train mode where that runs further layers."""
     notes: list[str] = []
