@@ -51,6 +51,8 @@ class Grouping:
     classes: Labels
     group_of: Labels
     """Index of the group of every class, or -1."""
+    channel_of: Labels
+    """Channel in that group of every class, or -1."""
     sites: list[Site]
     stuck: list[int]
     """Keys of shuffles that leave a group nothing to prune where the channels at one place of all rows go together."""
@@ -161,7 +163,7 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
         ),
         shuffles=tuple(moved.shuffles),
     )
-    return Grouping(graph, classes, group_id, flow.sites, stuck)
+    return Grouping(graph, classes, group_id, channel_of, flow.sites, stuck)
 
 
 def _shuffles(flow: Flow) -> _Shuffles:
@@ -427,7 +429,7 @@ def _refusals(
             tensors.setdefault(causes[c], {})[home.tensor] = None
     found = [Refusal(c.operator, c.module, c.source, c.reason, tuple(names)) for c, names in tensors.items()]
     for g, reason in lost.items():
-        producers = [m for m in members[g] if m.role is Role.PRODUCER]
+        producers = [m for m in members[g] if (m.tensor, m.dim, m.blocks) in shown]
         causes_of = [
             s.cause for s in flow.shares if (classes[np.concatenate(s.blocks)][:, None] == by_group[g][:1]).any()
         ]

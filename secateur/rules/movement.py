@@ -268,55 +268,56 @@ def slice_(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tenso
     flow.set(out, axes, weight=flow.is_weight(x))
 
 
-def _cut(flow: Flow, labels: Labels, bounds: Sequence[int]) -> None:
+def _cut(flow: Flow, labels: Labels, bounds: Sequence[int], told: str = "bounds") -> None:
     """Cut a dimension at indices; the code is taken to cut it at the same channels once some are gone.
 
     Where attributes of the module hold the width of each block, they follow and the blocks are free. Where one holds
     the whole width or that of equal blocks, it follows, and the blocks have to lose equal fractions; so they have
     where the code computes the cuts of the shape.
+
+    Args:
+        flow: The run.
+        labels: Labels of the dimension.
+        bounds: Where it is cut.
+        told: What the code gives: ``bounds``, the ``widths`` of all blocks, one ``width`` for all, or their ``number``.
     """
     blocks = [b for b in np.split(labels, bounds) if b.size]
     if len(blocks) < 2:
         return
-    widths = _widths(flow, labels, blocks, bounds)
-    whole = flow.counts(labels.size)
-    equal = flow.counts(blocks[0].size) if len({b.size for b in blocks}) == 1 else []
-    known = {"widths": widths, "whole": whole, "equal": equal}
+    known: dict[str, Sequence[Any]] = {}
+    if told in ("bounds", "widths"):
+        known["widths"] = _widths(flow, blocks)
+    if told in ("bounds", "width"):
+        known["whole"] = flow.counts(labels.size)
+        known["equal"] = flow.counts(blocks[0].size) if len({b.size for b in blocks}) == 1 else []
     options = [*(name for name, found in known.items() if found), "share"]
     option = flow.assume(labels, "is cut at indices written in the code", *options)
     if option == "widths":
-        for name, counted in widths:
+        for name, counted in known["widths"]:
             flow.count(name, counted)
-        for name in {n for n, _ in widths}:
-            alike = [counted for n, counted in widths if n == name]
-            flow.share(alike, f"is cut into ranges of equal width {name}")
-    elif option != "freeze":
-        flow.share(blocks, "is cut into ranges in fixed proportion")
-        for name in whole if option == "whole" else equal if option == "equal" else []:
-            flow.count(name, labels if option == "whole" else blocks[0])
+        return
+    if option == "freeze":
+        return
+    flow.share(blocks, "is cut into ranges in fixed proportion")
+    for name in known.get(option, ()):
+        flow.count(name, labels if option == "whole" else blocks[0])
 
 
-def _widths(flow: Flow, labels: Labels, blocks: Sequence[Labels], bounds: Sequence[int]) -> list[tuple[str, Labels]]:
-    """Return attributes that hold the widths between cuts, and what each counts; empty unless all cuts are explained.
+def _widths(flow: Flow, blocks: Sequence[Labels]) -> list[tuple[str, Labels]]:
+    """Return attributes that hold the blocks' widths, and what each counts; empty unless they explain all cuts.
 
-    The last block needs none: it is what the others leave.
+    Of two blocks one is what the other leaves.
     """
-    found: list[tuple[str, Labels]] = []
     known = [flow.counts(block.size) for block in blocks]
-    lists = {n.partition("[")[0] for n in known[0] if n.endswith("[0]")}
-    for name in sorted(lists):
-        if all(f"{name}[{i}]" in names for i, names in enumerate(known)):
-            return [(f"{name}[{i}]", block) for i, block in enumerate(blocks)]
+    lists = {n.partition("[")[0] for n in known[0] if n.endswith("]")}
+    whole = [name for name in lists if all(f"{name}[{i}]" in names for i, names in enumerate(known))]
+    found = [(f"{name}[{i}]", block) for name in sorted(whole) for i, block in enumerate(blocks)]
     plain = [[n for n in names if not n.endswith("]")] for names in known]
-    if len(blocks) == 2 and not plain[0]:
-        # x[:, -k:]
-        plain[0], plain[1] = plain[1], plain[0]
-        blocks = blocks[::-1]
-    for names, block in zip(plain[:-1], blocks[:-1], strict=True):
-        if not names:
-            return []
-        found += [(name, block) for name in names]
-    return found + [(name, blocks[-1]) for name in plain[-1] if len(blocks) > 2]
+    if len(blocks) == 2 and any(plain):
+        explained = [(n, blocks[0]) for n in plain[0]] or [(n, blocks[1]) for n in plain[1]]
+    else:
+        explained = [(n, b) for names, b in zip(plain, blocks, strict=True) for n in names] if all(plain) else []
+    return found + explained
 
 
 @rule("aten::split", "aten::split_with_sizes", "aten::split_copy", "aten::split_with_sizes_copy", "aten::unsafe_split",
@@ -342,7 +343,9 @@ def split(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Sequen
         if any(b.size == 1 for b in blocks):
             flow.freeze(labels, "is cut into single channels")
         else:
-            _cut(flow, labels, np.cumsum([b.size for b in blocks[:-1]]).tolist())
+            number = getattr(flow.called, "__name__", "") in ("chunk", "unsafe_chunk", "tensor_split")
+            told = "number" if number else "widths" if isinstance(args[1], (list, tuple)) else "width"
+            _cut(flow, labels, np.cumsum([b.size for b in blocks[:-1]]).tolist(), told)
 
 
 @rule("aten::flip")
