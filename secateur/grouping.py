@@ -56,6 +56,8 @@ class Grouping:
     sites: list[Site]
     stuck: list[int]
     """Keys of shuffles that leave a group nothing to prune where the channels at one place of all rows go together."""
+    shared: list[int]
+    """Keys of cuts that leave a group nothing to prune where all parts lose the same fraction."""
 
 
 def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str, ...], batch: int) -> Grouping:
@@ -140,6 +142,9 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
         final[g] = index
     tied = np.isin(group_id, list(lost))
     stuck = [s.key for s in flow.shuffled if tied[classes[s.labels]].any()]
+    shared = [
+        s.key for s in flow.sites if s.options[s.choice :][:2] == ("share", "parts") and tied[classes[s.labels]].any()
+    ]
     group_id = final[group_id]
     channel_of[group_id < 0] = -1
     for shuffle in moved.shuffles:
@@ -163,7 +168,7 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
         ),
         shuffles=tuple(moved.shuffles),
     )
-    return Grouping(graph, classes, group_id, channel_of, flow.sites, stuck)
+    return Grouping(graph, classes, group_id, channel_of, flow.sites, stuck, shared)
 
 
 def _shuffles(flow: Flow) -> _Shuffles:

@@ -88,6 +88,10 @@ class LabelStore:
         home = self.homes[index]
         return home if label < home.start + home.size else None
 
+    def are_apart(self, left: int, right: int) -> bool:
+        """Tell whether two labels were made for different parameters, or one of them for none."""
+        return left + 1 != right or self.home(left) is not self.home(right)
+
     def join(self, left: Labels, right: Labels) -> None:
         """Let every label of ``left`` go together with its counterpart in ``right``, broadcasting."""
         if left is right:

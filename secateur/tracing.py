@@ -183,6 +183,10 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
         if not loose.issuperset(grouping.stuck):
             loose.update(grouping.stuck)
             continue
+        if grouping.shared:
+            for key in grouping.shared:
+                decisions[key] = decisions.get(key, 0) + 1
+            continue
         if flow.certain:
             return grouping.graph
         failures = trial.failing(model, example_inputs, grouping)

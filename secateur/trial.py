@@ -23,7 +23,6 @@ from secateur.surgery import cut
 from secateur.verification import compare, jumps
 
 if TYPE_CHECKING:
-    from secateur.graph import ChannelGroup
     from secateur.grouping import Grouping
 
 _TOLERANCE = 1e-3
@@ -44,18 +43,26 @@ _FRACTIONS = (1 / 2, 1 / 3, 2 / 3)
 
 
 def _selection(grouping: Grouping, index: int, rng: np.random.Generator) -> list[int]:
-    """Choose channels of a group at random; of one that the code is taken to cut anywhere, those before the cuts."""
+    """Choose channels of a group, mostly at random.
+
+    Where the code is taken to cut a vector between any channels, one end of it loses as many as it can and the other
+    as few, so that code which cuts in proportion is told apart.
+    """
     group = grouping.graph.groups[index]
-    order = rng.permutation(group.size)
+    order = rng.permutation(group.size).tolist()
+    fraction = _FRACTIONS[index % 3]
     for site in grouping.sites:
-        if site.options[site.choice] in ("widths", "parts"):
-            classes = grouping.classes[site.labels]
-            own = grouping.channel_of[classes[grouping.group_of[classes] == index]]
-            if own.size:
-                order = np.array(list(dict.fromkeys([*own.tolist(), *order.tolist()])))
-                break
-    found = steps(group, order.tolist())
-    return sorted(c for step in found[: max(1, int(len(found) * _FRACTIONS[index % 3]))] for c in step)
+        if site.options[site.choice] not in ("widths", "parts"):
+            continue
+        classes = grouping.classes[site.labels]
+        groups = grouping.group_of[classes]
+        if (groups == index).any():
+            order = list(dict.fromkeys([*grouping.channel_of[classes[groups == index]].tolist(), *order]))
+            if (groups != index).any():
+                fraction = 1.0 if groups[0] == index else 0.0
+            break
+    found = steps(group, order)
+    return sorted(c for step in found[: max(1, int(len(found) * fraction))] for c in step)
 
 
 def failing(model: nn.Module, example_inputs: Any, grouping: Grouping) -> list[Failure]:

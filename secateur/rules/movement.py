@@ -273,7 +273,8 @@ def _cut(flow: Flow, labels: Labels, bounds: Sequence[int], told: str = "bounds"
 
     Where attributes of the module hold the width of each block, they follow and the blocks are free. Where one holds
     the whole width or that of equal blocks, it follows, and the blocks have to lose equal fractions; so they have
-    where the code computes the cuts of the shape.
+    where the code computes the cuts of the shape. Where these can't, and the cuts part what was laid side by side, the
+    code may take the parts' own widths: then they are free as well.
 
     Args:
         flow: The run.
@@ -291,12 +292,15 @@ def _cut(flow: Flow, labels: Labels, bounds: Sequence[int], told: str = "bounds"
         known["whole"] = flow.counts(labels.size)
         known["equal"] = flow.counts(blocks[0].size) if len({b.size for b in blocks}) == 1 else []
     options = [*(name for name, found in known.items() if found), "share"]
+    inner = [b for b in bounds if 0 < b < labels.size]
+    if told in ("bounds", "widths") and all(flow.store.are_apart(int(labels[b - 1]), int(labels[b])) for b in inner):
+        options.append("parts")
     option = flow.assume(labels, "is cut at indices written in the code", *options)
     if option == "widths":
         for name, counted in known["widths"]:
             flow.count(name, counted)
         return
-    if option == "freeze":
+    if option in ("parts", "freeze"):
         return
     flow.share(blocks, "is cut into ranges in fixed proportion")
     for name in known.get(option, ()):

@@ -115,7 +115,7 @@ def split_sizes_refused() -> Net:
     return Net(forward, conv1=conv(3, 8), a=conv(2, 6), b=conv(6, 6), head=conv(6, 4))
 
 
-@case(refused={"a": "equal fractions", "b": "equal fractions"}, outputs=("head_a", "head_b"))
+@case(prunable={"a": 6, "b": 5}, outputs=("head_a", "head_b"))
 def split_of_concat() -> Net:
     """What was concatenated is split again, at the widths of the parts."""
 
@@ -607,3 +607,15 @@ def shuffled_stream_reversed() -> Net:
 
     net.body = forward
     return net
+
+
+@case(refused={"a": "", "b": ""}, outputs=("head_a", "head_b"))
+def split_of_concat_in_proportion() -> Net:
+    """What was concatenated is split again, in the proportion that the parts had: parts of 6 and 5 can't keep it."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        both = m.bn(torch.cat([m.a(x), m.b(x)], 1))
+        first = round(both.shape[1] * 6 / 11)
+        return m.head_a(both[:, :first].relu()) + m.head_b(both[:, first:].relu())
+
+    return Net(forward, a=conv(3, 6), b=conv(3, 5), bn=nn.BatchNorm2d(11), head_a=conv(6, 4), head_b=conv(5, 4))
