@@ -43,6 +43,8 @@ class Site:
     labels: Labels
     options: tuple[str, ...]
     choice: int
+    blocks: tuple[Labels, ...] = ()
+    """Where the code cuts a vector: its parts."""
 
 
 @dataclass(eq=False)
@@ -287,14 +289,14 @@ class Flow:
         first = int(labels[0])
         return any(start <= first < stop for start, stop in self.copies)
 
-    def assume(self, labels: Labels, reason: str, *options: str) -> str:
+    def assume(self, labels: Labels, reason: str, *options: str, blocks: Sequence[Labels] = ()) -> str:
         """Return what to assume of the user's code at this call, and remember it to be tested.
 
         ``"freeze"`` is always the last resort; the labels are frozen here when it is reached.
         """
         every = (*options, "freeze")
         choice = min(self.decisions.get(self.ordinal, 0), len(every) - 1)
-        self.sites.append(Site(self.ordinal, self.cause(reason), labels.reshape(-1), every, choice))
+        self.sites.append(Site(self.ordinal, self.cause(reason), labels.reshape(-1), every, choice, tuple(blocks)))
         if every[choice] == "freeze":
             self.freeze(labels, reason)
         return every[choice]

@@ -295,7 +295,7 @@ def _cut(flow: Flow, labels: Labels, bounds: Sequence[int], told: str = "bounds"
     inner = [b for b in bounds if 0 < b < labels.size]
     if told in ("bounds", "widths") and all(flow.store.are_apart(int(labels[b - 1]), int(labels[b])) for b in inner):
         options.append("parts")
-    option = flow.assume(labels, "is cut at indices written in the code", *options)
+    option = flow.assume(labels, "is cut at indices written in the code", *options, blocks=blocks)
     if option == "widths":
         for name, counted in known["widths"]:
             flow.count(name, counted)
