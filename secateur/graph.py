@@ -30,6 +30,41 @@ class Role(StrEnum):
 
 
 @dataclass(frozen=True, eq=False)
+class Order:
+    """Where the positions of one dimension lie in shuffled vectors, whose order what is left of them keeps.
+
+    Position ``i`` is place ``place[i]`` of shuffle ``shuffle[i]``; both are -1 where it keeps its own order.
+    """
+
+    shuffle: IndexArray
+    """Indices into ``ChannelGraph.shuffles``."""
+    place: IndexArray
+
+    def stretches(self) -> IndexArray:
+        """Return the number of the stretch that each position is in: neighbours that follow one another in a shuffle.
+
+        Within a stretch what is left keeps the shuffle's order; stretches keep theirs.
+        """
+        step = np.diff(self.place)
+        together = (np.diff(self.shuffle) == 0) & ((self.shuffle[1:] < 0) | (step == 0) | (step == 1))
+        return np.concatenate([[0], np.cumsum(~together)])
+
+
+@dataclass(frozen=True, eq=False)
+class Shuffle:
+    """A vector of channels read in rows and laid out in columns.
+
+    Place ``s · rows + r`` of the result is the ``s``-th of row ``r``, of those left.
+    """
+
+    rows: int
+    group: IndexArray
+    """Index of the group of every channel of the vector before the shuffle, or -1; see ``LayerPort``."""
+    channel: IndexArray
+    order: Order
+
+
+@dataclass(frozen=True, eq=False)
 class Member:
     """One dimension of one parameter or buffer, on which a group's channels lie.
 
@@ -51,6 +86,8 @@ class Member:
     blocks: int = 1
     read: bool = False
     """Whether the code reads the channels along it, as every consumer does; a tied weight may do so as a producer."""
+    order: Order | None = None
+    """Of ``positions``, behind a shuffle."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +110,9 @@ class ChannelGroup:
     """False where removal can't equal zeroing (a norm or softmax over the channels themselves)."""
     reason: str = ""
     """Why the group is inexact; empty when it is exact."""
+    schedule: IndexArray | None = None
+    """How many channels each block has lost after each step, shape ``(steps, blocks)``, where fractions can't be equal:
+    shuffles that are cut into halves of odd length. None: every block loses the same fraction."""
 
     @property
     def producers(self) -> tuple[Member, ...]:
@@ -88,7 +128,9 @@ class ChannelGroup:
     def constraint(self) -> str:
         """The rule that a selection has to keep, in words; empty when channels are free."""
         rules = []
-        if self.blocks.size and self.blocks.max() > 0:
+        if self.schedule is not None:
+            rules.append(f"{self.schedule.shape[1]} blocks lose channels in {len(self.schedule)} given steps")
+        elif self.blocks.size and self.blocks.max() > 0:
             rules.append(f"equal fractions of {int(self.blocks.max()) + 1} blocks")
         fixed = self.size - int(self.removable.sum())
         if fixed:
@@ -148,6 +190,8 @@ class LayerPort:
     in_channel: IndexArray | None = None
     out_group: IndexArray | None = None
     out_channel: IndexArray | None = None
+    in_order: Order | None = None
+    out_order: Order | None = None
 
     @property
     def macs(self) -> int:
@@ -188,6 +232,8 @@ class ChannelGraph:
     """Number of examples in the inputs that the model was traced on."""
     notes: tuple[str, ...] = ()
     attributes: tuple[AttributeRule, ...] = ()
+    shuffles: tuple[Shuffle, ...] = ()
+    """In execution order."""
 
     def group(self, name: str) -> ChannelGroup:
         """Return the group of that name.

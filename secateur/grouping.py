@@ -9,9 +9,38 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from secateur.graph import AttributeRule, ChannelGraph, ChannelGroup, LayerPort, Member, Refusal, Role, quotas
+from secateur.graph import (
+    AttributeRule,
+    ChannelGraph,
+    ChannelGroup,
+    LayerPort,
+    Member,
+    Order,
+    Refusal,
+    Role,
+    Shuffle,
+    quotas,
+)
 from secateur.labels import Home, Labels
 from secateur.rules.flow import Call, Cause, Flow, Site
+from secateur.scheduling import schedule as scheduled
+
+
+@dataclass(eq=False)
+class _Shuffles:
+    """The shuffles of a run, and the place of every label in them."""
+
+    shuffles: list[Shuffle]
+    shuffle_of: Labels
+    place_of: Labels
+    torn: Labels
+    """Labels that lie at two places of shuffles at once."""
+
+    def order(self, labels: Labels | None) -> Order | None:
+        """Return where a vector's positions lie; None where no shuffle is behind them."""
+        if labels is None or not self.shuffles or (self.shuffle_of[labels] < 0).all():
+            return None
+        return Order(self.shuffle_of[labels], self.place_of[labels])
 
 
 @dataclass(eq=False)
@@ -22,7 +51,13 @@ class Grouping:
     classes: Labels
     group_of: Labels
     """Index of the group of every class, or -1."""
+    channel_of: Labels
+    """Channel in that group of every class, or -1."""
     sites: list[Site]
+    stuck: list[int]
+    """Keys of shuffles that leave a group nothing to prune where the channels at one place of all rows go together."""
+    shared: list[int]
+    """Keys of cuts that leave a group nothing to prune where all parts lose the same fraction."""
 
 
 def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str, ...], batch: int) -> Grouping:
@@ -36,6 +71,11 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
     count = int(classes.max()) + 1 if classes.size else 0
     produced = _marked(count, classes, flow.produced)
     frozen, causes = _caused(count, classes, flow.frozen)
+    moved = _shuffles(flow)
+    if moved.torn.size:
+        frozen[classes[moved.torn]] = True
+        for c in np.unique(classes[moved.torn]).tolist():
+            causes.setdefault(c, Cause("shuffle", "", "", "is shuffled in two ways at once"))
     inexactly, inexact_causes = _caused(count, classes, flow.inexact)
 
     producing = {id(a): a for a in flow.produced}
@@ -67,8 +107,12 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
     kept_group[order] = order
     group_id = kept_group[group_id]
 
-    _members(flow, homes, made, classes, group_id, channel_of, members)
+    _members(flow, homes, made, classes, group_id, channel_of, moved, members)
+    for move, shuffle in zip(flow.store.moves, moved.shuffles, strict=True):
+        shuffle.group[:] = group_id[classes[move.source]]
+        shuffle.channel[:] = channel_of[classes[move.source]]
     cells, uneven = _cells(flow, classes, group_id, channel_of, by_group)
+    schedules = _schedules(flow, moved, classes, group_id, channel_of, by_group, free)
     order.sort(key=lambda g: int(first[by_group[g]].min()))
     groups: list[ChannelGroup] = []
     index_of: dict[int, int] = {}
@@ -78,7 +122,13 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
         own = by_group[g]
         removable = free[own].copy()
         cell = cells[g]
-        reason = uneven.get(g) or _unsplittable(cell, removable)
+        schedule = None
+        if g in schedules:
+            found = schedules[g]
+            reason = "" if found is not None else "no smaller width keeps the rows of all its shuffles equal"
+            cell, schedule = found if found is not None else (cell, None)
+        else:
+            reason = uneven.get(g) or _unsplittable(cell, removable)
         if reason:
             lost[g] = reason
             continue
@@ -86,19 +136,27 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
         why = "" if exact else _text(inexact_causes[int(own[np.flatnonzero(inexactly[own])[0]])])
         name = _group_name(members[g], names)
         index_of[g] = len(groups)
-        groups.append(ChannelGroup(name, own.size, tuple(members[g]), cell, removable, exact, why))
+        groups.append(ChannelGroup(name, own.size, tuple(members[g]), cell, removable, exact, why, schedule))
     final = np.full(sizes.size + 1, -1, dtype=np.int64)
     for g, index in index_of.items():
         final[g] = index
+    tied = np.isin(group_id, list(lost))
+    stuck = [s.key for s in flow.shuffled if tied[classes[s.labels]].any()]
+    shared = [
+        s.key for s in flow.sites if s.options[s.choice :][:2] == ("share", "parts") and tied[classes[s.labels]].any()
+    ]
     group_id = final[group_id]
     channel_of[group_id < 0] = -1
+    for shuffle in moved.shuffles:
+        shuffle.channel[final[shuffle.group] < 0] = -1
+        shuffle.group[:] = final[shuffle.group]
 
     refused = _refusals(flow, homes, made, classes, produced, frozen, causes, lost, by_group, members)
     shapes = {name: tuple(t.shape) for name, t in flow.named.items()}
     graph = ChannelGraph(
         groups=tuple(groups),
         refused=tuple(refused),
-        layers=tuple(_port(call, classes, group_id, channel_of) for call in flow.calls),
+        layers=tuple(_port(call, classes, group_id, channel_of, moved) for call in flow.calls),
         shapes=shapes,
         parameters=frozenset(n for n, t in flow.named.items() if isinstance(t, nn.Parameter)),
         module_types=dict(module_types),
@@ -108,8 +166,72 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
             AttributeRule(a.module, a.name, a.value, group_id[classes[a.labels]], channel_of[classes[a.labels]])
             for a in flow.attributes
         ),
+        shuffles=tuple(moved.shuffles),
     )
-    return Grouping(graph, classes, group_id, flow.sites)
+    return Grouping(graph, classes, group_id, channel_of, flow.sites, stuck, shared)
+
+
+def _shuffles(flow: Flow) -> _Shuffles:
+    """Find the place of every label in the shuffles of a run; groups and channels are entered later."""
+    nowhere = np.full(flow.store.count, -1, dtype=np.int64)
+    moved = _Shuffles([], nowhere, nowhere.copy(), np.zeros(0, dtype=np.int64))
+    if not flow.store.moves:
+        return moved
+    # Labels at one and the same place of a vector, whichever tensor holds it.
+    together = flow.store.classes(moved=False)
+    shuffle_at = np.full(int(together.max()) + 1, -1, dtype=np.int64)
+    place_at = shuffle_at.copy()
+    torn = []
+    for index, move in enumerate(flow.store.moves):
+        labels = np.arange(move.start, move.start + move.size)
+        own = together[labels]
+        torn.append(labels[shuffle_at[own] >= 0])
+        shuffle_at[own], place_at[own] = index, np.arange(move.size)
+    moved.shuffle_of, moved.place_of = shuffle_at[together], place_at[together]
+    moved.torn = np.concatenate(torn)
+    for move in flow.store.moves:
+        order = Order(moved.shuffle_of[move.source], moved.place_of[move.source])
+        unknown = np.full(move.size, -1, dtype=np.int64)
+        moved.shuffles.append(Shuffle(move.rows, unknown, unknown.copy(), order))
+    return moved
+
+
+def _schedules(
+    flow: Flow,
+    moved: _Shuffles,
+    classes: Labels,
+    group_id: Labels,
+    channel_of: Labels,
+    by_group: dict[int, Labels],
+    free: np.ndarray,
+) -> dict[int, tuple[Labels, np.ndarray] | None]:
+    """Return, for every group that passes a shuffle, its blocks and what they may lose step by step."""
+    found: dict[int, tuple[Labels, np.ndarray] | None] = {}
+    holders = [np.arange(h.start, h.start + h.size) for h in flow.store.homes] if moved.shuffles else []
+    for g in {int(i) for s in moved.shuffles for i in np.unique(s.group) if i >= 0}:
+        inside = [(i, s) for i, s in enumerate(moved.shuffles) if (s.group == g).any()]
+        number = np.full(len(moved.shuffles) + 1, -1, dtype=np.int64)
+        number[[i for i, _ in inside]] = np.arange(len(inside))
+
+        def renumbered(order: Order, number: Labels = number) -> Order:
+            return Order(number[order.shuffle], np.where(number[order.shuffle] < 0, -1, order.place))
+
+        shuffles = [Shuffle(s.rows, s.group, s.channel, renumbered(s.order)) for _, s in inside]
+        orders = [moved.order(labels) for labels in holders if (group_id[classes[labels]] == g).any()]
+        readers = [renumbered(order) for order in orders if order is not None]
+        blocks = []
+        for share in flow.shares:
+            owned = [classes[block] for block in share.blocks]
+            if any((group_id[own] == g).any() for own in owned):
+                counts = [_counted(own, g, group_id, channel_of, by_group[g].size) for own in owned]
+                blocks.append([*counts, np.array([own.size for own in owned])])
+        found[g] = scheduled(shuffles, readers, g, free[by_group[g]], blocks)
+    return found
+
+
+def _counted(own: Labels, g: int, group_id: Labels, channel_of: Labels, size: int) -> Labels:
+    """Return how many positions of a block hold each channel of a group."""
+    return np.bincount(channel_of[own[group_id[own] == g]], minlength=size)
 
 
 def _text(cause: Cause) -> str:
@@ -195,6 +317,7 @@ def _members(
     classes: Labels,
     group_id: Labels,
     channel_of: Labels,
+    moved: _Shuffles,
     members: dict[int, list[Member]],
 ) -> None:
     read = _home_keys(flow, flow.consumed)
@@ -204,20 +327,12 @@ def _members(
         key = (home.tensor, home.dim, home.blocks)
         role = Role.PRODUCER if key in made else Role.CONSUMER if key in read else Role.FOLLOWER
         module = home.tensor.rpartition(".")[0]
-        present = np.unique(ids)
-        if present.size == 1 and present[0] >= 0:
-            g = int(present[0])
-            positions = np.arange(home.size)
-            members[g].append(
-                Member(home.tensor, module, home.dim, role, positions, channel_of[own], home.blocks, key in read)
-            )
-            continue
-        for g in present[present >= 0].tolist():
+        for g in np.unique(ids[ids >= 0]).tolist():
             positions = np.flatnonzero(ids == g)
+            order = moved.order(home.start + positions)
+            channels = channel_of[own[positions]]
             members[g].append(
-                Member(
-                    home.tensor, module, home.dim, role, positions, channel_of[own[positions]], home.blocks, key in read
-                )
+                Member(home.tensor, module, home.dim, role, positions, channels, home.blocks, key in read, order)
             )
 
 
@@ -237,10 +352,7 @@ def _cells(
         for own in owned:
             touched.update(np.unique(group_id[own]).tolist())
         for g in touched - {-1}:
-            counts = np.zeros((len(owned), by_group[g].size), dtype=np.int64)
-            for index, own in enumerate(owned):
-                mine = own[group_id[own] == g]
-                np.add.at(counts[index], channel_of[mine], 1)
+            counts = np.stack([_counted(own, g, group_id, channel_of, by_group[g].size) for own in owned])
             sizes = np.array([own.size for own in owned])
             inside = counts.sum(1)
             if (inside * sizes[0] != inside[0] * sizes).any():
@@ -288,12 +400,13 @@ def _places(
     return group_id[own], channel_of[own]
 
 
-def _port(call: Call, classes: Labels, group_id: Labels, channel_of: Labels) -> LayerPort:
+def _port(call: Call, classes: Labels, group_id: Labels, channel_of: Labels, moved: _Shuffles) -> LayerPort:
     in_group, in_channel = _places(call.inputs, classes, group_id, channel_of)
     out_group, out_channel = _places(call.outputs, classes, group_id, channel_of)
     return LayerPort(
         call.module, call.kind, call.weight, call.owned, call.in_channels, call.out_channels, call.groups, call.kernel,
         call.positions, call.batch, in_group, in_channel, out_group, out_channel,
+        moved.order(call.inputs), moved.order(call.outputs),
     )  # fmt: skip
 
 
@@ -321,7 +434,7 @@ def _refusals(
             tensors.setdefault(causes[c], {})[home.tensor] = None
     found = [Refusal(c.operator, c.module, c.source, c.reason, tuple(names)) for c, names in tensors.items()]
     for g, reason in lost.items():
-        producers = [m for m in members[g] if m.role is Role.PRODUCER]
+        producers = [m for m in members[g] if (m.tensor, m.dim, m.blocks) in shown]
         causes_of = [
             s.cause for s in flow.shares if (classes[np.concatenate(s.blocks)][:, None] == by_group[g][:1]).any()
         ]

@@ -38,6 +38,25 @@ class Home:
     """More than 1 for the channels of a grouped convolution, of which its weight holds one block; see ``Member``."""
 
 
+@dataclass(frozen=True, eq=False)
+class Moved:
+    """A vector of labels read in rows and laid out in columns: a channel shuffle whose rows may lose different indices.
+
+    Position ``s · rows + r`` of the result holds the ``s``-th of row ``r``. Once labels are gone, it holds the ``s``-th
+    of those left: the result's labels go with the source's, but their order after removal isn't that of the labels.
+    """
+
+    start: int
+    """First label of the result, whose labels follow one another."""
+    source: Labels
+    rows: int
+
+    @property
+    def size(self) -> int:
+        """Number of labels."""
+        return int(self.source.size)
+
+
 class LabelStore:
     """Hands out labels and remembers which have to go together."""
 
@@ -47,6 +66,7 @@ class LabelStore:
         self._starts: list[int] = []
         self._left: list[Labels] = []
         self._right: list[Labels] = []
+        self.moves: list[Moved] = []
 
     def fresh(self, size: int) -> Labels:
         """Return ``size`` new labels in a row, joined to nothing."""
@@ -68,6 +88,10 @@ class LabelStore:
         home = self.homes[index]
         return home if label < home.start + home.size else None
 
+    def are_apart(self, left: int, right: int) -> bool:
+        """Tell whether two labels were made for different parameters, or one of them for none."""
+        return left + 1 != right or self.home(left) is not self.home(right)
+
     def join(self, left: Labels, right: Labels) -> None:
         """Let every label of ``left`` go together with its counterpart in ``right``, broadcasting."""
         if left is right:
@@ -76,11 +100,21 @@ class LabelStore:
         self._left.append(a.reshape(-1))
         self._right.append(b.reshape(-1))
 
-    def classes(self) -> Labels:
-        """Return the class of every label, numbered from 0."""
-        if not self._left:
+    def shuffle(self, source: Labels, rows: int) -> Labels:
+        """Return new labels for a vector read in rows and laid out in columns; each goes with what it was."""
+        result = self.fresh(source.size)
+        self.moves.append(Moved(int(result[0]), source, rows))
+        return result
+
+    def classes(self, *, moved: bool = True) -> Labels:
+        """Return the class of every label, numbered from 0; without what moved, of labels at one and the same place."""
+        left, right = list(self._left), list(self._right)
+        for move in self.moves if moved else ():
+            left.append(np.arange(move.start, move.start + move.size))
+            right.append(move.source.reshape(move.rows, -1).T.reshape(-1))
+        if not left:
             return np.arange(self.count, dtype=np.int64)
-        rows, columns = np.concatenate(self._left), np.concatenate(self._right)
+        rows, columns = np.concatenate(left), np.concatenate(right)
         graph = coo_matrix((np.ones(rows.size, dtype=np.int8), (rows, columns)), shape=(self.count, self.count))
         return np.asarray(connected_components(graph, directed=False)[1], dtype=np.int64)
 

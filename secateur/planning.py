@@ -6,14 +6,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from torch import Tensor
 
-from secateur import cost
+from secateur import cost, ordering
 from secateur.errors import PlanError, UsageError
-from secateur.graph import quotas
+from secateur.graph import Order, quotas
 
 if TYPE_CHECKING:
     from secateur.graph import ChannelGraph, ChannelGroup
@@ -27,17 +28,20 @@ Removed = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """What to keep of a network, as plain data: names and ascending integers.
+    """What to keep of a network, as plain data: names and integers.
+
+    Kept indices ascend, but behind a shuffle that mixes blocks which lost different indices: there they stand in the
+    order in which the pruned network holds them.
 
     A plan needs nothing but a freshly built original model to be applied: no graph, no trace, no data.
     """
 
     kept_outputs: dict[str, list[int]] = field(default_factory=dict)
-    """Module name -> ascending kept output channels of every convolution and linear layer the plan touches."""
+    """Module name -> kept output channels of every convolution and linear layer the plan touches."""
     kept_inputs: dict[str, list[int]] = field(default_factory=dict)
-    """Module name -> ascending kept input channels of every convolution and linear layer the plan touches."""
+    """Module name -> kept input channels of every convolution and linear layer the plan touches."""
     kept_tensors: dict[str, dict[int, list[int]]] = field(default_factory=dict)
-    """Name of every other parameter or buffer -> dimension -> ascending kept indices."""
+    """Name of every other parameter or buffer -> dimension -> kept indices."""
     blocks: dict[str, int] = field(default_factory=dict)
     """Name of a grouped convolution's weight in ``kept_tensors`` -> the blocks that its dimension 1 stands for."""
     attributes: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -156,7 +160,8 @@ def steps(group: ChannelGroup, order: Sequence[int]) -> list[list[int]]:
     """Cut a removal order into the smallest steps that keep the group's constraint, the least important first.
 
     Each step takes from every block of the group in proportion to the block's size, so that after any number of steps
-    all blocks have lost the same fraction. At least one channel of every block stays.
+    all blocks have lost the same fraction; or as many as the group's schedule says. At least one channel of every block
+    stays, and of every layer.
     """
     sizes = np.bincount(group.blocks)
     quota = quotas(group.blocks)
@@ -165,14 +170,19 @@ def steps(group: ChannelGroup, order: Sequence[int]) -> list[list[int]]:
     place[ordered] = np.arange(ordered.size)
     free = group.removable.copy()
     # The most important channel of every layer stays: a layer may make only some of the group's channels.
-    free[
-        [int(m.channels[place[m.channels].argmax()]) for m in (*group.producers, *group.consumers) if m.channels.size]
-    ] = False
+    if group.schedule is None:
+        free[[int(m.channels[place[m.channels].argmax()]) for m in group.members if m.channels.size]] = False
     queue = ordered[free[ordered]]
     blocks = group.blocks[queue]
     queue = queue[np.argsort(blocks, kind="stable")]
     lengths = np.bincount(blocks, minlength=sizes.size)
     starts = np.cumsum(lengths) - lengths
+    if group.schedule is not None:
+        before = np.vstack([np.zeros_like(sizes), group.schedule])
+        return [
+            [int(c) for start, i, j in zip(starts, low, high, strict=True) for c in queue[start + i : start + j]]
+            for low, high in pairwise(before)
+        ]
     count = int((np.minimum(lengths, sizes - 1) // quota).min())
     taken = [queue[i : i + count * k].reshape(count, k) for i, k in zip(starts.tolist(), quota.tolist(), strict=True)]
     found: list[list[int]] = np.concatenate(taken, axis=1).tolist()
@@ -217,7 +227,14 @@ def plan_removal(graph: ChannelGraph, removed: Mapping[str, Sequence[int]]) -> P
             raise PlanError(f"{name}: cannot remove all {group.size} filters; a layer keeps at least 1.")
         sizes = np.bincount(group.blocks)
         gone = np.bincount(group.blocks[channels], minlength=sizes.size)
-        if (gone * sizes[0] != gone[0] * sizes).any():
+        if group.schedule is not None:
+            if not (gone == group.schedule).all(1).any():
+                near = group.schedule[np.abs(group.schedule - gone).sum(1).argmin()].tolist()
+                raise PlanError(
+                    f"{name}: its {sizes.size} blocks can't lose {gone.tolist()} channels; "
+                    f"the nearest that they can is {near}. Choose a step of the group's schedule."
+                )
+        elif (gone * sizes[0] != gone[0] * sizes).any():
             raise PlanError(
                 f"{name}: its {sizes.size} blocks have to lose equal fractions ({group.constraint}); "
                 f"found {gone.tolist()} of {sizes.tolist()}. Choose as many channels in every block."
@@ -228,6 +245,7 @@ def plan_removal(graph: ChannelGraph, removed: Mapping[str, Sequence[int]]) -> P
 
 def _build(graph: ChannelGraph, removed: Removed) -> PruningPlan:
     masks = cost.masks(graph, removed)
+    ranks = ordering.ranks(graph, masks)
     touched = {i for i, g in enumerate(graph.groups) if g.name in removed}
     kept_outputs: dict[str, list[int]] = {}
     kept_inputs: dict[str, list[int]] = {}
@@ -242,12 +260,13 @@ def _build(graph: ChannelGraph, removed: Removed) -> PruningPlan:
             if gone.size and gone.all():
                 raise PlanError(f"{port.module}: cannot remove all {gone.size} channels; a layer keeps at least 1.")
         if gone_out.any():
-            kept_outputs[port.module] = np.flatnonzero(~gone_out).tolist()
+            kept_outputs[port.module] = ordering.arranged(np.flatnonzero(~gone_out), port.out_order, ranks).tolist()
         if gone_in.any():
-            kept_inputs[port.module] = np.flatnonzero(~gone_in).tolist()
+            kept_inputs[port.module] = ordering.arranged(np.flatnonzero(~gone_in), port.in_order, ranks).tolist()
         if port.weight == _qualified(port.module, "weight"):
             direct |= {port.weight, _qualified(port.module, "bias")}
     kept: dict[tuple[str, int], np.ndarray] = {}
+    orders: dict[tuple[str, int], Order] = {}
     blocks: dict[str, int] = {}
     reads: dict[str, dict[int, list[int]]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -266,11 +285,17 @@ def _build(graph: ChannelGraph, removed: Removed) -> PruningPlan:
                 continue
             mask = kept.setdefault((member.tensor, member.dim), np.ones(shape[member.dim] * member.blocks, dtype=bool))
             mask[gone] = False
+            if member.order is not None:
+                nowhere = np.full(mask.size, -1)
+                order = orders.setdefault((member.tensor, member.dim), Order(nowhere, nowhere.copy()))
+                order.shuffle[member.positions] = member.order.shuffle
+                order.place[member.positions] = member.order.place
             if member.blocks > 1:
                 blocks[member.tensor] = member.blocks
     kept_tensors: dict[str, dict[int, list[int]]] = {}
     for (name, dim), mask in kept.items():
-        kept_tensors.setdefault(name, {})[dim] = np.flatnonzero(mask).tolist()
+        left = ordering.arranged(np.flatnonzero(mask), orders.get((name, dim)), ranks)
+        kept_tensors.setdefault(name, {})[dim] = left.tolist()
     attributes: dict[str, dict[str, int]] = {}
     for rule in graph.attributes:
         gone = cost.lost(rule.group, rule.channel, masks)
@@ -297,16 +322,18 @@ class _Candidate:
     """One group that may lose channels: its steps, least important first, and what each costs in importance."""
 
     name: str
-    steps: np.ndarray
-    """Channels, shape ``(steps, channels a step)``; every step takes as many."""
+    channels: np.ndarray
+    """The channels of all steps, one step after the other."""
+    ends: np.ndarray
+    """Number of channels after each step."""
     keys: np.ndarray
     size: int
 
     def removed(self, count: int, round_to: int) -> list[int]:
         """Return the channels of the first ``count`` steps, less those that rounding gives back."""
-        while count and (self.size - count * self.steps.shape[1]) % round_to:
+        while count and (self.size - int(self.ends[count - 1])) % round_to:
             count -= 1
-        return [int(c) for c in np.sort(self.steps[:count], axis=None)]
+        return [int(c) for c in np.sort(self.channels[: self.ends[count - 1] if count else 0])]
 
 
 def plan(
@@ -361,16 +388,19 @@ def plan(
             continue
         # As many whole steps as both bounds allow.
         most = min(limit + 1e-9, group.size - min_channels)
-        taken = np.array(found[: max(int(most // len(found[0])), 0)], dtype=np.int64).reshape(-1, len(found[0]))
+        ends = np.cumsum([len(step) for step in found])
+        ends = ends[ends <= most]
+        taken = np.array([c for step in found[: ends.size] for c in step], dtype=np.int64)
         if ranking == "uniform":
-            keys = np.arange(1, len(taken) + 1) * taken.shape[1] / group.size
+            keys = ends / group.size
         else:
             scale = float(np.abs(values).mean()) or 1.0
-            keys = values[taken].mean(1) / (scale if ranking == "normalized" else 1.0)
-        candidate = _Candidate(group.name, taken, np.maximum.accumulate(keys), group.size)
+            sums = np.diff(np.cumsum(values[taken])[ends - 1], prepend=0.0)
+            keys = sums / np.diff(ends, prepend=0) / (scale if ranking == "normalized" else 1.0)
+        candidate = _Candidate(group.name, taken, ends, np.maximum.accumulate(keys), group.size)
         if ratio is None:
             candidates.append(candidate)
-        elif removed := candidate.removed(len(taken), round_to):
+        elif removed := candidate.removed(ends.size, round_to):
             forced[group.name] = removed
     if target is None:
         return _build(graph, forced)

@@ -253,5 +253,10 @@ def _set_attributes(model: nn.Module, plan: PruningPlan) -> None:
             owner.num_embeddings, owner.embedding_dim = owner.weight.shape
     for name, values in plan.attributes.items():
         for attribute, value in values.items():
-            old = getattr(modules[name], attribute)
-            setattr(modules[name], attribute, type(old)((value,)) if isinstance(old, tuple) else value)
+            plain, _, index = attribute.removesuffix("]").partition("[")
+            old = getattr(modules[name], plain)
+            if index:
+                new = type(old)(value if i == int(index) else v for i, v in enumerate(old))
+            else:
+                new = type(old)((value,)) if isinstance(old, tuple) else value
+            setattr(modules[name], plain, new)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from secateur.rules import RULES, Flow
 from secateur.rules.flow import Cause
 from secateur.rules.pointwise import is_pointwise, pointwise
 from secateur.rules.registry import tensors_in
+from secateur.rules.shuffle import carry
 from secateur.rules.trust import Watch, counting
 
 _MOST_TRIALS = 12
@@ -58,6 +59,8 @@ class _LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 flow.freeze_tensor(tensor, "no rule says how channels flow through this operator")
             for tensor in tensors_in(out if isinstance(out, (tuple, list)) else (out,)):
                 flow.set(tensor, {})
+        if flow.loose:
+            carry(flow, name, args, kwargs, out)
         return out
 
 
@@ -109,17 +112,20 @@ def _run(model: nn.Module, flow: Flow, example_inputs: Any) -> None:
         ) from error
     flow.operator, flow.module = "model output", ""
     for tensor in tensors_of(outputs):
-        for labels in flow.axes(tensor).values():
+        grid = flow.grid(tensor)
+        for labels in (*flow.axes(tensor).values(), *([grid.labels] if grid is not None else [])):
             flow.frozen.append((labels.reshape(-1), Cause("model output", "", "", "is returned by the model")))
 
 
-def _record(model: nn.Module, example_inputs: Any, decisions: Mapping[int, int], banned: Any) -> tuple[Flow, list[str]]:
+def _record(
+    model: nn.Module, example_inputs: Any, decisions: Mapping[int, int], banned: Any, loose: Set[int] = frozenset()
+) -> tuple[Flow, list[str]]:
     """Let labels flow through one forward in eval mode, and one in train mode where that runs further layers."""
     notes: list[str] = []
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     with left_as_found(model):
         model.eval()
-        flow = Flow(named, decisions, banned)
+        flow = Flow(named, decisions, banned, loose)
         flow.doubt = next(counting(model), None)
         _run(model, flow, example_inputs)
         idle = _idle(model, flow)
@@ -168,11 +174,19 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     """
     decisions: dict[int, int] = {}
     banned: dict[tuple[str, int], Cause] = {}
+    loose: set[int] = set()
     types = {name: type(module).__name__ for name, module in model.named_modules()}
     batch = batch_size(example_inputs)
     for _ in range(_MOST_TRIALS):
-        flow, notes = _record(model, example_inputs, decisions, banned)
+        flow, notes = _record(model, example_inputs, decisions, banned, loose)
         grouping = group_channels(flow, types, tuple(notes), batch)
+        if not loose.issuperset(grouping.stuck):
+            loose.update(grouping.stuck)
+            continue
+        if grouping.shared:
+            for key in grouping.shared:
+                decisions[key] = decisions.get(key, 0) + 1
+            continue
         if flow.certain:
             return grouping.graph
         failures = trial.failing(model, example_inputs, grouping)

@@ -14,7 +14,7 @@ from torchvision.ops import FrozenBatchNorm2d
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 HEIGHT, WIDTH = 6, 4
-WIDTHS = (4, 6, 8, 12)
+WIDTHS = (4, 6, 8, 12, 14)
 
 
 class Residual(nn.Module):
@@ -46,22 +46,44 @@ class Concat(nn.Module):
 
 
 class Chunks(nn.Module):
-    """Equal chunks, each through its own body, concatenated in another order; width by chunk() or by the shape."""
+    """Chunks, each through its own body, concatenated in another order; cut by the shape or by what it was told."""
 
-    def __init__(self, bodies: Sequence[nn.Module], order: Sequence[int], by_shape: bool) -> None:
+    def __init__(self, bodies: Sequence[nn.Module], order: Sequence[int], widths: Sequence[int], way: str) -> None:
         super().__init__()
-        self.bodies, self.order, self.by_shape = nn.ModuleList(bodies), tuple(order), by_shape
+        self.bodies, self.order, self.way = nn.ModuleList(bodies), tuple(order), way
+        self.widths, self.first, self.channels = tuple(widths), widths[0], sum(widths)
 
     def forward(self, x: Tensor) -> Tensor:
         """Split, work, concatenate."""
         n = len(self.bodies)
-        if self.by_shape:
+        if self.way == "shape":
             width = x.shape[1] // n
             parts = [x[:, i * width : (i + 1) * width] for i in range(n)]
+        elif self.way == "list":
+            parts = list(x.split(self.widths, 1))
+        elif self.way == "first" and n == 2:
+            parts = [x[:, : self.first], x[:, self.first :]]
+        elif self.way == "whole":
+            parts = list(x.split(self.channels // n, 1))
         else:
             parts = list(x.chunk(n, 1))
         parts = [body(part) for body, part in zip(self.bodies, parts, strict=True)]
         return torch.cat([parts[i] for i in self.order], 1)
+
+
+class Stream(nn.Module):
+    """Half of the channels through a body, joined with the other half and shuffled, again and again."""
+
+    def __init__(self, bodies: Sequence[nn.Module], groups: int) -> None:
+        super().__init__()
+        self.bodies, self.shuffle = nn.ModuleList(bodies), Shuffle(groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Split, work, join, shuffle."""
+        for body in self.bodies:
+            kept, worked = x.chunk(2, 1)
+            x = self.shuffle(torch.cat([kept, body(worked)], 1))
+        return x
 
 
 class Shuffle(nn.Module):
@@ -278,7 +300,7 @@ def convolution(draw: Draw, channels: int, out: int | None = None) -> tuple[nn.M
 
 def joined(draw: Draw, channels: int, depth: int) -> tuple[nn.Module, int] | None:
     """Draw a pattern with branches, or None where the width does not allow it."""
-    kind = draw(st.sampled_from(["residual", "concat", "chunks", "gate", "low", "twice"]))
+    kind = draw(st.sampled_from(["residual", "concat", "chunks", "chunks", "stream", "gate", "low", "twice"]))
     if kind == "residual":
         inner, width = chain(draw, channels, depth - 1)
         last, _ = convolution(draw, width, channels)
@@ -292,11 +314,19 @@ def joined(draw: Draw, channels: int, depth: int) -> tuple[nn.Module, int] | Non
         if not possible:
             return None
         n = draw(st.sampled_from(possible))
+        way = draw(st.sampled_from(["chunk", "shape", "list", "first", "whole"]))
         width = channels // n
+        widths = [width + 1, *[width] * (n - 2), width - 1] if way in ("list", "first") and n == 2 else [width] * n
         bodies: list[nn.Module] = [
-            convolution(draw, width, width)[0] if draw(st.booleans()) else nn.Identity() for _ in range(n)
+            convolution(draw, width, width)[0] if draw(st.booleans()) else nn.Identity() for width in widths
         ]
-        return Chunks(bodies, draw(st.permutations(range(n))), draw(st.booleans())), channels
+        return Chunks(bodies, draw(st.permutations(range(n))), widths, way), channels
+    if kind == "stream":
+        if channels % 2 or channels < 6:
+            return None
+        half = channels // 2
+        workers = [convolution(draw, half, half)[0] for _ in range(draw(st.integers(1, 3)))]
+        return Stream(workers, 2), channels
     if kind == "gate":
         return Gate(convolution(draw, channels, channels)[0]), channels
     if kind == "twice":

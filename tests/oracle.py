@@ -356,6 +356,10 @@ def select(group: Group, ratio: float, rng: np.random.Generator) -> list[int]:
     """
     blocks, removable = np.asarray(group.blocks), np.asarray(group.removable)
     sizes = np.bincount(blocks)
+    if getattr(group, "schedule", None) is not None:
+        rows = [row for row in np.asarray(group.schedule) if row.sum() <= ratio * len(blocks) + 0.5]
+        own = [rng.permutation(np.flatnonzero((blocks == b) & removable)) for b in range(len(sizes))]
+        return sorted(int(c) for o, k in zip(own, rows[-1], strict=True) for c in o[:k]) if rows else []
     quota = sizes // np.gcd.reduce(sizes)
     free = [np.flatnonzero((blocks == b) & removable) for b in range(len(sizes))]
     rounds = min(int(min(len(f), n - 1) // q) for f, n, q in zip(free, sizes, quota, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 import secateur as sc
 from tests import oracle
 from tests.cases import CASES, Case
+from tests.cases.table import Net, conv
 
 # Some networks do on purpose what torch warns of.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -161,7 +163,9 @@ def test_inexact_groups_equal_a_norm_over_the_kept_channels(case: Case) -> None:
             assert verdict.kind in ("exact", "wrong-channel"), f"{verdict.kind}: {verdict.detail}"
 
 
-@pytest.mark.parametrize("name", ["dense_block_before_groups", "chunk_halves", "slice_half_of_shape"])
+@pytest.mark.parametrize(
+    "name", ["dense_block_before_groups", "chunk_halves", "slice_half_of_shape", "mixed_convolution", "dual_path"]
+)
 def test_every_layer_keeps_a_filter(name: str) -> None:
     model, inputs, graph = traced(name)
     for group in graph.groups:
@@ -188,6 +192,42 @@ def test_verify_sees_a_wrong_channel() -> None:
     assert not check.exact
     assert check.max_error > 1e-6
     assert oracle.judge(model, small, plan, inputs).kind == "wrong-channel"
+
+
+def near_ties(m: Net, x: torch.Tensor) -> list[torch.Tensor]:
+    """Sort by what rounding decides, beside an output that can be compared."""
+    x = m.conv2(m.conv1(x).relu()).relu()
+    scores = (1e16 * m.head(x).flatten(1)).sin()
+    return [scores.argsort(1), m.other(x)]
+
+
+def test_outputs_that_jump_under_rounding_ban_nothing() -> None:
+    net = Net(near_ties, conv1=conv(3, 12), conv2=conv(12, 10), head=conv(10, 4), other=conv(10, 2))
+    model, inputs = oracle.randomise(net), oracle.doubled(torch.rand(2, 3, 8, 6))
+    graph = sc.trace(model, inputs)
+    assert offered(graph, "conv1") == 12
+    assert offered(graph, "conv2") == 10
+    plan = sc.plan_removal(graph, selection(graph, 0.5, 0))
+    small = sc.apply(model, plan)
+    check = sc.verify(model, small, plan, inputs)
+    assert check.exact
+    assert any("jump" in text for text in check.refused)
+    for layer in ("conv2", "head", "other"):
+        wrong = copy.deepcopy(small)
+        with torch.no_grad():
+            wrong.get_submodule(layer).bias[0] += 0.1
+        assert not sc.verify(model, wrong, plan, inputs).exact, layer
+
+
+def test_outputs_that_jump_excuse_no_others() -> None:
+    def divided(m: Net, x: torch.Tensor) -> list[torch.Tensor]:
+        order, other = near_ties(m, x)
+        return [order, other / m.conv2.out_channels]
+
+    net = Net(divided, conv1=conv(3, 12), conv2=conv(12, 10), head=conv(10, 4), other=conv(10, 2))
+    graph = sc.trace(oracle.randomise(net), oracle.doubled(torch.rand(2, 3, 8, 6)))
+    assert offered(graph, "conv1") == 12
+    assert offered(graph, "conv2") == 0
 
 
 def test_oracle_sees_a_forgotten_consumer() -> None:

@@ -144,22 +144,29 @@ def norms(model: nn.Module, graph: ChannelGraph, group: ChannelGroup) -> Tensor:
 
 
 def step_size(group: ChannelGroup) -> int:
-    """Return the smallest number of channels that a group can lose at once, so that its blocks keep equal fractions."""
+    """Return the smallest number of channels that a group can lose at once, so that it keeps its constraint."""
+    if group.schedule is not None:
+        return int(group.schedule[0].sum())
     return int(quotas(group.blocks).sum())
+
+
+def _totals(group: ChannelGroup, min_width: int) -> list[int]:
+    """Return how many channels a group may have lost, its constraint and ``min_width`` kept, ascending."""
+    ends = np.cumsum([len(step) for step in steps(group, range(group.size))])
+    return [int(n) for n in ends if n <= group.size - min_width]
 
 
 def most_removable(group: ChannelGroup, min_width: int = 1) -> int:
     """Return how many channels of a group may go at most, its constraint and ``min_width`` kept."""
-    possible = steps(group, range(group.size))
-    if not possible:
-        return 0
-    return min(len(possible), max(0, group.size - min_width) // len(possible[0])) * len(possible[0])
+    return max(_totals(group, min_width), default=0)
 
 
 def whole(group: ChannelGroup, count: int, min_width: int) -> int:
     """Round a number of channels to what the constraint allows; at least one step if any may go."""
     if count <= 0:
         return 0
+    if group.schedule is not None:
+        return min(_totals(group, min_width), key=lambda n: abs(n - count), default=0)
     step = step_size(group)
     return min(max(1, round(count / step)) * step, most_removable(group, min_width))
 
@@ -184,10 +191,29 @@ def select_pairs(
     scores = correlations(model, graph, group, share=share, signed=signed, order=order) if wanted else None
     if scores is None:
         return []
-    removable, blocks = torch.from_numpy(group.removable), torch.from_numpy(group.blocks)
-    if order == "residual":
-        return cfp.select_least_lost(-scores, wanted, removable=removable, blocks=blocks)
-    return cfp.select_pairs(scores, wanted, norms=norms(model, graph, group), removable=removable, blocks=blocks)
+    lengths, free = norms(model, graph, group), torch.from_numpy(group.removable)
+
+    def choose(own: Tensor, n: int, blocks: Tensor | None) -> list[tuple[int, int]]:
+        between = scores[own][:, own]
+        if order == "residual":
+            return cfp.select_least_lost(-between, n, removable=free[own], blocks=blocks)
+        return cfp.select_pairs(between, n, norms=lengths[own], removable=free[own], blocks=blocks)
+
+    if group.schedule is None:
+        return choose(torch.arange(group.size), wanted, torch.from_numpy(group.blocks))
+    pairs: list[tuple[int, int]] = []
+    for block, n in enumerate(_row(group, wanted).tolist()):
+        own = torch.from_numpy(np.flatnonzero(group.blocks == block))
+        pairs += [(int(own[dropped]), int(own[kept])) for dropped, kept in choose(own, n, None)]
+    return pairs
+
+
+def _row(group: ChannelGroup, count: int) -> np.ndarray:
+    """Return what each block loses at the latest step of a schedule that leaves every block a partner."""
+    assert group.schedule is not None
+    sizes = np.bincount(group.blocks)
+    rows = [row for row in group.schedule if row.sum() <= count and (row < sizes).all()]
+    return rows[-1] if rows else np.zeros_like(sizes)
 
 
 def select_lowest(group: ChannelGroup, scores: Tensor, count: int, *, min_width: int = 1) -> list[int]:

@@ -4,8 +4,8 @@ An operator without a rule freezes every channel it touches; nothing is guessed.
 ``rule(flow, args, kwargs, out)`` in the file of its family and register it with :func:`secateur.rules.registry.rule`.
 """
 
-from secateur.rules import contraction, creation, movement, pointwise, reduction
+from secateur.rules import contraction, creation, indexing, movement, pointwise, reduction
 from secateur.rules.flow import Flow
 from secateur.rules.registry import RULES, rule
 
-__all__ = ["RULES", "Flow", "contraction", "creation", "movement", "pointwise", "reduction", "rule"]
+__all__ = ["RULES", "Flow", "contraction", "creation", "indexing", "movement", "pointwise", "reduction", "rule"]

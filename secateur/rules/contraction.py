@@ -81,6 +81,9 @@ def convolution(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: 
             flow.freeze(made, _UNKNOWN)
         if made is not None:
             _follow(flow, made, bias)
+        if given is not None and not isinstance(flow.layer, nn.modules.conv._ConvNd):
+            for name in flow.counts(groups):
+                flow.count(name, given)
     else:
         given, made = _grouped(flow, weight, given, out_channels, in_channels, groups, transposed)
         _make(flow, made, bias)

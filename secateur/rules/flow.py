@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import sysconfig
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,21 @@ class Site:
     labels: Labels
     options: tuple[str, ...]
     choice: int
+    blocks: tuple[Labels, ...] = ()
+    """Where the code cuts a vector: its parts."""
+
+
+@dataclass(eq=False)
+class Shuffled:
+    """A place where channels are cut into rows that may be merged in another order.
+
+    Taken strictly, the channels at one place of every row go together, and what is left keeps its order. Taken loosely,
+    rows lose any channels, equally many, and what is left lies in another order than in the unpruned network.
+    """
+
+    key: int
+    """Ordinal of the operator call in the run."""
+    labels: Labels
 
 
 @dataclass(eq=False)
@@ -82,15 +98,27 @@ class Attribute:
     """Whether only its name and its value tell what it counts."""
 
 
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Two dimensions of a tensor that one vector of channels was cut into, until they are merged again."""
+
+    row: int
+    """The dimension that counts the rows."""
+    column: int
+    labels: Labels
+    """Shape ``(rows, columns)``."""
+
+
 class Labelled:
     """The labels of one tensor, and whether it was computed from parameters and buffers alone."""
 
-    __slots__ = ("axes", "owner", "weight")
+    __slots__ = ("axes", "grid", "owner", "weight")
 
-    def __init__(self, owner: object, axes: Axes, weight: bool) -> None:
+    def __init__(self, owner: object, axes: Axes, weight: bool, grid: Grid | None = None) -> None:
         self.owner = owner
         self.axes = axes
         self.weight = weight
+        self.grid = grid
 
 
 _ATTRIBUTE = "_secateur_labels"
@@ -107,6 +135,8 @@ class Flow:
     """For sites whose first option was seen not to hold: key -> index of the option to take."""
     banned: Mapping[tuple[str, int], Cause] = field(default_factory=dict)
     """Dimensions of parameters that were seen not to be prunable, and why."""
+    loose: Set[int] = frozenset()
+    """Ordinals of the operator calls that shuffle channels whose rows may lose different indices; see ``Shuffled``."""
 
     def __post_init__(self) -> None:
         self.store = LabelStore()
@@ -123,6 +153,7 @@ class Flow:
         self.module = ""
         self.layer: nn.Module | None = None
         self.operator = ""
+        self.shuffled: list[Shuffled] = []
         self.copies: list[tuple[int, int]] = []
         """Ranges of labels of equal copies, which an expansion makes: any of them may go for any other."""
         self.paused = 0
@@ -139,12 +170,14 @@ class Flow:
             self._names.setdefault(id(tensor), name)
         self._leaves: dict[int, Labelled] = {}
         self._virtual: dict[tuple[str, int], Labels] = {}
+        self._counted: dict[tuple[str, str], Labels] = {}
 
     @property
     def certain(self) -> bool:
         """Whether what was found holds by the rules alone, whatever number of channels goes."""
         follows = all(site.options[site.choice] in ("follow", "freeze") for site in self.sites)
-        return self.doubt is None and follows and not any(attribute.guessed for attribute in self.attributes)
+        guessed = any(attribute.guessed for attribute in self.attributes) or bool(self.store.moves)
+        return self.doubt is None and follows and not guessed
 
     # Labels of tensors
 
@@ -198,6 +231,17 @@ class Flow:
         elif axes or weight or getattr(tensor, _ATTRIBUTE, None) is not None:
             setattr(tensor, _ATTRIBUTE, Labelled(self.token, axes, weight))
 
+    def set_grid(self, tensor: Tensor, grid: Grid) -> None:
+        """Let a tensor carry, beside its labels, two dimensions that one vector of channels was cut into."""
+        known = self.labelled(tensor)
+        axes, weight = (known.axes, known.weight) if known is not None else ({}, False)
+        setattr(tensor, _ATTRIBUTE, Labelled(self.token, axes, weight, grid))
+
+    def grid(self, tensor: Tensor) -> Grid | None:
+        """Return the two dimensions of a tensor that one vector of channels was cut into."""
+        known = self.labelled(tensor)
+        return known.grid if known is not None else None
+
     def virtual(self, weight: Tensor, size: int, blocks: int) -> Labels | None:
         """Return labels for all the channels of which a grouped convolution's weight holds one block on dimension 1.
 
@@ -245,17 +289,44 @@ class Flow:
         first = int(labels[0])
         return any(start <= first < stop for start, stop in self.copies)
 
-    def assume(self, labels: Labels, reason: str, *options: str) -> str:
+    def assume(self, labels: Labels, reason: str, *options: str, blocks: Sequence[Labels] = ()) -> str:
         """Return what to assume of the user's code at this call, and remember it to be tested.
 
         ``"freeze"`` is always the last resort; the labels are frozen here when it is reached.
         """
         every = (*options, "freeze")
         choice = min(self.decisions.get(self.ordinal, 0), len(every) - 1)
-        self.sites.append(Site(self.ordinal, self.cause(reason), labels.reshape(-1), every, choice))
+        self.sites.append(Site(self.ordinal, self.cause(reason), labels.reshape(-1), every, choice, tuple(blocks)))
         if every[choice] == "freeze":
             self.freeze(labels, reason)
         return every[choice]
+
+    def counts(self, *values: int) -> list[str]:
+        """Return the attributes of the module at work that hold one of these numbers, and that the running code names.
+
+        An element of a list or tuple is given as ``name[index]``.
+        """
+        if self.layer is None:
+            return []
+        named = _names_read(self.layer)
+        found = []
+        for name in [n for n in vars(self.layer) if n in named]:
+            value = getattr(self.layer, name)
+            if isinstance(value, (list, tuple)):
+                found += [f"{name}[{i}]" for i, v in enumerate(value) if type(v) is int and v in values]
+            elif type(value) is int and value in values:
+                found.append(name)
+        return found
+
+    def count(self, name: str, labels: Labels) -> None:
+        """Let an attribute of the module at work follow the number of these channels.
+
+        Whatever else it counts has to lose as many: one number can't follow two.
+        """
+        self.attributes.append(Attribute(self.module, name, labels, labels.size, guessed=True))
+        first = self._counted.setdefault((self.module, name), labels)
+        if first is not labels and first.size == labels.size:
+            self.share([first, labels], f"{name} is the number of both")
 
     def call(self, layer: nn.Module, inputs: Labels | None, outputs: Labels | None) -> None:
         """Note what a registered layer reads and makes, so that a plan tells it what it keeps of both."""
@@ -310,11 +381,24 @@ def shown(path: str, line: int) -> str:
 
 def source_line() -> str:
     """Return ``file:line`` of the innermost frame outside torch, Python and this package; empty if there is none."""
-    frame = sys._getframe(1)
-    while True:
+    return next((shown(frame.f_code.co_filename, frame.f_lineno) for frame in _user_frames()), "")
+
+
+def _user_frames() -> Iterator[FrameType]:
+    """Yield the running frames outside torch, Python and this package, innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
         path = frame.f_code.co_filename
         if not path.startswith(_SKIPPED) and not (path.startswith(_STDLIB) and "site-packages" not in path):
-            return shown(path, frame.f_lineno)
-        if frame.f_back is None:
-            return ""
+            yield frame
         frame = frame.f_back
+
+
+def _names_read(layer: nn.Module) -> set[str]:
+    """Return the names that the running code reads, from the innermost frame out to the layer's own method."""
+    named: set[str] = set()
+    for frame in _user_frames():
+        named |= set(frame.f_code.co_names)
+        if frame.f_locals.get("self") is layer:
+            break
+    return named

@@ -10,14 +10,12 @@ import numpy as np
 from torch import Tensor
 
 from secateur.labels import Axes, Labels, merged, runs, varying
-from secateur.rules.flow import Attribute, Flow
-from secateur.rules.registry import rule, tensors_in
+from secateur.rules.flow import Attribute, Flow, Grid
+from secateur.rules.registry import rule
+from secateur.rules.shuffle import is_loose, loosely
 
 HEAD_COUNTS = ("num_heads", "n_heads", "nhead", "heads", "num_attention_heads")
 """Names under which a module keeps the number of blocks that it cuts its channels into."""
-
-WIDTHS = ("attn_dim", "inner_dim", "attention_dim", "all_head_size", "width", "split_size")
-"""Names under which a module keeps the number of channels that it merges blocks into, or cuts them at."""
 
 _HARD_CODED = "sizes written in the code do not follow the removed channels"
 
@@ -60,10 +58,8 @@ def _split(flow: Flow, labels: Labels, shape: Sequence[int]) -> dict[int, Labels
 
 def _count_width(flow: Flow, labels: Labels) -> None:
     """Let an attribute of the module at work follow, where it is the number of these channels."""
-    for name in WIDTHS:
-        value = getattr(flow.layer, name, None)
-        if isinstance(value, int) and not isinstance(value, bool) and value == labels.size:
-            flow.attributes.append(Attribute(flow.module, name, labels, labels.size, guessed=True))
+    for name in flow.counts(labels.size):
+        flow.count(name, labels)
 
 
 def reshaped(flow: Flow, axes: Axes, old: Sequence[int], new: Sequence[int], *, trusted: bool = False) -> Axes:
@@ -96,6 +92,15 @@ def reshaped(flow: Flow, axes: Axes, old: Sequence[int], new: Sequence[int], *, 
     return result
 
 
+def _grid(flow: Flow, axes: Axes, old: Sequence[int], new: Sequence[int]) -> tuple[int, Grid] | None:
+    """Return the dimension of channels that a view cuts into two, if the rows may lose different indices, and these."""
+    for left, right in runs(old, new):
+        labels = axes.get(left[0])
+        if len(left) == 1 and len(right) == 2 and labels is not None and is_loose(flow, labels):
+            return left[0], Grid(right[0], right[1], labels.reshape(new[right[0]], new[right[1]]))
+    return None
+
+
 @rule("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::_reshape_alias", "aten::view_copy", "aten::unflatten")
 def view(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
     """Merge and cut dimensions; every element keeps its labels."""
@@ -105,13 +110,22 @@ def view(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor)
         return
     if tuple(x.shape) == tuple(out.shape):
         flow.assume(np.concatenate(list(axes.values())), _HARD_CODED, "follow")
+        for labels in axes.values():
+            _count_width(flow, labels)
         flow.set(out, axes, weight=flow.is_weight(x))
         return
     untouched = {d for left, right in runs(x.shape, out.shape) if len(left) == len(right) == 1 for d in left}
     fixed = [axes[d] for d in axes if d in untouched]
     if fixed and not flow.is_weight(x):
         flow.assume(np.concatenate(fixed), _HARD_CODED, "follow")
+        for labels in fixed:
+            _count_width(flow, labels)
+    cut = _grid(flow, axes, x.shape, out.shape)
+    if cut is not None:
+        axes = {d: labels for d, labels in axes.items() if d != cut[0]}
     flow.set(out, reshaped(flow, axes, x.shape, out.shape), weight=flow.is_weight(x))
+    if cut is not None:
+        flow.set_grid(out, cut[1])
 
 
 @rule("aten::permute", "aten::permute_copy")
@@ -243,8 +257,7 @@ def slice_(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tenso
         if index.size == size:
             flow.assume(labels, _HARD_CODED, "follow")
         elif step == 1:
-            blocks = [labels[:start], axes[dim], labels[start + index.size :]]
-            _cut(flow, labels, [b for b in blocks if b.size])
+            _cut(flow, labels, [start, start + index.size])
         elif size % step == 0 and start < step and index.size == size // step:
             rows = labels.reshape(-1, step)
             flow.store.join(rows[:, :1], rows)
@@ -255,10 +268,60 @@ def slice_(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tenso
     flow.set(out, axes, weight=flow.is_weight(x))
 
 
-def _cut(flow: Flow, labels: Labels, blocks: Sequence[Labels]) -> None:
-    """Cut a dimension into ranges; the code is taken to cut it at the same fractions once channels are gone."""
-    if len(blocks) > 1 and flow.assume(labels, "is cut at indices written in the code", "share") == "share":
-        flow.share(blocks, "is cut into ranges in fixed proportion")
+def _cut(flow: Flow, labels: Labels, bounds: Sequence[int], told: str = "bounds") -> None:
+    """Cut a dimension at indices; the code is taken to cut it at the same channels once some are gone.
+
+    Where attributes of the module hold the width of each block, they follow and the blocks are free. Where one holds
+    the whole width or that of equal blocks, it follows, and the blocks have to lose equal fractions; so they have
+    where the code computes the cuts of the shape. Where these can't, and the cuts part what was laid side by side, the
+    code may take the parts' own widths: then they are free as well.
+
+    Args:
+        flow: The run.
+        labels: Labels of the dimension.
+        bounds: Where it is cut.
+        told: What the code gives: ``bounds``, the ``widths`` of all blocks, one ``width`` for all, or their ``number``.
+    """
+    blocks = [b for b in np.split(labels, bounds) if b.size]
+    if len(blocks) < 2:
+        return
+    known: dict[str, Sequence[Any]] = {}
+    if told in ("bounds", "widths"):
+        known["widths"] = _widths(flow, blocks)
+    if told in ("bounds", "width"):
+        known["whole"] = flow.counts(labels.size)
+        known["equal"] = flow.counts(blocks[0].size) if len({b.size for b in blocks}) == 1 else []
+    options = [*(name for name, found in known.items() if found), "share"]
+    inner = [b for b in bounds if 0 < b < labels.size]
+    if told in ("bounds", "widths") and all(flow.store.are_apart(int(labels[b - 1]), int(labels[b])) for b in inner):
+        options.append("parts")
+    option = flow.assume(labels, "is cut at indices written in the code", *options, blocks=blocks)
+    if option == "widths":
+        for name, counted in known["widths"]:
+            flow.count(name, counted)
+        return
+    if option in ("parts", "freeze"):
+        return
+    flow.share(blocks, "is cut into ranges in fixed proportion")
+    for name in known.get(option, ()):
+        flow.count(name, labels if option == "whole" else blocks[0])
+
+
+def _widths(flow: Flow, blocks: Sequence[Labels]) -> list[tuple[str, Labels]]:
+    """Return attributes that hold the blocks' widths, and what each counts; empty unless they explain all cuts.
+
+    Of two blocks one is what the other leaves.
+    """
+    known = [flow.counts(block.size) for block in blocks]
+    lists = {n.partition("[")[0] for n in known[0] if n.endswith("]")}
+    whole = [name for name in lists if all(f"{name}[{i}]" in names for i, names in enumerate(known))]
+    found = [(f"{name}[{i}]", block) for name in sorted(whole) for i, block in enumerate(blocks)]
+    plain = [[n for n in names if not n.endswith("]")] for names in known]
+    if len(blocks) == 2 and any(plain):
+        explained = [(n, blocks[0]) for n in plain[0]] or [(n, blocks[1]) for n in plain[1]]
+    else:
+        explained = [(n, b) for names, b in zip(plain, blocks, strict=True) for n in names] if all(plain) else []
+    return found + explained
 
 
 @rule("aten::split", "aten::split_with_sizes", "aten::split_copy", "aten::split_with_sizes_copy", "aten::unsafe_split",
@@ -284,67 +347,9 @@ def split(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Sequen
         if any(b.size == 1 for b in blocks):
             flow.freeze(labels, "is cut into single channels")
         else:
-            _count_width(flow, blocks[0])
-            _cut(flow, labels, blocks)
-
-
-@rule("aten::select", "aten::select_copy", "aten::unbind", "aten::unbind_copy")
-def select(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """Take single indices of a dimension: its channels are frozen, the others kept."""
-    x = args[0]
-    axes = flow.axes(x)
-    if not axes:
-        return
-    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % x.ndim
-    if dim in axes:
-        flow.freeze(axes[dim], "is read one channel at a time")
-    left = {d - (d > dim): labels for d, labels in axes.items() if d != dim}
-    for result in out if isinstance(out, (list, tuple)) else [out]:
-        flow.set(result, left, weight=flow.is_weight(x))
-
-
-@rule("aten::index_select", "aten::gather", "aten::take_along_dim")
-def index_select(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-    """Read a dimension at given indices: its channels are frozen, those of the others kept."""
-    x, dim, index = args[:3]
-    axes = dict(flow.axes(x))
-    flow.freeze_tensor(index, "is used as an index")
-    if dim % x.ndim in axes:
-        flow.freeze(axes.pop(dim % x.ndim), "is read at given indices")
-    if index.ndim > 1:
-        for d in list(axes):
-            flow.freeze(axes.pop(d), "is read at given indices")
-    flow.set(out, axes)
-
-
-@rule("aten::index", "aten::_unsafe_index")
-def index(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-    """Read some dimensions at given indices: their channels are frozen, those of the others kept."""
-    x, indices = args[:2]
-    axes = flow.axes(x)
-    for tensor in tensors_in(indices):
-        flow.freeze_tensor(tensor, "is used as an index")
-    if not axes:
-        return
-    # A mask of n dimensions stands for n of them.
-    consumed: list[int] = []
-    dim = 0
-    for entry in indices:
-        width = (
-            entry.ndim
-            if isinstance(entry, Tensor) and entry.dtype.is_floating_point is False and entry.element_size() == 1
-            else 1
-        )
-        if entry is not None:
-            consumed.extend(range(dim, dim + width))
-        dim += width
-    flow.freeze_tensor(x, "is read at given indices", consumed)
-    kept = [d for d in range(x.ndim) if d not in consumed]
-    added = out.ndim - len(kept)
-    adjacent = consumed == list(range(consumed[0], consumed[0] + len(consumed))) if consumed else True
-    first = consumed[0] if consumed and adjacent else 0
-    position = {d: i if i < first else i + added for i, d in enumerate(kept)}
-    flow.set(out, {position[d]: axes[d] for d in kept if d in axes}, weight=False)
+            number = getattr(flow.called, "__name__", "") in ("chunk", "unsafe_chunk", "tensor_split")
+            told = "number" if number else "widths" if isinstance(args[1], (list, tuple)) else "width"
+            _cut(flow, labels, np.cumsum([b.size for b in blocks[:-1]]).tolist(), told)
 
 
 @rule("aten::flip")
@@ -369,7 +374,7 @@ def roll(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor)
         labels = axes.get(dim % x.ndim)
         if labels is not None:
             start = -shift % labels.size
-            _cut(flow, labels, [b for b in (labels[:start], labels[start:]) if b.size])
+            _cut(flow, labels, [start])
             axes[dim % x.ndim] = np.roll(labels, shift)
     flow.set(out, axes, weight=flow.is_weight(x))
 
@@ -416,9 +421,12 @@ def channel_shuffle(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], o
     axes = dict(flow.axes(x))
     labels = axes.get(1)
     if labels is not None:
-        block = labels.reshape(groups, -1)
-        flow.store.join(block[:1], block)
-        axes[1] = block.T.reshape(-1)
+        if is_loose(flow, labels):
+            axes[1] = loosely(flow, labels, groups)
+        else:
+            block = labels.reshape(groups, -1)
+            flow.store.join(block[:1], block)
+            axes[1] = block.T.reshape(-1)
     flow.set(out, axes)
 
 

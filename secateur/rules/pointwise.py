@@ -120,7 +120,10 @@ def batch_norm(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: A
     x = args[0]
     axes = dict(flow.axes(x))
     for dim in [d for d in axes if d > 1]:
-        flow.freeze(axes.pop(dim), "is normalised over as if it were space")
+        if flow.is_weight(x):
+            flow.mark_inexact(axes[dim], "standardises a weight over the channels that it reads")
+        else:
+            flow.freeze(axes.pop(dim), "is normalised over as if it were space")
     vectors = [t for t in args[1:5] if isinstance(t, Tensor)]
     for vector in vectors:
         own = flow.axes(vector).get(0)

@@ -354,3 +354,28 @@ def convnext_block() -> Net:
         scale=nn.Parameter(torch.randn(6)),
         head=nn.Linear(6, 4),
     )
+
+
+class StandardisedConv(nn.Conv2d):
+    """Standardises each filter by a batch norm over the flattened weight, as NFNet and BiT do."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+        self.gain = nn.Parameter(torch.ones(outputs, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve with the standardised weight."""
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(flat, None, None, weight=(self.gain * 0.3).view(-1), training=True)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias, padding=1)
+
+
+@case(prunable={"conv2": 6}, inexact=("conv1",))
+def standardised_by_batch_norm() -> Net:
+    """Weights standardised over the channels they read: what such a layer reads is inexact, what it makes is not."""
+    return Net(
+        lambda m, x: m.head(m.conv2(m.conv1(x).relu()).relu()),
+        conv1=conv(3, 8),
+        conv2=StandardisedConv(8, 6),
+        head=conv(6, 4),
+    )

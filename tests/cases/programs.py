@@ -423,3 +423,233 @@ def region_of_interest() -> nn.Module:
         return m.head(m.fc(x.flatten(1)).relu())
 
     return Net(forward, backbone=conv(3, 8), fc=nn.Linear(32, 10), head=nn.Linear(10, 4))
+
+
+@case(inputs=image(3, 8, 8), prunable={"low": 6, "high": 6, "fc": 10})
+def regions_by_level() -> nn.Module:
+    """Regions pooled from the level that suits their size, written row by row into one tensor (feature pyramid)."""
+    from torchvision.ops import roi_align
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        rois = torch.tensor([[0.0, 1, 1, 5, 6], [1, 0, 2, 7, 7], [1, 3, 3, 5, 5]], dtype=x.dtype)
+        levels = [m.high(x).relu(), F.max_pool2d(m.low(x).relu(), 2)]
+        area = (rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])
+        x = torch.zeros(len(rois), levels[0].shape[1], 2, 2, dtype=x.dtype)
+        for level, features in enumerate(levels):
+            here = torch.where((area > 10) == bool(level))[0]
+            x[here] = roi_align(features, rois[here], (2, 2), 1 / (level + 1))
+        return m.head(m.fc(x.flatten(1)).relu())
+
+    return Net(forward, low=conv(3, 6), high=conv(3, 6), fc=nn.Linear(24, 10), head=nn.Linear(10, 4))
+
+
+@case(prunable={"conv1": 8})
+def rows_written_by_mask() -> Net:
+    """Examples of a batch replaced by constants where a mask says so; channels stay in place."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        dark = x.mean((1, 2, 3)) < x.mean()
+        x = m.conv1(x).relu()
+        x[dark] = 0.25
+        x[:, :, torch.tensor([0, 3])] = x[:, :, torch.tensor([1, 2])] * 2
+        return m.head(x)
+
+    return Net(forward, conv1=conv(3, 8), head=conv(8, 4))
+
+
+@case()
+def channels_written_by_index() -> Net:
+    """Channels overwritten at given numbers."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = m.conv1(x).relu()
+        x[:, torch.tensor([1, 4])] = x[:, torch.tensor([0, 7])] * 2
+        return m.head(x)
+
+    return Net(forward, conv1=conv(3, 8), head=conv(8, 4))
+
+
+class Halves(nn.Module):
+    """Cuts at a number kept as an attribute, written in one of several ways."""
+
+    def __init__(self, width: int, way: str) -> None:
+        super().__init__()
+        self.width, self.way = width, way
+        self.widths = (width, width)
+        self.a, self.b = conv(width, 6), conv(width, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Cut, and let each part be read by its own layer."""
+        if self.way == "split":
+            a, b = x.split(self.width, 1)
+        elif self.way == "slice":
+            a, b = x[:, : self.width], x[:, self.width :]
+        elif self.way == "end":
+            a, b = x[:, : -self.width], x[:, -self.width :]
+        else:
+            a, b = x.split(self.widths, 1)
+        return self.a(a) + self.b(b).relu()
+
+
+def _halves(way: str) -> Net:
+    return Net(lambda m, x: m.head(m.cut(m.conv1(x).relu())), conv1=conv(3, 8), cut=Halves(4, way), head=conv(6, 4))
+
+
+@case(prunable={"conv1": 8, "cut.a": 6})
+def split_at_attribute() -> Net:
+    """Split into pieces as wide as an attribute says: it follows, and all pieces lose as many."""
+    return _halves("split")
+
+
+@case(prunable={"conv1": 8, "cut.a": 6})
+def slice_at_attribute() -> Net:
+    """Sliced at an attribute: it follows the first part, the second is what is left."""
+    return _halves("slice")
+
+
+@case(prunable={"conv1": 8, "cut.a": 6})
+def slice_from_the_end_at_attribute() -> Net:
+    """Sliced at an attribute counted from the end: it follows the second part."""
+    return _halves("end")
+
+
+@case(prunable={"conv1": 8, "cut.a": 6})
+def split_by_attribute_list() -> Net:
+    """Split at a tuple of widths kept as an attribute: each of its numbers follows its part."""
+    return _halves("list")
+
+
+class Widths(nn.Module):
+    """Mixed depthwise convolutions (MixNet): each range of channels has a kernel of its own."""
+
+    def __init__(self, widths: list[int]) -> None:
+        super().__init__()
+        self.widths = widths
+        self.layers = nn.ModuleList(conv(w, w, 2 * i + 1, groups=w) for i, w in enumerate(widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Split, convolve, concatenate."""
+        parts = torch.split(x, self.widths, 1)
+        return torch.cat([layer(part) for layer, part in zip(self.layers, parts, strict=True)], 1)
+
+
+@case(prunable={"conv1": 11, "mixed.layers.0": 5, "mixed.layers.2": 2})
+def mixed_convolution() -> Net:
+    """Split at unequal widths kept as a list, each part through a depthwise convolution, concatenated (MixNet)."""
+    return Net(
+        lambda m, x: m.head(m.mixed(m.conv1(x).relu()).relu()),
+        conv1=conv(3, 11),
+        mixed=Widths([5, 4, 2]),
+        head=conv(11, 4),
+    )
+
+
+class CrossStage(nn.Module):
+    """CSP stage that keeps the width of its expansion as an attribute, and halves it in the forward."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.expanded = width
+        self.expand = conv(6, width, 1)
+        self.block = conv(width // 2, width // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Let one half go round the block."""
+        a, b = self.expand(x).split(self.expanded // 2, dim=1)
+        return torch.cat([a, b + self.block(b).relu()], 1)
+
+
+@case(prunable={"stem": 6, "stage.expand": 8, "stage.block": 4})
+def cross_stage_by_attribute() -> Net:
+    """CSP: split at half of an attribute that holds the whole width."""
+    return Net(lambda m, x: m.head(m.stage(m.stem(x).relu())), stem=conv(3, 6), stage=CrossStage(8), head=conv(8, 4, 1))
+
+
+class DualPath(nn.Module):
+    """A residual path of fixed width in front of a dense one that grows (DPN)."""
+
+    def __init__(self, inputs: int, width: int, growth: int) -> None:
+        super().__init__()
+        self.width = width
+        self.body = conv_bn(inputs, width + growth)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the first part, concatenate the rest."""
+        y = self.body(x)
+        return torch.cat([x[:, : self.width] + y[:, : self.width], x[:, self.width :], y[:, self.width :]], 1)
+
+
+@case(prunable={"stem": 8, "one.body.0": 8, "two.body.0": 8})
+def dual_path() -> Net:
+    """Dual path network: the first channels are a residual stream, the others a dense one, cut at an attribute."""
+    return Net(
+        lambda m, x: m.head(m.two(m.one(m.stem(x).relu())).relu()),
+        stem=conv(3, 8),
+        one=DualPath(8, 5, 3),
+        two=DualPath(11, 5, 3),
+        head=conv(14, 4),
+    )
+
+
+class PartialResidual(nn.Module):
+    """A shortcut that is narrower than what it is added to (ReXNet)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.body = conv(inputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add to the first channels alone."""
+        y = self.body(x)
+        return torch.cat([y[:, : self.inputs] + x, y[:, self.inputs :]], 1)
+
+
+@case(prunable={"stem": 7, "block.body": 11})
+def partial_residual() -> Net:
+    """The shortcut is added to as many channels as it has, which an attribute says (ReXNet)."""
+    return Net(
+        lambda m, x: m.head(m.block(m.stem(x)).relu()), stem=conv(3, 7), block=PartialResidual(7, 11), head=conv(11, 4)
+    )
+
+
+class Blur(nn.Module):
+    """A fixed kernel stored for every channel, and their number as an attribute (anti-aliased ResNets)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.register_buffer("kernel", torch.rand(1, 1, 3, 3).repeat(channels, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Blur every channel."""
+        return F.conv2d(x, self.kernel, stride=2, groups=self.channels)
+
+
+@case(prunable={"conv1": 8})
+def blur_by_attribute() -> Net:
+    """Blur kernel stored for every channel; groups written as an attribute."""
+    return Net(lambda m, x: m.head(m.blur(m.conv1(x).relu())), conv1=conv(3, 8), blur=Blur(8), head=conv(8, 4))
+
+
+class Patches(nn.Module):
+    """Two maps viewed as tokens by one attribute."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Flatten the maps."""
+        return x.reshape(x.shape[0], self.width, -1), y.reshape(y.shape[0], self.width, -1)
+
+
+@case(prunable={"a": 8, "b": 8})
+def one_attribute_for_two_layers() -> Net:
+    """Two layers' channels counted by one attribute: both have to lose as many, not the same."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        a, b = m.patches(m.a(x).relu(), m.b(x).tanh())
+        return m.head(torch.cat([a, b], 1))
+
+    return Net(forward, a=conv(3, 8), b=conv(3, 8), patches=Patches(8), head=nn.Conv1d(16, 4, 1))

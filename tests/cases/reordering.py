@@ -115,7 +115,7 @@ def split_sizes_refused() -> Net:
     return Net(forward, conv1=conv(3, 8), a=conv(2, 6), b=conv(6, 6), head=conv(6, 4))
 
 
-@case(refused={"a": "equal fractions", "b": "equal fractions"}, outputs=("head_a", "head_b"))
+@case(prunable={"a": 6, "b": 5}, outputs=("head_a", "head_b"))
 def split_of_concat() -> Net:
     """What was concatenated is split again, at the widths of the parts."""
 
@@ -532,3 +532,90 @@ def crop_and_pad() -> Net:
         conv1=conv(3, 8),
         head=conv(8, 4),
     )
+
+
+class Unit(nn.Module):
+    """Works on one half of the channels, joins the two halves and shuffles them (ShuffleNet v2)."""
+
+    def __init__(self, half: int, native: bool) -> None:
+        super().__init__()
+        self.native = native
+        self.body = nn.Sequential(conv(half, half, 1), nn.ReLU(), conv(half, half, groups=half), conv(half, half, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Split, work, join, shuffle."""
+        kept, worked = x.chunk(2, dim=1)
+        x = torch.cat([kept, self.body(worked).relu()], 1)
+        return F.channel_shuffle(x, 2) if self.native else shuffled(x, 2)
+
+
+def _stage(half: int, units: int, native: bool, reader: nn.Module) -> Net:
+    """Two branches joined and shuffled, then units on the stream, then a depthwise layer and a reader."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = torch.cat([m.left(x), m.right(x).relu()], 1)
+        x = F.channel_shuffle(x, 2) if native else shuffled(x, 2)
+        x = m.norm(m.depth(m.units(x)))
+        return m.head(x.flatten(1) if isinstance(m.head, nn.Linear) else x)
+
+    return Net(
+        forward,
+        left=conv(3, half),
+        right=conv(3, half),
+        units=nn.Sequential(*(Unit(half, native) for _ in range(units))),
+        depth=conv(2 * half, 2 * half, groups=2 * half),
+        norm=nn.BatchNorm2d(2 * half),
+        head=reader,
+    )
+
+
+@case(prunable={"left": 10, "right": 10, "units.0.body.3": 10, "units.2.body.3": 10})
+def shuffled_stream() -> Net:
+    """ShuffleNet v2 stage: halves of odd length are shuffled again and again; a depthwise layer reads them in order."""
+    return _stage(10, 3, False, conv(20, 4))
+
+
+@case(prunable={"left": 6, "units.0.body.3": 6, "units.3.body.3": 6})
+def shuffled_stream_native() -> Net:
+    """The same by F.channel_shuffle, flattened with its positions into a linear layer."""
+    return _stage(6, 4, True, nn.Linear(12 * 48, 4))
+
+
+@case(prunable={"left": 7, "units.0.body.0": 7})
+def shuffled_stream_added() -> Net:
+    """A shuffled stream with a layer's output added to it: that layer's filters go with the stream's places."""
+    net = _stage(7, 2, False, conv(14, 4))
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        y = shuffled(torch.cat([m.left(x), m.right(x).relu()], 1), 2)
+        y = m.units(y) + m.side(x).relu()
+        return m.head(m.norm(m.depth(y)))
+
+    net.body = forward
+    net.side = conv(3, 14)
+    return net
+
+
+@case()
+def shuffled_stream_reversed() -> Net:
+    """A shuffled stream read in reverse: what is left of it lies in no order that a plan can give."""
+    net = _stage(7, 2, False, conv(14, 4))
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        y = shuffled(torch.cat([m.left(x), m.right(x).relu()], 1), 2)
+        return m.head(m.norm(m.depth(m.units(y).flip(1))))
+
+    net.body = forward
+    return net
+
+
+@case(refused={"a": "", "b": ""}, outputs=("head_a", "head_b"))
+def split_of_concat_in_proportion() -> Net:
+    """What was concatenated is split again, in the proportion that the parts had: parts of 6 and 5 can't keep it."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        both = m.bn(torch.cat([m.a(x), m.b(x)], 1))
+        first = round(both.shape[1] * 6 / 11)
+        return m.head_a(both[:, :first].relu()) + m.head_b(both[:, first:].relu())
+
+    return Net(forward, a=conv(3, 6), b=conv(3, 5), bn=nn.BatchNorm2d(11), head_a=conv(6, 4), head_b=conv(5, 4))

@@ -1,0 +1,61 @@
+"""In which order the channels that are left lie, behind shuffles that mix blocks which lost different indices."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from secateur.cost import lost
+from secateur.errors import PlanError
+
+if TYPE_CHECKING:
+    from secateur.graph import ChannelGraph, Order
+
+    Ranks = list[np.ndarray]
+    """For every shuffle, the place at which each of its places is found in the pruned network, or -1 where it goes."""
+
+
+def ranks(graph: ChannelGraph, removed: list[np.ndarray]) -> Ranks:
+    """Follow a selection through all shuffles, in execution order.
+
+    Args:
+        graph: The traced network.
+        removed: For every group, which of its channels go.
+
+    Raises:
+        PlanError: If a shuffle would mix rows of different lengths.
+    """
+    result: Ranks = []
+    for shuffle in graph.shuffles:
+        gone = lost(shuffle.group, shuffle.channel, removed)
+        rank = np.full(gone.size, -1, dtype=np.int64)
+        columns = gone.size // shuffle.rows
+        # Positions of the source in the pruned network's order; each row's have to follow one another.
+        left = arranged(np.flatnonzero(~gone), shuffle.order, result)
+        row = left // columns
+        if left.size % shuffle.rows or (row != np.repeat(np.arange(shuffle.rows), left.size // shuffle.rows)).any():
+            raise PlanError("a shuffle of the network would mix rows of different lengths; choose along the schedule.")
+        width = left.size // shuffle.rows
+        place = np.arange(left.size)
+        rank[(left % columns) * shuffle.rows + row] = (place % width) * shuffle.rows + place // width
+        result.append(rank)
+    return result
+
+
+def arranged(kept: np.ndarray, order: Order | None, found: Ranks) -> np.ndarray:
+    """Return kept positions of a dimension in the order in which they lie in the pruned network.
+
+    Args:
+        kept: Ascending positions.
+        order: How all positions of the dimension lie behind shuffles; None: they keep their order.
+        found: What :func:`ranks` returned, as far as needed.
+    """
+    if order is None or (order.shuffle < 0).all():
+        return kept
+    key = np.arange(order.shuffle.size)
+    for index in np.unique(order.shuffle[order.shuffle >= 0]).tolist():
+        own = order.shuffle == index
+        key[own] = found[index][order.place[own]]
+    result: np.ndarray = kept[np.lexsort((kept, key[kept], order.stretches()[kept]))]
+    return result
