@@ -141,8 +141,8 @@ def half(group: Any, rng: np.random.Generator) -> list[int]:
     from secateur.planning import steps
 
     order = steps(group, rng.permutation(group.size).tolist())
-    count = int(RATIO * group.size) // len(order[0]) if order else 0
-    return sorted(channel for step in order[:count] for channel in step)
+    taken = np.cumsum([len(step) for step in order]) <= RATIO * group.size
+    return sorted(channel for step, wanted in zip(order, taken, strict=True) if wanted for channel in step)
 
 
 def _tiny() -> nn.Module:

@@ -19,6 +19,18 @@ _SKIPPED = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[
 _STDLIB = sysconfig.get_path("stdlib")
 
 
+COUNTS = {
+    "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_channels",
+    "normalized_shape", "num_parameters", "num_embeddings", "embedding_dim",
+}  # fmt: skip
+"""Attributes of layers that a cut changes; code that reads them may do something else afterwards."""
+LAYERS = (
+    nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.PReLU,
+    nn.Embedding,
+)  # fmt: skip
+"""Layers whose attributes follow their weights, whatever else they are equal to."""
+
+
 @dataclass(frozen=True)
 class Cause:
     """An operator call that fixed channels, or assumed something of the code around it."""
@@ -308,7 +320,7 @@ class Flow:
         """
         if self.layer is None:
             return []
-        named = _names_read(self.layer)
+        named = _names_read(self.layer) - (COUNTS if isinstance(self.layer, LAYERS) else set())
         found = []
         for name in [n for n in vars(self.layer) if n in named]:
             value = getattr(self.layer, name)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from secateur.rules.flow import Cause, Flow, shown
+from secateur.rules.flow import COUNTS, LAYERS, Cause, Flow, shown
 from secateur.rules.registry import tensors_in
 from secateur.rules.sizes import used
 
@@ -56,15 +56,6 @@ _CONVOLUTIONS = {
     torch.conv1d, torch.conv2d, torch.conv3d,
     torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
 }  # fmt: skip
-_COUNTS = {
-    "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_channels",
-    "normalized_shape", "num_parameters", "num_embeddings", "embedding_dim",
-}  # fmt: skip
-"""Attributes that a cut changes; code that reads them may do something else afterwards."""
-_LAYERS = (
-    nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.PReLU,
-    nn.Embedding,
-)  # fmt: skip
 
 
 _COUNTING = "reads an attribute that counts channels"
@@ -151,11 +142,11 @@ def counting(model: nn.Module) -> Iterator[Cause]:
 
 def _counts(code: types.CodeType, kind: type) -> bool:
     """Tell whether code that may run as a method of ``kind`` reads an attribute that a cut changes."""
-    named = _COUNTS & set(_names(code))
+    named = COUNTS & set(_names(code))
     # What these two hand on to their function is looked at when it is called.
     named -= {"groups"} if issubclass(kind, nn.modules.conv._ConvNd) else set()
     named -= {"normalized_shape"} if issubclass(kind, nn.LayerNorm) else set()
-    if not named or issubclass(kind, _LAYERS):
+    if not named or issubclass(kind, LAYERS):
         return bool(named)
     # A module that is no layer itself keeps numbers of its own, which a cut leaves alone.
     return any(name in named and holder != "self" for holder, name in _read(code))
