@@ -47,7 +47,7 @@ class Settings:
     linear: bool = False
     """Prune the outputs of linear layers too."""
     skip: tuple[str, ...] = ()
-    """Starts of module names whose groups are left alone."""
+    """Groups that are left alone: starts of module names, module names with wildcards, classes of layers."""
     min_width: int = 1
     """Channels that a group keeps in any case."""
 
