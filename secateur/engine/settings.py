@@ -48,6 +48,9 @@ class Settings:
     """Prune the outputs of linear layers too."""
     skip: tuple[str, ...] = ()
     """Groups that are left alone: starts of module names, module names with wildcards, classes of layers."""
+    max_ratio: float | dict[str, float] = 1.0
+    """Share of a group's original width that the run removes at most; or module name with wildcards, or class of a
+    layer, -> share, with ``*`` for the groups that no other names."""
     min_width: int = 1
     """Channels that a group keeps in any case."""
 
