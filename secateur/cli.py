@@ -75,13 +75,24 @@ def trace(
     model_option: options.ModelOptions = None,
     weights: options.Weights = None,
     input_shape: options.InputShapes = None,
+    figure: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw the coupling, too: an HTML page that needs no network, a row a layer and a strand a group.",
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Show which channels of a network can be removed together, and what can't be removed and why."""
     with console.running(as_json) as steps:
         import secateur as sc
-        from secateur.sources import open_model
+        from secateur.sources import open_model, writable
 
+        if figure is not None:
+            if figure.suffix not in {".html", ".htm"}:
+                raise UsageError(f"--figure {figure}: the figure is an HTML file; end its name in .html.")
+            writable(figure)
         with steps.step("building the model"):
             found = open_model(
                 options.one(model, model_flag),
@@ -93,16 +104,44 @@ def trace(
             started = time.perf_counter()
             graph = sc.trace(found.model, found.inputs)
             seconds = time.perf_counter() - started
+        if figure is not None:
+            from secateur.checkpoint import write_atomic
+            from secateur.report import draw_graph
+
+            with steps.step("drawing"):
+                write_atomic(figure, draw_graph(graph, found.name).encode())
     if as_json:
-        console.write_json({"model": found.name, "seconds": seconds, **console.graph_values(graph)})
+        drawn = None if figure is None else str(figure)
+        console.write_json({"model": found.name, "seconds": seconds, **console.graph_values(graph), "figure": drawn})
     else:
-        console.show_graph(graph, found.name, seconds)
+        console.show_graph(graph, found.name, seconds, figure)
+
+
+def _from_file(context: typer.Context, file: Path | None) -> Path | None:
+    """Let a file give the defaults of the command's options."""
+    if file is not None:
+        from secateur import config
+
+        context.default_map = config.load_prune(file).options()
+    return file
 
 
 @app.command(cls=options.NamingCriteria)
 def prune(
+    context: typer.Context,
     model: options.ModelArgument = None,
     model_flag: options.ModelFlag = None,
+    _config_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            is_eager=True,
+            callback=_from_file,
+            help="YAML file of these options: keys as in a run's file, and ratios, max_ratio, skip, round_to, …; "
+            "options given beside it go before it.",
+        ),
+    ] = None,
     model_option: options.ModelOptions = None,
     weights: options.Weights = None,
     data: options.Data = None,
@@ -134,9 +173,7 @@ def prune(
         ),
     ] = "1",
     min_channels: Annotated[int, typer.Option(metavar="N", min=1, help="Keep at least N channels in every group.")] = 1,
-    max_ratio: Annotated[
-        float, typer.Option(metavar="FRACTION", min=0, max=1, help="Remove at most this fraction of any group.")
-    ] = 1.0,
+    max_ratio: options.MaxRatios = None,
     ranking: options.Ranking = "normalized",
     inexact: Annotated[
         bool,
@@ -170,8 +207,9 @@ def prune(
         from secateur.compensate import compensate as move
         from secateur.compensate import parse
 
-        goal = options.target(macs, params, channels)
-        ratios = options.fractions("--ratio", ratio)
+        goal = options.target(*options.nearest(context, macs=macs, params=params, channels=channels))
+        model, model_flag = options.nearest(context, model=model, model_flag=model_flag)
+        ratios, caps = options.fractions("--ratio", ratio), options.caps("--max-ratio", max_ratio)
         multiple = cli_deploy.round_to(round_to)
         if not goal and not ratios:
             raise UsageError("prune: how much? Give --macs, --params or --channels, or --ratio for some layers.")
@@ -219,7 +257,7 @@ def prune(
                 sc.Target(**goal) if goal else None,
                 round_to=multiple,
                 min_channels=min_channels,
-                max_ratio=max_ratio,
+                max_ratio=caps,
                 ratios=ratios,
                 skip=skip or (),
                 ranking=ranking,

@@ -28,6 +28,7 @@ from secateur import criteria
 from secateur.checkpoint import write_atomic
 from secateur.engine import Settings
 from secateur.errors import UsageError
+from secateur.planning import Ranking
 from secateur.training import TrainingSettings
 
 FILE = "run.yaml"
@@ -161,6 +162,88 @@ def _listed(name: str, value: Any) -> Any:
     return [part.strip() for part in value.split(",")] if name == "compensate" and isinstance(value, str) else [value]
 
 
+_PARAMETERS = {
+    "input": "input_shape",
+    "ratios": "ratio",
+    **{f"{of}_options": f"{of}_option" for of in ("model", "data", "method")},
+}
+"""Key of a file for ``prune`` -> the command's parameter, where they differ."""
+
+
+class PruneConfig(_Section):
+    """What ``secateur prune --config`` reads: the options of the command, with the names that a run's file has."""
+
+    model: str | None = Field(None, description="As in a run's file.")
+    model_options: dict[str, Any] = Field(default_factory=dict, description="As in a run's file.")
+    weights: str | None = Field(None, description="As in a run's file.")
+    data: str | None = Field(None, description="As in a run's file; for criteria that look at feature maps.")
+    data_options: dict[str, Any] = Field(default_factory=dict, description="As in a run's file.")
+    input: tuple[str, ...] = Field((), description="As in a run's file.")
+    method: str = Field("l1", description="Criterion by which channels are ranked.")
+    method_options: dict[str, Any] = Field(default_factory=dict, description="Options of the criterion.")
+    target: TargetConfig | None = Field(None, description="How much to remove; without it, what the ratios ask for.")
+    ratios: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default_factory=dict, description="Pattern -> fraction of channels to remove from every group that it names."
+    )
+    max_ratio: Annotated[float, Field(gt=0, le=1)] | dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        1.0, description="Fraction that any group loses at most, or pattern -> fraction."
+    )
+    skip: tuple[str, ...] = Field((), description="Patterns of groups that lose nothing.")
+    round_to: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1, description="Keep a multiple of this in every group that loses any; auto measures which."
+    )
+    min_channels: int = Field(1, ge=1, description="Channels that every group keeps.")
+    ranking: Ranking = Field("normalized", description="How the channels of different groups are compared.")
+    inexact: bool = Field(False, description="Prune also groups whose removal can't equal zeroing.")
+    compensate: tuple[str, ...] = Field((), description="Adjust what stays: merge, least_squares, bn.")
+    batches: int = Field(8, ge=1, description="Training batches that criterion and compensation see.")
+    seed: int = Field(0, ge=0, description="Seed of fresh weights and of the data's order.")
+    out: str | None = Field(None, description="File of the pruned network.")
+
+    @field_validator("skip", "input", "compensate", mode="before")
+    @classmethod
+    def _lone_value(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    def options(self) -> dict[str, Any]:
+        """Return what the file gives as the command's parameters, in the words of the command line."""
+        words: dict[str, Any] = {}
+        for name in self.model_fields_set:
+            value = getattr(self, name)
+            option = _PARAMETERS.get(name, name)
+            if isinstance(value, TargetConfig):
+                words |= value.model_dump(exclude_none=True)
+            elif isinstance(value, Mapping):
+                words[option] = [f"{key}={json.dumps(inner)}" for key, inner in value.items()]
+            elif name == "max_ratio":
+                words[option] = [str(value)]
+            elif name == "compensate":
+                words[option] = ",".join(value) or None
+            elif value is not None:
+                words[option] = list(value) if isinstance(value, tuple) else str(value) if name == "round_to" else value
+        return words
+
+
+def load_prune(path: str | Path) -> PruneConfig:
+    """Read the options of ``secateur prune`` from a YAML file.
+
+    Raises:
+        UsageError: As :func:`load` does.
+    """
+    path = Path(path)
+    tree, values = _parsed(path)
+    known = list(PruneConfig.model_fields)
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            advice = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}."
+            raise UsageError(f"{path}:{_line_of(tree, [str(key)])}: {key}: no such key; {advice}")
+    try:
+        return PruneConfig.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(explain(error, str(path), tree)) from error
+
+
 def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """Read a configuration from a YAML file.
 
@@ -173,6 +256,15 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunCon
             message says in which line.
     """
     path = Path(path)
+    tree, values = _parsed(path)
+    try:
+        return RunConfig.model_validate(_merge(values, overrides or {}))
+    except ValidationError as error:
+        raise UsageError(explain(error, str(path), tree, overrides)) from error
+
+
+def _parsed(path: Path) -> tuple[yaml.Node | None, dict[str, Any]]:
+    """Return the nodes of a YAML file, for line numbers, and the mapping that it holds."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -187,10 +279,7 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunCon
         raise UsageError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path}: a configuration is a mapping such as 'model: lenet5', found {_kind(values)}.")
-    try:
-        return RunConfig.model_validate(_merge(values, overrides or {}))
-    except ValidationError as error:
-        raise UsageError(explain(error, str(path), tree, overrides)) from error
+    return tree, values
 
 
 def build(values: Mapping[str, Any]) -> RunConfig:

@@ -208,8 +208,8 @@ def graph_values(graph: ChannelGraph) -> dict[str, Any]:
     }
 
 
-def show_graph(graph: ChannelGraph, name: str, seconds: float) -> None:
-    """Print the groups of a network, what can't be pruned, and a line that sums it up."""
+def show_graph(graph: ChannelGraph, name: str, seconds: float, figure: Path | None = None) -> None:
+    """Print the groups of a network, what can't be pruned, a line that sums it up, and where the figure is."""
     from secateur import cost
 
     out = output()
@@ -242,6 +242,8 @@ def show_graph(graph: ChannelGraph, name: str, seconds: float) -> None:
         style="bold",
         markup=False,
     )
+    if figure is not None:
+        out.print(f"drawn: {figure}", markup=False, soft_wrap=True)
 
 
 def graph_widths(graph: ChannelGraph, plan: PruningPlan | None = None) -> dict[str, int]:

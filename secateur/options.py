@@ -85,7 +85,8 @@ Ratios = Annotated[
     typer.Option(
         "--ratio",
         metavar="PATTERN=FRACTION",
-        help="Fraction of channels to remove from every group that a pattern names, whatever the target; repeatable.",
+        help="Fraction of channels to remove from every group that a pattern names, whatever the target; repeatable; "
+        "'*' stands for the groups that nothing else names.",
     ),
 ]
 Skip = Annotated[
@@ -93,6 +94,15 @@ Skip = Annotated[
     typer.Option(
         metavar="PATTERN",
         help="Leave alone what a pattern names: a module, with wildcards, or the class of a layer; repeatable.",
+    ),
+]
+MaxRatios = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--max-ratio",
+        metavar="[PATTERN=]FRACTION",
+        help="Remove at most this fraction of any group, or of every group that a pattern names; repeatable, the one "
+        "without a pattern for all that no other names.",
     ),
 ]
 Ranking = Annotated[
@@ -112,6 +122,21 @@ RunDir = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to standard output, and nothing else.")]
+
+
+def nearest(context: typer.Context, **values: Any) -> list[Any]:
+    """Of options that exclude each other, keep those of the command line; where it gives none, those of the file.
+
+    Args:
+        context: Of the command, which knows where each value comes from.
+        values: Parameter's name -> its value.
+
+    Returns:
+        The values in their order, None for what is not kept.
+    """
+    sources = {name: context.get_parameter_source(name) for name in values}
+    said = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    return [value if name in said or not said else None for name, value in values.items()]
 
 
 def one(argument: str | None, flag: str | None) -> str:
@@ -178,6 +203,31 @@ def fractions(option: str, texts: Sequence[str] | None) -> dict[str, float]:
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
             raise UsageError(f"{option} {pattern}={value}: write PATTERN=FRACTION with a fraction in [0, 1).")
     return read
+
+
+def caps(option: str, texts: Sequence[str] | None) -> float | dict[str, float]:
+    """Read ``FRACTION`` and ``PATTERN=FRACTION`` texts, each an upper bound.
+
+    Args:
+        option: Name of the command-line option, for messages.
+        texts: What was given; nothing bounds nothing.
+
+    Returns:
+        The one fraction, or pattern -> fraction; the fraction without a pattern has the pattern ``*``.
+
+    Raises:
+        UsageError: If a text is not of that form, or a pattern is given twice.
+
+    Example:
+        >>> caps("--max-ratio", ["0.8"]), caps("--max-ratio", ["0.8", "conv1=0.3"])
+        (0.8, {'*': 0.8, 'conv1': 0.3})
+    """
+    read = values(option, [text if "=" in text else f"*={text}" for text in texts or ()])
+    for pattern, value in read.items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+            given = str(value) if pattern == "*" else f"{pattern}={value}"
+            raise UsageError(f"{option} {given}: write FRACTION or PATTERN=FRACTION with a fraction in [0, 1].")
+    return float(read.get("*", 1.0)) if set(read) <= {"*"} else read
 
 
 def target(macs: float | None, params: float | None, channels: float | None) -> dict[str, float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from secateur import cost, ordering
 from secateur.errors import PlanError, UsageError
 from secateur.graph import Order, quotas
+from secateur.limits import Limits, totals
 
 if TYPE_CHECKING:
     from secateur.graph import ChannelGraph, ChannelGroup
@@ -189,14 +189,6 @@ def steps(group: ChannelGroup, order: Sequence[int]) -> list[list[int]]:
     return found
 
 
-def matches(group: ChannelGroup, pattern: str, graph: ChannelGraph) -> bool:
-    """Tell whether a pattern names a group: by its name, a layer that makes its channels, or such a layer's class."""
-    for member in group.producers:
-        if fnmatchcase(member.module, pattern) or graph.module_types.get(member.module) == pattern:
-            return True
-    return fnmatchcase(group.name, pattern)
-
-
 def plan_removal(graph: ChannelGraph, removed: Mapping[str, Sequence[int]]) -> PruningPlan:
     """Turn an explicit choice of channels into a plan.
 
@@ -343,7 +335,7 @@ def plan(
     *,
     round_to: int = 1,
     min_channels: int = 1,
-    max_ratio: float = 1.0,
+    max_ratio: float | Mapping[str, float] = 1.0,
     ratios: Mapping[str, float] | None = None,
     skip: Sequence[str] = (),
     ranking: Ranking = "normalized",
@@ -358,9 +350,13 @@ def plan(
         target: The fraction of MACs, parameters or channels to remove; None to follow ``ratios`` alone.
         round_to: Kept channels are a multiple of this in every group that loses any.
         min_channels: A group keeps at least this many channels.
-        max_ratio: A group loses at most this fraction of its channels.
+        max_ratio: A group loses at most this fraction of its channels; or pattern -> fraction, for the groups that
+            each pattern names.
         ratios: Pattern -> fraction of channels to remove from every group that it names, whatever the target says. A
-            pattern is a module name with wildcards or the class name of a layer.
+            pattern is a module name with wildcards or the class name of a layer; it names the groups whose channels
+            such a layer makes. The pattern ``*`` stands for the groups that no other pattern names; a ratio of it gives
+            way to ``skip``, ``min_channels``, ``round_to`` and the caps of other patterns, where any other ratio that
+            contradicts them is an error.
         skip: Patterns of groups that lose nothing.
         ranking: ``normalized`` ranks all channels together, each score divided by its group's mean; ``global`` ranks
             the scores as they are; ``uniform`` removes the same fraction from every group.
@@ -373,23 +369,31 @@ def plan(
         PlanError: If the target can't be met, scores don't fit a group, or a channel's score is not a number.
         UsageError: If two requests contradict each other or an argument is out of range.
     """
-    fixed = dict(ratios or {})
-    _check_request(graph, target, fixed, skip, round_to, min_channels, max_ratio, ranking)
+    if target is None and not ratios:
+        raise UsageError("plan: nothing is asked for: give a target or ratios.")
+    if ranking not in ("normalized", "global", "uniform"):
+        raise UsageError(f"ranking: expected normalized, global or uniform; found {ranking!r}.")
+    groups = [g for g in graph.groups if g.name in scores and (g.exact or inexact)]
+    limits = Limits(
+        graph, groups, ratios=ratios or {}, max_ratio=max_ratio, skip=skip, round_to=round_to, min_channels=min_channels
+    )
     candidates: list[_Candidate] = []
     forced: Removed = {}
-    for group in graph.groups:
-        if group.name not in scores or any(matches(group, p, graph) for p in skip) or not (group.exact or inexact):
-            continue
+    for group in groups:
+        limit = limits.of(group)
         values = _values(group, scores[group.name])
         found = steps(group, np.argsort(values, kind="stable").tolist())
-        ratio = next((r for p, r in fixed.items() if matches(group, p, graph)), None)
-        limit = min(max_ratio if ratio is None else ratio, 1.0) * group.size
+        ends = np.cumsum([len(step) for step in found], dtype=np.int64)
+        most = int(ends[-1]) if found else 0
+        if limit.demand and any(most < n <= limit.most for n in totals(group)):
+            raise UsageError(
+                f"{group.name}: {limit.demand} of {group.size} channels is {limit.most}; {most} can go "
+                f"({most / group.size:.3g}): {group.constraint or 'every layer keeps at least one'}."
+            )
         if not found:
             continue
-        # As many whole steps as both bounds allow.
-        most = min(limit + 1e-9, group.size - min_channels)
-        ends = np.cumsum([len(step) for step in found])
-        ends = ends[ends <= most]
+        # As many whole steps as the limit allows.
+        ends = ends[ends <= limit.most]
         taken = np.array([c for step in found[: ends.size] for c in step], dtype=np.int64)
         if ranking == "uniform":
             keys = ends / group.size
@@ -398,7 +402,7 @@ def plan(
             sums = np.diff(np.cumsum(values[taken])[ends - 1], prepend=0.0)
             keys = sums / np.diff(ends, prepend=0) / (scale if ranking == "normalized" else 1.0)
         candidate = _Candidate(group.name, taken, ends, np.maximum.accumulate(keys), group.size)
-        if ratio is None:
+        if not limit.forced:
             candidates.append(candidate)
         elif removed := candidate.removed(ends.size, round_to):
             forced[group.name] = removed
@@ -452,50 +456,3 @@ def _search(
         else:
             low = middle + 1
     return _build(graph, taking(low).removed)
-
-
-def _check_request(
-    graph: ChannelGraph,
-    target: Target | None,
-    ratios: Mapping[str, float],
-    skip: Sequence[str],
-    round_to: int,
-    min_channels: int,
-    max_ratio: float,
-    ranking: str,
-) -> None:
-    if target is None and not ratios:
-        raise UsageError("plan: nothing is asked for: give a target or ratios.")
-    if ranking not in ("normalized", "global", "uniform"):
-        raise UsageError(f"ranking: expected normalized, global or uniform; found {ranking!r}.")
-    for name, value in (("round_to", round_to), ("min_channels", min_channels)):
-        if value < 1:
-            raise UsageError(f"{name}: expected at least 1; found {value}.")
-    if not 0 < max_ratio <= 1:
-        raise UsageError(f"max_ratio: expected a fraction in (0, 1]; found {max_ratio}.")
-    known = {t.rpartition(".")[0] for r in graph.refused for t in r.tensors} | set(graph.module_types)
-    for pattern in (*ratios, *skip):
-        named = any(fnmatchcase(module, pattern) for module in known) or pattern in graph.module_types.values()
-        if not named and not any(matches(group, pattern, graph) for group in graph.groups):
-            raise UsageError(f"{pattern}: no layer has this name or class. See `secateur trace`.")
-    for pattern, ratio in ratios.items():
-        if not 0 <= ratio < 1:
-            raise UsageError(f"ratio of {pattern}: the fraction to remove is in [0, 1); found {ratio}.")
-        for group in graph.groups:
-            if not matches(group, pattern, graph):
-                continue
-            clash = next((p for p in skip if matches(group, p, graph)), None)
-            if clash is not None and ratio > 0:
-                raise UsageError(f"{group.name}: ratio {ratio:g} (by {pattern!r}) contradicts skip {clash!r}.")
-            other = next(
-                (p for p, r in ratios.items() if p != pattern and r != ratio and matches(group, p, graph)), None
-            )
-            if other is not None:
-                raise UsageError(
-                    f"{group.name}: ratio {ratio:g} (by {pattern!r}) contradicts "
-                    f"ratio {ratios[other]:g} (by {other!r})."
-                )
-            if group.size - int(ratio * group.size) < min_channels:
-                raise UsageError(
-                    f"{group.name}: ratio {ratio:g} of {group.size} channels contradicts min_channels {min_channels}."
-                )

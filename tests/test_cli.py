@@ -61,7 +61,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "text.safetensors").write_text("no weights")
     (tmp_path / "bad.yaml").write_text("model: lenet5\ndatta: digits\n")
     (tmp_path / "good.yaml").write_text("model: lenet5\ndata: digits\n")
+    (tmp_path / "prune.yaml").write_text("model: lenet5\ntarget: {macs: 0.5}\nmax_ratio: {conv1: 2}\n")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "folder.html").mkdir()
     save_file({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
     return tmp_path
 
@@ -100,6 +102,19 @@ def test_trace_as_json_agrees_with_the_table(capsys: pytest.CaptureFixture[str])
     # CFP eqs. 1-3: 24·24·25·4 + 8·8·25·4·6 + 96·8 + 8·10
     assert shown["macs"] == 57_600 + 38_400 + 768 + 80
     assert [g["macs"] for g in shown["groups"]] == [57_600, 38_400, 768]
+
+
+def test_trace_draws_a_figure_beside_the_table_or_the_json(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("trace", *LENET, "--figure", "new/graph.html", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["figure"] == "new/graph.html"
+    page = (here / "new/graph.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
+    assert len(re.findall('<g class="strand', page)) == len(shown["groups"]) == 3
+    assert [file.name for file in (here / "new").iterdir()] == ["graph.html"]
+    assert run("trace", *LENET, "--figure", "again.htm") == 0
+    assert capsys.readouterr().out.endswith("drawn: again.htm\n")
+    assert (here / "again.htm").read_text(encoding="utf-8") == page
 
 
 def test_json_stays_clean_when_the_users_code_prints(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,13 +183,57 @@ def test_a_missing_folder_of_the_output_is_made(here: Path, capsys: pytest.Captu
 
 
 def test_ratios_skips_and_rounding_are_followed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("prune", *LENET, "--ratio", "conv1=0.3", "--round-to", "2", "--json") == 0
-    # Of 4 filters 1 may go at this ratio, which 2 does not divide.
+    # Of 4 filters 1 may go at this ratio, which 2 does not divide: an order for this layer is not dropped in silence.
+    assert run("prune", *LENET, "--ratio", "conv1=0.3", "--round-to", "2", "--json") == 2
+    assert "contradicts round_to 2" in capsys.readouterr().err
+    assert run("prune", *LENET, "--ratio", "*=0.3", "--round-to", "2", "--json") == 0
     assert json.loads(capsys.readouterr().out)["widths"]["after"]["conv1"] == 4
     assert run("prune", *LENET, "--ratio", "conv1=0.5", "--round-to", "2", "--json") == 0
     assert json.loads(capsys.readouterr().out)["widths"]["after"] == {"conv1": 2, "conv2": 6, "fc1": 8, "fc2": 10}
     assert run("prune", *LENET, "--channels", "0.1", "--skip", "fc1", "--json") == 0
     assert json.loads(capsys.readouterr().out)["widths"]["after"]["fc1"] == 8
+    caps = ["--max-ratio", "0.5", "--max-ratio", "conv2=0.34", "--max-ratio", "Linear=0"]
+    assert run("prune", *LENET, "--channels", "0.2", *caps, "--json") == 0
+    # 2 of 4 and 2 of 6 filters are all that may go, and just over a fifth of the 18.
+    assert json.loads(capsys.readouterr().out)["widths"]["after"] == {"conv1": 2, "conv2": 4, "fc1": 8, "fc2": 10}
+
+
+PRUNE = """
+model: lenet5
+model_options: {widths: [8, 12], hidden: 16}
+target: {channels: 0.2}
+ratios: {conv1: 0.25}
+max_ratio: {"*": 0.5, conv2: 0.34}
+skip: Linear
+round_to: 2
+ranking: uniform
+seed: 1
+out: small.safetensors
+"""
+
+
+def test_prune_follows_a_file_and_options_go_before_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "prune.yaml").write_text(PRUNE)
+    said = ["--model-option", "widths=[8, 12]", "--model-option", "hidden=16", "--ratio", "conv1=0.25"]
+    said += ["--max-ratio", "0.5", "--max-ratio", "conv2=0.34", "--skip", "Linear", "--round-to", "2"]
+    said += ["--ranking", "uniform", "--seed", "1", "--out", "small.safetensors"]
+    shown = []
+    for words in (["--config", "prune.yaml"], ["lenet5", "--channels", "0.1", *said]):
+        # A target of 0.2 is out of reach: of 36 channels, 2 go by ratio and 4 at most by cap.
+        assert run("prune", *words, "--json", *(["--channels", "0.1"] if "--config" in words else [])) == 0
+        shown.append(json.loads(capsys.readouterr().out))
+    assert shown[0] == shown[1]
+    assert shown[0]["widths"]["after"] == {"conv1": 6, "conv2": 10, "fc1": 16, "fc2": 10}
+    assert run("prune", "--config", "prune.yaml") == 1
+    assert "all that may go is 0.1667" in capsys.readouterr().err
+    # Another amount takes the place of the file's, and so does another model.
+    words = ["--params", "0.05", "--max-ratio", "1", "--skip", "conv2", "--ranking", "global", "--min-channels", "6"]
+    assert run("prune", "--model", "resnet20", "--config", "prune.yaml", *words, "--json") == 2
+    assert "widths" in capsys.readouterr().err
+    assert run("prune", "--config", "prune.yaml", *words, "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["widths"]["after"]["conv2"] == 12
+    assert shown["after"]["parameters"] <= 0.95 * shown["before"]["parameters"]
 
 
 def test_compress_keeps_a_run_that_a_configuration_file_repeats(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -326,6 +385,9 @@ ERRORS: list[tuple[list[str], int, str]] = [
     (["trace", "lenet5", "--input", "1,1,28,28"], 2, "not a shape"),
     (["trace", "lenet5", "--input", "1x3x28x28"], 1, "fails on the example inputs"),
     (["trace", "network.py:broken", "--input", "1x3"], 1, "AttributeError"),
+    (["trace", "lenet5", "--figure", "graph.png"], 2, "--figure graph.png: the figure is an HTML file"),
+    (["trace", "lenet5", "--figure", "folder.html"], 2, "folder.html: is a folder"),
+    (["trace", "lenet5", "--figure", "bad.yaml/graph.html"], 2, "bad.yaml/graph.html: can't be written"),
     # The weights
     (["trace", "lenet5", "--weights", "absent.pth"], 2, "no such file"),
     (["trace", "lenet5", "--weights", "empty"], 2, "can't be read"),
@@ -373,8 +435,15 @@ ERRORS: list[tuple[list[str], int, str]] = [
     (["prune", "lenet5", "--ratio", "conv1"], 2, "write NAME=VALUE"),
     (["prune", "lenet5", "--ratio", "conv1=2"], 2, "a fraction in [0, 1)"),
     (["prune", "lenet5", "--ratio", "conv1=0.5", "--skip", "conv1"], 2, "conv1"),
+    (["prune", "lenet5", "--macs", "0.5", "--max-ratio", "2"], 2, "--max-ratio 2: write FRACTION or"),
+    (["prune", "lenet5", "--macs", "0.5", "--max-ratio", "conv1=most"], 2, "conv1=most: write FRACTION or"),
+    (["prune", "lenet5", "--macs", "0.5", "--max-ratio", "0.5", "--max-ratio", "0.6"], 2, "given twice"),
+    (["prune", "lenet5", "--ratio", "conv1=0.5", "--max-ratio", "conv1=0.2"], 2, "contradicts max_ratio 0.2"),
     (["prune", "lenet5", "--macs", "0.5", "--out", "empty"], 2, "is a folder"),
     (["prune", "lenet5", "--macs", "0.5", "--out", "bad.yaml/small.safetensors"], 2, "can't be written"),
+    (["prune", "--config", "absent.yaml"], 2, "absent.yaml: can't be read"),
+    (["prune", "--config", "bad.yaml"], 2, "bad.yaml:2: datta: no such key; did you mean data?"),
+    (["prune", "--config", "prune.yaml"], 2, "prune.yaml:3: max_ratio"),
     # Runs
     (["compress"], 2, "MODEL is missing"),
     (["compress", "lenet5"], 2, "data: missing; give --data"),

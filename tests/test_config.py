@@ -6,12 +6,14 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from secateur import config
+from secateur.cli import app
 from secateur.engine import Settings
 from secateur.errors import UsageError
 
@@ -168,6 +170,46 @@ def test_a_lone_value_stands_for_a_list_of_one(tmp_path: Path) -> None:
     loaded = config.load(written(tmp_path, MINIMAL + "settings: {widths: {conv1: 4}, skip: fc, rounds: 2}\n"))
     assert loaded.settings.widths == ({"conv1": 4},)
     assert (loaded.settings.skip, loaded.settings.rounds) == (("fc",), (2,))
+
+
+def test_a_file_for_prune_reaches_every_option_of_the_command(tmp_path: Path) -> None:
+    command = typer.main.get_command(app).commands["prune"]  # type: ignore[attr-defined]
+    parameters = {p.name: p for p in command.params}
+    given = {
+        "model": "lenet5", "model_options": {"hidden": 8}, "weights": "w", "data": "digits", "data_options": {"a": [1]},
+        "input": ["1x1x28x28"], "method": "l1", "method_options": {"p": 2}, "target": {"macs": 0.5},
+        "ratios": {"conv*": 0.5}, "max_ratio": {"*": 0.5, "Linear": 0}, "skip": ["conv1", "Linear"], "round_to": 8,
+        "min_channels": 2, "ranking": "global", "inexact": True, "compensate": ["merge", "bn"], "batches": 2, "seed": 3,
+        "out": "o",
+    }  # fmt: skip
+    assert set(given) == set(config.PruneConfig.model_fields)
+    words = config.load_prune(written(tmp_path, yaml.safe_dump(given))).options()
+    apart = {"model_flag", "_config_file", "as_json", "params", "channels"}
+    assert set(words) == set(parameters) - apart
+    assert words["max_ratio"] == ["*=0.5", "Linear=0.0"]
+    assert (words["data_option"], words["compensate"]) == (["a=[1]"], "merge,bn")
+    for name, value in words.items():
+        assert parameters[name].multiple == isinstance(value, list), name
+    alone = config.load_prune(written(tmp_path, "max_ratio: 0.5\nskip: conv1\nround_to: auto\n")).options()
+    assert alone == {"max_ratio": ["0.5"], "skip": ["conv1"], "round_to": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model: lenet5\nratio: {conv1: 0.5}\n", ":2: ratio: no such key; did you mean ratios?"),
+        ("ratios: {conv1: 1.5}\n", ":1: ratios.conv1: "),
+        ("ranking: loudest\n", ":1: ranking: "),
+        ("target: {macs: 0.5, params: 0.5}\n", ":1: target: give exactly one"),
+        ("round_to: 0\n", ":1: round_to"),
+        ("- conv1\n", "a configuration is a mapping"),
+    ],
+)
+def test_a_bad_file_for_prune_is_refused_in_one_line(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        config.load_prune(written(tmp_path, text))
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_schema_knows_every_setting_of_the_engine() -> None:

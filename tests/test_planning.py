@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +16,7 @@ from torch import nn
 
 import secateur as sc
 from secateur import planning
+from tests.cases import CASES, Case
 
 
 class Net(nn.Module):
@@ -112,6 +116,37 @@ def test_ratios_are_exact_and_skipped_groups_lose_nothing() -> None:
         ({"ratios": {"inner": 0.5}, "skip": ["inner"]}, sc.UsageError, "contradicts skip 'inner'"),
         ({"ratios": {"inner": 0.5, "inn*": 0.25}}, sc.UsageError, "contradicts ratio"),
         ({"ratios": {"inner": 0.9}, "min_channels": 8}, sc.UsageError, "contradicts min_channels 8"),
+        ({"target": sc.Target(macs=0.5), "max_ratio": {"inner": 1.5}}, sc.UsageError, "max_ratio of inner"),
+        ({"target": sc.Target(macs=0.5), "max_ratio": {"nowhere": 0.5}}, sc.UsageError, "nowhere: no layer"),
+        (
+            {"target": sc.Target(macs=0.5), "max_ratio": {"inner": 0.5, "inn*": 0.25}},
+            sc.UsageError,
+            "inner: max_ratio 0.5 (by 'inner') contradicts max_ratio 0.25 (by 'inn*')",
+        ),
+        (
+            {"ratios": {"inner": 0.5}, "max_ratio": {"Conv2d": 0.25}},
+            sc.UsageError,
+            "inner: ratio 0.5 (by 'inner') contradicts max_ratio 0.25 (by 'Conv2d')",
+        ),
+        ({"ratios": {"inner": 0.5}, "max_ratio": 0.25}, sc.UsageError, "(by 'inner') contradicts max_ratio 0.25;"),
+        ({"ratios": {"*": 0.5}, "max_ratio": 0.25}, sc.UsageError, "ratio 0.5 contradicts max_ratio 0.25;"),
+        (
+            {"target": sc.Target(channels=0.2), "max_ratio": {"inner": 0.3}, "round_to": 16},
+            sc.UsageError,
+            "of 24 channels contradicts round_to 16: the group loses at least 8 channels (0.333) or none",
+        ),
+        (
+            {"ratios": {"hidden": 0.3}, "round_to": 8},
+            sc.UsageError,
+            "hidden: ratio 0.3 (by 'hidden') of 12 channels contradicts round_to 8: the group loses at least 4",
+        ),
+        (
+            {"ratios": {"hidden": 0.5}, "round_to": 32},
+            sc.UsageError,
+            "contradicts round_to 32: no number of channels that may go leaves a multiple",
+        ),
+        ({"ratios": {"head": 0.5}}, sc.UsageError, "head: ratio 0.5 (by 'head'), but its channels can't be removed"),
+        ({"ratios": {"BatchNorm2d": 0.5}}, sc.UsageError, "names no channels that can be removed"),
     ],
 )
 def test_impossible_requests_are_refused_in_one_line(
@@ -121,6 +156,86 @@ def test_impossible_requests_are_refused_in_one_line(
         sc.plan(GRAPH, scores(), **arguments)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_ratio_for_what_is_inexact_or_has_no_scores_is_refused() -> None:
+    with pytest.raises(sc.UsageError, match=r"inner: ratio 0\.5 \(by 'inner'\), but the group has no scores"):
+        sc.plan(GRAPH, {name: s for name, s in scores().items() if name != "inner"}, ratios={"inner": 0.5})
+    case = CASES["layer_norm_channels_last"]
+    graph = sc.trace(case.build().eval(), case.inputs())
+    (group,) = [g for g in graph.groups if not g.exact]
+    values = {g.name: torch.rand(g.size) for g in graph.groups}
+    with pytest.raises(sc.UsageError, match=f"{group.name}: ratio .* can't equal zeroing .* pass inexact"):
+        sc.plan(graph, values, ratios={group.name: 0.5})
+    plan = sc.plan(graph, values, ratios={group.name: 0.5}, inexact=True)
+    assert len(plan.removed[group.name]) == group.size // 2
+
+
+def test_a_ratio_beyond_what_may_go_is_refused() -> None:
+    removable = np.arange(24) < 8
+    fixed = replace(
+        GRAPH, groups=tuple(replace(g, removable=removable) if g.name == "inner" else g for g in GRAPH.groups)
+    )
+    assert len(sc.plan(fixed, scores(), ratios={"inner": 0.25}).removed["inner"]) == 6
+    with pytest.raises(sc.UsageError, match=r"inner: ratio 0\.5 .* is 12; 8 can go \(0\.333\): 16 channels fixed"):
+        sc.plan(fixed, scores(), ratios={"inner": 0.5})
+    assert len(sc.plan(fixed, scores(), ratios={"*": 0.5}).removed["inner"]) == 8
+
+
+def test_a_star_stands_for_what_no_other_pattern_names() -> None:
+    given = {"ratios": {"*": 0.5, "inner": 0.25}, "max_ratio": {"hidden": 0.25}, "skip": ["mix"]}
+    plan = sc.plan(GRAPH, scores(), **given)
+    assert {name: len(gone) for name, gone in plan.removed.items()} == {"stem": 8, "inner": 6, "hidden": 3}
+    only = sc.plan(GRAPH, scores(), sc.Target(channels=0.1), max_ratio={"*": 0, "inner": 0.5})
+    assert set(only.removed) == {"inner"}
+    rounded = sc.plan(GRAPH, scores(), ratios={"*": 0.3}, round_to=16, min_channels=8)
+    assert {name: len(gone) for name, gone in rounded.removed.items()} == {}
+
+
+def graphs() -> list[Any]:
+    return [pytest.param(case, id=case.name) for case in CASES.values() if case.expectation == "exact"][::3]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", graphs())
+def test_every_group_loses_as_much_as_its_own_limit_lets_it(case: Case) -> None:
+    """All that may go, against a search over every number of channels in exact arithmetic."""
+    graph = sc.trace(case.build().eval(), case.inputs())
+    groups = [g for g in graph.groups if g.exact]
+    rng = np.random.default_rng(0)
+    values = {g.name: torch.from_numpy(rng.random(g.size)) for g in groups}
+    for round_to, least in ((1, 1), (2, 1), (1, 3)):
+        tenths = {g.name: int(rng.integers(0, 11)) for g in groups}
+        skipped = {g.name for g in groups if rng.random() < 0.2}
+        expected: dict[str, int] = {}
+        for group in groups:
+            order = sorted(range(group.size), key=lambda c, n=group.name: float(values[n][c]))
+            lost = 0
+            counts = np.cumsum([len(s) for s in planning.steps(group, order)]).tolist()
+            for count in counts:
+                fits = count <= Fraction(tenths[group.name], 10) * group.size and group.size - count >= least
+                if fits and (group.size - count) % round_to == 0:
+                    lost = count
+            if round_to > 1 and tenths[group.name] > 0 and lost == 0:
+                tenths[group.name] = 0  # a contradiction, which is for the tests above
+            if group.name not in skipped and lost:
+                expected[group.name] = lost
+        caps = {name: n / 10 for name, n in tenths.items()}
+        options: Any = {"max_ratio": caps, "round_to": round_to, "min_channels": least, "skip": sorted(skipped)}
+        total = sum(expected.values())
+        if not total:
+            continue
+        target = sc.Target(channels=total / sum(g.size for g in graph.groups))
+        for ranking in ("normalized", "global", "uniform"):
+            plan = sc.plan(graph, values, target, ranking=ranking, **options)
+            assert {name: len(gone) for name, gone in plan.removed.items()} == expected
+        with pytest.raises(sc.PlanError, match="all that may go"):
+            sc.plan(graph, values, sc.Target(channels=target.fraction + 1e-6), **options)
+        # As ratios, the same numbers hold whatever the target.
+        ratios = {name: min(n / 10, 0.9) for name, n in tenths.items() if name in expected and n < 10}
+        if ratios and least == 1:
+            plan = sc.plan(graph, values, ratios=ratios, round_to=round_to)
+            assert {name: len(gone) for name, gone in plan.removed.items()} == {n: expected[n] for n in ratios}
 
 
 def test_scores_that_do_not_fit_are_refused() -> None:

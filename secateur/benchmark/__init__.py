@@ -193,7 +193,7 @@ def choose_round_to(
         The choice and every time measured.
 
     Raises:
-        UsageError: If there is no candidate, or one is not positive.
+        UsageError: If there is no candidate, one is not positive, or the request contradicts itself without rounding.
         PlanError: If the target can't be met with any of them.
     """
     if not candidates or min(candidates) < 1:
@@ -205,7 +205,9 @@ def choose_round_to(
     for candidate in sorted(candidates):
         try:
             network = prune(candidate)
-        except PlanError as error:
+        except (PlanError, UsageError) as error:
+            if candidate == 1 and isinstance(error, UsageError):
+                raise  # a wrong request whatever the multiple
             infeasible[candidate] = str(error)
             continue
         for layout in memory_formats:

@@ -216,7 +216,8 @@ class Engine:
             reached = self.selection.removed_share(state.removed)
             raise RunError(
                 f"target: {self.target.what} {self.target.fraction:g} is out of reach: with nothing left to remove, "
-                f"{reached:.3f} is gone. Ask for less, or let more groups go (linear, skip, internal_only, min_width)."
+                f"{reached:.3f} is gone. Ask for less, or let more groups go (linear, skip, internal_only, max_ratio, "
+                "min_width)."
             )
         if self.goals:
             raise RunError(f"widths: {self.goals[state.goal]} can't be reached within the groups' constraints.")

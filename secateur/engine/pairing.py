@@ -15,6 +15,7 @@ from secateur.criteria import singh2020cfp as cfp
 from secateur.engine.settings import Share
 from secateur.errors import CriterionError, PlanError
 from secateur.graph import ChannelGraph, ChannelGroup, Member, quotas
+from secateur.limits import matches
 from secateur.planning import steps
 
 Pairs = dict[str, list[tuple[int, int]]]
@@ -243,7 +244,7 @@ def eligible(
             continue
         if not linear and any(kinds.get(m.module) == "linear" for m in dense):
             continue
-        if any(m.module.startswith(prefix) for m in sources for prefix in skip):
+        if any(matches(group, p, graph) or any(m.module.startswith(p) for m in sources) for p in skip):
             continue
         chosen.append(group)
     return chosen

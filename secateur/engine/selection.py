@@ -15,6 +15,7 @@ from secateur.engine.settings import Settings
 from secateur.engine.state import Removed, State
 from secateur.errors import RunError, UsageError
 from secateur.graph import ChannelGraph, ChannelGroup
+from secateur.limits import Limits
 from secateur.planning import PruningPlan, Target, plan_removal
 from secateur.training import Batches, Loss
 
@@ -56,6 +57,16 @@ class Selection:
             linear=settings.linear or bool(settings.widths),
             skip=settings.skip,
         )
+        limits = Limits(
+            graph,
+            self.groups,
+            ratios={},
+            max_ratio=settings.max_ratio,
+            skip=(),
+            round_to=1,
+            min_channels=settings.min_width,
+        )
+        self.floors = {group.name: group.size - limits.of(group).most for group in self.groups}
         self.goals = [self._goal(widths) for widths in settings.widths]
         if self.goals:
             named = {name for goal in self.goals for name in goal}
@@ -96,6 +107,11 @@ class Selection:
             if not group.size - pairing.most_removable(group, 1) <= width <= group.size:
                 raise UsageError(
                     f"widths: {module} can have 1 to {group.size} filters within its constraint, found {width}."
+                )
+            if width < self.floors[group.name]:
+                raise UsageError(
+                    f"widths: {module} is to have {width} of {group.size} filters, which contradicts min_width or "
+                    f"max_ratio: they keep {self.floors[group.name]}."
                 )
             if goal.get(group.name, width) != width:
                 raise UsageError(
@@ -180,7 +196,7 @@ class Selection:
             for name, count in wanted.items():
                 paired = pairing.select_pairs(
                     state.network, graph, graph.group(name), count,
-                    share=chosen.share, signed=chosen.signed, min_width=chosen.min_width, order=chosen.order,
+                    share=chosen.share, signed=chosen.signed, min_width=self.floors[name], order=chosen.order,
                 )  # fmt: skip
                 if paired:
                     pairs[name] = paired
@@ -190,7 +206,7 @@ class Selection:
         else:
             scores = self._criterion_scores(state, graph, list(wanted))
             found = {
-                name: pairing.select_lowest(graph.group(name), scores[name], n, min_width=chosen.min_width)
+                name: pairing.select_lowest(graph.group(name), scores[name], n, min_width=self.floors[name])
                 for name, n in wanted.items()
             }
         return {}, {name: channels for name, channels in found.items() if channels}
@@ -221,7 +237,7 @@ class Selection:
     def _criterion_selection(self, state: State, graph: ChannelGraph, wanted: Mapping[str, int]) -> Removed:
         from secateur.scoring import select
 
-        counts = {name: pairing.whole(graph.group(name), n, self.settings.min_width) for name, n in wanted.items()}
+        counts = {name: pairing.whole(graph.group(name), n, self.floors[name]) for name, n in wanted.items()}
         with training.seeded(self.seed, state.round, 1):
             data = Some(self.train, self.settings.criterion_batches)
             found = select(

@@ -47,7 +47,10 @@ class Settings:
     linear: bool = False
     """Prune the outputs of linear layers too."""
     skip: tuple[str, ...] = ()
-    """Starts of module names whose groups are left alone."""
+    """Groups that are left alone: starts of module names, module names with wildcards, classes of layers."""
+    max_ratio: float | dict[str, float] = 1.0
+    """Share of a group's original width that the run removes at most; or module name with wildcards, or class of a
+    layer, -> share, with ``*`` for the groups that no other names."""
     min_width: int = 1
     """Channels that a group keeps in any case."""
 

@@ -1,4 +1,7 @@
-"""What a run came to: one HTML page that carries everything, its numbers as JSON, its figures for a paper."""
+"""What a run came to: one HTML page that carries everything, its numbers as JSON, its figures for a paper.
+
+And what a network's channels are coupled to, as such a page: :func:`draw_graph`.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,13 @@ from secateur.errors import UsageError
 from secateur.report.charts import charts, comparison
 from secateur.report.correlation import heat_maps
 from secateur.report.figures import Figure, HeatMap
-from secateur.report.page import _finite, render
+from secateur.report.graph_page import draw_graph
+from secateur.report.html import finite
+from secateur.report.page import render
 from secateur.report.reading import Run, read_run
 from secateur.report.summary import headline, refusals, rounds, sentence, settings, side_by_side, speeds, widths
 
-__all__ = ["ReportFiles", "read_run", "write_report"]
+__all__ = ["ReportFiles", "draw_graph", "read_run", "write_report"]
 
 HEAT_MAPS = 24
 """The most heat maps a page carries, over all its runs: what keeps the file under 6 MB."""
@@ -113,7 +118,7 @@ def _numbers(runs: Sequence[Run], figures: Sequence[list[Figure]], maps: Sequenc
     compared = None
     if len(runs) > 1:
         compared = {"table": asdict(side_by_side(runs)), "figures": [asdict(f) for f in comparison(runs)]}
-    result: dict[str, Any] = _finite({"format": 1, "runs": content, "comparison": compared})
+    result: dict[str, Any] = finite({"format": 1, "runs": content, "comparison": compared})
     return result
 
 

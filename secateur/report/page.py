@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
-from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from secateur.errors import UsageError
+from secateur.report import html
 from secateur.report.charts import comparison, pareto_front, score, share_left
 from secateur.report.figures import Figure, HeatMap, Table
 from secateur.report.plotly import heat_map_data, specification
@@ -93,24 +90,16 @@ def render(runs: Sequence[Run], figures: Sequence[Sequence[Figure]], heat_maps: 
         },
         "heat": {view.id: [heat_map_data(m) for m in view.heat_maps] for view in views},
     }
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("secateur.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page: str = environment.get_template("page.html.j2").render(
+    return html.page(
+        "page.html.j2",
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs side by side",
-        version=_version(),
         runs=views,
         comparison={"table": side_by_side(runs), "figures": compared, "lead": _comparison_lead(runs)},
-        css=Markup(_asset("page.css")),
-        js=Markup(_asset("page.js")),
+        css=html.asset("page.css"),
+        js=html.asset("frame.js", "page.js"),
         plotly_js=Markup(_plotly_js()),
-        figures_json=Markup(_script_safe(store)),
+        figures_json=html.script_json(store),
     )
-    return page
 
 
 def _view(index: int, run: Run, figures: list[Figure], heat_maps: list[HeatMap], label: str) -> _RunView:
@@ -195,27 +184,6 @@ def _comparison_lead(runs: Sequence[Run]) -> str:
     return f"{len(front)} of {len(runs)} on the Pareto front: no run beats them both in metric and in MACs removed."
 
 
-def _script_safe(store: dict[str, Any]) -> str:
-    """JSON that can stand inside a script element whatever names it holds."""
-    text = json.dumps(_finite(store), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return (
-        text.replace("<", "\\u003c").replace(">", "\\u003e").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    )
-
-
-def _finite(value: Any) -> Any:
-    """Replace what JSON has no word for by null, which a chart leaves out."""
-    if isinstance(value, float):
-        return value if abs(value) < float("inf") else None
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def _asset(name: str) -> str:
-    return resources.files("secateur.report").joinpath(name).read_text(encoding="utf-8")
-
-
 def _plotly_js() -> str:
     try:
         from plotly.offline import get_plotlyjs
@@ -224,12 +192,3 @@ def _plotly_js() -> str:
     # A literal end tag inside a string of the script would close the element.
     script: str = get_plotlyjs()
     return script.replace("</script", "<\\/script")
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("secateur")
-    except PackageNotFoundError:
-        return ""

@@ -169,6 +169,19 @@ def test_only_phase_two(network: nn.Module) -> None:
     assert result.report["final"]["widths"] | {"conv1": 3, "conv2": 3} == result.report["final"]["widths"]
 
 
+@pytest.mark.parametrize("method", ["cfp", "l1"])
+def test_no_group_loses_more_than_its_cap(network: nn.Module, method: str) -> None:
+    sizes = {m: layer.out_channels for m, layer in network.named_modules() if isinstance(layer, nn.Conv2d)}
+    caps = {"*": 0.5, "conv1": 0.25}
+    quick = {"tolerance": 100, "phases": (2,), "phase2_pairs": 3, "optimise_epochs": 0, "finetune_epochs": 0}
+    final = run(network, method, max_ratio=caps, **quick).report["final"]["widths"]
+    for name, size in sizes.items():
+        if name in ("conv1", "conv2"):
+            assert final[name] == size - int(caps.get(name, 0.5) * size)
+    with pytest.raises(UsageError, match="contradicts min_width or max_ratio"):
+        run(network, method, max_ratio={"conv1": 0.1}, widths={"conv1": 1})
+
+
 def test_same_seed_same_bits_other_seed_others(network: nn.Module) -> None:
     options = {"widths": {"conv1": 6, "conv2": 9}}
     first, again, other = (run(network, seed=seed, **options) for seed in (0, 0, 1))

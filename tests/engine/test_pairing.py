@@ -70,6 +70,8 @@ def test_which_groups_may_go() -> None:
     assert [g.name for g in pairing.eligible(graph)] == ["stem", "inner"]
     assert [g.name for g in pairing.eligible(graph, internal_only=True)] == ["inner"]
     assert [g.name for g in pairing.eligible(graph, skip=["inn"])] == ["stem"]
+    assert [g.name for g in pairing.eligible(graph, skip=["i*er"])] == ["stem"]
+    assert [g.name for g in pairing.eligible(graph, skip=["Conv2d"])] == []
     small = sc.trace(Small(), X)
     assert [g.name for g in pairing.eligible(small)] == ["conv1", "conv2"]
     assert [g.name for g in pairing.eligible(small, linear=True)] == ["conv1", "conv2", "fc1"]

@@ -1,10 +1,7 @@
 """The report in a real browser: drawn, answering, sortable, printable, without a network and without an error."""
 
 import base64
-import json
-import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +9,12 @@ import pytest
 
 from secateur.report import write_report
 from tests.report import real
+from tests.report.chromium import open_page, requests
 from tests.report.synthetic import write_run
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (pip install selenium)")
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="Chromium and its driver are not installed"),
-]
-
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --hide-scrollbars"
-)
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in FLAGS.split():
-        options.add_argument(flag)
-    options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    driver.set_window_size(1280, 900)
-    yield driver
-    driver.quit()
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +29,6 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
     wide = {f"layer{s}.{b}.conv": (16, 32, 64) for s in range(3) for b in range(6)}
     runs = [write_run(folder / "a"), write_run(folder / "b", wide, 12, 1, method="l1", lost=0.002)]
     return write_report(runs, folder / "report.html").html
-
-
-def _open(browser: Any, page: Path) -> None:
-    browser.get(page.as_uri())
-    deadline = time.monotonic() + 60
-    while browser.execute_script("return document.documentElement.dataset.drawn") != "all":
-        assert time.monotonic() < deadline, "the figures were not drawn within a minute"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +54,7 @@ def test_every_figure_is_drawn_without_an_error_or_a_request(
     browser: Any, name: str, request: pytest.FixtureRequest
 ) -> None:
     page = request.getfixturevalue(name)
-    _open(browser, page)
+    open_page(browser, page)
     drawn = browser.execute_script(
         """return Array.from(document.querySelectorAll('.plot:not([hidden])')).map(plot => [
              plot.querySelectorAll('svg.main-svg').length,
@@ -100,14 +65,13 @@ def test_every_figure_is_drawn_without_an_error_or_a_request(
     assert len(drawn) >= 7
     assert all(frames and marks and height > 100 for frames, marks, height in drawn)
     assert browser.get_log("browser") == []
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
+    asked = requests(browser)
     assert page.as_uri() in asked
     assert not [url for url in asked if url.startswith(("http", "ws", "ftp"))]
 
 
 def test_tooltips_answer_the_mouse_and_the_arrow_keys(browser: Any, page: Path) -> None:
-    _open(browser, page)
+    open_page(browser, page)
     bar = browser.find_element("css selector", "#run0-macs .point path")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", bar)
     webdriver.ActionChains(browser).move_to_element(bar).perform()
@@ -124,7 +88,7 @@ def test_tooltips_answer_the_mouse_and_the_arrow_keys(browser: Any, page: Path) 
 
 
 def test_tables_sort_both_ways_by_number_and_say_so(browser: Any, page: Path) -> None:
-    _open(browser, page)
+    open_page(browser, page)
     table = browser.find_element("css selector", "#run0-widths table")
     head = table.find_elements("css selector", "thead th")[4]
     for expected in ("ascending", "descending"):
@@ -139,7 +103,7 @@ def test_tables_sort_both_ways_by_number_and_say_so(browser: Any, page: Path) ->
 
 
 def test_the_heat_map_follows_the_chosen_layer(browser: Any, page: Path) -> None:
-    _open(browser, page)
+    open_page(browser, page)
     shape = "return document.querySelector('.plot.heat[data-side=before]').data[0].z.length"
     assert browser.execute_script(shape) == 20
     browser.execute_script(
@@ -155,7 +119,7 @@ def test_dark_and_light_paint_page_and_figures(browser: Any, page: Path) -> None
         browser.execute_cdp_cmd(
             "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
         )
-        _open(browser, page)
+        open_page(browser, page)
         seen[scheme] = browser.execute_script(
             """return [getComputedStyle(document.body).backgroundColor,
                  document.getElementById('run0-macs')._fullLayout.font.color,
@@ -169,7 +133,7 @@ def test_a_phone_scrolls_in_one_direction_only(browser: Any, name: str, request:
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
     )
-    _open(browser, request.getfixturevalue(name))
+    open_page(browser, request.getfixturevalue(name))
     assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
     wide = browser.execute_script(
         """return Array.from(document.querySelectorAll('.plot svg.main-svg'))
@@ -180,7 +144,7 @@ def test_a_phone_scrolls_in_one_direction_only(browser: Any, name: str, request:
 
 @pytest.mark.parametrize("name", ["page", "lenet5", "resnet20"])
 def test_it_prints_to_pdf_and_goes_back_to_the_screen(browser: Any, name: str, request: pytest.FixtureRequest) -> None:
-    _open(browser, request.getfixturevalue(name))
+    open_page(browser, request.getfixturevalue(name))
     before = browser.execute_script("return document.getElementById('run0-macs').getBoundingClientRect().width")
     pdf = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})["data"])
     assert pdf.startswith(b"%PDF")
