@@ -175,6 +175,16 @@ def read(store: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
 
 
+def table(value: dict[tuple[str, str], float], columns: list[str]) -> list[str]:
+    """Return the lines of a table of criteria × compensation; a criterion of which nothing is known has no row."""
+    lines = ["| criterion | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for criterion in CRITERIA:
+        row = [f"{value[criterion, k]:.2f}" if (criterion, k) in value else "not measured" for k in columns]
+        if any(cell != "not measured" for cell in row):
+            lines.append(f"| `{criterion}` | " + " | ".join(row) + " |")
+    return lines
+
+
 def render(network: str, store: Path) -> str:
     """Return the table as Markdown."""
     found = read(store)
@@ -192,17 +202,7 @@ def render(network: str, store: Path) -> str:
     for ratio in sorted({c["ratio"] for c in found if c["ratio"]}):
         value = {(c["criterion"], c["compensation"]): c["accuracy"] for c in found if c["ratio"] == ratio}
         columns = [k for k in COMPENSATIONS if any(key[1] == k for key in value)]
-        lines += [
-            "",
-            f"### {ratio:.0%} removed",
-            "",
-            "| criterion | " + " | ".join(columns) + " |",
-            "|---" * (len(columns) + 1) + "|",
-        ]
-        for criterion in CRITERIA:
-            row = [f"{value[criterion, k]:.2f}" if (criterion, k) in value else "not measured" for k in columns]
-            if any(cell != "not measured" for cell in row):
-                lines.append(f"| `{criterion}` | " + " | ".join(row) + " |")
+        lines += ["", f"### {ratio:.0%} removed", "", *table(value, columns)]
     return "\n".join(lines)
 
 

@@ -155,20 +155,8 @@ def render() -> str:
         ),
     ]
     for epochs in REPORTED:
-        text += [
-            "",
-            f"### {epochs} epoch{'' if epochs == 1 else 's'}",
-            "",
-            "| criterion | " + " | ".join(columns) + " |",
-            "|---" * (len(columns) + 1) + "|",
-        ]
-        for criterion in criteria.CRITERIA:
-            row = [
-                f"{value[epochs, criterion, k]:.2f}" if (epochs, criterion, k) in value else "not measured"
-                for k in columns
-            ]
-            if any(cell != "not measured" for cell in row):
-                text.append(f"| `{criterion}` | " + " | ".join(row) + " |")
+        measured = {(criterion, k): accuracy for (after, criterion, k), accuracy in value.items() if after == epochs}
+        text += ["", f"### {epochs} epoch{'' if epochs == 1 else 's'}", "", *criteria.table(measured, columns)]
     return "\n".join(text)
 
 

@@ -169,7 +169,7 @@ def _times(prune: Callable[[], Any]) -> tuple[dict[str, Any], Any]:
     return {"seconds": statistics.median(taken), "seconds_each": taken, "peak_bytes": peak}, result
 
 
-def _pruned(model: nn.Module, inputs: Any) -> tuple[Any, dict[str, list[int]], nn.Module]:
+def _pruned(model: nn.Module, inputs: Any) -> tuple[Any, dict[str, list[int]], Any, nn.Module]:
     """Trace a network, and take half of the channels of each group that can be pruned exactly."""
     import secateur as sc
 
@@ -178,7 +178,7 @@ def _pruned(model: nn.Module, inputs: Any) -> tuple[Any, dict[str, list[int]], n
     chosen = {g.name: channels for g in graph.groups if (channels := half(g, rng))}
     exact = {g.name for g in graph.groups if g.exact}
     plan = sc.plan_removal(graph, {n: c for n, c in chosen.items() if n in exact})
-    return graph, chosen, sc.apply(model, plan)
+    return graph, chosen, plan, sc.apply(model, plan)
 
 
 def secateur(entry: Entry) -> dict[str, Any]:
@@ -187,14 +187,13 @@ def secateur(entry: Entry) -> dict[str, Any]:
 
     model, inputs, row = _prepare(entry, scattered)
     _pruned(_tiny(), torch.zeros(1, 3, 8, 8))  # everything is imported and has run before the clock starts
-    times, (graph, chosen, small) = _times(lambda: _pruned(model, inputs))
+    times, (graph, chosen, plan, small) = _times(lambda: _pruned(model, inputs))
     row |= times
-    exact = {g.name for g in graph.groups if g.exact}
-    plan = sc.plan_removal(graph, {n: c for n, c in chosen.items() if n in exact})
+    exact = sum(g.exact for g in graph.groups)
     row |= {
         "traced": True,
         "groups": len(graph.groups),
-        "exact_groups": len(exact),
+        "exact_groups": exact,
         "channels": sum(g.size for g in graph.groups),
         "half": sum(len(chosen.get(g.name, ())) >= g.size // 2 for g in graph.groups),
         "refusals": [
@@ -212,7 +211,7 @@ def secateur(entry: Entry) -> dict[str, Any]:
     if row["parameters_removed"] <= 0 and row["verdict"] == "exact":
         row |= {"verdict": "refused", "detail": "nothing could be pruned exactly"}
     row["macs_removed_all"] = row["macs_removed"]
-    if len(exact) < len(graph.groups):
+    if exact < len(graph.groups):
         del small
         try:
             small = sc.apply(model, sc.plan_removal(graph, chosen))

@@ -204,6 +204,16 @@ def residual(filters: Tensor, *, signed: bool = False) -> Tensor:
     return lengths[:, None] * (1 - rho.square())
 
 
+def _size(what: str, table: Tensor) -> int:
+    """Return the number of filters that a table of pairs is of, once it is seen to be square and finite."""
+    size = len(table)
+    if table.ndim != 2 or table.shape != (size, size):
+        raise CriterionError(f"{what} must be square, found {tuple(table.shape)}.")
+    if not bool(torch.isfinite(table).all()):
+        raise CriterionError(f"{what} must be finite; a filter holds NaN or infinity.")
+    return size
+
+
 def select_pairs(
     scores: Tensor,
     count: int,
@@ -243,11 +253,7 @@ def select_pairs(
         >>> select_pairs(star, 1)  # filter 0 is in all three top pairs
         [(0, 1)]
     """
-    size = len(scores)
-    if scores.ndim != 2 or scores.shape != (size, size):
-        raise CriterionError(f"select_pairs: scores must be square, found {tuple(scores.shape)}.")
-    if not bool(torch.isfinite(scores).all()):
-        raise CriterionError("select_pairs: scores must be finite; a filter holds NaN or infinity.")
+    size = _size("select_pairs: scores", scores)
     if blocks is not None and len(set(blocks.tolist())) > 1:
         return _select_in_blocks(select_pairs, scores, count, blocks, norms=norms, removable=removable)
     fixed = torch.zeros(size, dtype=torch.bool) if removable is None else ~removable.bool().cpu()
@@ -320,11 +326,7 @@ def select_least_lost(
         >>> select_least_lost(torch.tensor([[0.0, 0.5, 0.4], [9.0, 0.0, 8.0], [7.0, 1.0, 0.0]]), 1)
         [(0, 2)]
     """
-    size = len(residuals)
-    if residuals.ndim != 2 or residuals.shape != (size, size):
-        raise CriterionError(f"select_least_lost: residuals must be square, found {tuple(residuals.shape)}.")
-    if not bool(torch.isfinite(residuals).all()):
-        raise CriterionError("select_least_lost: residuals must be finite; a filter holds NaN or infinity.")
+    size = _size("select_least_lost: residuals", residuals)
     if blocks is not None and len(set(blocks.tolist())) > 1:
         return _select_in_blocks(select_least_lost, residuals, count, blocks, removable=removable)
     free = torch.ones(size, dtype=torch.bool) if removable is None else removable.bool().cpu()
