@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -150,6 +150,7 @@ def permuted(model: nn.Sequential, order: Tensor) -> nn.Sequential:
 
 @pytest.mark.parametrize("name", sorted(set(names()) - {"random", "corrnet_successive"}))
 @given(seed=st.integers(0, 2**31 - 1))
+@example(seed=82)  # two equal uncertainties at the cut
 @settings(max_examples=5, deadline=None)
 def test_permuting_channels_permutes_scores_and_selection(name: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -197,7 +197,11 @@ def symmetrical_uncertainty(first: Tensor, others: Tensor) -> Tensor:
 
 
 def _fcbf(pooled: Tensor, labels: Tensor, bins: int) -> tuple[list[Pair], Tensor]:
-    """Run the fast correlation-based filter: the predominated channels with their predominators, and the relevances."""
+    """Run the fast correlation-based filter.
+
+    Returns:
+        The predominated channels with their predominators, the least relevant first, and all relevances.
+    """
     if bins < 2:
         raise UsageError(f"criterion corrnet_su: {bins} bins can't tell values apart. Use at least 2.")
     if len(pooled) != len(labels):
@@ -209,8 +213,9 @@ def _fcbf(pooled: Tensor, labels: Tensor, bins: int) -> tuple[list[Pair], Tensor
     relevance = symmetrical_uncertainty(classes, codes)
     spread = pooled.double().cpu().var(0, correction=0)
     # Equal relevance is told apart by variance, so that the order of the channels decides nothing.
-    waiting = sorted(range(codes.shape[1]), key=lambda i: (-round(float(relevance[i]), 9), -float(spread[i]), i))
+    ranked = sorted(range(codes.shape[1]), key=lambda i: (-round(float(relevance[i]), 9), -float(spread[i]), i))
     dropped: list[Pair] = []
+    waiting = ranked
     while waiting:
         head, waiting = waiting[0], waiting[1:]
         if waiting:
@@ -219,7 +224,7 @@ def _fcbf(pooled: Tensor, labels: Tensor, bins: int) -> tuple[list[Pair], Tensor
             gone = shared >= relevance[index] - 1e-9
             dropped += [Pair(head, j, float(s)) for j, s, g in zip(waiting, shared, gone, strict=True) if g]
             waiting = [j for j, g in zip(waiting, gone, strict=True) if not g]
-    return dropped, relevance
+    return sorted(dropped, key=lambda pair: -ranked.index(pair.dropped)), relevance
 
 
 def su(pooled: Tensor, labels: Tensor, remove: int, bins: int = BINS) -> Selection:
@@ -241,8 +246,7 @@ def su(pooled: Tensor, labels: Tensor, remove: int, bins: int = BINS) -> Selecti
         UsageError: If there are fewer than two bins.
         CriterionError: If samples and labels differ in number.
     """
-    pairs, relevance = _fcbf(pooled, labels, bins)
-    chosen = sorted(pairs, key=lambda pair: (float(relevance[pair.dropped]), pair.dropped))[:remove]
+    chosen = _fcbf(pooled, labels, bins)[0][:remove]
     return Selection(tuple(pair.dropped for pair in chosen), tuple(chosen))
 
 
