@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 # One process per core, one thread per process: small networks run no faster on more threads.
 TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8
 
-.PHONY: demo test slow lint check clean help
+.PHONY: demo test slow search lint check clean help
 
 help: ## Show what make can do
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -22,6 +22,9 @@ test: $(VENV)/.installed-dev ## Run the tests that take minutes at most
 
 slow: $(VENV)/.installed-dev ## Run the slow system tests
 	$(TEST) -m slow
+
+search: $(VENV)/.installed-dev ## Run the property-based tests on examples drawn anew
+	$(TEST) -m "not slow" --hypothesis-profile=search
 
 lint: $(VENV)/.installed-dev ## Check style, docstrings, types and the arrows of the layout
 	$(BIN)/ruff check .

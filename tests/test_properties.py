@@ -214,7 +214,6 @@ def hold(law: Callable[[Network, int], None], examples: int) -> None:
     @settings(
         max_examples=examples,
         deadline=None,
-        derandomize=True,
         database=None,
         phases=phases,
         suppress_health_check=list(HealthCheck),
