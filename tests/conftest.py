@@ -3,7 +3,7 @@
 from hypothesis import settings
 
 # No timed asserts: how long an example takes says something about the machine, not about the code.
-# The same examples every time, so that a change fails for what it changes and not by chance; `make search` draws others.
+# The same examples every time, so that a change fails for what it changes; `make search` draws others.
 settings.register_profile("secateur", deadline=None, derandomize=True)
 settings.register_profile("search", deadline=None, print_blob=True)
 settings.load_profile("secateur")
