@@ -1,14 +1,16 @@
 """Sweep torchvision's and timm's networks with Secateur, and beside it with Torch-Pruning.
 
-Usage: ``python -m bench.zoo [--only PATTERN ...] [--limit N] [--timeout SECONDS] [--no-peer] [--again PATTERN ...]``.
+Usage: ``python -m bench.zoo [--only PATTERN ...] [--again PATTERN ...] [--limit N] [--part K/N] [--no-peer]``.
 
 Every network is measured in a process of its own, on one thread, with a time limit. Results are kept in a JSON file
-that later runs continue; ``--again`` measures matching networks anew. ``docs/benchmarks.md`` is written from it.
+that later runs continue; ``--again`` measures matching networks anew; sweeps of different parts can share the file.
+``docs/benchmarks.md`` is written from it.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import multiprocessing
 import os
@@ -22,6 +24,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from bench.models import entries
+from secateur.checkpoint import write_atomic
 
 Row = dict[str, Any]
 
@@ -136,6 +141,61 @@ def _summary(results: dict[str, dict[str, Row]]) -> list[str]:
     return lines
 
 
+HANDLED = ("exact", "inexact", "runs")
+"""Verdicts on networks that the peer handles: it pruned them and they run."""
+
+
+def _reasons(row: Row) -> str:
+    """Say in a few words what keeps channels of a network from going."""
+    found: Counter[str] = Counter()
+    for refusal in row.get("refusals", ()):
+        if refusal["operator"] not in ("model output", "model input"):
+            found[f"{refusal['operator']}: {refusal['reason']}"] += refusal["tensors"]
+    shown = [reason[:120].replace("|", "/") for reason, _ in found.most_common(3)]
+    if row.get("macs_removed_all", 0) > row.get("macs_removed", 0) + 0.005:
+        shown.insert(0, f"inexact groups are left out; with them {_percent(row, 'macs_removed_all')}%")
+    return "; ".join(shown) or "other channels were chosen, and constraints round down"
+
+
+def _beside(results: dict[str, dict[str, Row]]) -> list[str]:
+    """List the networks on which Secateur removes less than the peer, takes longer, or takes much memory."""
+    less, slower, large = [], [], []
+    for name, rows in results.items():
+        ours, theirs = rows.get("secateur", {}), rows.get("peer", {})
+        if theirs.get("verdict") in HANDLED and "macs_removed" in ours:
+            if ours["macs_removed"] < theirs["macs_removed"] - 0.005:
+                less.append(
+                    f"| {name} | {_percent(ours, 'macs_removed')} | {_percent(theirs, 'macs_removed')} "
+                    f"| {theirs['verdict']} | {_reasons(ours)} |"
+                )
+            if "seconds" in ours and ours["seconds"] > theirs["seconds"]:
+                slower.append((ours["seconds"] / theirs["seconds"], name))
+        if "peak_bytes" in ours:
+            ratio = ours["peak_bytes"] / (ours["bytes"] + ours["forward_peak_bytes"])
+            if ratio > 2:
+                large.append((ratio, name))
+    lines = ["## Where Torch-Pruning removes more, or is faster", ""]
+    if less:
+        lines += [
+            "Of the networks that it handles, those of which it removes over half a percentage point more MACs:",
+            "",
+            "| network | Secateur % | Torch-Pruning % | its verdict | what is left, and why |",
+            "|---|---:|---:|---|---|",
+            *less,
+        ]
+    else:
+        lines.append("It removes more of no network that it handles.")
+    told = ", ".join(f"{name.rpartition('/')[2]} {ratio:.1f}×" for ratio, name in sorted(slower, reverse=True))
+    lines += ["", f"Secateur takes longer on: {told}." if told else "Secateur takes longer on none of them."]
+    told = ", ".join(f"{name.rpartition('/')[2]} {ratio:.1f}×" for ratio, name in sorted(large, reverse=True))
+    lines += [
+        "",
+        "Extra memory of trace + plan + apply is more than twice what the network and one forward take on: "
+        + (f"{told}." if told else "none."),
+    ]
+    return lines
+
+
 def report(results: dict[str, dict[str, Row]], patterns: Path) -> str:
     """Write the sweep, and the score on the patterns, as Markdown."""
     lines = [
@@ -161,6 +221,8 @@ def report(results: dict[str, dict[str, Row]], patterns: Path) -> str:
         "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---|---:|---:|",
         *(_line(name, rows) for name, rows in results.items()),
         "",
+        *_beside(results),
+        "",
         "## What was refused, and what went wrong",
         "",
     ]
@@ -185,13 +247,35 @@ def report(results: dict[str, dict[str, Row]], patterns: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _read(path: Path) -> dict[str, dict[str, Row]]:
+    found: dict[str, dict[str, Row]] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def _keep(path: Path, name: str, tool: str, row: Row) -> dict[str, dict[str, Row]]:
+    """Add a row to the file, which another sweep may be writing too, and return all rows in the order of the table."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    try:
+        latest = _read(path)
+        latest.setdefault(name, {})[tool] = row
+        results = {e.name: latest[e.name] for e in entries() if e.name in latest}
+        write_atomic(path, json.dumps(results, indent=1).encode())
+    finally:
+        os.close(folder)
+    return results
+
+
 def main() -> None:
     """Sweep."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="*", default=["*"], metavar="PATTERN", help="names with wildcards")
     parser.add_argument("--again", nargs="*", default=[], metavar="PATTERN", help="measure these anew")
     parser.add_argument("--limit", type=int, default=None, help="at most so many networks")
-    parser.add_argument("--timeout", type=float, default=300, help="processor seconds for one network and tool")
+    parser.add_argument("--timeout", type=float, default=300, help="processor seconds for a network")
+    parser.add_argument("--peer-timeout", type=float, default=120, help="the same for Torch-Pruning")
+    parser.add_argument("--part", default="1/1", metavar="K/N", help="every Nth network from the Kth: N sweeps at once")
     parser.add_argument("--secateur", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path, default=Path("docs/zoo.json"))
@@ -204,16 +288,17 @@ def main() -> None:
     import torch_pruning  # noqa: F401
 
     from bench import measure
-    from bench.models import entries
 
     torch.set_num_threads(1)
-    results: dict[str, dict[str, Row]] = json.loads(options.json.read_text()) if options.json.exists() else {}
+    results = _read(options.json)
+    part, parts = (int(n) for n in options.part.split("/"))
+    seconds = {"secateur": options.timeout, "peer": options.peer_timeout}
     tools = [t for t, wanted in (("secateur", options.secateur), ("peer", options.peer)) if wanted]
     chosen = [
         e
         for e in entries()
         if any(fnmatchcase(e.name, p) or fnmatchcase(e.name.rpartition("/")[2], p) for p in options.only)
-    ]
+    ][part - 1 :: parts]
     measured = 0
     for entry in chosen:
         again = any(fnmatchcase(entry.name, p) or fnmatchcase(entry.name.rpartition("/")[2], p) for p in options.again)
@@ -225,14 +310,8 @@ def main() -> None:
         measured += 1
         for tool in missing:
             start = time.perf_counter()
-            row = limited(getattr(measure, tool), entry, options.timeout)
-            latest = json.loads(options.json.read_text()) if options.json.exists() else {}
-            latest.setdefault(entry.name, {})[tool] = row
-            results = {e.name: latest[e.name] for e in entries() if e.name in latest}
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            temporary = options.json.with_suffix(".part")
-            temporary.write_text(json.dumps(results, indent=1))
-            temporary.replace(options.json)
+            row = limited(getattr(measure, tool), entry, seconds[tool])
+            results = _keep(options.json, entry.name, tool, row)
             print(
                 f"{entry.name:55s} {tool:9s} {row.get('verdict', ''):14s} {_seconds(row):>7s} s  "
                 f"MACs -{_percent(row, 'macs_removed')}% ({time.perf_counter() - start:.0f} s in all) "
