@@ -2,9 +2,9 @@
 
 Usage: ``python -m bench.zoo [--only PATTERN ...] [--again PATTERN ...] [--limit N] [--part K/N] [--no-peer]``.
 
-Every network is measured in a process of its own, on one thread, with a time limit. Results are kept in a JSON file
-that later runs continue; ``--again`` measures matching networks anew; sweeps of different parts can share the file.
-``docs/benchmarks.md`` is written from it.
+Every network is measured in a process of its own, on one thread, within limits of time and memory. Results are kept in
+a JSON file that later runs continue, and ``docs/benchmarks.md`` is written from it; ``--again`` measures matching
+networks anew, and sweeps of different parts can share the file.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from secateur.checkpoint import write_atomic
 
 Row = dict[str, Any]
 
+MEMORY = 12 * 2**30
+"""Bytes that a process may take."""
+
 HEADER = (
     "| network | groups | channels | verdict | MACs removed % | with inexact % | s | forward s | peak MB "
     "| model MB | refusals | Torch-Pruning | MACs removed % | s |"
@@ -39,10 +42,13 @@ HEADER = (
 def _work(measure: Callable[[Any], Row], entry: Any, sender: Any, seconds: float) -> None:
     used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     resource.setrlimit(resource.RLIMIT_CPU, (int(used + seconds) + 1, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     try:
         sender.send(measure(entry))
     except Exception as error:  # noqa: BLE001 - a crash is a result
-        sender.send({"verdict": "crash", "detail": f"{type(error).__name__}: {str(error)[:300]}"})
+        full = isinstance(error, MemoryError) or "allocate memory" in str(error)
+        detail = f"{type(error).__name__}: {str(error)[:300]}"
+        sender.send({"verdict": "crash", "detail": f"over {MEMORY / 2**30:g} GiB of memory" if full else detail})
 
 
 def limited(measure: Callable[[Any], Row], entry: Any, seconds: float) -> Row:
