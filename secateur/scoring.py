@@ -19,6 +19,7 @@ from secateur.criteria import Criterion, Need, Returns, Selection, get
 from secateur.criteria.registry import options_of
 from secateur.errors import CriterionError, DataError, UsageError
 from secateur.graph import ChannelGraph, ChannelGroup, Member
+from secateur.moments import Average, several_processes
 from secateur.planning import steps
 
 Loss = Callable[[Any, Any], Tensor]
@@ -151,9 +152,9 @@ class _Gatherer:
 
     def _stream_maps(self, data: Iterable[Any]) -> None:
         device = observe.device_of(self.model)
-        averages = {group.name: observe.Average.empty(group.size, "cpu") for group in self.groups}
+        averages = {group.name: Average.empty(group.size, "cpu") for group in self.groups}
         pooled: dict[str, list[Tensor]] = {group.name: [] for group in self.groups}
-        current: dict[str, observe.Average] = {}
+        current: dict[str, Average] = {}
         labels: list[Tensor] = []
         needs = self.criterion.needs
         sizes = {group.name: group.size for group in self.groups}
@@ -166,7 +167,7 @@ class _Gatherer:
             if Need.POOLED in needs:
                 mean = maps.flatten(2).double().mean(2) if maps.dim() > 2 else maps.double()
                 # Sums a sample; a group that is read several times has the mean of its readings.
-                flat = current.setdefault(name, observe.Average.empty(len(maps) * sizes[name], "cpu"))
+                flat = current.setdefault(name, Average.empty(len(maps) * sizes[name], "cpu"))
                 if len(flat.total) != len(maps) * sizes[name]:
                     raise CriterionError(
                         f"{name}: it is read once for {len(flat.total) // sizes[name]} samples and once for "
@@ -178,7 +179,7 @@ class _Gatherer:
 
         def end(batch: observe.Batch) -> None:
             for name in sizes if Need.POOLED in needs else ():
-                flat = current.get(name, observe.Average.empty(sizes[name]))
+                flat = current.get(name, Average.empty(sizes[name]))
                 observe.require_seen(flat.count.reshape(-1, sizes[name])[0], name)
                 pooled[name].append(flat.mean.reshape(-1, sizes[name]))
             current.clear()
@@ -203,7 +204,7 @@ class _Gatherer:
         weights = {group.name: _producing_weights(self.model, group) for group in self.groups}
         unique = {id(tensor): tensor for pairs in weights.values() for tensor, _ in pairs}
         frozen = [tensor for tensor in unique.values() if not tensor.requires_grad]
-        averages = {group.name: observe.Average.empty(group.size, device) for group in self.groups}
+        averages = {group.name: Average.empty(group.size, device) for group in self.groups}
         samples = 0
         with observe.evaluating(self.model), torch.enable_grad():
             try:
@@ -246,7 +247,7 @@ _FROM_DATA = frozenset({Need.MOMENTS, Need.MAPS, Need.GRADIENTS, Need.POOLED, Ne
 
 def _gather(tensor: Tensor) -> Tensor:
     """Concatenate a tensor of every process along its first dimension."""
-    if not observe.several_processes():
+    if not several_processes():
         return tensor
     parts: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, tensor.cpu())

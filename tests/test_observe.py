@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from secateur import observe, scoring
 from secateur.errors import CriterionError, DataError, UsageError
-from secateur.observe import Moments
+from secateur.moments import Moments
 from secateur.tracing import trace
 
 seeds = st.integers(0, 2**31 - 1)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from secateur import observe
+from secateur import moments, observe
 from secateur.compensate.report import LayerCompensation
 from secateur.errors import DataError
 
@@ -73,11 +73,11 @@ def recalibrate(model: nn.Module, data: Iterable[Any]) -> list[LayerCompensation
 def _reduce(norm: _BatchNorm) -> None:
     """Average the running moments over processes, weighted by the batches that each has seen."""
     mean, var, seen = norm.running_mean, norm.running_var, norm.num_batches_tracked
-    if mean is None or var is None or seen is None or not observe.several_processes():
+    if mean is None or var is None or seen is None or not moments.several_processes():
         return
     weight = seen.to(mean.dtype)
     mean.mul_(weight)
     var.mul_(weight)
-    observe.all_reduce(mean, var, seen)
+    moments.all_reduce(mean, var, seen)
     mean.div_(seen.clamp(min=1))
     var.div_(seen.clamp(min=1))

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 
-from secateur import observe
+from secateur import moments, observe
 from secateur.compensate.report import LayerCompensation
 from secateur.errors import CriterionError, PlanError, UsageError
 from secateur.planning import PruningPlan
@@ -72,7 +72,7 @@ class NormalEquations:
 
     def all_reduce(self) -> None:
         """Add the observations of all processes, when there are several."""
-        observe.all_reduce(self.inputs, self.errors, self.error_power, self.output_power, self.count)
+        moments.all_reduce(self.inputs, self.errors, self.error_power, self.output_power, self.count)
 
     def solve(self, ridge: float, bias: bool) -> tuple[Tensor, float]:
         """Solve for the change of the weights.
@@ -285,7 +285,7 @@ def _calls(model: nn.Module, data: Iterable[Any], device: torch.device) -> dict[
             samples = batch.size
             break
     observe.require_samples(samples, device)
-    if observe.several_processes():  # one without data has to solve the same layers as the others
+    if moments.several_processes():  # one without data has to solve the same layers as the others
         found: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(found, calls)
         calls = next(each for each in found if each)

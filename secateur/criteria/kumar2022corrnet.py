@@ -18,7 +18,7 @@ from torch import Tensor
 
 from secateur.criteria.registry import Criterion, Need, Pair, Returns, Selection, register
 from secateur.errors import CriterionError, UsageError
-from secateur.observe import Moments
+from secateur.moments import Moments
 
 THRESHOLD = 0.9
 RATIO_PER_ROUND = 0.1

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from secateur.criteria.registry import criterion
 from secateur.errors import CriterionError, UsageError
-from secateur.observe import Moments
+from secateur.moments import Moments
 
 BLOCK = 64
 """Downdates gathered before they are applied at once, as one matrix product."""

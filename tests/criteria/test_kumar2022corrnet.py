@@ -21,7 +21,7 @@ from secateur.criteria.kumar2022corrnet import (
     symmetrical_uncertainty,
 )
 from secateur.errors import CriterionError, UsageError
-from secateur.observe import Moments
+from secateur.moments import Moments
 
 seeds = st.integers(0, 2**31 - 1)
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from secateur.criteria.redundancy import eliminate, redundancy
 from secateur.errors import CriterionError, UsageError
-from secateur.observe import Moments
+from secateur.moments import Moments
 
 seeds = st.integers(0, 2**31 - 1)
 
