@@ -201,6 +201,18 @@ class LayerPort:
         return self.in_channels // self.groups * self.out_channels * self.kernel * self.positions
 
 
+@dataclass(frozen=True)
+class Magnitude:
+    """A weight that is computed as g·v/‖v‖ (weight norm): g has to shrink as ‖v‖ does, so that g/‖v‖ stays."""
+
+    tensor: str
+    """Qualified name of g."""
+    direction: str
+    """Qualified name of v."""
+    dim: int
+    """Dimension along which v has a norm for each index; the norm runs over the others."""
+
+
 @dataclass(frozen=True, eq=False)
 class AttributeRule:
     """An attribute of a module that counts channels or blocks of them, and has to follow their number."""
@@ -232,6 +244,7 @@ class ChannelGraph:
     """Number of examples in the inputs that the model was traced on."""
     notes: tuple[str, ...] = ()
     attributes: tuple[AttributeRule, ...] = ()
+    magnitudes: tuple[Magnitude, ...] = ()
     shuffles: tuple[Shuffle, ...] = ()
     """In execution order."""
 

@@ -166,6 +166,7 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
             AttributeRule(a.module, a.name, a.value, group_id[classes[a.labels]], channel_of[classes[a.labels]])
             for a in flow.attributes
         ),
+        magnitudes=tuple(flow.magnitudes),
         shuffles=tuple(moved.shuffles),
     )
     return Grouping(graph, classes, group_id, channel_of, flow.sites, stuck, shared)

@@ -12,6 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the network itself, out of data parallel and compiled wrappers, which put a prefix before every name."""
+    while True:
+        if isinstance(model, DataParallel | DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -63,12 +75,17 @@ def batch_size(example_inputs: Any) -> int:
     return int(first.shape[0]) if isinstance(first, Tensor) and first.ndim > 1 else 1
 
 
+def _version(tensor: Tensor | None) -> int | None:
+    """Return the count of writes into a tensor; None where none is kept."""
+    return None if tensor is None or tensor.is_inference() else tensor._version
+
+
 @contextmanager
 def left_as_found(*models: nn.Module) -> Iterator[None]:
     """Run forwards inside, and leave no mark: modes, buffers, random states and backend flags are put back."""
     modes = [(m, m.training) for model in models for m in model.modules()]
     buffers = [
-        (m, key, tensor, tensor.clone() if tensor is not None else None, tensor._version if tensor is not None else 0)
+        (m, key, tensor, tensor.clone() if tensor is not None else None, _version(tensor))
         for model in models
         for m in model.modules()
         for key, tensor in m._buffers.items()
@@ -77,7 +94,8 @@ def left_as_found(*models: nn.Module) -> Iterator[None]:
     cuda = sorted({t.device.index for model in models for t in model.parameters() if t.device.type == "cuda"})
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the model's own code may draw from it
     try:
-        with torch.random.fork_rng(devices=cuda), torch.no_grad():
+        # In inference mode operators reach the labels whole, and what is made there can never be trained.
+        with torch.inference_mode(False), torch.random.fork_rng(devices=cuda), torch.no_grad():
             # The fused attention kernel is one opaque operator; the plain path is made of those that have rules.
             torch.backends.mha.set_fastpath_enabled(False)
             yield
@@ -89,6 +107,6 @@ def left_as_found(*models: nn.Module) -> Iterator[None]:
             module.training = training
         for module, key, tensor, value, version in buffers:
             module._buffers[key] = tensor
-            if tensor is not None and value is not None and tensor._version != version:
+            if tensor is not None and value is not None and (version is None or tensor._version != version):
                 with torch.no_grad():
                     tensor.copy_(value)

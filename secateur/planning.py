@@ -46,6 +46,8 @@ class PruningPlan:
     """Name of a grouped convolution's weight in ``kept_tensors`` -> the blocks that its dimension 1 stands for."""
     attributes: dict[str, dict[str, int]] = field(default_factory=dict)
     """Module name -> attribute -> new value, for attributes that count channels (``num_features``, ``num_heads``)."""
+    magnitudes: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """Name of the g of a weight g·v/‖v‖ -> name of the v, dimension of its norms, where v loses a part of each norm."""
     reads: dict[str, dict[int, list[int]]] = field(default_factory=dict)
     """Name of a parameter that code reads channels with, outside a layer of its own -> dimension -> kept indices; it is
     for ``verify``, which zeroes the others."""
@@ -92,6 +94,7 @@ class PruningPlan:
                     name: {int(d): [int(i) for i in v] for d, v in dims.items()}
                     for name, dims in data.get(key, {}).items()
                 }
+            values["magnitudes"] = {name: (str(v), int(dim)) for name, (v, dim) in data.get("magnitudes", {}).items()}
             values["shapes"] = {name: tuple(int(n) for n in v) for name, v in data.get("shapes", {}).items()}
             for key in ("kept_outputs", "kept_inputs", "removed"):
                 values[key] = {name: [int(i) for i in v] for name, v in data.get(key, {}).items()}
@@ -293,12 +296,16 @@ def _build(graph: ChannelGraph, removed: Removed) -> PruningPlan:
         gone = cost.lost(rule.group, rule.channel, masks)
         if gone.any():
             attributes.setdefault(rule.module, {})[rule.name] = rule.value - int(gone.sum())
+    magnitudes = {
+        m.tensor: (m.direction, m.dim) for m in graph.magnitudes if set(kept_tensors.get(m.direction, ())) - {m.dim}
+    }
     return PruningPlan(
         kept_outputs=kept_outputs,
         kept_inputs=kept_inputs,
         kept_tensors=kept_tensors,
         blocks=blocks,
         reads=reads,
+        magnitudes=magnitudes,
         attributes=attributes,
         removed=removed,
         shapes=shapes,

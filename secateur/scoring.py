@@ -18,7 +18,8 @@ from secateur import observe
 from secateur.criteria import Criterion, Need, Returns, Selection, get
 from secateur.criteria.registry import options_of
 from secateur.errors import CriterionError, DataError, UsageError
-from secateur.graph import ChannelGraph, ChannelGroup, Member
+from secateur.graph import ChannelGraph, ChannelGroup, Magnitude, Member
+from secateur.inputs import unwrapped
 from secateur.moments import Average, several_processes
 from secateur.planning import steps
 
@@ -36,12 +37,31 @@ def arrange(tensor: Tensor, member: Member, size: int) -> Tensor:
     return result
 
 
-def _producing_weights(model: nn.Module, group: ChannelGroup) -> list[tuple[Tensor, Member]]:
-    found = [(_tensor(model, m.tensor), m) for m in group.producers]
-    weights = [(tensor, member) for tensor, member in found if tensor.dim() >= 2]
+Magnitudes = tuple[Magnitude, ...]
+
+
+def _producing_weights(
+    model: nn.Module, group: ChannelGroup, magnitudes: Magnitudes = ()
+) -> list[tuple[Tensor, Member]]:
+    weights = _weights(model, group.producers, magnitudes)
     if not weights:
         raise CriterionError(f"{group.name}: no producer has filters. Leave the group out.")
     return weights
+
+
+def _weights(model: nn.Module, members: Iterable[Member], magnitudes: Magnitudes) -> list[tuple[Tensor, Member]]:
+    """Return the weights among some members; for a v of weight norm the weight g·v/‖v‖, and nothing for its g."""
+    gains = {m.tensor for m in magnitudes}
+    computed = {m.direction: m for m in magnitudes}
+    found = []
+    for member in members:
+        tensor = _tensor(model, member.tensor)
+        if tensor.dim() < 2 or member.tensor in gains:
+            continue
+        if (by := computed.get(member.tensor)) is not None:
+            tensor = torch._weight_norm(tensor.detach(), _tensor(model, by.tensor).detach(), by.dim)
+        found.append((tensor, member))
+    return found
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
@@ -52,23 +72,24 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
     return value
 
 
-def producers(model: nn.Module, group: ChannelGroup) -> tuple[Tensor, ...]:
+def producers(model: nn.Module, group: ChannelGroup, magnitudes: Magnitudes = ()) -> tuple[Tensor, ...]:
     """Return each producer's filters, ``(C, F_m)``; a channel that a producer lacks has a row of zeros."""
-    return tuple(arrange(tensor.detach(), member, group.size) for tensor, member in _producing_weights(model, group))
+    found = _producing_weights(model, group, magnitudes)
+    return tuple(arrange(tensor.detach(), member, group.size) for tensor, member in found)
 
 
-def filters(model: nn.Module, group: ChannelGroup) -> Tensor:
+def filters(model: nn.Module, group: ChannelGroup, magnitudes: Magnitudes = ()) -> Tensor:
     """Return the filters of each channel, of all producers side by side, ``(C, F)``."""
-    return torch.cat(producers(model, group), 1)
+    return torch.cat(producers(model, group, magnitudes), 1)
 
 
-def consumers(model: nn.Module, group: ChannelGroup) -> tuple[Tensor, ...]:
+def consumers(model: nn.Module, group: ChannelGroup, magnitudes: Magnitudes = ()) -> tuple[Tensor, ...]:
     """Return the weights that read the channels, ``(C_out, C, K)`` a consumer.
 
     In a grouped convolution C_out counts the outputs of one block, since no output reads more than one.
     """
-    found = [(_tensor(model, member.tensor).detach(), member) for member in group.consumers]
-    return tuple(_reading_weights(tensor, member, group.size) for tensor, member in found if tensor.dim() >= 2)
+    found = _weights(model, group.consumers, magnitudes)
+    return tuple(_reading_weights(tensor.detach(), member, group.size) for tensor, member in found)
 
 
 def _reading_weights(tensor: Tensor, member: Member, size: int) -> Tensor:
@@ -114,11 +135,11 @@ class _Gatherer:
         for group in self.groups:
             given = self.given[group.name]
             if Need.FILTERS in needs:
-                given["filters"] = filters(self.model, group)
+                given["filters"] = filters(self.model, group, self.graph.magnitudes)
             if Need.PRODUCERS in needs:
-                given["producers"] = producers(self.model, group)
+                given["producers"] = producers(self.model, group, self.graph.magnitudes)
             if Need.CONSUMERS in needs:
-                given["consumers"] = consumers(self.model, group)
+                given["consumers"] = consumers(self.model, group, self.graph.magnitudes)
             if Need.GENERATOR in needs:
                 seed = int(self.settings["seed"]) ^ zlib.crc32(group.name.encode())
                 given["generator"] = torch.Generator().manual_seed(seed)
@@ -292,6 +313,7 @@ def _prepare(
     options: dict[str, Any],
     selecting: bool,
 ) -> _Gatherer:
+    model = unwrapped(model)
     found = get(criterion)
     found.check(options, selecting)
     if "seed" in found.takes(selecting):  # k-means draws with the same seed as everything else

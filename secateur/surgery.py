@@ -8,6 +8,7 @@ import inspect
 import types
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import PlanError
+from secateur.inputs import unwrapped
 from secateur.layers import layer_rule
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
+@torch.inference_mode(False)  # what is made in inference mode can never be trained
 def cut(model: nn.Module, plan: PruningPlan, *, share: bool = False) -> nn.Module:
     """Return a copy of the model without the channels that the plan removes; the model itself is untouched.
 
@@ -31,13 +34,15 @@ def cut(model: nn.Module, plan: PruningPlan, *, share: bool = False) -> nn.Modul
     ones frozen, hooks and modes are kept.
 
     Args:
-        model: The model the plan was made for, or one of the same architecture.
+        model: The model the plan was made for, or one of the same architecture. A data parallel or compiled wrapper is
+            taken off.
         plan: What to keep.
         share: Let the copy hold the model's own tensors wherever nothing goes; for a copy that is only looked at.
 
     Raises:
         PlanError: If the plan names a module or tensor that the model lacks, or that has another shape.
     """
+    model = unwrapped(model)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, shape in plan.shapes.items():
         if name not in tensors:
@@ -119,7 +124,20 @@ def _cut_tensors(model: nn.Module, plan: PruningPlan, tensors: dict[str, Tensor]
         else:
             value = _select(tensor, dims)
         memo[id(tensor)] = _like(tensor, value)
+    for name, (direction, dim) in plan.magnitudes.items():
+        tensor, whole = tensors[name], tensors[direction]
+        gain = memo.get(id(tensor), tensor).detach()
+        left = _norms(memo[id(whole)].detach(), dim)
+        before = _norms(_select(whole, {dim: plan.kept_tensors[direction].get(dim)}), dim)
+        share = torch.where(before > 0, left / before, 1.0).to(gain.dtype)
+        memo[id(tensor)] = _like(tensor, gain * share.view([-1 if d == dim else 1 for d in range(whole.ndim)]))
     return memo
+
+
+def _norms(tensor: Tensor, dim: int) -> Tensor:
+    """Return the norm of each slice along a dimension, in fp64."""
+    norms: Tensor = torch.linalg.vector_norm(tensor.movedim(dim, 0).flatten(1), dim=1, dtype=torch.float64)
+    return norms
 
 
 def carry_optimizer(
@@ -139,6 +157,7 @@ def carry_optimizer(
     Raises:
         PlanError: If the optimizer holds a parameter that the model doesn't.
     """
+    model, small = unwrapped(model), unwrapped(small)
     old, new = dict(model.named_parameters()), dict(small.named_parameters())
     names = {id(parameter): name for name, parameter in old.items()}
     groups = []
@@ -159,7 +178,9 @@ def carry_optimizer(
             if isinstance(optimizer.state.get(p, {}).get(key), Tensor) and optimizer.state[p][key].shape == p.shape
         }
         stand_ins: dict[str, Tensor] = {name: held.get(name, p) for name, p in old.items()}
-        cut_state = _cut_tensors(model, plan, {**dict(model.named_buffers()), **stand_ins})
+        # What an optimizer holds for a magnitude is no magnitude itself.
+        sliced = replace(plan, magnitudes={})
+        cut_state = _cut_tensors(model, sliced, {**dict(model.named_buffers()), **stand_ins})
         for name, p in old.items():
             value = optimizer.state.get(p, {}).get(key)
             if value is None:

@@ -14,7 +14,7 @@ from secateur import trial
 from secateur.errors import TraceError
 from secateur.graph import ChannelGraph
 from secateur.grouping import group_channels
-from secateur.inputs import arguments, batch_size, left_as_found, mapped, tensors_of
+from secateur.inputs import arguments, batch_size, left_as_found, mapped, tensors_of, unwrapped
 from secateur.layers import layer_rule
 from secateur.rules import RULES, Flow
 from secateur.rules.flow import Cause
@@ -40,14 +40,20 @@ class _LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         flow = self.flow
         if flow.paused:
             return func(*args, **kwargs)
-        flow.ordinal += 1
-        flow.operator = str(func)
-        if flow.called is None and flow.doubt is None:
-            flow.doubt = flow.cause("is called by code that can't be looked into")
         name = func._schema.name
         rule = RULES.get(name)
         if rule is None and is_pointwise(func):
             rule = pointwise
+        if rule is None:
+            # In inference mode an operator made of others arrives whole.
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        flow.ordinal += 1
+        flow.operator = str(func)
+        if flow.called is None and flow.doubt is None:
+            flow.doubt = flow.cause("is called by code that can't be looked into")
         flow.shape_before = tuple(args[0].shape) if name in _RESHAPING else ()
         flow.stride_before = args[0].stride() if name in _RESHAPING else ()
         out = func(*args, **kwargs)
@@ -124,7 +130,7 @@ def _record(
     notes: list[str] = []
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     with left_as_found(model):
-        model.eval()
+        _evaluate(model)
         flow = Flow(named, decisions, banned, loose)
         flow.doubt = next(counting(model), None)
         _run(model, flow, example_inputs)
@@ -145,6 +151,15 @@ def _record(
     return flow, notes
 
 
+def _evaluate(model: nn.Module) -> None:
+    try:
+        model.eval()
+    except NotImplementedError as error:  # a program that torch.export made is of one mode for good
+        raise TraceError(
+            f"trace: the model can't be put into eval mode: {str(error).rstrip('.')}. Trace what it was made of."
+        ) from error
+
+
 def _idle(model: nn.Module, flow: Flow) -> list[str]:
     """Return the modules none of whose parameters took part in the run."""
     return [
@@ -163,7 +178,8 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     run and compared with the masked original; what does not hold is given up and listed in ``graph.refused``.
 
     Args:
-        model: The network; left as found: parameters, buffers, modes, hooks, random state.
+        model: The network; left as found: parameters, buffers, modes, hooks, random state. Data parallel and compiled
+            wrappers are seen through.
         example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments.
 
     Returns:
@@ -172,6 +188,7 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     Raises:
         TraceError: If the model fails on the example inputs.
     """
+    model = unwrapped(model)
     decisions: dict[int, int] = {}
     banned: dict[tuple[str, int], Cause] = {}
     loose: set[int] = set()

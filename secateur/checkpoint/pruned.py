@@ -16,13 +16,13 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from secateur import planning
 from secateur.checkpoint.atomic import write_atomic
 from secateur.checkpoint.weights import looks_like_safetensors, read_bytes, why_unreadable
 from secateur.errors import CheckpointError, PlanError, UsageError
+from secateur.inputs import unwrapped
 from secateur.planning import PruningPlan
 from secateur.surgery import cut
 
@@ -73,7 +73,7 @@ def save(
         UsageError: If ``extra`` is no JSON, or the place can't be written to.
         RunError: If the disk fails or is full.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     state = _checked_state(model)
     names = _shared_names(state)
     aliases = {name: first for first, *others in names for name in others}
@@ -116,7 +116,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, any_class: bool = Fa
         UsageError: If there is no such file, or the model's tensors have no data (meta device, lazy modules).
     """
     header, tensors = _read(path)
-    model = _unwrapped(model)
+    model = unwrapped(model)
     _require_data(model, path)
     mine = type(model).__qualname__
     if mine != header.model and not any_class:
@@ -158,16 +158,6 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         UsageError: If there is no such file.
     """
     return _read(path)[0]
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while True:
-        if isinstance(model, DataParallel | DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
 
 
 def _checked_state(model: nn.Module) -> dict[str, Tensor]:

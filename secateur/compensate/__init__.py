@@ -12,7 +12,7 @@ from secateur.compensate import batchnorm, least_squares, merging
 from secateur.compensate.report import CompensationReport, LayerCompensation
 from secateur.errors import UsageError
 from secateur.graph import ChannelGraph
-from secateur.inputs import arguments, batch_size
+from secateur.inputs import arguments, batch_size, unwrapped
 from secateur.planning import PruningPlan
 from secateur.surgery import cut
 from secateur.tracing import trace
@@ -70,6 +70,7 @@ def compensate(
     names = parse(methods)
     if options and "least_squares" not in names:
         raise UsageError(f"compensation: {next(iter(options))} is an option of least_squares, which is not asked for.")
+    original, pruned = unwrapped(original), unwrapped(pruned)
     report = CompensationReport()
     for name in names:
         if name == "merge":

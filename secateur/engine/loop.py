@@ -22,6 +22,7 @@ from secateur.engine.settings import Settings
 from secateur.engine.state import Removed, State
 from secateur.errors import RunError, UsageError
 from secateur.graph import ChannelGraph
+from secateur.inputs import unwrapped
 from secateur.planning import PruningPlan, Target, plan_removal
 from secateur.surgery import cut
 from secateur.tracing import trace
@@ -74,7 +75,7 @@ class Engine:
         self.progress: Progress = progress or (lambda _event: None)
         self._check_request()
         self.runtime: Accelerator = training.accelerator(self.settings.device, self.settings.precision)
-        self.original = copy.deepcopy(model).to(self.runtime.device)
+        self.original = copy.deepcopy(unwrapped(model)).to(self.runtime.device)
         self.example_inputs = self._example(example_inputs)
         self.graph: ChannelGraph = trace(self.original, self.example_inputs)
         self.selection = Selection(self.graph, method, self.settings, target=target, seed=seed, train=train, loss=loss)

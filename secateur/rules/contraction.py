@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from secateur.graph import Magnitude
 from secateur.labels import Axes, Labels
 from secateur.rules.flow import Call, Flow
 from secateur.rules.registry import rule
@@ -104,6 +105,24 @@ def convolution(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: 
         )
     )
     flow.set(out, passed | ({1: made} if made is not None else {}))
+
+
+@rule("aten::_weight_norm_interface")
+def weight_norm(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: tuple[Tensor, Tensor]) -> None:
+    """Make the weight g·v/‖v‖, one norm for each index of a dimension: its channels are those of v.
+
+    Where channels go along the other dimensions, ‖v‖ changes and the weight with it, unless g follows.
+    """
+    v, g = args[:2]
+    dim = args[2] if len(args) > 2 else 0
+    axes = flow.combine([v, g], v.shape)
+    if flow.name(v) and flow.name(g):
+        flow.magnitudes[Magnitude(flow.name(g), flow.name(v), dim)] = None
+    else:
+        flow.without(axes, set(axes) - {dim}, "takes a norm")
+    computed = flow.is_weight(v) and flow.is_weight(g)
+    flow.set(out[0], axes, weight=computed)
+    flow.set(out[1], {d: labels for d, labels in axes.items() if d == dim}, weight=computed)
 
 
 def _grouped(

@@ -13,6 +13,7 @@ from types import FrameType
 import torch
 from torch import Tensor, nn
 
+from secateur.graph import Magnitude
 from secateur.labels import Axes, Labels, LabelStore
 
 _SKIPPED = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}", "<")
@@ -160,6 +161,7 @@ class Flow:
         self.shares: list[Share] = []
         self.calls: list[Call] = []
         self.attributes: list[Attribute] = []
+        self.magnitudes: dict[Magnitude, None] = {}
         self.produced: list[Labels] = []
         self.consumed: list[Labels] = []
         self.module = ""

@@ -273,9 +273,9 @@ def threshold_parameter() -> Net:
     )
 
 
-@case(normalising=True)
+@case(prunable={"conv1": 8, "conv2": 6})
 def weight_norm() -> Net:
-    """Weight norm: a filter's length runs over its input channels."""
+    """Weight norm: a filter's length runs over its input channels, and its magnitude has to follow."""
     return Net(
         lambda m, x: m.head(m.conv2(m.conv1(x).relu()).relu()),
         conv1=conv(3, 8),
@@ -284,7 +284,40 @@ def weight_norm() -> Net:
     )
 
 
+@case(prunable={"conv1": 8, "conv2": 6})
+def weight_norm_transposed() -> Net:
+    """Weight norm of a transposed convolution: one length for each input channel, over the output channels."""
+    return Net(
+        lambda m, x: m.head(m.conv2(m.conv1(x).relu()).relu()),
+        conv1=conv(3, 8),
+        conv2=parametrizations.weight_norm(nn.ConvTranspose2d(8, 6, 2, stride=2)),
+        head=parametrizations.weight_norm(conv(6, 4)),
+    )
+
+
+@case(prunable={"conv1": 8, "conv2": 6})
+def weight_norm_grouped() -> Net:
+    """Weight norm of a grouped convolution, and of a linear layer behind a flattened map."""
+    return Net(
+        lambda m, x: m.head(m.conv2(m.conv1(x).relu()).relu().mean((2, 3))),
+        conv1=parametrizations.weight_norm(conv(3, 8)),
+        conv2=parametrizations.weight_norm(conv(8, 6, groups=2)),
+        head=parametrizations.weight_norm(nn.Linear(6, 4)),
+    )
+
+
 @case(normalising=True)
+def weight_norm_of_the_other_dimension() -> Net:
+    """Weight norm with one length for each input channel: the lengths run over the filters."""
+    return Net(
+        lambda m, x: m.head(m.conv2(m.conv1(x).relu()).relu()),
+        conv1=conv(3, 8),
+        conv2=parametrizations.weight_norm(conv(8, 6), dim=1),
+        head=conv(6, 4),
+    )
+
+
+@case(prunable={"conv1": 8, "conv2": 6})
 def weight_norm_old_style() -> nn.Module:
     """Weight norm by hooks, as older code has it; a run without gradients makes the weights copyable."""
     net = Net(
