@@ -151,7 +151,7 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
         shuffle.channel[final[shuffle.group] < 0] = -1
         shuffle.group[:] = final[shuffle.group]
 
-    refused = _refusals(flow, homes, made, classes, produced, frozen, causes, lost, by_group, members)
+    refused = _refusals(flow, made, classes, produced, frozen, causes, lost, by_group, members)
     shapes = {name: tuple(t.shape) for name, t in flow.named.items()}
     graph = ChannelGraph(
         groups=tuple(groups),
@@ -413,7 +413,6 @@ def _port(call: Call, classes: Labels, group_id: Labels, channel_of: Labels, mov
 
 def _refusals(
     flow: Flow,
-    homes: list[Home],
     made: set[tuple[str, int, int]],
     classes: Labels,
     produced: np.ndarray,
@@ -427,11 +426,15 @@ def _refusals(
     tensors: dict[Cause, dict[str, None]] = {}
     # A depthwise convolution makes no channels of its own, but is looked for all the same.
     shown = made | {(call.weight, 0, 1) for call in flow.calls if call.kind == "conv"}
-    for home in homes:
-        if (home.tensor, home.dim, home.blocks) not in shown:
+    # A layer that never applies its own weight (it is quantized on the way, say) makes channels by another name.
+    idle = flow.kernels - {call.weight for call in flow.calls}
+    for home in flow.store.homes:
+        asked = (home.tensor, home.dim, home.blocks) in shown
+        if not asked and (home.tensor not in idle or home.dim):
             continue
         own = np.unique(classes[home.start : home.start + home.size])
-        for c in own[produced[own] & frozen[own]].tolist():
+        own = own[produced[own]] if asked else own
+        for c in own[frozen[own]].tolist():
             tensors.setdefault(causes[c], {})[home.tensor] = None
     found = [Refusal(c.operator, c.module, c.source, c.reason, tuple(names)) for c, names in tensors.items()]
     for g, reason in lost.items():

@@ -131,7 +131,9 @@ def _record(
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     with left_as_found(model):
         _evaluate(model)
-        flow = Flow(named, decisions, banned, loose)
+        layers = (nn.modules.conv._ConvNd, nn.Linear)
+        kernels = {f"{name}.weight".lstrip(".") for name, m in model.named_modules() if isinstance(m, layers)}
+        flow = Flow(named, decisions, banned, kernels, loose)
         flow.doubt = next(counting(model), None)
         _run(model, flow, example_inputs)
         idle = _idle(model, flow)
@@ -148,6 +150,8 @@ def _record(
             # Costs are those of inference.
             del flow.calls[calls:]
             notes.extend(f"{name}: never runs, so it is left as it is" for name in _idle(model, flow))
+    if not flow.calls:
+        notes.append("no convolution or linear layer with a weight of its own was seen; quantize after pruning")
     return flow, notes
 
 

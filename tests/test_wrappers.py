@@ -166,3 +166,19 @@ def test_a_direction_of_length_zero_stays_zero() -> None:
     graph = sc.trace(twin, X)
     small = sc.apply(model, sc.plan_removal(graph, {"0": [0]}))
     assert torch.equal(small[1].parametrizations.weight.original0, model[1].parametrizations.weight.original0)
+
+
+class FakeQuantised(nn.Conv2d):
+    """A convolution that rounds its weight on the way, as in quantisation-aware training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, zero = torch.full((self.out_channels,), 0.01), torch.zeros(self.out_channels, dtype=torch.int32)
+        weight = torch.fake_quantize_per_channel_affine(self.weight, scale, zero, 0, -128, 127)
+        return nn.functional.conv2d(x, weight, self.bias)
+
+
+def test_layers_that_never_apply_their_own_weight_are_refused_by_name() -> None:
+    graph = sc.trace(nn.Sequential(FakeQuantised(3, 8, 3), nn.ReLU(), FakeQuantised(8, 4, 3)), X)
+    assert not graph.groups
+    assert {name for refusal in graph.refused for name in refusal.tensors} == {"0.weight", "2.weight"}
+    assert any("quantize after pruning" in note for note in graph.notes)

@@ -148,6 +148,8 @@ class Flow:
     """For sites whose first option was seen not to hold: key -> index of the option to take."""
     banned: Mapping[tuple[str, int], Cause] = field(default_factory=dict)
     """Dimensions of parameters that were seen not to be prunable, and why."""
+    kernels: Set[str] = frozenset()
+    """Names of the weights of convolution and linear layers."""
     loose: Set[int] = frozenset()
     """Ordinals of the operator calls that shuffle channels whose rows may lose different indices; see ``Shuffled``."""
 
