@@ -225,6 +225,17 @@ def secateur(entry: Entry) -> dict[str, Any]:
     return row
 
 
+def _refused_layers(model: nn.Module, inputs: Any) -> list[str]:
+    """Name the layers all of whose outputs Secateur leaves alone: the peer has to be told which to ignore."""
+    import secateur as sc
+
+    graph = sc.trace(model, inputs)
+    made = {member.module for group in graph.groups for member in group.producers}
+    refused = {name.rpartition(".")[0] for refusal in graph.refused for name in refusal.tensors}
+    kinds = (nn.modules.conv._ConvNd, nn.Linear)
+    return [name for name, m in model.named_modules() if name in refused - made and isinstance(m, kinds)]
+
+
 def peer(entry: Entry) -> dict[str, Any]:
     """Prune and compare with Torch-Pruning."""
     import torch_pruning  # noqa: F401 - imported before the clock starts
@@ -232,7 +243,7 @@ def peer(entry: Entry) -> dict[str, Any]:
     from bench import peer as tool
 
     model, inputs, row = _prepare(entry, distinct)
-    outputs = output_layers(model)
+    outputs = output_layers(model) if entry.name.startswith(("torchvision", "timm")) else _refused_layers(model, inputs)
     tiny = _tiny()
     tool.prune(tiny, torch.zeros(1, 3, 8, 8), ["4"], RATIO)
     copies = [copy.deepcopy(model) for _ in range(3)]  # it prunes in place

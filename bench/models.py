@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from bench.others import OTHERS
 
 CLASSES = 1000
 HEADS = re.compile(
@@ -30,6 +33,11 @@ class Entry:
     """``library/kind/model``."""
     build: Callable[[], nn.Module]
     inputs: Callable[[nn.Module], Any]
+
+    @property
+    def installed(self) -> bool:
+        """Whether the library that the network comes from is here."""
+        return find_spec(self.name.partition("/")[0]) is not None
 
 
 def image(size: int) -> Callable[[nn.Module], Any]:
@@ -97,6 +105,7 @@ def entries() -> list[Entry]:
         maker = clip(16, 224) if name.startswith(("mvit", "s3d")) else clip(8, 112)
         found.append(Entry(f"torchvision/video/{name}", _torchvision(name), maker))
     found += [Entry(f"timm/{name}", _timm(name), _timm_image) for name in TIMM]
+    found += [Entry(name, build, inputs) for name, (build, inputs) in OTHERS.items()]
     return found
 
 

@@ -26,6 +26,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from bench.models import entries
+from bench.others import OTHERS
 from secateur.checkpoint import write_atomic
 
 Row = dict[str, Any]
@@ -120,7 +121,8 @@ def _summary(results: dict[str, dict[str, Row]]) -> list[str]:
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for title, prefix in (("torchvision, classification", "torchvision/classification"),
-                          ("torchvision, other", "torchvision"), ("timm", "timm")):  # fmt: skip
+                          ("torchvision, other", "torchvision"), ("timm", "timm"),
+                          ("further libraries", tuple(OTHERS))):  # fmt: skip
         rows = [
             r["secateur"]
             for n, r in results.items()
@@ -217,9 +219,10 @@ def report(results: dict[str, dict[str, Row]], patterns: Path) -> str:
         "",
         "`python -m bench.zoo`, one thread, each network in its own process, random weights, half of the channels of",
         "every group. *MACs removed* is of exact groups; *with inexact* adds groups with a norm over the channels.",
-        "Seconds are of processor time for trace + plan + apply (for Torch-Pruning: building its graph, choosing by",
-        "magnitude and cutting), and for one plain forward beside it. *Peak* is the extra memory of trace + plan + ",
-        "apply, in MB, beside the model's own size.",
+        "Torch-Pruning is told which layers make a network's outputs; of the further libraries' networks, which layers",
+        "Secateur leaves alone. Seconds are of processor time for trace + plan + apply (for Torch-Pruning: building",
+        "its graph, choosing by magnitude and cutting), and for one plain forward beside it. *Peak* is the extra",
+        "memory of trace + plan + apply, in MB, beside the model's own size.",
         "",
         *_summary(results),
         "",
@@ -303,7 +306,8 @@ def main() -> None:
     chosen = [
         e
         for e in entries()
-        if any(fnmatchcase(e.name, p) or fnmatchcase(e.name.rpartition("/")[2], p) for p in options.only)
+        if e.installed
+        and any(fnmatchcase(e.name, p) or fnmatchcase(e.name.rpartition("/")[2], p) for p in options.only)
     ][part - 1 :: parts]
     measured = 0
     for entry in chosen:
