@@ -126,6 +126,10 @@ class Limits:
     def _named(self, group: ChannelGroup, requests: Sequence[_Request]) -> _Request | None:
         """Return the request that names a group; the general one where no other does."""
         found = [r for r in requests if not r.general and matches(group, r.pattern, self._graph)]
+        if any(r.pattern == group.name for r in found):
+            # A layer may make channels of several groups, of which one has its name: there the name means that one.
+            others = {g.name for g in self._graph.groups} - {group.name}
+            found = [r for r in found if r.pattern not in others]
         for other in found[1:]:
             if other.value != found[0].value:
                 raise UsageError(f"{group.name}: {found[0]} contradicts {other}.")
