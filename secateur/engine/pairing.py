@@ -15,7 +15,7 @@ from secateur.criteria import singh2020cfp as cfp
 from secateur.engine.settings import Share
 from secateur.errors import CriterionError, PlanError
 from secateur.graph import ChannelGraph, ChannelGroup, Member, quotas
-from secateur.limits import matches
+from secateur.limits import matches, names
 from secateur.planning import steps
 
 Pairs = dict[str, list[tuple[int, int]]]
@@ -248,6 +248,12 @@ def eligible(
             continue
         chosen.append(group)
     return chosen
+
+
+def known(graph: ChannelGraph, pattern: str) -> bool:
+    """Tell whether ``skip`` or ``pairs`` can mean anything by a pattern: a module or group that it names."""
+    places = [*graph.module_types, *(group.name for group in graph.groups)]
+    return any(place.startswith(pattern) or names(pattern, place, graph) for place in places)
 
 
 def _depthwise(graph: ChannelGraph, member: Member) -> bool:

@@ -33,8 +33,8 @@ class Selection:
         loss: Of the training, for a criterion that takes gradients.
 
     Raises:
-        UsageError: If the settings let no group go, widths name no group or can't be had, or the criterion is unknown
-            or takes no such option.
+        UsageError: If the settings let no group go, ``skip`` or ``pairs`` names no layer, widths name no group or can't
+            be had, or the criterion is unknown or takes no such option.
     """
 
     def __init__(
@@ -51,6 +51,11 @@ class Selection:
         self.graph, self.method, self.settings, self.target = graph, method, settings, target
         self.seed, self.train, self.loss = seed, train, loss
         self.selective = selective(method, settings.criterion)
+        by_name = {"skip": settings.skip, "pairs": settings.pairs if isinstance(settings.pairs, dict) else ()}
+        for setting, patterns in by_name.items():
+            for pattern in patterns:
+                if not pairing.known(graph, pattern):
+                    raise UsageError(f"{setting}: {pattern}: no layer has this name or class. See `secateur trace`.")
         self.groups = pairing.eligible(
             graph,
             internal_only=settings.internal_only,
@@ -157,7 +162,8 @@ class Selection:
         elif isinstance(rule, int):
             numbers = [rule] * len(groups)
         elif isinstance(rule, dict):
-            numbers = [next((n for start, n in rule.items() if g.name.startswith(start)), 0) for g in groups]
+            starts = [max((s for s in rule if g.name.startswith(s)), key=len, default=None) for g in groups]
+            numbers = [0 if start is None else rule[start] for start in starts]
         elif isinstance(rule, tuple):
             distinct = sorted({group.size for group in self.groups})
             if len(distinct) != len(rule):

@@ -32,7 +32,7 @@ class Settings:
     pairs: str | int | tuple[int, ...] | dict[str, int] = "width"
     """Filters a group and episode: ``width``, max(1, round(p·c)); ``macs``, shared out by MACs; one number for every
     group; a tuple with one number for each distinct original width, ascending ((1, 2, 4) for ResNet-56); or a mapping
-    from the start of a module name to a number."""
+    from the start of a module name to a number, of which the longest start counts and groups without one stay."""
     phase2_pairs: int | None = None
     """The same in phase 2; as in phase 1 when None."""
     share: Share = "mean"
@@ -47,10 +47,10 @@ class Settings:
     linear: bool = False
     """Prune the outputs of linear layers too."""
     skip: tuple[str, ...] = ()
-    """Groups that are left alone: starts of module names, module names with wildcards, classes of layers."""
+    """Groups that are left alone: starts of module names, module names with wildcards, classes of modules."""
     max_ratio: float | dict[str, float] = 1.0
     """Share of a group's original width that the run removes at most; or module name with wildcards, or class of a
-    layer, -> share, with ``*`` for the groups that no other names."""
+    module, -> share, with ``*`` for the groups that no other names."""
     min_width: int = 1
     """Channels that a group keeps in any case."""
 

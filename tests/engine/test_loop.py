@@ -323,10 +323,17 @@ def test_counts_by_rule(network: nn.Module) -> None:
     assert counts(pairs=3) == {"conv1": 3, "conv2": 3}
     assert counts(pairs=[1, 2]) == {"conv1": 1, "conv2": 2}
     assert counts(pairs={"conv2": 5}) == {"conv1": 0, "conv2": 5}
+    assert counts(pairs={"conv": 1, "conv2": 5}) == {"conv1": 1, "conv2": 5}, "the longest start counts"
     assert counts(linear=True, pairs={"fc": 2, "conv1": 1}) == {"conv1": 1, "conv2": 0, "fc1": 2}
     macs = {"conv1": 36 * 9 * 8, "conv2": 16 * 8 * 9 * 12}
     total = 0.25 * 20
     assert counts(pairs="macs", fraction=0.25) == {n: round(total * m / sum(macs.values())) for n, m in macs.items()}
+
+
+@pytest.mark.parametrize("setting", [{"skip": ["convv1"]}, {"pairs": {"convv1": 2}}])
+def test_a_name_that_names_nothing_is_refused(network: nn.Module, setting: dict[str, Any]) -> None:
+    with pytest.raises(sc.UsageError, match=f"{next(iter(setting))}: convv1: no layer has this name"):
+        Engine(network, "cfp", train=TRAIN, validation=VALIDATION, settings=Settings.of(setting))
 
 
 def test_linear_layers_where_asked(network: nn.Module) -> None:
