@@ -121,7 +121,8 @@ def test_a_module_stands_for_all_layers_in_it(pattern: str) -> None:
     lowest = {g.name: torch.arange(1.0, g.size + 1) for g in graph.groups}
     inside = {g.name for g in graph.groups if g.name.startswith("second.")}
     plan = sc.plan(graph, lowest, sc.Target(channels=0.05), skip=[pattern])
-    assert inside and plan.removed and not inside & set(plan.removed)
+    assert plan.removed
+    assert not inside & set(plan.removed)
     plan = sc.plan(graph, lowest, ratios={pattern: 0.25})
     assert set(plan.removed) == inside
     plan = sc.plan(graph, lowest, sc.Target(channels=0.3), max_ratio={pattern: 0.25})
