@@ -355,7 +355,8 @@ def compress(
     tolerance: Annotated[
         float | None,
         typer.Option(
-            metavar="POINTS", help="Points of accuracy that may be lost on the validation set; 0.5 unless given. Unused with a target."
+            metavar="POINTS",
+            help="Points of accuracy that may be lost on the validation set; 0.5 unless given. Unused with a target.",
         ),
     ] = None,
     macs: options.Macs = None,
