@@ -313,6 +313,11 @@ def _loss(outputs: Any, batch: observe.Batch, loss_of: Loss | None, number: int,
         raise DataError(
             f"batch {number}: no loss of its outputs and labels: {first}. Pass loss=function(outputs, labels)."
         ) from error
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise DataError(
+            f"batch {number}: the loss must be a scalar tensor, found {found}. Take the mean over the batch."
+        )
     if not bool(torch.isfinite(loss)):
         raise CriterionError(
             f"criterion {name}: the loss of batch {number} is {loss.item()}. Check weights and inputs."

@@ -182,20 +182,32 @@ class Settings:
         try:
             return cls(**ready)
         except TypeError as error:
-            raise UsageError(f"settings: a value is of the wrong kind: {error}") from error
+            raise UsageError(f"{_ill_typed(ready)}: the value is of the wrong kind: {error}.") from error
 
 
 def _plain_to_setting(name: str, value: Any) -> Any:
     """Turn a list into the tuple that a frozen setting holds, and a lone mapping or number into a chain of one."""
     if name == "widths" and isinstance(value, Mapping):
         value = [value]
-    if name == "rounds" and isinstance(value, int):
+    if name in ("rounds", "phases") and isinstance(value, int):
         value = [value]
     if name == "skip" and isinstance(value, str):
         value = [value]
     if name == "compensate" and isinstance(value, str):
         value = parse(value)
     return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _ill_typed(values: Mapping[str, Any]) -> str:
+    """Name the value that can't be compared with what it ought to be."""
+    for name, value in values.items():
+        try:
+            Settings(**{name: value})
+        except TypeError:
+            return f"{name}: found {value!r}"
+        except UsageError:
+            continue
+    return "settings"
 
 
 def _check_compensation(methods: Sequence[str], options: Mapping[str, Any]) -> None:
