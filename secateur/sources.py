@@ -552,12 +552,10 @@ def _guard(spec: str, function: Callable[..., Any], options: dict[str, Any], wha
         raise
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        hint = ""
+        text = f"{spec}: {type(error).__name__} at {last.filename}:{last.lineno}: {_line(error)}"
         if isinstance(error, TypeError) and "argument" in str(error):
-            hint = f" Arguments are given as --{what}-option NAME=VALUE."
-        raise UsageError(
-            f"{spec}: {type(error).__name__} at {last.filename}:{last.lineno}: {_line(error)}{hint}"
-        ) from error
+            text = f"{text.removesuffix('.')}. Arguments are given as --{what}-option NAME=VALUE."
+        raise UsageError(text) from error
 
 
 def _noise(shape: Iterable[int], dtype: torch.dtype = torch.float32) -> Tensor:

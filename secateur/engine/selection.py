@@ -104,7 +104,7 @@ class Selection:
         """Turn widths by module into widths by group."""
         goal: dict[str, int] = {}
         for module, width in widths.items():
-            found = [g for g in self.groups if any(m.module == module for m in g.producers)]
+            found = [g for g in self.groups if module in self._layers(g)]
             if not found:
                 known = ", ".join(g.name for g in self.groups)
                 raise UsageError(f"widths: {module} has no filters that can be pruned here; groups are {known}.")
@@ -124,6 +124,10 @@ class Selection:
                 )
             goal[group.name] = width
         return goal
+
+    def _layers(self, group: ChannelGroup) -> list[str]:
+        """Return the names of the layers that make a group's channels."""
+        return [self.graph.layer_of(member) for member in group.producers]
 
     def counts(self, state: State) -> dict[str, int]:
         """Return how many channels of each group go in this round."""
@@ -157,7 +161,7 @@ class Selection:
             numbers = [cfp.pairs_by_width(size, fraction) for size in sizes]
         elif rule == "macs":
             macs = pairing.layer_macs(self.graph)
-            shares = [sum(macs.get(m.module, 0) for m in group.producers) for group in groups]
+            shares = [sum(macs.get(name, 0) for name in self._layers(group)) for group in groups]
             numbers = cfp.pairs_by_macs(shares, sizes, fraction)
         elif isinstance(rule, int):
             numbers = [rule] * len(groups)
