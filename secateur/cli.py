@@ -148,7 +148,12 @@ def prune(
     data_option: options.DataOptions = None,
     input_shape: options.InputShapes = None,
     method: Annotated[
-        str, typer.Option(metavar="CRITERION", help=f"How channels are ranked: {options.CRITERIA}.")
+        str,
+        typer.Option(
+            metavar="CRITERION",
+            help=f"How channels are ranked: {options.CRITERIA}; or a criterion of yours, path/to/file.py:FUNCTION or "
+            "package.module:FUNCTION.",
+        ),
     ] = "l1",
     method_option: Annotated[
         list[str] | None,
@@ -215,14 +220,14 @@ def prune(
             raise UsageError("prune: how much? Give --macs, --params or --channels, or --ratio for some layers.")
         if out is not None:
             sources.writable(out)
-        if data is None and criteria.get(method).needs_data:
+        criterion = criteria.get(sources.method(method))
+        if data is None and criterion.needs_data:
             raise UsageError(f"prune: --method {method} looks at feature maps; give --data, e.g. --data digits.")
         if data is None and set(parse(compensate or ())) - {"merge"}:
             raise UsageError(
                 f"prune: --compensate {compensate} looks at feature maps; give --data, e.g. --data digits."
             )
         given = options.values("--method-option", method_option)
-        criterion = criteria.get(method)
         # Such as a threshold: within the numbers that a plan by scores allows, the criterion then selects by itself.
         deciding = set(given) & (criterion.takes(True) - criterion.takes(False))
         criterion.check(given, bool(deciding))
@@ -248,7 +253,7 @@ def prune(
             graph = sc.trace(found.model, found.inputs)
         with steps.step(f"scoring by {method}"):
             scoring = {name: value for name, value in given.items() if name not in deciding}
-            scores = sc.score(found.model, graph, method, data=sample, seed=seed, **scoring)
+            scores = sc.score(found.model, graph, criterion, data=sample, seed=seed, **scoring)
 
         def planned(multiple: int) -> sc.PruningPlan:
             budget = sc.plan(
@@ -266,7 +271,7 @@ def prune(
             if not deciding:
                 return budget
             counts = {name: len(channels) for name, channels in budget.removed.items()}
-            chosen = sc.select(found.model, graph, method, counts, sample, seed=seed, **given)
+            chosen = sc.select(found.model, graph, criterion, counts, sample, seed=seed, **given)
             return sc.plan_removal(graph, {name: list(s.removed) for name, s in chosen.items() if s.removed})
 
         choice = None
@@ -334,7 +339,11 @@ def compress(
     input_shape: options.InputShapes = None,
     method: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help=f"What chooses the channels: {options.CRITERIA}; cfp unless given."),
+        typer.Option(
+            metavar="NAME",
+            help=f"What chooses the channels: {options.CRITERIA}; or a criterion of yours, path/to/file.py:FUNCTION or "
+            "package.module:FUNCTION; cfp unless given.",
+        ),
     ] = None,
     compensate: Annotated[
         str | None,
@@ -346,7 +355,8 @@ def compress(
     tolerance: Annotated[
         float | None,
         typer.Option(
-            metavar="POINTS", help="Points of accuracy that may be lost on the validation set; 0.5 unless given."
+            metavar="POINTS",
+            help="Points of accuracy that may be lost on the validation set; 0.5 unless given. Unused with a target.",
         ),
     ] = None,
     macs: options.Macs = None,

@@ -108,7 +108,10 @@ class RunConfig(_Section):
     input: tuple[str, ...] = Field(
         (), description="Shapes of the model's inputs, e.g. 1x3x224x224; taken from the data unless given."
     )
-    method: str = Field("cfp", description="Compression method.")
+    method: str = Field(
+        "cfp",
+        description="Compression method: cfp, a criterion's name, path/to/file.py:FUNCTION or package.module:FUNCTION.",
+    )
     settings: CheckedSettings = Field(
         default_factory=lambda: CheckedSettings(), description="Episodes, optimisation and training of the method."
     )
@@ -130,7 +133,7 @@ class RunConfig(_Section):
     def _known(cls, value: str) -> str:
         # Found out now, not after the baseline is trained.
         names = criteria.names()
-        if value not in names:
+        if value not in names and ":" not in value:
             close = difflib.get_close_matches(value, names, n=1)
             raise ValueError(
                 f"unknown method {value!r}; " + (f"did you mean {close[0]!r}" if close else ", ".join(names))

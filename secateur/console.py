@@ -194,8 +194,8 @@ def graph_values(graph: ChannelGraph) -> dict[str, Any]:
                 "name": group.name,
                 "channels": group.size,
                 "prunable_channels": int(group.removable.sum()),
-                "producers": _modules(group.producers),
-                "consumers": _modules(group.consumers),
+                "producers": _layers(graph, group.producers),
+                "consumers": _layers(graph, group.consumers),
                 "constraint": group.constraint,
                 "exact": group.exact,
                 "reason": group.reason,
@@ -221,8 +221,8 @@ def show_graph(graph: ChannelGraph, name: str, seconds: float, figure: Path | No
         table.add_row(
             escape(group.name),
             str(group.size),
-            escape(_some(_modules(group.producers))),
-            escape(_some(_modules(group.consumers))),
+            escape(_some(_layers(graph, group.producers))),
+            escape(_some(_layers(graph, group.consumers))),
             escape(", ".join(rules)),
             f"{macs / total:.1%}",
         )
@@ -343,15 +343,15 @@ def _group_macs(graph: ChannelGraph) -> list[int]:
     spent: dict[str, int] = {}
     for layer in cost.layer_costs(graph):
         spent[layer.module] = spent.get(layer.module, 0) + layer.macs
-    return [sum(spent.get(module, 0) for module in _modules(group.producers)) for group in graph.groups]
+    return [sum(spent.get(module, 0) for module in _layers(graph, group.producers)) for group in graph.groups]
 
 
 def _prunable(graph: ChannelGraph) -> int:
     return sum(int(group.removable.sum()) for group in graph.groups)
 
 
-def _modules(members: Iterable[Member]) -> list[str]:
-    return list(dict.fromkeys(member.module for member in members))
+def _layers(graph: ChannelGraph, members: Iterable[Member]) -> list[str]:
+    return list(dict.fromkeys(graph.layer_of(member) for member in members))
 
 
 def _table(*columns: str) -> Table:

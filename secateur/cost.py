@@ -21,6 +21,7 @@ class LayerCost:
     """The cost of one call of a convolution or linear layer, for one example."""
 
     module: str
+    """The layer's name, see :attr:`secateur.graph.LayerPort.name`."""
     in_channels: int
     out_channels: int
     macs: int
@@ -61,7 +62,7 @@ def _layer(port: LayerPort, batch: int, inputs_lost: int, outputs_lost: int) -> 
     weight = fan_in * out_channels * port.kernel
     positions = port.positions // batch
     return LayerCost(
-        port.module,
+        port.name,
         in_channels,
         out_channels,
         weight * positions,

@@ -194,6 +194,12 @@ class LayerPort:
     out_order: Order | None = None
 
     @property
+    def name(self) -> str:
+        """The layer's name: its module; where code calls the function, the weight, or the layer that has the weight."""
+        owner, _, leaf = self.weight.rpartition(".")
+        return self.module if self.owned or not self.weight else owner if leaf == "weight" and owner else self.weight
+
+    @property
     def macs(self) -> int:
         """Multiply-accumulate operations of the unpruned call, for all its examples."""
         if self.kind == "registered":
@@ -259,6 +265,11 @@ class ChannelGraph:
                 return group
         raise KeyError(name)
 
+    def layer_of(self, member: Member) -> str:
+        """Return the name of the layer that a member belongs to; of its module, or its own, where it is of no layer."""
+        found = next((port.name for port in self.layers if port.weight == member.tensor), member.module)
+        return found or member.tensor
+
     def share_of_macs(self, group: ChannelGroup) -> float:
         """Return the share of all MACs that lies in layers which make or read the group's channels."""
         index = self.groups.index(group)
@@ -273,8 +284,8 @@ class ChannelGraph:
         rows = [header]
         for group in self.groups:
             rule = group.constraint if group.exact else ", ".join(filter(None, ("inexact", group.constraint)))
-            producers = list(dict.fromkeys(m.module or m.tensor for m in group.producers))
-            consumers = list(dict.fromkeys(m.module or m.tensor for m in group.consumers))
+            producers = list(dict.fromkeys(self.layer_of(m) for m in group.producers))
+            consumers = list(dict.fromkeys(self.layer_of(m) for m in group.consumers))
             share = f"{self.share_of_macs(group):.1%}"
             rows.append((group.name, str(group.size), share, rule or "-", _listed(producers), _listed(consumers)))
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]

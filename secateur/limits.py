@@ -18,11 +18,19 @@ EVERY = "*"
 
 
 def matches(group: ChannelGroup, pattern: str, graph: ChannelGraph) -> bool:
-    """Tell whether a pattern names a group: by its name, a layer that makes its channels, or such a layer's class."""
-    for member in group.producers:
-        if fnmatchcase(member.module, pattern) or graph.module_types.get(member.module) == pattern:
-            return True
-    return fnmatchcase(group.name, pattern)
+    """Tell whether a pattern names a group.
+
+    It does by the group's name, by a layer that makes its channels or a module around such a layer, and by the class of
+    either: ``layer1`` names the groups of all layers in it.
+    """
+    return fnmatchcase(group.name, pattern) or any(names(pattern, m.module, graph) for m in group.producers)
+
+
+def names(pattern: str, module: str, graph: ChannelGraph) -> bool:
+    """Tell whether a pattern names a module or one around it, by name or by class."""
+    parts = module.split(".")
+    around = [".".join(parts[:n]) for n in range(len(parts) + 1)]
+    return any(fnmatchcase(place, pattern) or graph.module_types.get(place) == pattern for place in around)
 
 
 @dataclass(frozen=True)
@@ -199,7 +207,7 @@ class Limits:
         for refusal in self._graph.refused:
             for tensor in refusal.tensors:
                 module = tensor.rpartition(".")[0]
-                if fnmatchcase(module, ratio.pattern) or self._graph.module_types.get(module) == ratio.pattern:
+                if names(ratio.pattern, module, self._graph):
                     return f"{module}: {ratio}, but its channels can't be removed: {refusal.operator}: {refusal.reason}"
         return f"{ratio.pattern}: {ratio}, but it names no channels that can be removed. See `secateur trace`."
 

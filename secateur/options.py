@@ -93,7 +93,8 @@ Skip = Annotated[
     list[str] | None,
     typer.Option(
         metavar="PATTERN",
-        help="Leave alone what a pattern names: a module, with wildcards, or the class of a layer; repeatable.",
+        help="Leave alone what a pattern names: a layer, or all layers of a module, by name with wildcards or by "
+        "class; repeatable.",
     ),
 ]
 MaxRatios = Annotated[

@@ -360,10 +360,10 @@ def plan(
         max_ratio: A group loses at most this fraction of its channels; or pattern -> fraction, for the groups that
             each pattern names.
         ratios: Pattern -> fraction of channels to remove from every group that it names, whatever the target says. A
-            pattern is a module name with wildcards or the class name of a layer; it names the groups whose channels
-            such a layer makes. The pattern ``*`` stands for the groups that no other pattern names; a ratio of it gives
-            way to ``skip``, ``min_channels``, ``round_to`` and the caps of other patterns, where any other ratio that
-            contradicts them is an error.
+            pattern is the name of a module, with wildcards, or its class; it names the groups whose channels such a
+            layer, or a layer in such a module, makes. The pattern ``*`` stands for the groups that no other pattern
+            names; a ratio of it gives way to ``skip``, ``min_channels``, ``round_to`` and the caps of other patterns,
+            where any other ratio that contradicts them is an error.
         skip: Patterns of groups that lose nothing.
         ranking: ``normalized`` ranks all channels together, each score divided by its group's mean; ``global`` ranks
             the scores as they are; ``uniform`` removes the same fraction from every group.

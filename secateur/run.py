@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from secateur import checkpoint, config, sources, training
 from secateur.config import RunConfig
-from secateur.engine import CompressResult, Event, RunDirectory, compress, resume
+from secateur.engine import CompressResult, Engine, Event, RunDirectory, compress, resume
 from secateur.engine.selection import selective
 from secateur.errors import UsageError
 from secateur.planning import Target
@@ -38,24 +38,30 @@ def start(run: RunConfig, steps: Steps) -> CompressResult:
     folder = Path(run.run_dir)
     if RunDirectory(folder).started:
         raise UsageError(f"{folder}: holds a run already; go on with 'secateur resume {folder}', or give --run-dir.")
-    selective(run.method, run.settings.criterion)  # refused now, not after the baseline is trained
+    method = sources.method(run.method)
+    selective(method, run.settings.criterion)  # refused now, not after the data are loaded
     bundle, found = _found(run, steps)
     config.save(run, folder / config.FILE)
+    request: dict[str, Any] = {
+        "train": sources.training_batches(bundle, run.batch_size, run.seed, run.workers),
+        "validation": sources.evaluation_batches(bundle.validation, run.workers),
+        "test": sources.evaluation_batches(bundle.test, run.workers),
+        "example_inputs": found.inputs if run.input else None,
+        "tolerance": run.tolerance,
+        "target": None if run.target is None else Target(**run.target.model_dump()),
+        "seed": run.seed,
+    }
     if run.weights is None:
+        # What the network can't be asked for is refused before it is trained.
+        Engine(found.model, method, settings=run.settings, **request)
         _train_baseline(found.model, run, bundle, steps)
     result = compress(
         found.model,
-        run.method,
-        train=sources.training_batches(bundle, run.batch_size, run.seed, run.workers),
-        validation=sources.evaluation_batches(bundle.validation, run.workers),
-        test=sources.evaluation_batches(bundle.test, run.workers),
-        example_inputs=found.inputs if run.input else None,
-        tolerance=run.tolerance,
-        target=None if run.target is None else Target(**run.target.model_dump()),
+        method,
         run_dir=folder,
-        seed=run.seed,
         progress=Show(steps),
         describe={"model": run.model, "data": run.data, "weights": run.weights},
+        **request,
         **run.settings.plain(),
     )
     return _with_earlier_plans(result, found, folder)
@@ -85,6 +91,7 @@ def go_on(folder: Path, steps: Steps) -> CompressResult:
         validation=sources.evaluation_batches(bundle.validation, run.workers),
         test=sources.evaluation_batches(bundle.test, run.workers),
         example_inputs=found.inputs if run.input else None,
+        method=sources.method(run.method),
         progress=Show(steps),
     )
     return _with_earlier_plans(result, found, folder)
@@ -113,6 +120,7 @@ class Show:
 def grounded(run: RunConfig) -> RunConfig:
     """Make every path absolute and name the folder, so that the run can be resumed from anywhere."""
     name = "".join(c if c.isalnum() else "-" for c in Path(run.model.rpartition(":")[2] or run.model).stem)
+    by = run.method.rpartition(":")[2]
     weights = run.weights
     if weights is not None and weights != sources.PRETRAINED:
         weights = str(Path(weights).expanduser().absolute())
@@ -120,8 +128,9 @@ def grounded(run: RunConfig) -> RunConfig:
         update={
             "model": sources.absolute(run.model),
             "data": sources.absolute(run.data),
+            "method": sources.absolute(run.method),
             "weights": weights,
-            "run_dir": str(Path(run.run_dir or f"runs/{name}-{run.method}").expanduser().absolute()),
+            "run_dir": str(Path(run.run_dir or f"runs/{name}-{by}").expanduser().absolute()),
         }
     )
 

@@ -20,7 +20,7 @@ from secateur.criteria.registry import options_of
 from secateur.errors import CriterionError, DataError, UsageError
 from secateur.graph import ChannelGraph, ChannelGroup, Magnitude, Member
 from secateur.inputs import unwrapped
-from secateur.moments import Average, several_processes
+from secateur.moments import Average, Moments, several_processes
 from secateur.planning import steps
 
 Loss = Callable[[Any, Any], Tensor]
@@ -126,6 +126,9 @@ class _Gatherer:
         self.groups, self.settings, self.options = groups, settings, options
         self.given: dict[str, dict[str, Any]] = {group.name: {} for group in groups}
         self.averages: dict[str, Tensor] = {}
+        self.waiting: list[list[ChannelGroup]] = []
+        """Groups whose moments are still to be gathered, a list a pass over the data."""
+        self.moments: dict[str, Moments] = {}
 
     def gather(self) -> None:
         needs = self.criterion.needs
@@ -150,11 +153,11 @@ class _Gatherer:
             Need.MOMENTS in needs,
             Need.GRADIENTS in needs,
         ]
-        observe.require_passes(self.data, sum(kinds))
         if kinds[1]:
-            names = [group.name for group in self.groups]
-            chosen = {key: self.settings[key] for key in ("positions", "exact", "seed", "memory")}
-            for name, moments in observe.observe(self.model, self.graph, self.data, names, **chosen).items():
+            self.waiting = observe.passes(self.groups, lambda group: 16 * group.size**2, self.settings["memory"])
+        observe.require_passes(self.data, kinds[0] + len(self.waiting) + kinds[2])
+        if kinds[1] and self.criterion.streamed and self.criterion.per_batch is None:
+            for name, moments in self._observe(self.groups).items():
                 self.given[name]["moments"] = moments
         if kinds[0]:
             self._stream_maps(self.data)
@@ -252,12 +255,26 @@ class _Gatherer:
             average.all_reduce()
             self.averages[name] = average.mean
 
+    def _observe(self, groups: Iterable[ChannelGroup]) -> dict[str, Moments]:
+        assert self.data is not None
+        chosen = {key: self.settings[key] for key in ("positions", "exact", "seed", "memory")}
+        return observe.observe(self.model, self.graph, self.data, [group.name for group in groups], **chosen)
+
+    def _moments(self, group: ChannelGroup) -> Moments:
+        """Return the moments of a group; those of one pass over the data are held at a time, so the memory suffices."""
+        while group.name not in self.moments:
+            self.moments = {}  # let go of before the next are made
+            self.moments = self._observe(self.waiting.pop(0))
+        return self.moments[group.name]
+
     def call(self, group: ChannelGroup, function: Callable[..., Any], extra: Mapping[str, Any]) -> Any:
         """Call a function of the criterion for a group; one that was called per batch has been called already."""
         criterion = self.criterion
         if criterion.streamed and criterion.per_batch is None and function is criterion.function:
             return self.averages[group.name]
         given = dict(self.given[group.name])
+        if Need.MOMENTS in criterion.needs and "moments" not in given:
+            given["moments"] = self._moments(group)
         if criterion.per_batch is not None:
             given["average"] = self.averages[group.name]
         return function(**given, **extra, **options_of(function, self.options))
@@ -292,10 +309,15 @@ def _loss(outputs: Any, batch: observe.Batch, loss_of: Loss | None, number: int,
         else:
             loss = torch.nn.functional.cross_entropy(outputs, _class_labels(batch, name))
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise DataError(
             f"batch {number}: no loss of its outputs and labels: {first}. Pass loss=function(outputs, labels)."
         ) from error
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise DataError(
+            f"batch {number}: the loss must be a scalar tensor, found {found}. Take the mean over the batch."
+        )
     if not bool(torch.isfinite(loss)):
         raise CriterionError(
             f"criterion {name}: the loss of batch {number} is {loss.item()}. Check weights and inputs."

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from secateur import criteria
+from secateur.criteria import Criterion
 from secateur.errors import CheckpointError, DataError, SecateurError, UsageError
 
 if TYPE_CHECKING:
@@ -293,6 +295,20 @@ def data(spec: str, options: Mapping[str, Any] | None = None) -> DataBundle:
     return bundle
 
 
+def method(spec: str) -> str | Criterion:
+    """Find what ``--method`` names.
+
+    Args:
+        spec: The name of a method or criterion, which is returned as it is; or ``path/to/file.py:FUNCTION``,
+            ``package.module:FUNCTION``, where the function is registered as a criterion or its parameters are named
+            after what it reads.
+
+    Raises:
+        UsageError: If there is no such file, module or function, or the function is no criterion.
+    """
+    return criteria.get(_imported(spec, "method")) if ":" in spec else spec
+
+
 def require_classes(bundle: DataBundle, spec: str) -> None:
     """Refuse data that accuracy can't be measured on, before any work is done for it.
 
@@ -478,12 +494,19 @@ def _timm(name: str, options: dict[str, Any], pretrained: bool) -> SourceModel:
 
 def _call(spec: str, options: dict[str, Any], what: str) -> Any:
     """Import the function that ``path/to/file.py:FUNCTION`` or ``package.module:FUNCTION`` names, and call it."""
+    return _guard(spec, _imported(spec, what), options, what)
+
+
+def _imported(spec: str, what: str) -> Any:
+    """Import what ``path/to/file.py:NAME`` or ``package.module:NAME`` names, something to call."""
     place, _, name = spec.rpartition(":")
     if place.endswith(".py"):
         path = Path(place).expanduser()
         if not path.is_file():
             raise UsageError(f"{spec}: no such file: {path}")
-        module = _guard(spec, lambda: _import_file(path), {}, what)
+        # A criterion's name can be given once: a file that the model's has imported isn't run again.
+        there = _already(path) if what == "method" else None
+        module = there or _guard(spec, lambda: _import_file(path), {}, what)
     else:
         try:
             found = importlib.util.find_spec(place)
@@ -493,10 +516,16 @@ def _call(spec: str, options: dict[str, Any], what: str) -> Any:
             raise UsageError(f"{spec}: no module {place!r} to import; name it by its path, path/to/file.py:{name}.")
         module = _guard(spec, importlib.import_module, {"name": place}, what)
     function = getattr(module, name, None)
-    if not callable(function):
+    if not callable(function) and not isinstance(function, Criterion):
         known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         raise UsageError(f"{spec}: {place} has no function {name!r}{_suggest(name, known)}")
-    return _guard(spec, function, options, what)
+    return function
+
+
+def _already(path: Path) -> Any:
+    """Return the module that was imported from a file; None where none was."""
+    files = {getattr(module, "__file__", None): module for module in list(sys.modules.values())}
+    return files.get(str(path.absolute()))
 
 
 def _import_file(path: Path) -> Any:
@@ -523,12 +552,10 @@ def _guard(spec: str, function: Callable[..., Any], options: dict[str, Any], wha
         raise
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        hint = ""
+        text = f"{spec}: {type(error).__name__} at {last.filename}:{last.lineno}: {_line(error)}"
         if isinstance(error, TypeError) and "argument" in str(error):
-            hint = f" Arguments are given as --{what}-option NAME=VALUE."
-        raise UsageError(
-            f"{spec}: {type(error).__name__} at {last.filename}:{last.lineno}: {_line(error)}{hint}"
-        ) from error
+            text = f"{text.removesuffix('.')}. Arguments are given as --{what}-option NAME=VALUE."
+        raise UsageError(text) from error
 
 
 def _noise(shape: Iterable[int], dtype: torch.dtype = torch.float32) -> Tensor:

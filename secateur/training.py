@@ -198,6 +198,17 @@ def _walk(batches: Batches, seed: int, where: str) -> Iterator[tuple[Any, Any]]:
         yield batch[0], batch[1]
 
 
+def first_inputs(batches: Batches, where: str) -> Any:
+    """Return the inputs of the first batch.
+
+    Raises:
+        DataError: If there is no batch, or it is not a pair.
+    """
+    for inputs, _ in _walk(batches, 0, where):
+        return inputs
+    raise DataError(f"{where}: the data is empty; give at least one batch.")
+
+
 def _examples(inputs: Any) -> int:
     while not isinstance(inputs, Tensor):
         if isinstance(inputs, Mapping):
@@ -319,6 +330,9 @@ class Stage:
         output = forward(self._prepared, inputs)
         with self.runtime.autocast():
             loss = self.loss(output, target)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise UsageError(f"loss: must return a scalar tensor, found {found}; take the mean over the batch.")
             if self.teacher is not None:
                 with torch.no_grad():
                     taught = forward(self.teacher, inputs)
@@ -427,6 +441,7 @@ def evaluate(
 
     Raises:
         DataError: If there is no batch, a batch is not a pair, or targets are no class indices.
+        UsageError: If the metric is neither.
         RunError: If the metric is not a finite number.
     """
     from torchmetrics import Metric as TorchMetric
@@ -443,14 +458,34 @@ def evaluate(
         with torch.no_grad(), seeded(0):
             if metric is None or isinstance(metric, TorchMetric):
                 value = _measure(model, batches, metric, device, runtime)
-            else:
+            elif callable(metric):
                 value = float(metric(model, batches))
+            else:
+                raise UsageError(
+                    f"metric: is a torchmetrics.Metric or a function (model, batches) -> float, found {_kind(metric)}."
+                )
     finally:
         for module, mode in modes.items():
             module.training = mode
     if not math.isfinite(value):
         raise RunError(f"evaluation: the metric is {value}; the model's outputs or the metric are at fault.")
     return value
+
+
+def _classes(output: Any, target: Any) -> bool:
+    """Tell whether targets are indices of the classes that a model scores."""
+    return (
+        isinstance(output, Tensor)
+        and isinstance(target, Tensor)
+        and output.ndim >= 2
+        and not target.is_floating_point()
+        and target.shape == output.shape[:1] + output.shape[2:]
+    )
+
+
+def _kind(value: Any) -> str:
+    name = type(value).__name__
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else name
 
 
 def _measure(
@@ -471,9 +506,10 @@ def _measure(
         inputs, target = send_to_device((inputs, target), device)
         output = forward(model, inputs)
         if metric is None:
-            if not isinstance(output, Tensor) or output.ndim < 2 or not isinstance(target, Tensor):
+            if not _classes(output, target):
                 raise DataError(
-                    "evaluation: accuracy needs class scores (N, classes) and indices (N,); give a metric of your own."
+                    f"evaluation: accuracy needs class scores (N, classes) and indices (N,), found {_kind(output)} and "
+                    f"{_kind(target)}; give a metric of your own."
                 )
             metric = MulticlassAccuracy(num_classes=output.shape[1], average="micro", validate_args=False).to(device)
         if own:

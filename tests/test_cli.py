@@ -280,6 +280,58 @@ def test_any_method_and_compensation_go_by_name_in_every_way(here: Path, capsys:
     assert run("prune", *LENET, *DIGITS, *once) == 0
 
 
+CRITERIA = """
+import secateur as sc
+
+@sc.criterion("cli_span", needs=["filters"])
+def span(filters, power=1.0):
+    return (filters.amax(1) - filters.amin(1)) ** power
+
+def plain(filters):
+    return filters.amax(1) - filters.amin(1)
+"""
+
+
+def test_a_criterion_of_a_file_goes_by_its_place_in_every_way(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "own.py").write_text(CRITERIA)
+    widths = []
+    for words in (["own.py:span"], ["own.py:span", "--method-option", "power=2.0"], ["own.py:plain"]):
+        assert run("prune", *LENET, *DIGITS, "--macs", "0.4", "--ranking", "uniform", "--json", "--method", *words) == 0
+        widths.append(json.loads(capsys.readouterr().out)["widths"]["after"])
+    assert widths[0] == widths[1] == widths[2]
+    words = ["--macs", "0.3", "--set", "device=cpu", "--set", "finetune_epochs=1", "--baseline", "epochs=1"]
+    assert run("compress", *LENET, *DIGITS, "--method", "own.py:plain", *words, "--json") == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert whole["run_dir"] == str(here / "runs/lenet5-plain")
+    original = training.Stage.run_epoch
+
+    def interrupted(self: training.Stage, *given: Any, **named: Any) -> training.EpochRecord:
+        if (here / "parts/config.json").exists():
+            raise KeyboardInterrupt
+        return original(self, *given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Stage, "run_epoch", interrupted)
+        (here / "own.yaml").write_text((here / "runs/lenet5-plain/run.yaml").read_text())
+        assert run("compress", "--config", "own.yaml", "--method", "own.py:span", "--run-dir", "parts") == 130
+    monkeypatch.chdir(here / "empty")
+    capsys.readouterr()
+    assert run("resume", "../parts", "--json") == 0
+    parts = json.loads(capsys.readouterr().out)
+    assert [r["removed"] for r in parts["history"]] == [r["removed"] for r in whole["history"]]
+
+
+def test_what_can_not_be_had_is_refused_before_the_baseline_is_trained(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "fit", lambda *_, **__: pytest.fail("the baseline was trained"))
+    for setting in ("skip=[conv9]", "pairs={conv9: 1}", "widths={conv9: 3}"):
+        assert run("compress", *LENET, *DIGITS, "--set", setting) == 2
+        assert "conv9" in capsys.readouterr().err
+
+
 def test_an_interrupted_run_says_how_it_goes_on_and_ends_the_same(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -410,6 +462,9 @@ ERRORS: list[tuple[list[str], int, str]] = [
     (["prune", "lenet5", "--macs", "0.9999"], 1, "Lower --macs"),
     (["prune", "lenet5", "--macs", "0.5", "--method", "l3"], 2, "unknown criterion 'l3'"),
     (["prune", "lenet5", "--macs", "0.5", "--method-option", "p=3"], 2, "'p'"),
+    (["prune", "lenet5", "--macs", "0.5", "--method", "absent.py:mine"], 2, "no such file: absent.py"),
+    (["prune", "lenet5", "--macs", "0.5", "--method", "network.py:bild"], 2, "has no function 'bild'"),
+    (["prune", "lenet5", "--macs", "0.5", "--method", "network.py:number"], 2, "no parameter is named after a need"),
     (["prune", "lenet5", "--macs", "0.5", "--method", "corrnet"], 2, "give --data"),
     (
         ["prune", "lenet5", *DIGITS, "--macs", "0.5", "--method", "corrnet", "--method-option", "threshold=2"],

@@ -103,6 +103,32 @@ def test_ratios_are_exact_and_skipped_groups_lose_nothing() -> None:
         assert SIZES[name] - len(gone) >= max(10, SIZES[name] / 2)
 
 
+class Nested(nn.Module):
+    """Two stages, each a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()), nn.Conv2d(8, 3, 1))
+        self.second = Net()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize("pattern", ["second", "sec*", "Net"])
+def test_a_module_stands_for_all_layers_in_it(pattern: str) -> None:
+    graph = sc.trace(Nested().eval(), X)
+    lowest = {g.name: torch.arange(1.0, g.size + 1) for g in graph.groups}
+    inside = {g.name for g in graph.groups if g.name.startswith("second.")}
+    plan = sc.plan(graph, lowest, sc.Target(channels=0.05), skip=[pattern])
+    assert plan.removed
+    assert not inside & set(plan.removed)
+    plan = sc.plan(graph, lowest, ratios={pattern: 0.25})
+    assert set(plan.removed) == inside
+    plan = sc.plan(graph, lowest, sc.Target(channels=0.3), max_ratio={pattern: 0.25})
+    assert all(len(plan.removed.get(name, ())) <= graph.group(name).size / 4 for name in inside)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "says"),
     [

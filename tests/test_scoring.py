@@ -1,6 +1,7 @@
 """From networks to scores and selections: the tensors handed to a criterion, and what is refused."""
 
 import copy
+import weakref
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from secateur.criteria import Criterion, Need, Returns, Selection, get, names
 from secateur.criteria.sui2021chip import chip
 from secateur.errors import CriterionError, DataError, UsageError
 from secateur.graph import ChannelGraph, ChannelGroup
+from secateur.moments import Moments
 from secateur.planning import Target, plan, plan_removal
 from secateur.surgery import cut
 from secateur.tracing import trace
@@ -203,6 +205,43 @@ def test_every_criterion_ranks_a_constant_channel_and_fewer_samples_than_channel
     if name not in ("random", "fpgm", "cfp"):
         assert scores[5] == scores.min()
     assert len(scoring.select(model, graph, name, {"0": 3}, data)["0"].removed) <= 3
+
+
+@pytest.mark.parametrize("name", ["corrnet", "corrnet_successive"])
+def test_one_observation_is_no_correlation(network: Grouped, graph: ChannelGraph, name: str) -> None:
+    with pytest.raises(CriterionError, match="one observation of a channel has no correlation"):
+        scoring.score(network, graph, name, [torch.ones(1, 3, 8, 8).double()], positions=1)
+    with pytest.raises(CriterionError, match="one observation of a channel has no correlation"):
+        scoring.select(network, graph, name, {"up": 2}, [torch.ones(1, 3, 8, 8).double()], positions=1)
+
+
+def test_labels_of_one_class_rank_no_channel(network: Grouped, graph: ChannelGraph) -> None:
+    with pytest.raises(CriterionError, match="all 6 samples are of one class"):
+        scoring.score(network, graph, "corrnet_su", [(torch.randn(6, 3, 8, 8).double(), torch.full((6,), 3))])
+
+
+def test_no_more_moments_are_held_than_the_memory_allows(
+    network: Grouped, graph: ChannelGraph, data: list[tuple[Tensor, Tensor]]
+) -> None:
+    seen: list[weakref.ref[Tensor]] = []
+
+    def spread(moments: Moments) -> Tensor:
+        assert all(ref() is None for ref in seen), "the moments of an earlier pass are held"
+        seen.append(weakref.ref(moments.cross))
+        return moments.covariance.diagonal()
+
+    assert len(graph.groups) > 2
+    small = scoring.score(network, graph, spread, data, exact=True, memory=1)
+    seen.clear()
+    with pytest.raises(AssertionError, match="held"):
+        scoring.score(network, graph, spread, data, exact=True)
+    seen.clear()
+    for name, values in small.items():
+        alone = scoring.score(network, graph, spread, data, exact=True, groups=[name])
+        seen.clear()
+        assert torch.equal(values, alone[name])
+    with pytest.raises(DataError, match=f"must be read {len(graph.groups)} times"):
+        scoring.score(network, graph, spread, iter(data), memory=1)
 
 
 def test_an_exact_budget_is_met(network: Grouped, graph: ChannelGraph, data: list[tuple[Tensor, Tensor]]) -> None:

@@ -95,8 +95,10 @@ def corrnet(moments: Moments, remove: int, threshold: float = THRESHOLD) -> Sele
 
     Raises:
         UsageError: If the threshold is out of range.
+        CriterionError: If a channel was observed once only.
     """
     _check(threshold)
+    _require_observations(moments)
     return full(moments.correlation, moments.constant, remove, threshold)
 
 
@@ -105,7 +107,11 @@ def corrnet_scores(moments: Moments) -> Tensor:
 
     Returns:
         Shape ``(C,)``, a permutation of 1/C ... 1, in fp64; higher = keep.
+
+    Raises:
+        CriterionError: If a channel was observed once only.
     """
+    _require_observations(moments)
     return _order(full(moments.correlation, moments.constant, moments.size - 1, 0.0).removed, moments.size)
 
 
@@ -133,8 +139,10 @@ def successive(moments: Moments, remove: int, threshold: float = THRESHOLD) -> S
 
     Raises:
         UsageError: If the threshold is out of range.
+        CriterionError: If a channel was observed once only.
     """
     _check(threshold, lowest=-1.0)
+    _require_observations(moments)
     rho, dead = moments.correlation.cpu(), moments.constant.cpu()
     removed = dead.nonzero().flatten().tolist()[:remove]
     neighbours = [
@@ -210,6 +218,11 @@ def _fcbf(pooled: Tensor, labels: Tensor, bins: int) -> tuple[list[Pair], Tensor
         )
     codes = bin_equally(pooled.cpu(), bins)
     classes = torch.unique(labels.cpu(), return_inverse=True)[1]
+    if not bool(classes.any()):
+        raise CriterionError(
+            f"criterion corrnet_su: all {len(labels)} samples are of one class, which no channel tells apart. Give "
+            "samples of several classes; a loader that doesn't shuffle may hold them in order."
+        )
     relevance = symmetrical_uncertainty(classes, codes)
     spread = pooled.double().cpu().var(0, correction=0)
     # Equal relevance is told apart by variance, so that the order of the channels decides nothing.
@@ -244,7 +257,7 @@ def su(pooled: Tensor, labels: Tensor, remove: int, bins: int = BINS) -> Selecti
 
     Raises:
         UsageError: If there are fewer than two bins.
-        CriterionError: If samples and labels differ in number.
+        CriterionError: If samples and labels differ in number, or all labels are the same.
     """
     chosen = _fcbf(pooled, labels, bins)[0][:remove]
     return Selection(tuple(pair.dropped for pair in chosen), tuple(chosen))
@@ -260,6 +273,12 @@ def su_scores(pooled: Tensor, labels: Tensor, bins: int = BINS) -> Tensor:
     kept = torch.ones(len(relevance), dtype=torch.float64)
     kept[[pair.dropped for pair in pairs]] = 0.0
     return relevance + kept
+
+
+def _require_observations(moments: Moments) -> None:
+    # Of one observation every channel would seem constant, and all be dead.
+    if int(moments.count.diagonal().min()) < 2:
+        raise CriterionError("criterion corrnet: one observation of a channel has no correlation. Give more images.")
 
 
 def _check(threshold: float, lowest: float = 0.0) -> None:

@@ -135,15 +135,17 @@ class Criterion:
         Raises:
             UsageError: If an option is none of this criterion's, or decides a selection where scores are asked for.
         """
-        known = sorted(self.takes(selecting))
-        offered = f"It takes {', '.join(known)}." if known else "It takes none."
+        here = self.takes(selecting)
+        every = sorted(here | self.takes(True))
         for name in options:
-            if name not in known and not selecting and name in self.takes(True):
+            if name not in every:
+                offered = f"It takes {', '.join(every)}." if every else "It takes none."
+                raise UsageError(f"criterion {self.name}: unknown option {name!r}. {offered}")
+            if name not in here:
+                offered = f"Scores take {', '.join(sorted(here))}." if here else "Scores take none."
                 raise UsageError(
                     f"criterion {self.name}: {name!r} is an option of a selection and changes no score. {offered}"
                 )
-            if name not in known:
-                raise UsageError(f"criterion {self.name}: unknown option {name!r}. {offered}")
 
 
 def options_of(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,6 +253,8 @@ def get(name: str | Criterion | Callable[..., Any]) -> Criterion:
         return name
     if callable(name):
         return _of_callable(name)
+    if not isinstance(name, str):
+        raise UsageError(f"criterion: is a name, a Criterion or a function, found {type(name).__name__}.")
     if name in _registry.criteria:
         return _registry.criteria[name]
     points = _registry.entry_points()

@@ -63,7 +63,7 @@ def pearson(filters: Tensor) -> Tensor:
         off the diagonal.
 
     Raises:
-        CriterionError: If a filter has fewer than two elements, or ``filters`` is not floating point.
+        CriterionError: If a filter has fewer than two elements or holds NaN, or ``filters`` is not floating point.
 
     Example:
         >>> weight = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0], [3.0, 2.0, 1.0]])
@@ -72,6 +72,8 @@ def pearson(filters: Tensor) -> Tensor:
     """
     if filters.ndim < 2:
         raise CriterionError(f"pearson: filters must have shape (C_out, ...), found {tuple(filters.shape)}.")
+    if not bool(torch.isfinite(filters.detach()).all()):
+        raise CriterionError("pearson: a filter holds NaN or infinity. Check the weights.")
     with torch.autocast(filters.device.type, enabled=False):
         unit = _unit(filters.flatten(1))
         # A matrix product may round ρ_ij and ρ_ji differently; the upper half is mirrored.
@@ -195,7 +197,7 @@ def residual(filters: Tensor, *, signed: bool = False) -> Tensor:
         R, shape ``(C_out, C_out)``, in squared units of the weights; p is the row. The diagonal is 0.
 
     Raises:
-        CriterionError: If a filter has fewer than two elements, or ``filters`` is not floating point.
+        CriterionError: If a filter has fewer than two elements or holds NaN, or ``filters`` is not floating point.
     """
     rho = pearson(filters)
     rho = rho.clamp_min(0.0) if signed else rho

@@ -97,10 +97,7 @@ class Engine:
         from accelerate.utils import send_to_device
 
         if given is None:
-            first = next(iter(self.validation), None)
-            if first is None:
-                raise UsageError("validation: the data is empty; give at least one batch.")
-            given = send_to_device(first[0], self.runtime.device)
+            given = send_to_device(training.first_inputs(self.validation, "validation"), self.runtime.device)
             given = _first_example(given)
         return send_to_device(given, self.runtime.device)
 

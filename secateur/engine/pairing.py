@@ -15,7 +15,7 @@ from secateur.criteria import singh2020cfp as cfp
 from secateur.engine.settings import Share
 from secateur.errors import CriterionError, PlanError
 from secateur.graph import ChannelGraph, ChannelGroup, Member, quotas
-from secateur.limits import matches
+from secateur.limits import matches, names
 from secateur.planning import steps
 
 Pairs = dict[str, list[tuple[int, int]]]
@@ -65,7 +65,7 @@ def producers(graph: ChannelGraph, group: ChannelGroup, share: Share = "mean") -
             continue
         index = torch.full((group.size,), -1, dtype=torch.int64)
         index[torch.from_numpy(np.unique(member.channels))] = torch.arange(len(rows))
-        weight = float(macs.get(member.module, 0)) if share == "macs" else 1.0
+        weight = float(macs.get(graph.layer_of(member), 0)) if share == "macs" else 1.0
         if share == "first" and found:
             weight = 0.0
         found.append(Producer(member.tensor, member.module, member.dim, rows, index, weight))
@@ -233,16 +233,16 @@ def eligible(
     graph: ChannelGraph, *, internal_only: bool = False, linear: bool = False, skip: Sequence[str] = ()
 ) -> list[ChannelGroup]:
     """Return the groups that a run may prune, in execution order: exact ones with filters, as the settings allow."""
-    kinds = {layer.module: layer.kind for layer in graph.layers}
+    kinds = {layer.name: layer.kind for layer in graph.layers}
     chosen = []
     for group in graph.groups:
         sources = [m for m in group.producers if len(graph.shapes[m.tensor]) >= 2]
         dense = [m for m in sources if not _depthwise(graph, m)]
         if not group.exact or not dense or not most_removable(group):
             continue
-        if internal_only and len({m.module for m in dense}) > 1:
+        if internal_only and len({graph.layer_of(m) for m in dense}) > 1:
             continue
-        if not linear and any(kinds.get(m.module) == "linear" for m in dense):
+        if not linear and any(kinds.get(graph.layer_of(m)) == "linear" for m in dense):
             continue
         if any(matches(group, p, graph) or any(m.module.startswith(p) for m in sources) for p in skip):
             continue
@@ -250,8 +250,15 @@ def eligible(
     return chosen
 
 
+def known(graph: ChannelGraph, pattern: str) -> bool:
+    """Tell whether ``skip`` or ``pairs`` can mean anything by a pattern: a module or group that it names."""
+    places = [*graph.module_types, *(group.name for group in graph.groups)]
+    return any(place.startswith(pattern) or names(pattern, place, graph) for place in places)
+
+
 def _depthwise(graph: ChannelGraph, member: Member) -> bool:
-    return any(layer.module == member.module and layer.groups == layer.in_channels > 1 for layer in graph.layers)
+    name = graph.layer_of(member)
+    return any(layer.name == name and layer.groups == layer.in_channels > 1 for layer in graph.layers)
 
 
 class CorrelationRegulariser:
@@ -373,7 +380,7 @@ def largest_correlations(model: nn.Module, graph: ChannelGraph) -> dict[str, flo
     """
     found: dict[str, float] = {}
     for layer in graph.layers:
-        if layer.module in found or not layer.weight:
+        if layer.name in found or not layer.weight:
             continue
         weight = model.get_parameter(layer.weight).detach()
         if layer.kind == "conv_transposed":
@@ -381,7 +388,7 @@ def largest_correlations(model: nn.Module, graph: ChannelGraph) -> dict[str, flo
         if len(weight) < 2 or weight[0].numel() < 2:
             continue
         rho = cfp.pearson(weight.reshape(len(weight), -1)).abs()
-        found[layer.module] = float(rho.triu(diagonal=1).max())
+        found[layer.name] = float(rho.triu(diagonal=1).max())
     return found
 
 

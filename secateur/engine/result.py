@@ -75,6 +75,7 @@ def summarise(engine: Engine, state: State, directory: RunDirectory | None) -> C
 
 def _figures(engine: Engine, model: nn.Module, plan: PruningPlan) -> dict[str, Any]:
     layers: dict[str, dict[str, Any]] = {}
+    modules = dict(model.named_modules())
     for layer in cost.layer_costs(engine.graph, plan):
         own = layers.setdefault(
             layer.module,
@@ -83,7 +84,8 @@ def _figures(engine: Engine, model: nn.Module, plan: PruningPlan) -> dict[str, A
         own["macs"] += layer.macs
         own["positions"] += layer.feature_bytes // (4 * layer.out_channels)
     for name, own in layers.items():
-        own["parameters"] = sum(p.numel() for p in model.get_submodule(name).parameters(recurse=False))
+        held = modules[name].parameters(recurse=False) if name in modules else [model.get_parameter(name)]
+        own["parameters"] = sum(p.numel() for p in held)
     return {
         "macs": cost.macs(engine.graph, plan),
         "parameters": cost.parameters(engine.graph, plan),

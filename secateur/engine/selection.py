@@ -33,8 +33,8 @@ class Selection:
         loss: Of the training, for a criterion that takes gradients.
 
     Raises:
-        UsageError: If the settings let no group go, widths name no group or can't be had, or the criterion is unknown
-            or takes no such option.
+        UsageError: If the settings let no group go, ``skip`` or ``pairs`` names no layer, widths name no group or can't
+            be had, or the criterion is unknown or takes no such option.
     """
 
     def __init__(
@@ -51,6 +51,11 @@ class Selection:
         self.graph, self.method, self.settings, self.target = graph, method, settings, target
         self.seed, self.train, self.loss = seed, train, loss
         self.selective = selective(method, settings.criterion)
+        by_name = {"skip": settings.skip, "pairs": settings.pairs if isinstance(settings.pairs, dict) else ()}
+        for setting, patterns in by_name.items():
+            for pattern in patterns:
+                if not pairing.known(graph, pattern):
+                    raise UsageError(f"{setting}: {pattern}: no layer has this name or class. See `secateur trace`.")
         self.groups = pairing.eligible(
             graph,
             internal_only=settings.internal_only,
@@ -99,7 +104,7 @@ class Selection:
         """Turn widths by module into widths by group."""
         goal: dict[str, int] = {}
         for module, width in widths.items():
-            found = [g for g in self.groups if any(m.module == module for m in g.producers)]
+            found = [g for g in self.groups if module in self._layers(g)]
             if not found:
                 known = ", ".join(g.name for g in self.groups)
                 raise UsageError(f"widths: {module} has no filters that can be pruned here; groups are {known}.")
@@ -119,6 +124,10 @@ class Selection:
                 )
             goal[group.name] = width
         return goal
+
+    def _layers(self, group: ChannelGroup) -> list[str]:
+        """Return the names of the layers that make a group's channels."""
+        return [self.graph.layer_of(member) for member in group.producers]
 
     def counts(self, state: State) -> dict[str, int]:
         """Return how many channels of each group go in this round."""
@@ -152,12 +161,13 @@ class Selection:
             numbers = [cfp.pairs_by_width(size, fraction) for size in sizes]
         elif rule == "macs":
             macs = pairing.layer_macs(self.graph)
-            shares = [sum(macs.get(m.module, 0) for m in group.producers) for group in groups]
+            shares = [sum(macs.get(name, 0) for name in self._layers(group)) for group in groups]
             numbers = cfp.pairs_by_macs(shares, sizes, fraction)
         elif isinstance(rule, int):
             numbers = [rule] * len(groups)
         elif isinstance(rule, dict):
-            numbers = [next((n for start, n in rule.items() if g.name.startswith(start)), 0) for g in groups]
+            starts = [max((s for s in rule if g.name.startswith(s)), key=len, default=None) for g in groups]
+            numbers = [0 if start is None else rule[start] for start in starts]
         elif isinstance(rule, tuple):
             distinct = sorted({group.size for group in self.groups})
             if len(distinct) != len(rule):

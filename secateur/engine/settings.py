@@ -32,7 +32,7 @@ class Settings:
     pairs: str | int | tuple[int, ...] | dict[str, int] = "width"
     """Filters a group and episode: ``width``, max(1, round(p·c)); ``macs``, shared out by MACs; one number for every
     group; a tuple with one number for each distinct original width, ascending ((1, 2, 4) for ResNet-56); or a mapping
-    from the start of a module name to a number."""
+    from the start of a module name to a number, of which the longest start counts and groups without one stay."""
     phase2_pairs: int | None = None
     """The same in phase 2; as in phase 1 when None."""
     share: Share = "mean"
@@ -47,10 +47,10 @@ class Settings:
     linear: bool = False
     """Prune the outputs of linear layers too."""
     skip: tuple[str, ...] = ()
-    """Groups that are left alone: starts of module names, module names with wildcards, classes of layers."""
+    """Groups that are left alone: starts of module names, module names with wildcards, classes of modules."""
     max_ratio: float | dict[str, float] = 1.0
     """Share of a group's original width that the run removes at most; or module name with wildcards, or class of a
-    layer, -> share, with ``*`` for the groups that no other names."""
+    module, -> share, with ``*`` for the groups that no other names."""
     min_width: int = 1
     """Channels that a group keeps in any case."""
 
@@ -182,20 +182,32 @@ class Settings:
         try:
             return cls(**ready)
         except TypeError as error:
-            raise UsageError(f"settings: a value is of the wrong kind: {error}") from error
+            raise UsageError(f"{_ill_typed(ready)}: the value is of the wrong kind: {error}.") from error
 
 
 def _plain_to_setting(name: str, value: Any) -> Any:
     """Turn a list into the tuple that a frozen setting holds, and a lone mapping or number into a chain of one."""
     if name == "widths" and isinstance(value, Mapping):
         value = [value]
-    if name == "rounds" and isinstance(value, int):
+    if name in ("rounds", "phases") and isinstance(value, int):
         value = [value]
     if name == "skip" and isinstance(value, str):
         value = [value]
     if name == "compensate" and isinstance(value, str):
         value = parse(value)
     return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _ill_typed(values: Mapping[str, Any]) -> str:
+    """Name the value that can't be compared with what it ought to be."""
+    for name, value in values.items():
+        try:
+            Settings(**{name: value})
+        except TypeError:
+            return f"{name}: found {value!r}"
+        except UsageError:
+            continue
+    return "settings"
 
 
 def _check_compensation(methods: Sequence[str], options: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from secateur.graph import Role
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from secateur.graph import ChannelGraph, LayerPort, Member
+    from secateur.graph import ChannelGraph, Member
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def lay_out(graph: ChannelGraph) -> Coupling:
     Returns:
         Rows in execution order, and a strand for each group in the order of ``graph.groups``.
     """
-    owners = {port.weight: _layer(port) for port in graph.layers}
+    owners = {port.weight: port.name for port in graph.layers}
     order = _order(graph, owners)
     names = sorted((name for name, place in order.items() if place.row), key=order.__getitem__)
     row_of = {name: i for i, name in enumerate(names)}
@@ -129,7 +129,7 @@ def _order(graph: ChannelGraph, owners: dict[str, str]) -> dict[str, _Place]:
     """Order the layers by their first call, and whatever else has members after the layer that it follows."""
     order: dict[str, _Place] = {}
     for port in graph.layers:
-        order.setdefault(_layer(port), _Place(len(order)))
+        order.setdefault(port.name, _Place(len(order)))
     after: dict[str, int] = {}
     rows: set[str] = set()
     for group in graph.groups:
@@ -149,12 +149,6 @@ def _order(graph: ChannelGraph, owners: dict[str, str]) -> dict[str, _Place]:
     return order
 
 
-def _layer(port: LayerPort) -> str:
-    """Return the name of a layer; where code calls the function on a layer's weight, still that layer's."""
-    owner, _, leaf = port.weight.rpartition(".")
-    return port.module if port.owned else owner if leaf == "weight" else port.weight
-
-
 def _name(member: Member, owners: dict[str, str]) -> str:
     """Return what a member belongs to: a layer, another module, or nothing but itself."""
     if member.tensor in owners:
@@ -169,7 +163,7 @@ def _rows(graph: ChannelGraph, names: Sequence[str]) -> list[Row]:
     channels: dict[str, tuple[int, int]] = {}
     weights: dict[str, set[str]] = {}
     for port in graph.layers:
-        name = _layer(port)
+        name = port.name
         macs[name] = macs.get(name, 0) + port.macs
         channels.setdefault(name, (port.in_channels, port.out_channels))
         weights.setdefault(name, set()).add(port.weight)

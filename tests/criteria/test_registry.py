@@ -113,6 +113,8 @@ def test_unknown_needs_and_options_are_refused(model: nn.Module) -> None:
         scoring.score(model, graph, "l1", treshold=1)
     with pytest.raises(UsageError, match=r"corrnet: unknown option 'treshold'. It takes threshold"):
         scoring.select(model, graph, "corrnet", 0.5, [torch.zeros(1, 2, 9, 9)], treshold=1)
+    with pytest.raises(UsageError, match=r"corrnet: unknown option 'treshold'. It takes threshold"):
+        scoring.score(model, graph, "corrnet", [torch.zeros(1, 2, 9, 9)], treshold=1)
     with pytest.raises(UsageError, match=r"corrnet: 'threshold' is an option of a selection and changes no score"):
         scoring.score(model, graph, "corrnet", [torch.zeros(1, 2, 9, 9)], threshold=0.5)
 

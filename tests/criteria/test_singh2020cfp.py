@@ -336,6 +336,8 @@ def test_counts() -> None:
         (lambda: cfp.pearson(torch.ones(3, 1, 1, 1)), "at least 2 elements"),
         (lambda: cfp.pearson(torch.ones(3, 4, dtype=torch.int64)), "floating point"),
         (lambda: cfp.pearson(torch.ones(3)), "shape"),
+        (lambda: cfp.pearson(torch.tensor([[1.0, 2.0], [float("nan"), 1.0]])), "NaN"),
+        (lambda: cfp.correlated_pairs((torch.tensor([[1.0, 2.0], [2.0, float("inf")], [3.0, 1.0]]),), 1), "NaN"),
         (lambda: cfp.regulariser([torch.ones(2)], "square"), "unknown form 'square'"),  # type: ignore[arg-type]
         (lambda: cfp.regulariser([torch.ones(0)]), "no pair"),
         (lambda: cfp.select_pairs(torch.ones(3, 4), 1), "square"),

@@ -16,7 +16,7 @@ import secateur as sc
 from secateur import checkpoint, training
 from secateur.cost import layer_costs
 from secateur.engine import CompressResult, Engine, Event, Settings, compress, resume
-from secateur.errors import CheckpointError, RunError, SecateurError, UsageError
+from secateur.errors import CheckpointError, DataError, RunError, SecateurError, UsageError
 from tests.engine.nets import Residual, Small, digits, trained
 
 TRAIN, VALIDATION, TEST = digits(200)
@@ -323,10 +323,27 @@ def test_counts_by_rule(network: nn.Module) -> None:
     assert counts(pairs=3) == {"conv1": 3, "conv2": 3}
     assert counts(pairs=[1, 2]) == {"conv1": 1, "conv2": 2}
     assert counts(pairs={"conv2": 5}) == {"conv1": 0, "conv2": 5}
+    assert counts(pairs={"conv": 1, "conv2": 5}) == {"conv1": 1, "conv2": 5}, "the longest start counts"
     assert counts(linear=True, pairs={"fc": 2, "conv1": 1}) == {"conv1": 1, "conv2": 0, "fc1": 2}
     macs = {"conv1": 36 * 9 * 8, "conv2": 16 * 8 * 9 * 12}
     total = 0.25 * 20
     assert counts(pairs="macs", fraction=0.25) == {n: round(total * m / sum(macs.values())) for n, m in macs.items()}
+
+
+@pytest.mark.parametrize("setting", [{"skip": ["convv1"]}, {"pairs": {"convv1": 2}}])
+def test_a_name_that_names_nothing_is_refused(network: nn.Module, setting: dict[str, Any]) -> None:
+    with pytest.raises(sc.UsageError, match=f"{next(iter(setting))}: convv1: no layer has this name"):
+        Engine(network, "cfp", train=TRAIN, validation=VALIDATION, settings=Settings.of(setting))
+
+
+def test_batches_may_be_keyword_arguments_with_labels(network: nn.Module) -> None:
+    pairs = [list(split) for split in (TRAIN, VALIDATION)]
+    named = [[{"x": x, "labels": y} for x, y in split] for split in pairs]
+    results = [
+        compress(network, train=train, validation=validation, widths={"conv1": 6}, fraction=0.25, **QUICK)
+        for train, validation in (pairs, named)
+    ]
+    assert same(results[0].model, results[1].model)
 
 
 def test_linear_layers_where_asked(network: nn.Module) -> None:
@@ -401,7 +418,13 @@ def test_resume_refuses_a_damaged_state(network: nn.Module, tmp_path: Path) -> N
         ({"phases": [3]}, UsageError, "phases"),
         ({"rounds": 3}, UsageError, "rounds"),
         ({"lr": -1.0}, UsageError, "lr: must be above 0"),
-        ({"lr": "fast"}, UsageError, "wrong kind"),
+        ({"lr": "fast"}, UsageError, "lr: found 'fast': the value is of the wrong kind"),
+        ({"finetune_epochs": 1, "min_width": "2"}, UsageError, "min_width: found '2': the value"),
+        ({"method": 5, "widths": {"conv1": 7}}, UsageError, "criterion: is a name, a Criterion or a function"),
+        ({"metric": "accuracy"}, UsageError, "metric: is a torchmetrics.Metric or a function"),
+        ({"validation": []}, DataError, "validation: the data is empty"),
+        ({"validation": [x for x, _ in VALIDATION]}, DataError, "validation: a batch is a pair .* found Tensor"),
+        ({"validation": [(x, y.float()) for x, y in VALIDATION]}, DataError, "accuracy needs class scores"),
         ({"tolerance": -1}, UsageError, "tolerance"),
         ({"widths": {"conv9": 3}}, UsageError, "conv9 has no filters .* groups are conv1, conv2, fc1"),
         ({"widths": {"conv1": 0}}, UsageError, "1 to 8 filters"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import secateur as sc
+from secateur import cost
 from secateur.criteria import singh2020cfp as cfp
 from secateur.engine import CorrelationRegulariser, largest_correlations, pairing
 from secateur.engine.settings import Share
@@ -72,9 +73,44 @@ def test_which_groups_may_go() -> None:
     assert [g.name for g in pairing.eligible(graph, skip=["inn"])] == ["stem"]
     assert [g.name for g in pairing.eligible(graph, skip=["i*er"])] == ["stem"]
     assert [g.name for g in pairing.eligible(graph, skip=["Conv2d"])] == []
+    assert [pairing.known(graph, word) for word in ("inn", "i*er", "Conv2d", "onner")] == [True, True, True, False]
     small = sc.trace(Small(), X)
     assert [g.name for g in pairing.eligible(small)] == ["conv1", "conv2"]
     assert [g.name for g in pairing.eligible(small, linear=True)] == ["conv1", "conv2", "fc1"]
+
+
+class Functional(nn.Module):
+    """All layers are calls of functions, within one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(6, 1, 3, 3))
+        self.depthwise = nn.Parameter(torch.randn(6, 1, 3, 3))
+        self.second = nn.Parameter(torch.randn(8, 6, 3, 3))
+        self.head = nn.Parameter(torch.randn(3, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(F.conv2d(x, self.first))
+        x = F.relu(F.conv2d(x, self.depthwise, groups=x.shape[1]))
+        return F.linear(F.relu(F.conv2d(x, self.second)).mean((2, 3)), self.head)
+
+
+def test_layers_that_are_calls_of_functions_are_told_apart() -> None:
+    model = Functional()
+    graph = sc.trace(model, X)
+    names = ["first", "depthwise", "second", "head"]
+    assert [layer.module for layer in cost.layer_costs(graph)] == names
+    side = X.shape[-1]
+    expected = [9 * 6 * (side - 2) ** 2, 9 * 6 * (side - 4) ** 2, 9 * 48 * (side - 6) ** 2, 24]
+    assert pairing.layer_macs(graph) == dict(zip(names, expected, strict=True))
+    assert [g.name for g in pairing.eligible(graph)] == ["first", "second"]
+    assert set(pairing.largest_correlations(model, graph)) == set(names)
+    batches = [(X, torch.zeros(len(X), dtype=torch.long))]
+    result = sc.compress(
+        model, train=batches, validation=batches, widths={"first": 4, "second": 5}, optimise_epochs=0, finetune_epochs=0
+    )
+    assert result.report["final"]["widths"] == {"first": 4, "depthwise": 4, "second": 5, "head": 3}
+    assert [layer["parameters"] for layer in result.report["final"]["layers"]] == [36, 36, 180, 15]
 
 
 class Shuffled(nn.Module):
