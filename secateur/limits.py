@@ -27,10 +27,10 @@ def matches(group: ChannelGroup, pattern: str, graph: ChannelGraph) -> bool:
 
 
 def names(pattern: str, module: str, graph: ChannelGraph) -> bool:
-    """Tell whether a pattern names a module or one around it, by name or by class."""
+    """Tell whether a pattern names a module or one around it, by name or by class; wildcards name the module only."""
     parts = module.split(".")
     around = [".".join(parts[:n]) for n in range(len(parts) + 1)]
-    return any(fnmatchcase(place, pattern) or graph.module_types.get(place) == pattern for place in around)
+    return fnmatchcase(module, pattern) or any(pattern in (place, graph.module_types.get(place)) for place in around)
 
 
 @dataclass(frozen=True)
