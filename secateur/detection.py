@@ -7,7 +7,6 @@ labels for each; in train mode, called on images and targets, it returns a mappi
 from __future__ import annotations
 
 import importlib.util
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,23 +17,8 @@ from torchmetrics.detection import MeanAveragePrecision as _Metric
 from secateur.errors import DataError, UsageError
 
 
-def is_detector(model: nn.Module) -> bool:
-    """Tell whether a network is called as torchvision's detectors are: ``model(images, targets)``."""
-    try:
-        return {"images", "targets"} <= inspect.signature(model.forward).parameters.keys()
-    except (TypeError, ValueError):  # a compiled forward has no signature
-        return False
-
-
-def needed_targets(model: nn.Module) -> set[str]:
-    """Return what a detector is trained on: ``boxes`` and ``labels``; for Mask R-CNN ``masks``, too."""
-    heads = getattr(model, "roi_heads", None)
-    more = {"masks": "mask_head", "keypoints": "keypoint_head"}
-    return {"boxes", "labels"} | {key for key, head in more.items() if getattr(heads, head, None) is not None}
-
-
 class DetectionLoss:
-    """Sum of the losses that a detector returns in train mode, each with the weight 1 that its paper gives it."""
+    """Sum of the losses that a detector returns in train mode, unweighted, as torchvision trains its own."""
 
     def __call__(self, output: Any, targets: Any) -> Tensor:
         """Add up a detector's losses; ``targets`` are in them already.

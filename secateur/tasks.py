@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -82,6 +83,21 @@ def metric(bundle: DataBundle) -> MeanAveragePrecision | None:
     return MeanAveragePrecision()
 
 
+def is_detector(model: nn.Module) -> bool:
+    """Tell whether a network is called as torchvision's detectors are: ``model(images, targets)``."""
+    try:
+        return {"images", "targets"} <= inspect.signature(model.forward).parameters.keys()
+    except (TypeError, ValueError):  # a compiled forward has no signature
+        return False
+
+
+def needed_targets(model: nn.Module) -> set[str]:
+    """Return what a detector is trained on: ``boxes`` and ``labels``; for Mask R-CNN ``masks``, too."""
+    heads = getattr(model, "roi_heads", None)
+    more = {"masks": "mask_head", "keypoints": "keypoint_head"}
+    return {"boxes", "labels"} | {key for key, head in more.items() if getattr(heads, head, None) is not None}
+
+
 def require_fit(model: nn.Module, name: str, bundle: DataBundle) -> None:
     """Refuse a network for data of another task, before any work is done for it.
 
@@ -93,8 +109,6 @@ def require_fit(model: nn.Module, name: str, bundle: DataBundle) -> None:
     Raises:
         UsageError: If one is for boxes and the other is not, or the data lack what the network is trained on.
     """
-    from secateur.detection import is_detector, needed_targets
-
     boxes = bundle.task == "detection"
     if not is_detector(model):
         if boxes:

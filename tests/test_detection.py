@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import secateur as sc
-from secateur import config, sources, tasks, training
+from secateur import config, export, inputs, sources, tasks, training
 from secateur.cli import main
 from secateur.data import Batches, DetectionBatches, load
-from secateur.detection import DetectionLoss, MeanAveragePrecision, is_detector
+from secateur.detection import DetectionLoss, MeanAveragePrecision
 from secateur.errors import DataError, UsageError
 from secateur.models import lenet5
 from tests import detectors
@@ -263,7 +263,7 @@ def test_model_and_data_are_of_one_task() -> None:
         tasks.require_fit(detectors.mask_rcnn(), "mask", boxes)
     compiled = nn.ReLU()
     compiled.forward = max  # type: ignore[method-assign, assignment]
-    assert not is_detector(compiled), "a forward without a signature"
+    assert not tasks.is_detector(compiled), "a forward without a signature"
 
 
 def test_what_needs_classes_is_refused_for_boxes() -> None:
@@ -316,6 +316,15 @@ def test_detectors_are_compressed_by_any_criterion(name: str, method: str, tmp_p
 def test_what_detectors_know_is_moved(moves: tuple[str, ...]) -> None:
     result = compressed("ssd", "cfp", compensate=moves, finetune_epochs=0)
     assert set(result.history[0]["compensated"]) == set(moves)
+
+
+def test_images_and_not_their_channels_make_up_a_batch() -> None:
+    images = [torch.rand(3, 4, 5), torch.rand(3, 6, 7)]
+    call = ((images,), {})
+    assert export._batch_size(call) == inputs.batch_size((images,)) == inputs.batch_size({"images": images}) == 2
+    for size in (1, 2, 3):
+        ((found,), _) = export._resized(call, 2, size)
+        assert [tuple(image.shape) for image in found] == [(3, 4, 5), (3, 6, 7), (3, 4, 5)][:size]
 
 
 # The program

@@ -122,16 +122,17 @@ class DetectionBatches(Batches):
     Args:
         dataset: Elements ``(image, target)``, such as those of :class:`~secateur.data.DetectionFiles`.
         batch_size: Images a batch.
-        options: ``shuffle``, ``augment``, ``seed``, ``drop_last``, ``workers`` of :class:`Batches`. Networks with
-            batch norms on a map of one position, such as SSDlite, can't be trained on a lone last image: drop it.
+        shuffle: As in :class:`Batches`.
+        augment: As in :class:`Batches`.
+        seed: As in :class:`Batches`.
+        drop_last: As in :class:`Batches`. Networks with batch norms on a map of one position, such as SSDlite, can't
+            be trained on a lone last image.
+        workers: As in :class:`Batches`.
 
     Raises:
         UsageError: As :class:`Batches`.
         DataError: As :class:`Batches`; or if an element is no such pair.
     """
-
-    def __init__(self, dataset: Sized | Dataset[Any], batch_size: int, **options: Any) -> None:
-        super().__init__(dataset, batch_size, **options)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for images, targets in super().__iter__():
