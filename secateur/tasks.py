@@ -144,7 +144,8 @@ def require_classes(bundle: DataBundle, method: str | Criterion = "cfp", **weigh
     criterion = criteria.get(method)
     if Need.LABELS in criterion.needs:
         raise UsageError(
-            f"method: {criterion.name} needs one class an image, and {bundle.name} holds boxes; choose another, e.g. corrnet."
+            f"method: {criterion.name} needs one class an image, and {bundle.name} holds boxes; choose another, "
+            "such as corrnet."
         )
     for name, weight in weights.items():
         if weight:
