@@ -207,6 +207,8 @@ def export(
         if data is not None:
             with steps.step("loading the data"):
                 bundle = sources.data(data, options.values("--data-option", data_option))
+            if int8 is not None and bundle.task != "classification":
+                raise UsageError(f"export: --int8 is held to the accuracy of classes, and {bundle.name} holds boxes.")
         with steps.step("building the model"):
             found = sources.open_model(
                 options.one(model, model_flag),

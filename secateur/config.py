@@ -101,8 +101,8 @@ class RunConfig(_Section):
         "that torchvision or timm publish. Without weights the baseline is trained first.",
     )
     data: str = Field(
-        description="digits; mnist:ROOT, cifar10:ROOT, imagefolder:ROOT; path/to/file.py:FUNCTION; "
-        "or package.module:FUNCTION."
+        description="digits; mnist:ROOT, cifar10:ROOT, imagefolder:ROOT; voc:ROOT, boxes for detectors; "
+        "path/to/file.py:FUNCTION; or package.module:FUNCTION."
     )
     data_options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the data's loader.")
     input: tuple[str, ...] = Field(
@@ -123,7 +123,9 @@ class RunConfig(_Section):
         default_factory=lambda: CheckedBaseline(),
         description="Training before compression, where no weights are given.",
     )
-    batch_size: int = Field(128, ge=1, description="Images a training step.")
+    batch_size: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Images a training step; 128 unless given, 8 where they have boxes."
+    )
     workers: int = Field(0, ge=0, description="Processes that read image files; 0 reads them in the run's own.")
     seed: int = Field(0, ge=0, description="Seed of weights, data order and every other draw.")
     run_dir: str | None = Field(None, description="Folder of the run's files; runs/MODEL-METHOD unless given.")

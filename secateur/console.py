@@ -258,7 +258,7 @@ def show_pruned(values: Mapping[str, Any]) -> None:
     out = output()
     out.print(widths(values["widths"]["before"], values["widths"]["after"]))
     out.print()
-    out.print(comparison(values["before"], values["after"]))
+    out.print(comparison(values["before"], values["after"], values["metric"]))
     out.print()
     out.print(verdict(values["verification"]), markup=False)
     for layer in (values["compensation"] or {}).get("layers", ()):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from secateur import checkpoint, config, run, sources, training
+from secateur import checkpoint, config, run, sources, tasks, training
 from secateur.engine import RunDirectory
 from secateur.errors import VerificationError
 
@@ -66,7 +66,7 @@ def _run(run_dir: Path | None, seed: int, steps: Steps) -> dict[str, Any]:
         bundle = sources.data(configured.data, configured.data_options)
         fresh = sources.open_model(configured.model, bundle=bundle).model
         small = checkpoint.load(fresh, folder / "model.safetensors")
-        reloaded = training.evaluate(small, sources.evaluation_batches(bundle.test))
+        reloaded = training.evaluate(small, tasks.evaluation_batches(bundle, "test"))
     if reloaded != result.report["final"]["test"]:
         raise VerificationError(
             f"demo: the saved network's accuracy is {reloaded}, not {result.report['final']['test']}. Please report it."

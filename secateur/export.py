@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from secateur.errors import DataError, ExportError, UsageError
-from secateur.inputs import arguments
+from secateur.inputs import are_images, arguments
 
 FORMATS = {".pt2": "pt2", ".onnx": "onnx"}
 
@@ -355,21 +355,25 @@ def _latencies(first: Callable[[], Any], second: Callable[[], Any], repeats: int
 
 
 def _batch_size(call: tuple[Any, Any]) -> int:
-    for leaf in pytree.tree_leaves(call):
+    for leaf in pytree.tree_leaves(call, is_leaf=are_images):
+        if are_images(leaf):
+            return len(leaf)
         if isinstance(leaf, Tensor) and leaf.dim():
             return int(leaf.shape[0])
     raise UsageError("The example inputs hold no tensor with a batch dimension, so there is nothing to run.")
 
 
 def _resized(call: tuple[Any, Any], size: int, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Repeat or cut every tensor of batch size ``size`` to ``batch``."""
+    """Repeat or cut every tensor, and every list of images, of batch size ``size`` to ``batch``."""
 
     def resize(leaf: Any) -> Any:
+        if are_images(leaf):
+            return [leaf[i % size] for i in range(batch)] if len(leaf) == size else leaf
         if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != size:
             return leaf
         return leaf[torch.arange(batch, device=leaf.device) % size]
 
-    resized: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(resize, call)
+    resized: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(resize, call, is_leaf=are_images)
     return resized
 
 

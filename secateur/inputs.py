@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,6 +33,11 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     return (example_inputs,), {}
+
+
+def are_images(value: Any) -> bool:
+    """Tell whether an argument is a list of images ``(C, H, W)``, as detectors take them in place of a batch."""
+    return isinstance(value, list) and bool(value) and all(isinstance(one, Tensor) and one.dim() == 3 for one in value)
 
 
 def mapped(value: Any, change: Any) -> Any:
@@ -69,9 +74,11 @@ def tensors_of(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
 
 
 def batch_size(example_inputs: Any) -> int:
-    """Return the number of examples: the leading size of the first argument where that is a tensor, else 1."""
+    """Return the number of examples in the first argument: leading size of a tensor, length of a list; else 1."""
     positional, keyword = arguments(example_inputs)
     first = next(iter((*positional, *keyword.values())), None)
+    if are_images(first):
+        return len(cast(list[Tensor], first))
     return int(first.shape[0]) if isinstance(first, Tensor) and first.ndim > 1 else 1
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from secateur.errors import CriterionError, DataError, SecateurError, UsageError
 from secateur.graph import ChannelGraph, ChannelGroup, Member
+from secateur.inputs import are_images
 from secateur.moments import Moments, all_reduce
 
 POSITIONS = 32
@@ -87,7 +88,7 @@ def _size(inputs: Any) -> int:
     if isinstance(inputs, list):
         return len(inputs)
     parts = inputs.values() if isinstance(inputs, Mapping) else inputs
-    tensors = [part for part in parts if isinstance(part, Tensor)] if isinstance(parts, Iterable) else []
+    tensors = [p for p in parts if isinstance(p, Tensor) or are_images(p)] if isinstance(parts, Iterable) else []
     if not tensors:
         raise DataError(
             f"a batch of type {type(inputs).__name__} holds no tensor. Give (input, labels), or the input alone."

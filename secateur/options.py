@@ -56,7 +56,7 @@ Data = Annotated[
     str | None,
     typer.Option(
         metavar="DATA",
-        help="digits; mnist:ROOT, cifar10:ROOT, imagefolder:ROOT, voc:ROOT (boxes, for prune alone); "
+        help="digits; mnist:ROOT, cifar10:ROOT, imagefolder:ROOT, voc:ROOT (boxes, for detectors); "
         "path/to/file.py:FUNCTION; package.module:FUNCTION.",
     ),
 ]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from secateur import checkpoint, config, sources, training
+from secateur import checkpoint, config, sources, tasks, training
 from secateur.config import RunConfig
 from secateur.engine import CompressResult, Engine, Event, RunDirectory, compress, resume
 from secateur.engine.selection import selective
@@ -41,20 +42,19 @@ def start(run: RunConfig, steps: Steps) -> CompressResult:
     method = sources.method(run.method)
     selective(method, run.settings.criterion)  # refused now, not after the data are loaded
     bundle, found = _found(run, steps)
-    config.save(run, folder / config.FILE)
+    run = run.model_copy(update={"batch_size": run.batch_size or tasks.TRAINING_BATCH[bundle.task]})
     request: dict[str, Any] = {
-        "train": sources.training_batches(bundle, run.batch_size, run.seed, run.workers),
-        "validation": sources.evaluation_batches(bundle.validation, run.workers),
-        "test": sources.evaluation_batches(bundle.test, run.workers),
+        **_data(run, bundle),
         "example_inputs": found.inputs if run.input else None,
         "tolerance": run.tolerance,
         "target": None if run.target is None else Target(**run.target.model_dump()),
         "seed": run.seed,
     }
+    config.save(run, folder / config.FILE)
     if run.weights is None:
         # What the network can't be asked for is refused before it is trained.
         Engine(found.model, method, settings=run.settings, **request)
-        _train_baseline(found.model, run, bundle, steps)
+        _train_baseline(found.model, run, request, steps)
     result = compress(
         found.model,
         method,
@@ -87,9 +87,7 @@ def go_on(folder: Path, steps: Steps) -> CompressResult:
     result = resume(
         folder,
         found.model,
-        train=sources.training_batches(bundle, run.batch_size, run.seed, run.workers),
-        validation=sources.evaluation_batches(bundle.validation, run.workers),
-        test=sources.evaluation_batches(bundle.test, run.workers),
+        **_data(run, bundle),
         example_inputs=found.inputs if run.input else None,
         method=sources.method(run.method),
         progress=Show(steps),
@@ -146,17 +144,30 @@ def _with_earlier_plans(result: CompressResult, found: sources.SourceModel, fold
 def _found(run: RunConfig, steps: Steps, *, fresh: bool = False) -> tuple[DataBundle, sources.SourceModel]:
     with steps.step("loading the data"):
         bundle = sources.data(run.data, run.data_options)
-        sources.require_classes(bundle, run.data)
+        chosen = run.settings
+        smoothing = chosen.label_smoothing or run.baseline.label_smoothing
+        method = sources.method(run.method)
+        tasks.require_classes(bundle, method, distillation=chosen.distillation, label_smoothing=smoothing)
     with steps.step("building the model"):
         sources.seed(run.seed)
         weights = None if fresh else run.weights
         return bundle, sources.open_model(run.model, run.model_options, weights, run.input, bundle)
 
 
-def _train_baseline(model: nn.Module, run: RunConfig, bundle: DataBundle, steps: Steps) -> None:
+def _data(run: RunConfig, bundle: DataBundle) -> dict[str, Any]:
+    """What the engine walks through, trains on and measures."""
+    return {
+        "train": tasks.training_batches(bundle, run.batch_size, run.seed, run.workers),
+        "validation": tasks.evaluation_batches(bundle, "validation", run.workers),
+        "test": tasks.evaluation_batches(bundle, "test", run.workers),
+        "loss": tasks.loss(bundle),
+        "metric": tasks.metric(bundle),
+    }
+
+
+def _train_baseline(model: nn.Module, run: RunConfig, data: Mapping[str, Any], steps: Steps) -> None:
     plan = run.baseline
     given: dict[str, Any] = {f.name: getattr(plan, f.name) for f in fields(TrainingSettings)}
-    batches = sources.training_batches(bundle, run.batch_size, run.seed, run.workers)
     epoch = 0
 
     def on_batch(done: int, total: int | None, loss: float) -> None:
@@ -169,8 +180,9 @@ def _train_baseline(model: nn.Module, run: RunConfig, bundle: DataBundle, steps:
 
     training.fit(
         model,
-        batches,
+        data["train"],
         epochs=plan.epochs,
+        loss=data["loss"],
         settings=TrainingSettings(**given),
         seed=run.seed,
         on_epoch=on_epoch,

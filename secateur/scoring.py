@@ -231,6 +231,8 @@ class _Gatherer:
         averages = {group.name: Average.empty(group.size, device) for group in self.groups}
         samples = 0
         with observe.evaluating(self.model), torch.enable_grad():
+            if (prepare := getattr(loss_of, "prepare", None)) is not None:
+                prepare(self.model)
             try:
                 for tensor in frozen:
                     tensor.requires_grad_(True)
@@ -368,7 +370,8 @@ def score(
             named after what it needs, e.g. ``lambda filters: filters.abs().amax(1)``.
         data: Batches, see :func:`secateur.observe.batches`; only for criteria that need data.
         groups: Names of groups; all by default.
-        loss: Function of outputs and labels, for criteria of gradients; cross-entropy by default.
+        loss: Function of outputs and labels, for criteria of gradients; cross-entropy by default. Where it has a
+            method ``prepare``, that is called with the model in eval mode, which is put back afterwards.
         positions: See :func:`secateur.observe.observe`.
         exact: See :func:`secateur.observe.observe`.
         seed: Seed of everything that is drawn.

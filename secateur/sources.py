@@ -6,7 +6,6 @@ import difflib
 import importlib
 import importlib.util
 import inspect
-import itertools
 import json
 import math
 import os
@@ -26,10 +25,7 @@ from secateur.criteria import Criterion
 from secateur.errors import CheckpointError, DataError, SecateurError, UsageError
 
 if TYPE_CHECKING:
-    from torch.utils.data import Dataset
-
-    from secateur.data import Batches, DataBundle
-    from secateur.data.bundle import Sized
+    from secateur.data import DataBundle
     from secateur.planning import PruningPlan
 
 PREFIXES = ("model.", "net.")
@@ -40,12 +36,6 @@ PRETRAINED = "pretrained"
 
 ORIGIN = "origin"
 """Key of what a file says of how its network was built."""
-
-EVALUATION_BATCH = 256
-"""Examples a batch of evaluation."""
-
-SAMPLE_BATCH = 64
-"""Examples a batch of what criteria and compensation see."""
 
 CIFAR_SIDE = 32
 """Height and width of the images that a network of :data:`secateur.models.MODELS` takes unless it names another."""
@@ -153,13 +143,17 @@ def open_model(
         The model, in eval mode, pruned if the file holds a pruned one, and its example inputs.
 
     Raises:
-        UsageError: If model, weights and inputs can't be found, or don't fit each other.
+        UsageError: If model, weights, data and inputs can't be found, or don't fit each other.
         CheckpointError: If the file is Secateur's, and damaged or another model's.
     """
     options = dict(options or {})
     if bundle is not None:
         options = {**_fitting(spec, bundle), **options}
     found = model(spec, options, pretrained=weights == PRETRAINED)
+    if bundle is not None:
+        from secateur.tasks import require_fit
+
+        require_fit(found.model, found.name, bundle)
     shapes = list(shapes)
     example = found.example_inputs
     if shapes:
@@ -309,19 +303,6 @@ def method(spec: str) -> str | Criterion:
     return criteria.get(_imported(spec, "method")) if ":" in spec else spec
 
 
-def require_classes(bundle: DataBundle, spec: str) -> None:
-    """Refuse data that accuracy can't be measured on, before any work is done for it.
-
-    Raises:
-        UsageError: If the data hold boxes.
-    """
-    if bundle.task != "classification":
-        raise UsageError(
-            f"{spec}: holds boxes, and the program measures the accuracy of classes. Prune it by 'secateur prune', or "
-            "call secateur.compress with a loss and a metric of your own."
-        )
-
-
 def inputs(shapes: Iterable[str]) -> Any:
     """Make example inputs of the shapes that ``--input`` gives.
 
@@ -362,27 +343,6 @@ def inputs(shapes: Iterable[str]) -> Any:
 def seed(value: int) -> None:
     """Seed what fresh weights are drawn from."""
     torch.manual_seed(value)
-
-
-def training_batches(bundle: DataBundle, size: int, seed: int, workers: int = 0) -> Batches:
-    """Make shuffled, augmented batches of the training data, in an order that follows from seed and epoch alone."""
-    from secateur.data import Batches
-
-    return Batches(bundle.train, size, shuffle=True, augment=True, seed=seed, workers=workers)
-
-
-def evaluation_batches(dataset: Sized | Dataset[Any], workers: int = 0) -> Batches:
-    """Make batches of a validation or test set, as they come."""
-    from secateur.data import Batches
-
-    return Batches(dataset, EVALUATION_BATCH, workers=workers)
-
-
-def sample(bundle: DataBundle, count: int, seed: int) -> list[Any]:
-    """Take ``count`` batches of the training data at random, without augmentation, for criteria and compensation."""
-    from secateur.data import Batches
-
-    return list(itertools.islice(Batches(bundle.train, SAMPLE_BATCH, shuffle=True, seed=seed), count))
 
 
 def writable(path: Path) -> None:

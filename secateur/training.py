@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.errors import DataError, RunError, UsageError
+from secateur.inputs import are_images
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -106,8 +107,16 @@ class Distillation:
                 f"distillation: weight is in [0, 1], temperature above 0; found {self.weight} and {self.temperature}."
             )
 
-    def __call__(self, loss: Tensor, output: Tensor, taught: Tensor) -> Tensor:
-        """Blend the loss with the divergence from the teacher's output; classes are on dimension 1."""
+    def __call__(self, loss: Tensor, output: Any, taught: Any) -> Tensor:
+        """Blend the loss with the divergence from the teacher's output; classes are on dimension 1.
+
+        Raises:
+            UsageError: If the output is no tensor, as a detector's isn't.
+        """
+        if not isinstance(output, Tensor) or not isinstance(taught, Tensor):
+            raise UsageError(
+                f"distillation: learns from class scores, and the network returns {type(output).__name__}; leave it 0."
+            )
         t = self.temperature
         student, teacher = F.log_softmax(output.float() / t, dim=1), F.log_softmax(taught.float() / t, dim=1)
         divergence = F.kl_div(student, teacher, reduction="sum", log_target=True) * (output.shape[1] / output.numel())
@@ -216,6 +225,8 @@ def _examples(inputs: Any) -> int:
         if not isinstance(inputs, Sequence) or not inputs:
             return 1
         inputs = inputs[0]
+        if are_images(inputs):
+            return len(inputs)
     return int(inputs.shape[0])
 
 
@@ -486,6 +497,13 @@ def _classes(output: Any, target: Any) -> bool:
 def _kind(value: Any) -> str:
     name = type(value).__name__
     return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else name
+
+
+def metric_name(metric: Metric | Any = None) -> str:
+    """Return what a metric is called where it is shown: its ``name`` where it has one; ``accuracy`` for None."""
+    if metric is None:
+        return "accuracy"
+    return str(getattr(metric, "name", None) or getattr(metric, "__name__", type(metric).__name__))
 
 
 def _measure(

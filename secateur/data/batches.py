@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -102,10 +102,64 @@ class Batches:
             self.batch_size,
             sampler=order.tolist(),
             num_workers=self.workers,
-            collate_fn=getattr(self.dataset, "collate", None),
+            collate_fn=self._collate(),
             generator=generator,
         )
         yield from loader
+
+    def _collate(self) -> Callable[[list[Any]], Any] | None:
+        return getattr(self.dataset, "collate", None)
+
+
+class DetectionBatches(Batches):
+    """Walk through photographs with boxes in batches as torchvision's detectors take them.
+
+    A detector's losses are computed inside of it, from the boxes, so these are among its arguments. A batch is a
+    mapping: ``images``, a list of tensors ``(C, H, W)``, each of a size of its own; ``targets``, a list of mappings,
+    each with ``boxes``, ``(n, 4)``, corners x₁ y₁ x₂ y₂ in pixels, and ``labels``, ``(n,)``, from 1; and the same
+    targets as ``labels``, for the metric.
+
+    Args:
+        dataset: Elements ``(image, target)``, such as those of :class:`~secateur.data.DetectionFiles`.
+        batch_size: Images a batch.
+        shuffle: As in :class:`Batches`.
+        augment: As in :class:`Batches`.
+        seed: As in :class:`Batches`.
+        drop_last: As in :class:`Batches`. Networks with batch norms on a map of one position, such as SSDlite, can't
+            be trained on a lone last image.
+        workers: As in :class:`Batches`.
+
+    Raises:
+        UsageError: As :class:`Batches`.
+        DataError: As :class:`Batches`; or if an element is no such pair.
+    """
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for images, targets in super().__iter__():
+            yield {"images": images, "targets": targets, "labels": targets}
+
+    @property
+    def example_inputs(self) -> tuple[list[torch.Tensor]]:
+        """The first image, as a detector is called on it without boxes."""
+        images, _ = _listed([self.dataset[0]])
+        return (images,)
+
+    def _collate(self) -> Callable[[list[Any]], Any]:
+        return _listed
+
+
+def _listed(elements: list[Any]) -> tuple[list[torch.Tensor], list[Any]]:
+    """Make a batch of two lists: images, which may differ in size, and targets."""
+    for element in elements:
+        image, target = element if isinstance(element, (tuple, list)) and len(element) == 2 else (None, None)
+        if not isinstance(image, torch.Tensor) or image.dim() != 3 or not isinstance(target, Mapping):
+            raise DataError(_NO_PAIR)
+        if not {"boxes", "labels"} <= target.keys():
+            raise DataError(f"{_NO_PAIR[:-1]}; this target has {', '.join(target) or 'nothing'}.")
+    return [image for image, _ in elements], [target for _, target in elements]
+
+
+_NO_PAIR = "batches: an element is an image (C, H, W) and a mapping of its boxes and labels."
 
 
 _WORD = 0xFFFFFFFFFFFFFFFF

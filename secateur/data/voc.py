@@ -75,17 +75,18 @@ class DetectionFiles(Dataset[tuple[Tensor, Target]]):
         return list(images), list(targets)
 
 
-def voc(root: Path, *, validation: float | None = None, seed: int = 0) -> DataBundle:
+def voc(root: Path, *, validation: float | None = None, seed: int = 0, train_size: int | None = None) -> DataBundle:
     """Load photographs with boxes in PASCAL VOC's layout (Everingham et al. 2010), with their published split.
 
     Args:
         root: Folder with ``JPEGImages``, ``Annotations`` and ``ImageSets/Main/{train,val,test}.txt``.
         validation: Must be None: the validation set is ``val.txt``.
-        seed: Without effect: nothing is drawn.
+        seed: Seed of the draw of ``train_size`` photographs.
+        train_size: Number of training photographs to take; all where None.
 
     Raises:
         DataError: If a file is missing or damaged, a list is empty, or a photograph is in two lists.
-        UsageError: If ``validation`` is given.
+        UsageError: If ``validation`` is given, or there aren't as many photographs as ``train_size``.
     """
     root = Path(root)
     if validation is not None:
@@ -103,9 +104,19 @@ def voc(root: Path, *, validation: float | None = None, seed: int = 0) -> DataBu
     classes = tuple(sorted({name for found in parts.values() for a in found for name, _, _ in a.boxes}))
     if not classes:
         raise DataError(f"{root}/Annotations: not one box in {len(seen)} files.")
+    if train_size is not None:
+        # After the classes are known: a part of the photographs may lack some.
+        parts["train"] = _drawn(parts["train"], train_size, seed)
     train, held, test = (DetectionFiles(parts[part], classes) for part in ("train", "val", "test"))
     width, height = parts["train"][0].size
     return DataBundle("voc", train, held, test, (3, height, width), classes, None, "detection")
+
+
+def _drawn(photographs: list[_Annotation], size: int, seed: int) -> list[_Annotation]:
+    if not 0 < size <= len(photographs):
+        raise UsageError(f"voc: train_size is between 1 and the {len(photographs)} training photographs, found {size}.")
+    order = torch.randperm(len(photographs), generator=torch.Generator().manual_seed(seed))
+    return [photographs[i] for i in sorted(order[:size].tolist())]
 
 
 def _list(root: Path, part: str) -> list[str]:

@@ -70,15 +70,17 @@ def compress(
         train: Training batches ``(inputs, target)``, walked through once an epoch.
         validation: Held-out batches of the training data; every decision is taken on them.
         test: Test batches. Only ever reported, of the last epoch.
-        example_inputs: A tensor, a tuple or a dict to trace the network on; the first validation example when None.
+        example_inputs: A tensor, a tuple or a dict to trace the network on; when None, ``validation.example_inputs``
+            where there is such a thing, else the first validation example.
         tolerance: Points (hundredths) of the metric that may be lost on the validation data. Unused with a target.
         target: Stop when this fraction is removed, whatever the metric; ``widths`` among the settings does the same
             for given widths.
         run_dir: Folder for the run's files: its configuration, history, result, models, and the state from which
             :func:`resume` goes on. Nothing is written when None.
         seed: Seed of everything that is drawn.
-        loss: ``loss(output, target)``; cross entropy when None.
+        loss: ``loss(output, target)``; cross entropy when None. :mod:`secateur.detection` has a detector's.
         metric: None for accuracy; a ``torchmetrics.Metric``; or ``metric(model, batches) -> float``, higher is better.
+            Reports call it by its ``name``, else by that of its function or class.
         progress: Called with an :class:`Event` at each stage, batch and episode.
         describe: JSON values that go into ``config.json``, e.g. names of the model and the data.
         **settings: Fields of :class:`Settings`.

@@ -97,6 +97,9 @@ class Engine:
         from accelerate.utils import send_to_device
 
         if given is None:
+            # What a network is called on may be less than what it is trained on: a detector takes boxes, too.
+            given = getattr(self.validation, "example_inputs", None)
+        if given is None:
             given = send_to_device(training.first_inputs(self.validation, "validation"), self.runtime.device)
             given = _first_example(given)
         return send_to_device(given, self.runtime.device)

@@ -49,9 +49,7 @@ def summarise(engine: Engine, state: State, directory: RunDirectory | None) -> C
     check = verify(engine.original, cut(engine.original, plan), plan, engine.example_inputs)
     last = state.milestones[-1]
     report: dict[str, Any] = {
-        "metric": "accuracy"
-        if engine.metric is None
-        else getattr(engine.metric, "__name__", type(engine.metric).__name__),
+        "metric": training.metric_name(engine.metric),
         "baseline": {
             **state.baseline,
             **_figures(engine, engine.original, PruningPlan()),

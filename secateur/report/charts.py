@@ -261,7 +261,7 @@ def pareto(runs: Sequence[Run]) -> Figure:
     )
     return Figure(
         id="pareto",
-        title="Accuracy against cost",
+        title=f"{capitalized(metric_name(runs[0]))} against cost",
         summary=f"Each run's {metric_name(runs[0])} against the share of MACs it removed. On the front: {names}.",
         x_label="MACs removed",
         y_label=f"test {metric_name(runs[0])}",
@@ -310,6 +310,11 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
         for i, (cost, metric) in enumerate(points)
         if not any(c <= cost and m >= metric and (c < cost or m > metric) for c, m in points)
     ]
+
+
+def capitalized(name: str) -> str:
+    """Begin a sentence with a name, unless it has capitals of its own, such as mAP."""
+    return name.capitalize() if name.islower() else name
 
 
 def metric_name(run: Run) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from secateur.report.charts import describe_change, metric_name, pareto_front, score, share_left
+from secateur.report.charts import capitalized, describe_change, metric_name, pareto_front, score, share_left
 from secateur.report.figures import Cell, Format, Table, byte_size, percent, quantity, significant
 from secateur.report.reading import Measurement, Run
 
@@ -152,10 +152,10 @@ def rounds(run: Run) -> Table:
         "Phase",
         "Group",
         "Channels removed",
-        f"{metric.capitalize()} before",
+        f"{capitalized(metric)} before",
         "Largest |ρ| before",
         "after optimising",
-        f"{metric.capitalize()} dropped",
+        f"{capitalized(metric)} dropped",
         "fine-tuned",
         "MACs",
         "Outcome",
@@ -230,8 +230,8 @@ def side_by_side(runs: Sequence[Run]) -> Table:
     metric = metric_name(runs[0])
     columns = [
         "Run",
-        f"{metric.capitalize()} before",
-        f"{metric.capitalize()} after",
+        f"{capitalized(metric)} before",
+        f"{capitalized(metric)} after",
         "Change, points",
         "MACs removed",
         "Parameters removed",

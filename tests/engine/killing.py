@@ -1,4 +1,4 @@
-"""A run that is killed again and again, in a process of its own: ``python -m tests.engine.killing FOLDER SEED KILLS``.
+"""A run that is killed again and again, in a process: ``python -m tests.engine.killing CASE FOLDER SEED KILLS``.
 
 Each attempt is a forked child that gets SIGKILL at a place drawn at random: at a batch of optimisation or fine-tuning,
 at the n-th writing of a file (before or after the file takes its name), or after a time. The next goes on from what is
@@ -14,28 +14,49 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import nn
 
+from secateur.detection import DetectionLoss, MeanAveragePrecision
 from secateur.engine import Event, compress, resume
+from secateur.planning import Target
+from tests import detectors
 from tests.engine.nets import Small, digits, trained
 
 SETTINGS: dict[str, Any] = {
-    "lr": 0.02, "pairs": 3, "optimise_epochs": 2, "correlation_target": None, "finetune_epochs": 2, "final_epochs": 1,
+    "pairs": 3, "optimise_epochs": 2, "correlation_target": None, "finetune_epochs": 2, "final_epochs": 1,
 }  # fmt: skip
-TOLERANCE = 6.0
 
 
-def attempt(folder: Path, progress: Any = None) -> None:
-    """Start the run, or go on with it."""
+def _classifier() -> tuple[Callable[[], nn.Module], Callable[[], nn.Module], dict[str, Any], dict[str, Any]]:
     train, validation, test = digits(200)
-    data: dict[str, Any] = {"train": train, "validation": validation, "test": test}
+    return trained, Small, {"train": train, "validation": validation, "test": test}, {"tolerance": 6.0, "lr": 0.02}
+
+
+def _detector() -> tuple[Callable[[], nn.Module], Callable[[], nn.Module], dict[str, Any], dict[str, Any]]:
+    def seeded() -> nn.Module:
+        torch.manual_seed(0)
+        return detectors.faster_rcnn()
+
+    # Faster R-CNN draws which of its proposals it is trained on.
+    data = {**detectors.batches(), "loss": DetectionLoss(), "metric": MeanAveragePrecision()}
+    return seeded, detectors.faster_rcnn, data, {"target": Target(macs=0.4), "lr": 1e-3}
+
+
+CASES = {"classifier": _classifier, "detector": _detector}
+
+
+def attempt(case: str, folder: Path, progress: Any = None) -> None:
+    """Start the run, or go on with it."""
+    first, fresh, data, more = CASES[case]()
     if (folder / "checkpoint" / "state.safetensors").is_file():
-        resume(folder, Small(), progress=progress, **data)
+        resume(folder, fresh(), progress=progress, **data)
     else:
-        compress(trained(), run_dir=folder, tolerance=TOLERANCE, seed=7, progress=progress, **data, **SETTINGS)
+        compress(first(), run_dir=folder, seed=7, progress=progress, **data, **more, **SETTINGS)
 
 
 def die() -> NoReturn:
@@ -44,7 +65,7 @@ def die() -> NoReturn:
     raise AssertionError("unreachable")
 
 
-def doomed(folder: Path, draw: random.Random) -> None:
+def doomed(case: str, folder: Path, draw: random.Random) -> None:
     """Run until a place drawn at random, and die there."""
     kind = draw.choice(["batch", "batch", "write", "written", "time"])
     number = draw.randrange(1, 30) if kind == "batch" else draw.randrange(1, 8)
@@ -71,10 +92,10 @@ def doomed(folder: Path, draw: random.Random) -> None:
         os.replace = dying_replace
     elif kind == "time":
         threading.Timer(draw.uniform(0.0, 2.0), die).start()
-    attempt(folder, on_event if kind == "batch" else None)
+    attempt(case, folder, on_event if kind == "batch" else None)
 
 
-def main(folder: Path, seed: int, kills: int) -> None:
+def main(case: str, folder: Path, seed: int, kills: int) -> None:
     """Kill ``kills`` attempts, then let the run finish."""
     torch.set_num_threads(1)
     draw, died = random.Random(seed), 0
@@ -85,14 +106,14 @@ def main(folder: Path, seed: int, kills: int) -> None:
         child = os.fork()
         if child == 0:
             try:
-                doomed(folder, random.Random(draw.randrange(2**31) if attempts == 1 else seed * 1000 + attempts))
+                doomed(case, folder, random.Random(draw.randrange(2**31) if attempts == 1 else seed * 1000 + attempts))
             finally:
                 os._exit(0)
         _, status = os.waitpid(child, 0)
         died += os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    attempt(folder)
+    attempt(case, folder)
     sys.stdout.write(json.dumps({"died": died, "attempts": attempts, "seconds": time.monotonic() - started}) + "\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

@@ -44,9 +44,9 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return killed(tmp_path_factory.mktemp("whole"), 0, 0)[0]
 
 
-def killed(folder: Path, seed: int, kills: int) -> tuple[dict[str, Any], int]:
+def killed(folder: Path, seed: int, kills: int, case: str = "classifier") -> tuple[dict[str, Any], int]:
     """Run in another process with a number of kills; return what is left and how many there were."""
-    command = [sys.executable, "-m", "tests.engine.killing", str(folder), str(seed), str(kills)]
+    command = [sys.executable, "-m", "tests.engine.killing", case, str(folder), str(seed), str(kills)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -74,6 +74,17 @@ def test_many_kills(expected: dict[str, Any], tmp_path: Path, seed: int) -> None
     found, died = killed(tmp_path, seed, 5)
     assert died >= 4
     assert found == expected
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_a_detector_ends_in_the_same_bits(tmp_path: Path) -> None:
+    whole, _ = killed(tmp_path / "whole", 0, 0, "detector")
+    assert len(whole["history"]) >= 2
+    assert whole["result"]["metric"] == "mAP"
+    assert whole["result"]["final"]["validation"] > 0
+    found, died = killed(tmp_path / "killed", 54, 4, "detector")
+    assert died == 4
+    assert found == whole
 
 
 def test_every_single_step_can_be_the_last(tmp_path: Path) -> None:
