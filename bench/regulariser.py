@@ -71,7 +71,7 @@ def measure(name: str, batch: int, steps: int, device: str) -> str:
         f"{sum(map(len, pairs.values()))} pairs in {len(pairs)} groups, batch of {batch}, {device}, "
         f"{torch.get_num_threads()} thread. A step takes {step_ms:.0f} ms, the regulariser and its gradient "
         f"{own_ms:.1f} ms, {100 * own_ms / step_ms:.1f}% of it. Whole steps with it, over their neighbours without: "
-        f"{statistics.median(ratios):.3f} (median of {steps} ratios, quartiles {quarters[0]:.3f} and {quarters[2]:.3f}). "
+        f"{statistics.median(ratios):.3f} (median of {steps}, quartiles {quarters[0]:.3f} and {quarters[2]:.3f}). "
         "Written by `python -m bench.regulariser`."
     )
 
