@@ -244,16 +244,16 @@ def eligible(
             continue
         if not linear and any(kinds.get(graph.layer_of(m)) == "linear" for m in dense):
             continue
-        if any(matches(group, p, graph) or any(m.module.startswith(p) for m in sources) for p in skip):
+        if any(matches(group, pattern, graph) for pattern in skip):
             continue
         chosen.append(group)
     return chosen
 
 
-def known(graph: ChannelGraph, pattern: str) -> bool:
-    """Tell whether ``skip`` or ``pairs`` can mean anything by a pattern: a module or group that it names."""
+def known(graph: ChannelGraph, pattern: str, *, starts: bool) -> bool:
+    """Tell whether a pattern names a module or group, or is the start of such a name where that counts."""
     places = [*graph.module_types, *(group.name for group in graph.groups)]
-    return any(place.startswith(pattern) or names(pattern, place, graph) for place in places)
+    return any((starts and place.startswith(pattern)) or names(pattern, place, graph) for place in places)
 
 
 def _depthwise(graph: ChannelGraph, member: Member) -> bool:

@@ -54,7 +54,7 @@ class Selection:
         by_name = {"skip": settings.skip, "pairs": settings.pairs if isinstance(settings.pairs, dict) else ()}
         for setting, patterns in by_name.items():
             for pattern in patterns:
-                if not pairing.known(graph, pattern):
+                if not pairing.known(graph, pattern, starts=setting == "pairs"):
                     raise UsageError(f"{setting}: {pattern}: no layer has this name or class. See `secateur trace`.")
         self.groups = pairing.eligible(
             graph,

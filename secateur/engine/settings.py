@@ -47,7 +47,7 @@ class Settings:
     linear: bool = False
     """Prune the outputs of linear layers too."""
     skip: tuple[str, ...] = ()
-    """Groups that are left alone: starts of module names, module names with wildcards, classes of modules."""
+    """Groups that are left alone: names of layers or of modules around them, layers' names with wildcards, classes."""
     max_ratio: float | dict[str, float] = 1.0
     """Share of a group's original width that the run removes at most; or module name with wildcards, or class of a
     module, -> share, with ``*`` for the groups that no other names."""

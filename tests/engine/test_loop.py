@@ -430,7 +430,7 @@ def test_resume_refuses_a_damaged_state(network: nn.Module, tmp_path: Path) -> N
         ({"widths": {"conv1": 0}}, UsageError, "1 to 8 filters"),
         ({"widths": {"conv1": 3}, "target": sc.Target(macs=0.5)}, UsageError, "give one of them"),
         ({"target": sc.Target(macs=0.999), "optimise_epochs": 0, "finetune_epochs": 0}, RunError, "out of reach"),
-        ({"skip": ["conv", "fc"]}, UsageError, "no group of filters"),
+        ({"skip": ["conv*", "fc*"]}, UsageError, "no group of filters"),
         ({"train": iter([])}, UsageError, "walked through only once"),
         ({"method": "nope", "widths": {"conv1": 7}}, UsageError, "unknown criterion 'nope'"),
         ({"method": "corrnet", "criterion": {"treshold": 0.9}}, UsageError, "unknown option 'treshold'"),

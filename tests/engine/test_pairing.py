@@ -70,10 +70,12 @@ def test_which_groups_may_go() -> None:
     _, graph = residual()
     assert [g.name for g in pairing.eligible(graph)] == ["stem", "inner"]
     assert [g.name for g in pairing.eligible(graph, internal_only=True)] == ["inner"]
-    assert [g.name for g in pairing.eligible(graph, skip=["inn"])] == ["stem"]
+    assert [g.name for g in pairing.eligible(graph, skip=["inner"])] == ["stem"]
     assert [g.name for g in pairing.eligible(graph, skip=["i*er"])] == ["stem"]
     assert [g.name for g in pairing.eligible(graph, skip=["Conv2d"])] == []
-    assert [pairing.known(graph, word) for word in ("inn", "i*er", "Conv2d", "onner")] == [True, True, True, False]
+    words = ("inn", "i*er", "Conv2d", "onner")
+    assert [pairing.known(graph, word, starts=True) for word in words] == [True, True, True, False]
+    assert [pairing.known(graph, word, starts=False) for word in words] == [False, True, True, False]
     small = sc.trace(Small(), X)
     assert [g.name for g in pairing.eligible(small)] == ["conv1", "conv2"]
     assert [g.name for g in pairing.eligible(small, linear=True)] == ["conv1", "conv2", "fc1"]
