@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from secateur import scoring
+from secateur import filters, scoring
 from secateur.criteria import Criterion, Need, Returns, Selection, get, names
 from secateur.criteria.sui2021chip import chip
 from secateur.errors import CriterionError, DataError, UsageError
@@ -57,22 +57,22 @@ def graph(network: Grouped, data: list[tuple[Tensor, Tensor]]) -> ChannelGraph:
 def test_filters_are_the_slices_that_make_a_channel(network: Grouped, graph: ChannelGraph) -> None:
     for name, size in (("first", 8), ("grouped", 6)):
         weight = network.get_submodule(name).weight.detach()  # type: ignore[union-attr, operator]
-        assert torch.equal(scoring.filters(network, graph.group(name)), weight.flatten(1))
+        assert torch.equal(filters.filters(network, graph.group(name)), weight.flatten(1))
         assert len(weight) == size
     transposed = network.up.weight.detach()
-    for c, row in enumerate(scoring.filters(network, graph.group("up"))):
+    for c, row in enumerate(filters.filters(network, graph.group("up"))):
         assert torch.equal(row, transposed[:, c].flatten())
 
 
 def test_consumers_are_the_slices_that_read_a_channel(network: Grouped, graph: ChannelGraph) -> None:
-    (up,) = scoring.consumers(network, graph.group("grouped"))
+    (up,) = filters.consumers(network, graph.group("grouped"))
     for c in range(6):
         assert torch.equal(up[:, c], network.up.weight.detach()[c].flatten(1))
-    (last,) = scoring.consumers(network, graph.group("up"))
+    (last,) = filters.consumers(network, graph.group("up"))
     assert last.shape == (4, 5, 25)
     for c in range(5):
         assert torch.equal(last[:, c], network.last.weight.detach()[:, 25 * c : 25 * (c + 1)])
-    (grouped,) = scoring.consumers(network, graph.group("first"))
+    (grouped,) = filters.consumers(network, graph.group("first"))
     assert grouped.shape == (3, 8, 9)
     for c in range(8):
         block = c // 4

@@ -32,9 +32,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from secateur import observe
 from secateur.compensate.report import LayerCompensation
 from secateur.errors import PlanError, UsageError
+from secateur.filters import arrange
 from secateur.graph import ChannelGraph, ChannelGroup, Member
 from secateur.planning import PruningPlan
-from secateur.scoring import arrange
 
 
 class _NotDefinedError(Exception):
