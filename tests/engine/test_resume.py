@@ -69,11 +69,16 @@ def test_a_killed_run_ends_in_the_same_bits(expected: dict[str, Any], tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2, 8))
-def test_many_kills(expected: dict[str, Any], tmp_path: Path, seed: int) -> None:
-    found, died = killed(tmp_path, seed, 5)
-    assert died >= 4
-    assert found == expected
+def test_many_kills(expected: dict[str, Any], tmp_path: Path) -> None:
+    """At least 20 in all: how often one run can be killed before it ends depends on how fast the machine is."""
+    total = 0
+    for seed in range(2, 30):
+        found, died = killed(tmp_path / str(seed), seed, 5)
+        assert found == expected
+        total += died
+        if total >= 20:
+            break
+    assert total >= 20
 
 
 @pytest.mark.slow
