@@ -33,6 +33,8 @@ Row = dict[str, Any]
 
 MEMORY = 12 * 2**30
 """Bytes that a process may take."""
+SMALL = 64 * 2**20
+"""Bytes of memory that nobody minds."""
 
 HEADER = (
     "| network | groups | channels | verdict | MACs removed % | with inexact % | s | forward s | peak MB "
@@ -180,7 +182,7 @@ def _beside(results: dict[str, dict[str, Row]]) -> list[str]:
                 slower.append((ours["seconds"] / theirs["seconds"], name))
         if "peak_bytes" in ours:
             ratio = ours["peak_bytes"] / (ours["bytes"] + ours["forward_peak_bytes"])
-            if ratio > 2:
+            if ratio > 2 and ours["peak_bytes"] > SMALL:
                 large.append((ratio, name))
     lines = ["## Where Torch-Pruning removes more, or is faster", ""]
     if less:
@@ -198,8 +200,8 @@ def _beside(results: dict[str, dict[str, Row]]) -> list[str]:
     told = ", ".join(f"{name.rpartition('/')[2]} {ratio:.1f}×" for ratio, name in sorted(large, reverse=True))
     lines += [
         "",
-        "Extra memory of trace + plan + apply is more than twice what the network and one forward take on: "
-        + (f"{told}." if told else "none."),
+        f"Where extra memory of trace + plan + apply is over {SMALL / 2**20:.0f} MB, it is more than twice what the "
+        "network and one forward take on: " + (f"{told}." if told else "none."),
     ]
     return lines
 
