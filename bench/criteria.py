@@ -95,7 +95,8 @@ def trained(network: str) -> nn.Module:
 @torch.inference_mode()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """Return the accuracy in per cent."""
-    model.eval()
+    model.eval().to(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)
     right = sum(int((model(x[i : i + 50]).argmax(1) == y[i : i + 50]).sum()) for i in range(0, len(x), 50))
     return 100 * right / len(x)
 

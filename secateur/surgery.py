@@ -90,7 +90,7 @@ def _replica(value: Any, memo: dict[int, Any]) -> Any:
         return value if kind is tuple else memo.setdefault(id(value), set(value))
     if not isinstance(value, nn.Module) or not _is_plain(kind):
         return copy.deepcopy(value, memo)
-    small: Any = object.__new__(kind)
+    small: Any = kind.__new__(kind)
     memo[id(value)] = small
     state: dict[str, Any] = value.__getstate__()  # type: ignore[no-untyped-call]
     small.__setstate__({name: item if type(item) in _ATOMS else _replica(item, memo) for name, item in state.items()})
@@ -100,9 +100,11 @@ def _replica(value: Any, memo: dict[int, Any]) -> Any:
 @functools.lru_cache(maxsize=256)
 def _is_plain(kind: Any) -> bool:
     """Tell whether copying a module means copying the dict that its ``__getstate__`` gives, and nothing else."""
-    ways = ("__reduce_ex__", "__reduce__", "__new__")
+    ways = ("__reduce_ex__", "__reduce__")
+    others = ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__")
     slots = any(getattr(base, "__slots__", ()) for base in kind.__mro__)
-    return not slots and not hasattr(kind, "__deepcopy__") and all(getattr(kind, w) is getattr(object, w) for w in ways)
+    own = any(hasattr(kind, way) for way in others) or any(getattr(kind, w) is not getattr(object, w) for w in ways)
+    return not slots and not own
 
 
 def _cut_tensors(model: nn.Module, plan: PruningPlan, tensors: dict[str, Tensor]) -> dict[int, Any]:

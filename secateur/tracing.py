@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 from torch import nn
@@ -19,9 +20,10 @@ from secateur.layers import layer_rule
 from secateur.rules import RULES, Flow
 from secateur.rules.flow import Cause
 from secateur.rules.pointwise import is_pointwise, pointwise
+from secateur.rules.reach import reachable
 from secateur.rules.registry import tensors_in
 from secateur.rules.shuffle import carry
-from secateur.rules.trust import Watch, counting
+from secateur.rules.trust import MOST_FUNCTIONS, Watch, counting, knows_its_mode
 
 _MOST_TRIALS = 12
 _RESHAPING = ("aten::squeeze_", "aten::unsqueeze_", "aten::as_strided_", "aten::as_strided")
@@ -79,6 +81,8 @@ def _module_paths(model: nn.Module, flow: Flow) -> Iterator[None]:
     def enter(module: nn.Module, args: Any) -> None:
         stack.append((names.get(id(module), stack[-1][0]), module))
         flow.module, flow.layer = stack[-1]
+        if isinstance(module, nn.MultiheadAttention):
+            _keep_embedding(flow, module, args)
         if layer_rule(module) is not None:
             flow.doubt = flow.doubt or Cause("", flow.module, "", "a registered layer")
             flow.paused += 1
@@ -102,6 +106,15 @@ def _module_paths(model: nn.Module, flow: Flow) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _keep_embedding(flow: Flow, attention: nn.MultiheadAttention, inputs: Any) -> None:
+    """Keep what PyTorch's attention reads and makes: it holds the numbers, and checks them."""
+    flow.operator = type(attention).__name__
+    for tensor in (*attention.parameters(), *tensors_in(inputs)):
+        axes = flow.axes(tensor)
+        for dim in axes if isinstance(tensor, nn.Parameter) else axes.keys() & {tensor.ndim - 1}:
+            flow.freeze(axes[dim], "its embedding dimension is a number that it checks")
 
 
 def _run(model: nn.Module, flow: Flow, example_inputs: Any) -> None:
@@ -134,10 +147,11 @@ def _record(
         layers = (nn.modules.conv._ConvNd, nn.Linear)
         kernels = {f"{name}.weight".lstrip(".") for name, m in model.named_modules() if isinstance(m, layers)}
         flow = Flow(named, decisions, banned, kernels, loose)
-        flow.doubt = next(counting(model), None)
+        functions = list(islice(reachable(model), MOST_FUNCTIONS + 1))
+        flow.doubt = counting(functions)
         _run(model, flow, example_inputs)
         idle = _idle(model, flow)
-        if idle:
+        if idle and knows_its_mode(model, functions):
             model.train()
             for module in model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -149,7 +163,8 @@ def _record(
                 notes.append(f"in train mode {error}")
             # Costs are those of inference.
             del flow.calls[calls:]
-            notes.extend(f"{name}: never runs, so it is left as it is" for name in _idle(model, flow))
+            idle = _idle(model, flow)
+        notes.extend(f"{name}: never runs, so it is left as it is" for name in idle)
     if not flow.calls:
         notes.append("no convolution or linear layer with a weight of its own was seen; quantize after pruning")
     return flow, notes

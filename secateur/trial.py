@@ -8,6 +8,7 @@ are kept and listed with the line that failed.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -22,12 +23,14 @@ from secateur.inputs import mapped
 from secateur.planning import plan_removal, steps
 from secateur.rules.flow import Cause, Site, shown
 from secateur.surgery import cut
-from secateur.verification import compare, jumps
+from secateur.verification import compare, jumps, outputs
 
 if TYPE_CHECKING:
     from secateur.grouping import Grouping
 
 _TOLERANCE = 1e-3
+_FEW = 2
+"""So many suspects are tried one by one."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def failing(model: nn.Module, example_inputs: Any, grouping: Grouping) -> list[F
 
 
 def _alike(grouping: Grouping, chosen: list[int], failures: list[Failure]) -> list[Failure]:
-    """Return failures of further groups about which the same line of code was assumed the same.
+    """Return failures of further groups: of the same assumption about the same line, or of a block's repetitions.
 
     A network repeats its blocks, and finding each one's failure by a run of its own would take long.
     """
@@ -123,7 +126,29 @@ def _alike(grouping: Grouping, chosen: list[int], failures: list[Failure]) -> li
                 for i in np.unique(grouping.group_of[grouping.classes[site.labels]]).tolist():
                     if i in chosen and i not in gone:
                         found.setdefault(i, Failure(i, failure.reason, failure.sources))
+    kinds = _kinds(grouping) if any(i not in gone and i not in found for i in chosen) else {}
+    failed = {kinds.get(failure.group): failure for failure in failures}
+    for i in chosen:
+        same = failed.get(kinds[i]) if i in kinds and i not in gone else None
+        if same is not None:
+            found.setdefault(i, Failure(i, same.reason, same.sources))
     return list(found.values())
+
+
+def _kinds(grouping: Grouping) -> dict[int, tuple[object, ...]]:
+    """Tell groups apart by the lines that handle them and by their layers: names without numbers, and roles."""
+    lines: dict[int, set[object]] = {}
+    for site in grouping.sites:
+        for i in np.unique(grouping.group_of[grouping.classes[site.labels]]).tolist():
+            lines.setdefault(i, set()).add((site.cause.source, site.options, site.choice))
+    return {
+        i: (
+            frozenset(lines.get(i, ())),
+            frozenset((re.sub(r"\d+", "#", m.tensor), m.dim, m.role) for m in group.members),
+        )
+        for i, group in enumerate(grouping.graph.groups)
+        if i in lines
+    }
 
 
 def _alternatives(grouping: Grouping, failure: Failure) -> list[Site]:
@@ -151,7 +176,7 @@ def _isolate(
         middle = len(chosen) // 2
         parts = [chosen[:middle], chosen[middle:]]
         if suspects and len(suspects) < len(chosen):
-            parts.insert(0, suspects)
+            parts = [*([[i] for i in suspects] if len(suspects) <= _FEW else [suspects]), *parts]
         for part in parts:
             outcome = _attempt(model, example_inputs, grouping, part, picked)
             if outcome is not None:
@@ -177,7 +202,10 @@ def _attempt(
     exact = [i for i in chosen if graph.groups[i].exact]
     try:
         small = cut(model, plan, share=True)
-        difference = compare(model, small, plan, example_inputs, _TOLERANCE)
+        if len(exact) < len(chosen):  # inexact groups change values, so it has to run, and no more
+            outputs(small, example_inputs)
+        else:
+            difference = compare(model, small, plan, example_inputs, _TOLERANCE)
     except SecateurError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever the model's own code raises; it is the finding
@@ -188,11 +216,9 @@ def _attempt(
         if len(chosen) == 1:
             return _Outcome([Failure(chosen[0], reason, sources)], [])
         return _Outcome(_blamed(grouping, chosen, frames, reason), _handled(grouping, chosen, frames))
-    if not exact:
-        return None
     if len(exact) < len(chosen):
-        # Inexact groups change values, so values are compared without them.
-        return _attempt(model, example_inputs, grouping, exact, picked)
+        # Values are compared without them.
+        return _attempt(model, example_inputs, grouping, exact, picked) if exact else None
     if not difference.mismatched and difference.error <= _TOLERANCE:
         return None
     difference = _in_double(model, plan, example_inputs) or difference

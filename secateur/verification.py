@@ -141,7 +141,7 @@ def _zeroed_copy(model: nn.Module, plan: PruningPlan) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _outputs(network: nn.Module, example_inputs: Any) -> list[Tensor]:
+def outputs(network: nn.Module, example_inputs: Any) -> list[Tensor]:
     """Run a network in eval mode, with the same random numbers every time, and return its output tensors."""
     with left_as_found(network):
         torch.manual_seed(0)
@@ -164,12 +164,12 @@ def compare(model: nn.Module, small: nn.Module, plan: PruningPlan, example_input
         modules[name].register_forward_pre_hook(_reading(name, pruned), with_kwargs=True) for name in plan.kept_inputs
     ]
     try:
-        found_outputs = _outputs(small, example_inputs)
+        found_outputs = outputs(small, example_inputs)
     finally:
         for hook in hooks:
             hook.remove()
     with masked(model, plan, original) as reference:
-        wanted_outputs = _outputs(reference, example_inputs)
+        wanted_outputs = outputs(reference, example_inputs)
     _compare_outputs(wanted_outputs, found_outputs, difference)
     for name, kept in plan.kept_inputs.items():
         if len(original[name]) != len(pruned[name]):
@@ -230,14 +230,14 @@ def jumps(model: nn.Module, small: nn.Module, plan: PruningPlan, example_inputs:
     Returns:
         True where every output that differs jumps, and every layer of the plan makes what it makes in the original.
     """
-    found = _outputs(small, example_inputs)
+    found = outputs(small, example_inputs)
     made = [_made_by(small, plan, example_inputs, {})]
     with masked(model, plan, defaultdict(list)) as reference:
-        wanted = _outputs(reference, example_inputs)
+        wanted = outputs(reference, example_inputs)
         steady = set(range(len(wanted)))
         for seed in range(_NUDGES):
             generator = torch.Generator().manual_seed(seed)
-            steady &= _agreeing(wanted, _outputs(reference, _nudged(example_inputs, generator)), tolerance)
+            steady &= _agreeing(wanted, outputs(reference, _nudged(example_inputs, generator)), tolerance)
         made.append(_made_by(reference, plan, example_inputs, plan.kept_outputs))
     if not steady <= _agreeing(wanted, found, tolerance) or made[0].keys() != made[1].keys():
         return False
@@ -289,7 +289,7 @@ def _made_by(network: nn.Module, plan: PruningPlan, example_inputs: Any, kept: M
     modules = dict(network.named_modules())
     hooks = [modules[n].register_forward_hook(reading(n)) for n in plan.kept_inputs.keys() | plan.kept_outputs.keys()]
     try:
-        _outputs(network, example_inputs)
+        outputs(network, example_inputs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -299,7 +299,7 @@ def _made_by(network: nn.Module, plan: PruningPlan, example_inputs: Any, kept: M
 def _repeats(model: nn.Module, example_inputs: Any) -> bool:
     """Tell whether a network gives the same outputs when it is run again."""
     try:
-        first, second = (_outputs(model, example_inputs) for _ in range(2))
+        first, second = (outputs(model, example_inputs) for _ in range(2))
     except Exception:  # noqa: BLE001 - a network that fails has been reported already
         return True
     return len(first) == len(second) and all(

@@ -184,3 +184,66 @@ def test_what_is_used_of_a_shape_decides(name: str) -> None:
         Net(lambda m, x: m.head(function(m.one(x))), one=conv(3, 8), head=conv(8, 4)), torch.zeros(1, 3, 6, 6)
     )
     assert flow.certain is safe, flow.doubt
+
+
+CALLS: dict[str, tuple[Callable[[Net, Tensor], Tensor], bool]] = {
+    "pad positions": (lambda m, x: F.pad(x, (1, 1, 2, 0)), True),
+    "pad channels": (lambda m, x: F.pad(x, (0, 0, 0, 0, 1, 1)), False),
+    "slice positions": (lambda m, x: x[:, :, ::2, 1:], True),
+    "slice positions from the end": (lambda m, x: x[..., 1:], True),
+    "one image": (lambda m, x: x[0], True),
+    "slice channels": (lambda m, x: x[:, :4], False),
+    "pick a channel": (lambda m, x: x * x[:, 0:1], False),
+    "pick by a list": (lambda m, x: x[:, [0, 1, 2, 3, 4, 5, 6, 7]], False),
+    "insert a dimension": (lambda m, x: x[:, None].squeeze(1), False),
+    "expand by what is there": (lambda m, x: x + m.one.bias.view(1, -1, 1, 1).expand(-1, -1, -1, -1), True),
+    "expand by a number": (lambda m, x: x + m.one.bias.view(1, -1, 1, 1).expand(-1, 8, 6, 6), False),
+    "group norm of a layer": (lambda m, x: m.norm(x), True),
+    "group norm of a number": (lambda m, x: F.group_norm(x, 2), False),
+    "instance norm of a layer": (lambda m, x: m.instances(x), True),
+    "multiply matrices": (lambda m, x: x + (x.flatten(2) @ x.flatten(2).transpose(1, 2)).mean(), True),
+    "like another": (lambda m, x: x + torch.zeros_like(x), True),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_arguments_decide(name: str) -> None:
+    function, safe = CALLS[name]
+    model = Net(
+        lambda m, x: m.head(function(m, m.one(x))),
+        one=conv(3, 8),
+        head=nn.LazyConv2d(4, 1),
+        norm=nn.GroupNorm(2, 8),
+        instances=nn.InstanceNorm2d(8, affine=True),
+    )
+    inputs = torch.zeros(2, 3, 6, 6)
+    model(inputs)
+    flow = recorded(model, inputs)
+    assert (flow.doubt is None) is safe, flow.doubt
+
+
+class Auxiliary(nn.Module):
+    """A head that runs in train mode only, as a flag of the module's own tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head, self.other = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1), nn.Conv2d(8, 2, 1)
+        self.both = True
+
+    def train(self, mode: bool = True) -> Auxiliary:
+        """Set the flag."""
+        self.both = mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run one head or two."""
+        x = self.conv(x)
+        return self.head(x) + self.other(x) if self.both else self.head(x)
+
+
+def test_layers_of_train_mode_are_seen_whatever_tells_the_mode() -> None:
+    model = Auxiliary()
+    graph = tracing.trace(model, torch.zeros(1, 3, 4, 4))
+    readers = {member.module for group in graph.groups for member in group.members}
+    assert {"conv", "head", "other"} <= readers
+    assert not graph.notes

@@ -12,7 +12,7 @@ import dis
 import os
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from secateur.rules.flow import COUNTS, LAYERS, Cause, Flow, shown
+from secateur.rules.reach import Reached, computes_names, names_in
 from secateur.rules.registry import tensors_in
 from secateur.rules.sizes import used
 
@@ -31,12 +32,15 @@ _FREE = """
     add add_ sub mul mul_ div __radd__ __rmul__ __rsub__ __rdiv__ where maximum minimum
     dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout
 
-    linear batch_norm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
+    linear batch_norm instance_norm local_response_norm normalize norm matmul bmm __matmul__
+    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
 
     max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
     adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d interpolate
 
     cat concat permute transpose flatten squeeze unsqueeze contiguous mean sum amax amin softmax log_softmax
+
+    zeros_like ones_like expand_as prelu addcmul addcdiv lerp stack
 
     dim is_floating_point is_contiguous to float half double type_as detach clone _assert
 """
@@ -50,7 +54,9 @@ _TRUSTED |= {
     for name in ("ndim", "dtype", "device", "is_cuda", "requires_grad", "layout", "is_quantized")
 }
 _SHAPES = {torch.Tensor.size, torch.Tensor.shape.__get__}  # type: ignore[attr-defined]
-_VIEWS = {torch.Tensor.view, torch.Tensor.reshape, torch.reshape}
+_VIEWS = {torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.expand}
+_PADS = {F.pad, getattr(torch._C._nn, "pad", F.pad)}
+_GROUP_NORMS = {F.group_norm, torch.group_norm}
 _CONVOLUTIONS = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
     torch.conv1d, torch.conv2d, torch.conv3d,
@@ -58,6 +64,9 @@ _CONVOLUTIONS = {
 }  # fmt: skip
 
 
+_INSTANCE_NORM = nn.modules.instancenorm._InstanceNorm.forward.__code__
+MOST_FUNCTIONS = 200
+"""Reading more functions than this would take longer than a trial."""
 _COUNTING = "reads an attribute that counts channels"
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 
@@ -108,13 +117,33 @@ class Watch(TorchFunctionMode):
         if not assumes and not any(flow.axes(t) for t in tensors_in((*args, *kwargs.values()))):
             return True
         if func in _SHAPES:
+            caller = sys._getframe(2)
+            if caller.f_code is _INSTANCE_NORM:  # it compares with its own count, which a cut sees to
+                return True
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
-            read = {dim % args[0].ndim} if isinstance(dim, int) else used(sys._getframe(2), args[0].ndim)
+            read = {dim % args[0].ndim} if isinstance(dim, int) else used(caller, args[0].ndim)
             return read.isdisjoint(flow.axes(args[0]))
+        if func in _PADS and isinstance(out, Tensor):
+            return out.ndim - len(args[1]) // 2 > max(flow.axes(args[0]), default=-1)
+        if func is torch.Tensor.__getitem__:
+            return _whole(args[1], args[0].ndim).issuperset(flow.axes(args[0]))
+        if func in _GROUP_NORMS:
+            return isinstance(flow.layer, nn.GroupNorm) and args[1:2] == (flow.layer.num_groups,)
         if func is F.layer_norm:
             sizes = args[1] if len(args) > 1 else kwargs.get("normalized_shape")
             return isinstance(flow.layer, nn.LayerNorm) and sizes is flow.layer.normalized_shape
         return False
+
+
+def _whole(index: Any, ndim: int) -> set[int]:
+    """Return the dimensions that an index leaves whole; none where it holds more than numbers, slices and dots."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if any(type(part) not in (int, slice, type(Ellipsis)) for part in parts):
+        return set()
+    place = parts.index(Ellipsis) if Ellipsis in parts else len(parts)
+    parts = parts if Ellipsis in parts else [*parts, Ellipsis]
+    parts[place : place + 1] = [slice(None)] * (ndim - len(parts) + 1)
+    return {dim for dim, part in enumerate(parts) if part == slice(None)}
 
 
 def _owns_groups(layer: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -123,26 +152,32 @@ def _owns_groups(layer: nn.Module | None, args: tuple[Any, ...], kwargs: dict[st
     return groups == 1 or (isinstance(layer, nn.modules.conv._ConvNd) and groups == layer.groups)
 
 
-def counting(model: nn.Module) -> Iterator[Cause]:
-    """Yield a doubt for each class of modules that has a method, but for construction, that reads such an attribute."""
-    kinds = {type(module): name for name, module in model.named_modules()}
-    for kind, name in kinds.items():
-        for base in kind.__mro__:
-            if base is object or base.__module__.startswith("torch."):
-                continue
-            for attribute, value in vars(base).items():
-                function = getattr(value, "__func__", getattr(value, "fget", value))
-                if attribute in ("__init__", "extra_repr", "__repr__") or not isinstance(function, types.FunctionType):
-                    continue
-                if _counts(function.__code__, kind):
-                    yield Cause(
-                        "", name, shown(function.__code__.co_filename, function.__code__.co_firstlineno), _COUNTING
-                    )
+def counting(functions: Sequence[Reached]) -> Cause | None:
+    """Return a doubt where one of the functions that a forward may run reads an attribute which a cut changes."""
+    for number, (function, kind) in enumerate(functions):
+        code = function.__code__
+        read = code.co_filename.startswith(_TORCH) or not _counts(code, kind)
+        if number == MOST_FUNCTIONS or not read:
+            reason = "is more code than is read" if read else _COUNTING
+            return Cause("", kind.__name__, shown(code.co_filename, code.co_firstlineno), reason)
+    return None
+
+
+def knows_its_mode(model: nn.Module, functions: Sequence[Reached]) -> bool:
+    """Tell whether the functions that a forward may run can run other layers in train mode than in eval mode."""
+    told = {"training"}
+    for kind in {type(module) for module in model.modules()}:
+        for switch in (kind.train, kind.eval):
+            if switch not in (nn.Module.train, nn.Module.eval):
+                told.update(step.argval for step in dis.get_instructions(switch) if step.opname == "STORE_ATTR")
+    return len(functions) > MOST_FUNCTIONS or any(
+        not told.isdisjoint(names_in(f.__code__)) or computes_names(f.__code__) for f, _ in functions
+    )
 
 
 def _counts(code: types.CodeType, kind: type) -> bool:
     """Tell whether code that may run as a method of ``kind`` reads an attribute that a cut changes."""
-    named = COUNTS & set(_names(code))
+    named = set(COUNTS & names_in(code))
     # What these two hand on to their function is looked at when it is called.
     named -= {"groups"} if issubclass(kind, nn.modules.conv._ConvNd) else set()
     named -= {"normalized_shape"} if issubclass(kind, nn.LayerNorm) else set()
@@ -150,13 +185,6 @@ def _counts(code: types.CodeType, kind: type) -> bool:
         return bool(named)
     # A module that is no layer itself keeps numbers of its own, which a cut leaves alone.
     return any(name in named and holder != "self" for holder, name in _read(code))
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
 
 
 def _read(code: types.CodeType) -> Iterator[tuple[str, str]]:
