@@ -197,6 +197,19 @@ class OfHelper(nn.Module):
         return x if self.helper.wide() else -x
 
 
+class OfHelpers(nn.Module):
+    """Asks one of several objects that it holds in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = Base()
+        self.helpers = [Helper(self.base)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Branch."""
+        return x if self.helpers[0].wide() else -x
+
+
 def patched() -> nn.Module:
     """Give an instance a forward of its own."""
     model = Base()
@@ -225,6 +238,7 @@ ASKING = {
     "function": OfFunction,
     "decorator": OfDecorator,
     "helper": OfHelper,
+    "helpers": OfHelpers,
     "patched": patched,
     "hook": hooked,
 }

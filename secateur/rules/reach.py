@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _SILENT = frozenset(
     {
@@ -77,13 +77,12 @@ def _methods(model: nn.Module) -> dict[str, list[Reached]]:
         kind = type(module)
         kinds.add(kind)
         for name, value in vars(module).items():
-            plain = type(value)
-            if plain in _PLAIN or name in _BOOKS:
+            if type(value) in _PLAIN or name in _BOOKS:
                 continue
             for function in _held(value):
                 found.setdefault(name, []).append((function, kind))
-            if plain not in kinds and not isinstance(value, type) and _is_users(plain):
-                kinds.add(plain)
+            inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            kinds |= {type(part) for part in (value, *inside) if not isinstance(part, (type, Tensor))}
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             for function in _held(hook):
                 found.setdefault("forward", []).append((function, kind))
