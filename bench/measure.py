@@ -29,6 +29,8 @@ from tests import oracle
 RATIO = 0.5
 DOUBLE_LIMIT = 70_000_000
 """Networks of more parameters are compared in fp32, with a tolerance of 1e-4."""
+RECOVER_LIMIT = 150_000_000
+"""Networks of more parameters are not searched for the channels that a pruner without a plan has kept."""
 
 
 def distinct(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -100,8 +102,7 @@ def _place(source: str) -> str:
 
 
 def _compare(model: nn.Module, small: nn.Module, plan: Any, inputs: Any) -> dict[str, Any]:
-    count = sum(p.numel() for p in model.parameters())
-    if count > DOUBLE_LIMIT:
+    if _count(model) > DOUBLE_LIMIT:
         verdict = oracle.judge(model, small, plan, oracle.fresh(inputs, 1))
         if verdict.kind == "wrong-channel" and verdict.error < 1e-4:
             verdict = oracle.Verdict("exact", verdict.detail, verdict.error)
@@ -128,7 +129,7 @@ def _prepare(entry: Entry, fill: Callable[[nn.Module], nn.Module]) -> tuple[nn.M
     shapes = [list(t.shape) for t in torch.utils._pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor)]
     return model, inputs, {
         "inputs": shapes,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": _count(model),
         "bytes": sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]),
         "forward_seconds": seconds,
         "forward_peak_bytes": resident("VmHWM") - before,
@@ -206,7 +207,7 @@ def secateur(entry: Entry) -> dict[str, Any]:
     if row["macs_removed"] < 0:
         # Other values, more detections: count both networks at as many as the original finds.
         row["macs_removed"] = 1 - sc.macs(graph, plan) / max(sc.macs(graph), 1)
-    row["parameters_removed"] = 1 - sum(p.numel() for p in small.parameters()) / max(row["parameters"], 1)
+    row["parameters_removed"] = 1 - _count(small) / max(row["parameters"], 1)
     row |= _compare(model, small, plan, inputs)
     if row["parameters_removed"] <= 0 and row["verdict"] == "exact":
         row |= {"verdict": "refused", "detail": "nothing could be pruned exactly"}
@@ -223,6 +224,10 @@ def secateur(entry: Entry) -> dict[str, Any]:
         except Exception as error:  # noqa: BLE001 - recorded as the result
             row["inexact"] = f"{type(error).__name__}: {str(error)[:200]}"
     return row
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def _refused_layers(model: nn.Module, inputs: Any) -> list[str]:
@@ -242,7 +247,7 @@ def peer(entry: Entry) -> dict[str, Any]:
 
     from bench import peer as tool
 
-    model, inputs, row = _prepare(entry, distinct)
+    model, inputs, row = _prepare(entry, lambda m: distinct(m) if _count(m) <= RECOVER_LIMIT else scattered(m))
     outputs = output_layers(model) if entry.name.startswith(("torchvision", "timm")) else _refused_layers(model, inputs)
     tiny = _tiny()
     tool.prune(tiny, torch.zeros(1, 3, 8, 8), ["4"], RATIO)
@@ -263,6 +268,8 @@ def peer(entry: Entry) -> dict[str, Any]:
         return row | {"verdict": "crash", "detail": f"{type(error).__name__}: {str(error)[:200]}"}
     if row["macs_removed"] <= 0:
         return row | {"verdict": "refused", "detail": "nothing was pruned"}
+    if row["parameters"] > RECOVER_LIMIT:
+        return row | {"verdict": "runs", "detail": "too large to tell which channels are left"}
     try:
         plan = oracle.recover(model, small)
     except ValueError as error:

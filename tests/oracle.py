@@ -414,13 +414,31 @@ class RecoveredPlan:
 
 def _source(name: str, whole: Tensor, part: Tensor) -> np.ndarray:
     """Find the original's coordinates of every value of a pruned tensor."""
-    values = whole.flatten().numpy()
-    order = np.argsort(values)
-    at = np.searchsorted(values[order], part.flatten().numpy()).clip(max=len(values) - 1)
-    source = order[at]
-    if not np.array_equal(values[source], part.flatten().numpy()) or whole.dim() != part.dim():
+    values, wanted = whole.numpy(), part.numpy()
+    if whole.dim() == part.dim() and part.numel():
+        # Whole slices, as a rule: the first line along each dimension tells which.
+        origin = np.zeros(part.dim(), dtype=int)
+        lines = [tuple(slice(None) if d == dim else origin[d] for d in range(part.dim())) for dim in range(part.dim())]
+        kept = [_coordinates(values, wanted[line])[dim] for dim, line in enumerate(lines)]
+        if [len(k) for k in kept] == list(part.shape) and np.array_equal(values[np.ix_(*kept)], wanted):
+            return np.stack(np.meshgrid(*kept, indexing="ij"))
+    source = _coordinates(values, wanted.reshape(-1))
+    if whole.dim() != part.dim() or not np.array_equal(values[tuple(source)], wanted.reshape(-1)):
         raise ValueError(f"{name} holds values that the original has not")
-    return np.stack(np.unravel_index(source, tuple(whole.shape))).reshape(whole.dim(), *part.shape)
+    return source.reshape(whole.dim(), *part.shape)
+
+
+def _coordinates(values: np.ndarray, sought: np.ndarray) -> np.ndarray:
+    """Return where in an array each of some values stands; anywhere for a value that does not."""
+    if not len(sought):
+        return np.zeros((values.ndim, 0), dtype=np.int64)
+    flat = values.reshape(-1)
+    order = np.argsort(sought)
+    ranks = np.searchsorted(sought[order], flat).clip(max=len(sought) - 1)
+    found = np.flatnonzero(sought[order][ranks] == flat)
+    source = np.zeros(len(sought), dtype=np.int64)
+    source[order[ranks[found]]] = found
+    return np.stack(np.unravel_index(source, values.shape))
 
 
 def _lines(coordinates: np.ndarray, dim: int) -> list[int]:
@@ -435,7 +453,7 @@ def _enter_layer(plan: RecoveredPlan, name: str, layer: nn.Module, grid: np.ndar
     transposed = isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
     whole = _lines(grid[0], 0)  # this dimension counts all channels
     block = grid[0] // (shape[0] // groups)
-    partial = sorted({int(i) for i in (block * shape[1] + grid[1]).flat})
+    partial = np.flatnonzero(np.bincount((block * shape[1] + grid[1]).reshape(-1))).tolist()
     outputs, inputs = (partial, whole) if transposed else (whole, partial)
     n_out, n_in = (shape[1] * groups, shape[0]) if transposed else (shape[0], shape[1] * groups)
     if len(outputs) < n_out:
