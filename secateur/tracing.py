@@ -23,7 +23,7 @@ from secateur.rules.pointwise import is_pointwise, pointwise
 from secateur.rules.reach import reachable
 from secateur.rules.registry import tensors_in
 from secateur.rules.shuffle import carry
-from secateur.rules.trust import MOST_FUNCTIONS, Watch, counting, knows_its_mode
+from secateur.rules.trust import MOST_FUNCTIONS, Executed, Watch, counting, knows_its_mode
 
 _MOST_TRIALS = 12
 _RESHAPING = ("aten::squeeze_", "aten::unsqueeze_", "aten::as_strided_", "aten::as_strided")
@@ -148,8 +148,15 @@ def _record(
         kernels = {f"{name}.weight".lstrip(".") for name, m in model.named_modules() if isinstance(m, layers)}
         flow = Flow(named, decisions, banned, kernels, loose)
         functions = list(islice(reachable(model), MOST_FUNCTIONS + 1))
+        executed = Executed()
         flow.doubt = counting(functions)
-        _run(model, flow, example_inputs)
+        if flow.doubt is not None and executed.at_hand:
+            flow.doubt = None
+            with executed:
+                _run(model, flow, example_inputs)
+            flow.doubt = flow.doubt or executed.counting()
+        else:
+            _run(model, flow, example_inputs)
         idle = _idle(model, flow)
         if idle and knows_its_mode(model, functions):
             model.train()

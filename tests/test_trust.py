@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -247,3 +248,38 @@ def test_layers_of_train_mode_are_seen_whatever_tells_the_mode() -> None:
     readers = {member.module for group in graph.groups for member in group.members}
     assert {"conv", "head", "other"} <= readers
     assert not graph.notes
+
+
+class Seldom(Counting):
+    """A module that looks at a count where it is told to."""
+
+    def __init__(self, ask: bool) -> None:
+        super().__init__()
+        self.ask = ask
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Branch."""
+        return super().forward(x) if self.ask else self.conv(x)
+
+
+@pytest.mark.parametrize("ask", [True, False])
+def test_code_that_counts_channels_calls_for_one_where_it_runs(ask: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Seldom(ask), nn.Conv2d(8, 2, 1))
+    flow = recorded(model, torch.zeros(1, 3, 4, 4))
+    assert flow.certain is not ask, flow.doubt
+    assert sys.getprofile() is None
+
+
+def test_under_a_profiler_code_that_may_run_counts_as_run() -> None:
+    def ignore(frame: object, event: str, arg: object) -> None:
+        pass
+
+    before = sys.getprofile()
+    sys.setprofile(ignore)
+    try:
+        flow = recorded(nn.Sequential(nn.Conv2d(3, 8, 1), Seldom(False)), torch.zeros(1, 3, 4, 4))
+        found = sys.getprofile()
+    finally:
+        sys.setprofile(before)
+    assert not flow.certain
+    assert found is ignore

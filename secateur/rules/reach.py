@@ -102,11 +102,12 @@ def _of_class(kind: type) -> Iterator[tuple[str, types.FunctionType]]:
 
 
 def _is_users(kind: type) -> bool:
-    return kind is not object and _is_users_module(kind.__module__)
+    return kind is not object and is_users_module(kind.__module__)
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_users_module(name: str) -> bool:
+def is_users_module(name: str) -> bool:
+    """Tell whether a Python module is neither PyTorch's nor NumPy's nor Python's own."""
     root = name.partition(".")[0]
     if root in sys.stdlib_module_names:  # or the user's own file of the same name
         file = getattr(sys.modules.get(name), "__file__", None)
@@ -147,7 +148,7 @@ def _functions(function: types.FunctionType, names: frozenset[str]) -> Iterator[
     spaces = [function.__globals__]
     for name in names & function.__globals__.keys():
         value = function.__globals__[name]
-        if isinstance(value, types.ModuleType) and _is_users_module(value.__name__):
+        if isinstance(value, types.ModuleType) and is_users_module(value.__name__):
             spaces.append(vars(value))
     for space in spaces:
         for name in names & space.keys():
@@ -156,7 +157,7 @@ def _functions(function: types.FunctionType, names: frozenset[str]) -> Iterator[
                 if _is_users(value) and not issubclass(value, nn.Module):
                     yield from (f for _, f in _of_class(value))
             elif callable(value) and not isinstance(value, nn.Module):
-                yield from (f for f in _held(value) if _is_users_module(f.__module__ or ""))
+                yield from (f for f in _held(value) if is_users_module(f.__module__ or ""))
 
 
 @functools.lru_cache(maxsize=65536)

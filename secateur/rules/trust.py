@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from secateur.rules.flow import COUNTS, LAYERS, Cause, Flow, shown
-from secateur.rules.reach import Reached, computes_names, names_in
+from secateur.rules.reach import Reached, computes_names, is_users_module, names_in
 from secateur.rules.registry import tensors_in
 from secateur.rules.sizes import used
 
@@ -67,6 +67,7 @@ _CONVOLUTIONS = {
 _INSTANCE_NORM = nn.modules.instancenorm._InstanceNorm.forward.__code__
 MOST_FUNCTIONS = 200
 """Reading more functions than this would take longer than a trial."""
+_PACKAGE = f"{__name__.partition('.')[0]}."
 _COUNTING = "reads an attribute that counts channels"
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 
@@ -161,6 +162,37 @@ def counting(functions: Sequence[Reached]) -> Cause | None:
             reason = "is more code than is read" if read else _COUNTING
             return Cause("", kind.__name__, shown(code.co_filename, code.co_firstlineno), reason)
     return None
+
+
+class Executed:
+    """Sees every function that Python runs, where so many may run that reading them all finds what none runs."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[types.CodeType, tuple[type, str]] = {}
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether no profiler is at work, of which there can be one."""
+        return sys.getprofile() is None
+
+    def __enter__(self) -> Executed:
+        sys.setprofile(self._see)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        sys.setprofile(None)
+
+    def _see(self, frame: types.FrameType, event: str, arg: Any) -> None:
+        if event == "call" and frame.f_code not in self._kinds:
+            self._kinds[frame.f_code] = type(frame.f_locals.get("self")), frame.f_globals.get("__name__", "")
+
+    def counting(self) -> Cause | None:
+        """Return a doubt where a function of the user's that ran reads an attribute which a cut changes."""
+        for code, (kind, module) in self._kinds.items():
+            own = module.startswith(_PACKAGE) and not module.startswith(f"{_PACKAGE}models.")
+            if not own and code.co_filename != "<string>" and is_users_module(module) and _counts(code, kind):
+                return Cause("", kind.__name__, shown(code.co_filename, code.co_firstlineno), _COUNTING)
+        return None
 
 
 def knows_its_mode(model: nn.Module, functions: Sequence[Reached]) -> bool:
