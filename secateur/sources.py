@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import importlib.util
 import inspect
 import json
 import math
 import os
 import re
 import sys
-import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -20,9 +16,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from secateur import criteria
+from secateur import criteria, places
 from secateur.criteria import Criterion
-from secateur.errors import CheckpointError, DataError, SecateurError, UsageError
+from secateur.errors import CheckpointError, DataError, UsageError
 
 if TYPE_CHECKING:
     from secateur.data import DataBundle
@@ -98,7 +94,7 @@ def model(spec: str, options: Mapping[str, Any] | None = None, *, pretrained: bo
     if pretrained:
         raise UsageError(f"--weights pretrained: {spec} has no published weights; name a file instead.")
     if ":" in spec:
-        built = _call(spec, options, "model")
+        built = places.call(spec, options, "model")
         if isinstance(built, tuple) and len(built) == 2:
             built, inputs = built
         else:
@@ -113,11 +109,11 @@ def model(spec: str, options: Mapping[str, Any] | None = None, *, pretrained: bo
 
     if spec not in MODELS:
         raise UsageError(
-            f"{spec}: no such model{_suggest(spec, MODELS)} Known are {', '.join(sorted(MODELS))}; others are named "
-            "torchvision:NAME, timm:NAME, path/to/file.py:FUNCTION or package.module:FUNCTION."
+            f"{spec}: no such model{places.suggest(spec, MODELS)} Known are {', '.join(sorted(MODELS))}; "
+            "others are named torchvision:NAME, timm:NAME, path/to/file.py:FUNCTION or package.module:FUNCTION."
         )
     factory = MODELS[spec]
-    built = _guard(spec, factory, options, "model")
+    built = places.guard(spec, factory, options, "model")
     sizes = {name: p.default for name, p in inspect.signature(factory).parameters.items()} | options
     side = sizes.get("in_size", CIFAR_SIDE)
     return SourceModel(built, _noise((1, sizes["in_channels"], side, side)), spec)
@@ -273,13 +269,13 @@ def data(spec: str, options: Mapping[str, Any] | None = None) -> DataBundle:
     options = dict(options or {})
     kind = spec.partition(":")[0]
     if kind in DATASETS:
-        bundle = _guard(spec, load, {"name": spec, **options}, "data")
+        bundle = places.guard(spec, load, {"name": spec, **options}, "data")
     elif ":" in spec:
-        bundle = _call(spec, options, "data")
+        bundle = places.call(spec, options, "data")
     else:
         raise UsageError(
-            f"{spec}: no such data{_suggest(kind, DATASETS)} Known are {', '.join(sorted(DATASETS))}; others are named "
-            "path/to/file.py:FUNCTION or package.module:FUNCTION."
+            f"{spec}: no such data{places.suggest(kind, DATASETS)} Known are {', '.join(sorted(DATASETS))}; "
+            "others are named path/to/file.py:FUNCTION or package.module:FUNCTION."
         )
     if not isinstance(bundle, DataBundle):
         raise UsageError(f"{spec}: returned {type(bundle).__name__}; a data source returns a secateur.data.DataBundle.")
@@ -300,7 +296,7 @@ def method(spec: str) -> str | Criterion:
     Raises:
         UsageError: If there is no such file, module or function, or the function is no criterion.
     """
-    return criteria.get(_imported(spec, "method")) if ":" in spec else spec
+    return criteria.get(places.imported(spec, "method")) if ":" in spec else spec
 
 
 def inputs(shapes: Iterable[str]) -> Any:
@@ -401,12 +397,12 @@ def _torchvision(name: str, options: dict[str, Any], pretrained: bool) -> Source
 
     registry = torchvision.models
     if name not in registry.list_models():
-        raise UsageError(f"torchvision:{name}: no such model{_suggest(name, registry.list_models())}")
+        raise UsageError(f"torchvision:{name}: no such model{places.suggest(name, registry.list_models())}")
     builder = registry.get_model_builder(name)
     # A detector or segmenter would otherwise download weights for its backbone.
     if "weights_backbone" in inspect.signature(builder).parameters:
         options.setdefault("weights_backbone", None)
-    built = _guard(f"torchvision:{name}", builder, {"weights": None, **options}, "model")
+    built = places.guard(f"torchvision:{name}", builder, {"weights": None, **options}, "model")
     if pretrained:
         published = registry.get_model_weights(name)
         try:
@@ -418,13 +414,15 @@ def _torchvision(name: str, options: dict[str, Any], pretrained: bool) -> Source
                 entry.url, map_location="cpu", check_hash=True, weights_only=True, progress=sys.stderr.isatty()
             )
         except OSError as error:
-            raise UsageError(f"torchvision:{name}: the published weights can't be fetched: {_line(error)}") from error
+            raise UsageError(
+                f"torchvision:{name}: the published weights can't be fetched: {places.one_line(error)}"
+            ) from error
         try:
             built.load_state_dict(state)
         except RuntimeError as error:
             raise UsageError(
                 f"torchvision:{name}: the published weights don't fit the model that --model-option makes: "
-                f"{_line(error)}"
+                f"{places.one_line(error)}"
             ) from error
     module = builder.__module__
     shape: tuple[int, ...] = (1, 3, 224, 224)
@@ -444,78 +442,12 @@ def _timm(name: str, options: dict[str, Any], pretrained: bool) -> SourceModel:
     except ImportError:
         raise UsageError(f"timm:{name}: timm is not installed; pip install 'secateur[timm]'.") from None
     if not timm.is_model(name):
-        raise UsageError(f"timm:{name}: no such model{_suggest(name, timm.list_models())}")
-    built = _guard(
+        raise UsageError(f"timm:{name}: no such model{places.suggest(name, timm.list_models())}")
+    built = places.guard(
         f"timm:{name}", timm.create_model, {"model_name": name, "pretrained": pretrained, **options}, "model"
     )
     shape = built.default_cfg["input_size"]
     return SourceModel(built, _noise((1, *shape)), f"timm:{name}")
-
-
-def _call(spec: str, options: dict[str, Any], what: str) -> Any:
-    """Import the function that ``path/to/file.py:FUNCTION`` or ``package.module:FUNCTION`` names, and call it."""
-    return _guard(spec, _imported(spec, what), options, what)
-
-
-def _imported(spec: str, what: str) -> Any:
-    """Import what ``path/to/file.py:NAME`` or ``package.module:NAME`` names, something to call."""
-    place, _, name = spec.rpartition(":")
-    if place.endswith(".py"):
-        path = Path(place).expanduser()
-        if not path.is_file():
-            raise UsageError(f"{spec}: no such file: {path}")
-        # A criterion's name can be given once: a file that the model's has imported isn't run again.
-        there = _already(path) if what == "method" else None
-        module = there or _guard(spec, lambda: _import_file(path), {}, what)
-    else:
-        try:
-            found = importlib.util.find_spec(place)
-        except (ImportError, ValueError):
-            found = None
-        if found is None:
-            raise UsageError(f"{spec}: no module {place!r} to import; name it by its path, path/to/file.py:{name}.")
-        module = _guard(spec, importlib.import_module, {"name": place}, what)
-    function = getattr(module, name, None)
-    if not callable(function) and not isinstance(function, Criterion):
-        known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-        raise UsageError(f"{spec}: {place} has no function {name!r}{_suggest(name, known)}")
-    return function
-
-
-def _already(path: Path) -> Any:
-    """Return the module that was imported from a file; None where none was."""
-    files = {getattr(module, "__file__", None): module for module in list(sys.modules.values())}
-    return files.get(str(path.absolute()))
-
-
-def _import_file(path: Path) -> Any:
-    """Import a Python file under its own name; files beside it can be imported from it, as if it were run."""
-    folder = str(path.parent.absolute())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    name = f"secateur_source_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    # Registered before it runs: dataclasses and pickling look the module up by name.
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def _guard(spec: str, function: Callable[..., Any], options: dict[str, Any], what: str) -> Any:
-    """Call what the user names, and say where it fails: it is any code, so it may raise anything."""
-    try:
-        return function(**options)
-    except SecateurError:
-        raise
-    except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        text = f"{spec}: {type(error).__name__} at {last.filename}:{last.lineno}: {_line(error)}"
-        if isinstance(error, TypeError) and "argument" in str(error):
-            text = f"{text.removesuffix('.')}. Arguments are given as --{what}-option NAME=VALUE."
-        raise UsageError(text) from error
 
 
 def _noise(shape: Iterable[int], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -526,14 +458,5 @@ def _noise(shape: Iterable[int], dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
-def _suggest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=3)
-    return f"; did you mean {' or '.join(close)}?" if close else "."
-
-
 def _count(keys: list[str], word: str) -> str:
     return f"{len(keys)} {word}" + (f" ({keys[0]}{', …' if len(keys) > 1 else ''})" if keys else "")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())
