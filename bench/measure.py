@@ -91,8 +91,13 @@ def reset_peak() -> int:
 
 def macs(model: nn.Module, inputs: Any) -> int:
     """Count the multiply-accumulates of one forward: convolutions and matrix products, half the FLOPs."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:  # the counter's hooks fail on views of parameters that want a gradient
+        parameter.requires_grad_(False)
     with FlopCounterMode(display=False) as counter:
         oracle.run(model, inputs)
+    for parameter in trained:
+        parameter.requires_grad_(True)
     return int(counter.get_total_flops()) // 2
 
 

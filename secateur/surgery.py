@@ -61,7 +61,18 @@ def cut(model: nn.Module, plan: PruningPlan, *, share: bool = False) -> nn.Modul
                 memo[id(value)] = value.detach().clone()
     small: nn.Module = _replica(model, memo)
     _set_attributes(small, plan)
+    _forget(small)
     return small
+
+
+def _forget(copied: nn.Module) -> None:
+    """Let modules drop what they computed from their weights and kept, as they do when their mode is set."""
+    modes = [(module, module.training) for module in copied.modules()]
+    for module, training in modes:
+        if type(module).train is not nn.Module.train:
+            module.train(training)
+    for module, training in modes:
+        module.training = training
 
 
 _ATOMS = frozenset(

@@ -158,3 +158,39 @@ def test_moving_averages_of_the_weights_are_cut_alike() -> None:
     cut_average = sc.apply(average.module, plan)
     for a, b in zip(cut_average.state_dict().values(), small.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+class Remembering(nn.Module):
+    """Keeps what it computed from its weights until the mode is set, as several of timm's attention layers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 1)
+        self.gain = nn.Parameter(torch.arange(8.0))
+        self.kept: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> Remembering:
+        """Forget."""
+        super().train(mode)
+        self.kept = {}
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale by what is kept."""
+        if "gain" not in self.kept:
+            self.kept["gain"] = self.gain[:, None, None].exp().detach()
+        return self.conv(x) * self.kept["gain"]
+
+
+def test_what_was_computed_from_the_whole_weights_is_not_kept() -> None:
+    model = nn.Sequential(Remembering(), nn.Conv2d(8, 2, 1)).eval()
+    model[0].train()  # modes are kept, whatever is forgotten
+    x = torch.randn(2, 3, 4, 4)
+    graph = sc.trace(model, x)
+    model(x)
+    plan = sc.plan_removal(graph, {graph.groups[0].name: [0, 3]})
+    small = sc.apply(model, plan)
+    assert model[0].kept
+    assert [m.training for m in small.modules()] == [m.training for m in model.modules()]
+    assert small(x).shape == model(x).shape
+    assert sc.verify(model, small, plan, x).exact
