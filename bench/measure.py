@@ -102,8 +102,9 @@ def macs(model: nn.Module, inputs: Any) -> int:
 
 
 def _place(source: str) -> str:
-    """Shorten a path to what lies within site-packages or the project."""
-    return re.sub(r"^.*?(?:site-packages|worktree)/", "", source)
+    """Shorten a path to what lies within a folder that Python imports from."""
+    inside = (source.removeprefix(f"{folder}/") for folder in sys.path if folder)
+    return min((source, *inside), key=len)
 
 
 def _compare(model: nn.Module, small: nn.Module, plan: Any, inputs: Any) -> dict[str, Any]:
