@@ -123,7 +123,7 @@ def _alike(grouping: Grouping, chosen: list[int], failures: list[Failure]) -> li
         lines = {(s.cause.source, s.options, s.choice) for s in blamed}
         for site in grouping.sites:
             if (site.cause.source, site.options, site.choice) in lines:
-                for i in np.unique(grouping.group_of[grouping.classes[site.labels]]).tolist():
+                for i in _concerned(grouping, site):
                     if i in chosen and i not in gone:
                         found.setdefault(i, Failure(i, failure.reason, failure.sources))
     kinds = _kinds(grouping) if any(i not in gone and i not in found for i in chosen) else {}
@@ -135,11 +135,17 @@ def _alike(grouping: Grouping, chosen: list[int], failures: list[Failure]) -> li
     return list(found.values())
 
 
+def _concerned(grouping: Grouping, site: Site) -> list[int]:
+    """Return the groups whose channels a site handles; -1 stands for channels of none."""
+    found: list[int] = np.unique(grouping.group_of[grouping.classes[site.labels]]).tolist()
+    return found
+
+
 def _kinds(grouping: Grouping) -> dict[int, tuple[object, ...]]:
     """Tell groups apart by the lines that handle them and by their layers: names without numbers, and roles."""
     lines: dict[int, set[object]] = {}
     for site in grouping.sites:
-        for i in np.unique(grouping.group_of[grouping.classes[site.labels]]).tolist():
+        for i in _concerned(grouping, site):
             lines.setdefault(i, set()).add((site.cause.source, site.options, site.choice))
     return {
         i: (
@@ -261,7 +267,7 @@ def _blamed(grouping: Grouping, chosen: list[int], frames: list[tuple[str, str]]
         blamed: dict[int, None] = {}
         for site in grouping.sites:
             if site.cause.source == source and site.cause.module == module and site.options[site.choice] != "freeze":
-                blamed |= dict.fromkeys(np.unique(grouping.group_of[grouping.classes[site.labels]]).tolist())
+                blamed |= dict.fromkeys(_concerned(grouping, site))
         found = [i for i in blamed if i in wanted]
         if found:
             return [Failure(i, reason, (source,)) for i in found]

@@ -189,6 +189,8 @@ def test_what_is_used_of_a_shape_decides(name: str) -> None:
 
 CALLS: dict[str, tuple[Callable[[Net, Tensor], Tensor], bool]] = {
     "pad positions": (lambda m, x: F.pad(x, (1, 1, 2, 0)), True),
+    "pad positions, by keyword": (lambda m, x: F.pad(x, pad=(1, 1)), True),
+    "pad all by keyword": (lambda m, x: F.pad(input=x, pad=(0, 0, 0, 0, 1, 1)), False),
     "pad channels": (lambda m, x: F.pad(x, (0, 0, 0, 0, 1, 1)), False),
     "slice positions": (lambda m, x: x[:, :, ::2, 1:], True),
     "slice positions from the end": (lambda m, x: x[..., 1:], True),

@@ -125,7 +125,8 @@ class Watch(TorchFunctionMode):
             read = {dim % args[0].ndim} if isinstance(dim, int) else used(caller, args[0].ndim)
             return read.isdisjoint(flow.axes(args[0]))
         if func in _PADS and isinstance(out, Tensor):
-            return out.ndim - len(args[1]) // 2 > max(flow.axes(args[0]), default=-1)
+            source, sizes = (*args[:2], *(kwargs[name] for name in ("input", "pad")[len(args) :]))
+            return out.ndim - len(sizes) // 2 > max(flow.axes(source), default=-1)
         if func is torch.Tensor.__getitem__:
             return _whole(args[1], args[0].ndim).issuperset(flow.axes(args[0]))
         if func in _GROUP_NORMS:
