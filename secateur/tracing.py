@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -149,13 +149,10 @@ def _record(
         flow = Flow(named, decisions, banned, kernels, loose)
         functions = list(islice(reachable(model), MOST_FUNCTIONS + 1))
         executed = Executed()
-        flow.doubt = counting(functions)
-        if flow.doubt is not None and executed.at_hand:
-            flow.doubt = None
-            with executed:
-                _run(model, flow, example_inputs)
-            flow.doubt = flow.doubt or executed.counting()
-        else:
+        suspect = counting(functions)
+        watched = executed if suspect is not None and executed.at_hand else nullcontext()
+        flow.doubt = None if watched is executed else suspect
+        with watched:
             _run(model, flow, example_inputs)
         idle = _idle(model, flow)
         if idle and knows_its_mode(model, functions):
@@ -165,12 +162,14 @@ def _record(
                     module.eval()
             calls = len(flow.calls)
             try:
-                _run(model, flow, example_inputs)
+                with watched:
+                    _run(model, flow, example_inputs)
             except TraceError as error:
                 notes.append(f"in train mode {error}")
             # Costs are those of inference.
             del flow.calls[calls:]
             idle = _idle(model, flow)
+        flow.doubt = flow.doubt or executed.counting()
         notes.extend(f"{name}: never runs, so it is left as it is" for name in idle)
     if not flow.calls:
         notes.append("no convolution or linear layer with a weight of its own was seen; quantize after pruning")

@@ -285,3 +285,20 @@ def test_under_a_profiler_code_that_may_run_counts_as_run() -> None:
         sys.setprofile(before)
     assert not flow.certain
     assert found is ignore
+
+
+class SeldomAuxiliary(Auxiliary):
+    """Looks at a count in train mode only."""
+
+    def wide(self) -> bool:
+        """Look."""
+        return self.other.in_channels == 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Branch."""
+        return super().forward(x).relu() if self.both and self.wide() else super().forward(x)
+
+
+def test_code_that_counts_channels_in_train_mode_alone_calls_for_one() -> None:
+    assert recorded(Auxiliary(), torch.zeros(1, 3, 4, 4)).certain
+    assert not recorded(SeldomAuxiliary(), torch.zeros(1, 3, 4, 4)).certain
