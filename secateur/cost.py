@@ -46,6 +46,10 @@ def lost(places: np.ndarray | None, channels: np.ndarray | None, removed: list[n
     """Return which of a layer's channels are removed, given the group and channel that each of them is."""
     if places is None or channels is None:
         return np.zeros(0, dtype=bool)
+    if places.size and (places == places[0]).all():  # as nearly everywhere
+        g = int(places[0])
+        whole: np.ndarray = removed[g][channels] if g >= 0 else np.zeros(places.size, dtype=bool)
+        return whole
     result = np.zeros(places.size, dtype=bool)
     for g in np.unique(places[places >= 0]).tolist():
         own = places == g

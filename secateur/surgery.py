@@ -104,8 +104,20 @@ def _replica(value: Any, memo: dict[int, Any]) -> Any:
     small: Any = kind.__new__(kind)
     memo[id(value)] = small
     state: dict[str, Any] = value.__getstate__()  # type: ignore[no-untyped-call]
-    small.__setstate__({name: item if type(item) in _ATOMS else _replica(item, memo) for name, item in state.items()})
+    copied = {}
+    for name, item in state.items():
+        if type(item) in _ATOMS:
+            copied[name] = item
+        elif name in _TABLES and type(item) in (dict, set, OrderedDict) and not item:
+            copied[name] = type(item)()
+        else:
+            copied[name] = _replica(item, memo)
+    small.__setstate__(copied)
     return small
+
+
+_TABLES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
+"""Every module's own tables of parameters, submodules and hooks: nobody shares them."""
 
 
 @functools.lru_cache(maxsize=256)

@@ -20,7 +20,7 @@ from secateur.layers import layer_rule
 from secateur.rules import RULES, Flow
 from secateur.rules.flow import Cause
 from secateur.rules.pointwise import is_pointwise, pointwise
-from secateur.rules.reach import reachable
+from secateur.rules.reach import Reached, reachable
 from secateur.rules.registry import tensors_in
 from secateur.rules.shuffle import carry
 from secateur.rules.trust import MOST_FUNCTIONS, Executed, Watch, counting, knows_its_mode
@@ -136,10 +136,23 @@ def _run(model: nn.Module, flow: Flow, example_inputs: Any) -> None:
             flow.frozen.append((labels.reshape(-1), Cause("model output", "", "", "is returned by the model")))
 
 
+def _functions(model: nn.Module) -> list[Reached]:
+    """Return the functions that a forward may run, as many as are looked at and one."""
+    return list(islice(reachable(model), MOST_FUNCTIONS + 1))
+
+
 def _record(
-    model: nn.Module, example_inputs: Any, decisions: Mapping[int, int], banned: Any, loose: Set[int] = frozenset()
+    model: nn.Module,
+    example_inputs: Any,
+    functions: list[Reached],
+    decisions: Mapping[int, int],
+    banned: Any,
+    loose: Set[int] = frozenset(),
 ) -> tuple[Flow, list[str]]:
-    """Let labels flow through one forward in eval mode, and one in train mode where that runs further layers."""
+    """Let labels flow through one forward in eval mode, and one in train mode where that runs further layers.
+
+    ``functions`` are those that the forward may run.
+    """
     notes: list[str] = []
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     with left_as_found(model):
@@ -147,7 +160,6 @@ def _record(
         layers = (nn.modules.conv._ConvNd, nn.Linear)
         kernels = {f"{name}.weight".lstrip(".") for name, m in model.named_modules() if isinstance(m, layers)}
         flow = Flow(named, decisions, banned, kernels, loose)
-        functions = list(islice(reachable(model), MOST_FUNCTIONS + 1))
         executed = Executed()
         suspect = counting(functions)
         watched = executed if suspect is not None and executed.at_hand else nullcontext()
@@ -219,20 +231,23 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     loose: set[int] = set()
     types = {name: type(module).__name__ for name, module in model.named_modules()}
     batch = batch_size(example_inputs)
+    trials = trial.Trials(model, example_inputs)
+    functions = _functions(model)
+    flow, notes = _record(model, example_inputs, functions, decisions, banned, loose)
     for _ in range(_MOST_TRIALS):
-        flow, notes = _record(model, example_inputs, decisions, banned, loose)
         grouping = group_channels(flow, types, tuple(notes), batch)
         if not loose.issuperset(grouping.stuck):
             loose.update(grouping.stuck)
-            continue
-        if grouping.shared:
+        elif grouping.shared:
             for key in grouping.shared:
                 decisions[key] = decisions.get(key, 0) + 1
-            continue
-        if flow.certain:
-            return grouping.graph
-        failures = trial.failing(model, example_inputs, grouping)
-        if not failures:
-            return grouping.graph
-        trial.give_up(failures, grouping, decisions, banned)
+        else:
+            failures = trial.failing(trials, grouping) if not flow.certain else []
+            if not failures:
+                return grouping.graph
+            known = set(banned)
+            if not trial.give_up(failures, grouping, decisions, banned):
+                flow.ban({key: cause for key, cause in banned.items() if key not in known})
+                continue
+        flow, notes = _record(model, example_inputs, functions, decisions, banned, loose)
     raise TraceError("trace: what the pruned network computes could not be explained; please report this network.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,12 @@ from secateur.inputs import mapped
 from secateur.planning import plan_removal, steps
 from secateur.rules.flow import Cause, Site, shown
 from secateur.surgery import cut
-from secateur.verification import compare, jumps, outputs
+from secateur.verification import Difference, compare, jumps, outputs
 
 if TYPE_CHECKING:
+    from secateur.graph import ChannelGroup
     from secateur.grouping import Grouping
+    from secateur.planning import PruningPlan
 
 _TOLERANCE = 1e-3
 _FEW = 2
@@ -50,19 +52,39 @@ Picked = list[list[int]]
 """For every group, the channels that it loses in a trial."""
 
 
-def _selections(grouping: Grouping) -> Iterator[Picked]:
+@dataclass(eq=False)
+class Trials:
+    """The trial prunings of one network: what was removed and what passed is remembered from one grouping to the next.
+
+    Groups that outlive a failure lose the same channels again, and a plan that passed needs no second run.
+    """
+
+    model: nn.Module
+    example_inputs: Any
+    removed: dict[tuple[object, ...], list[int]] = field(default_factory=dict)
+    """What a group of this name and these constraints loses."""
+    passed: list[tuple[PruningPlan, bool]] = field(default_factory=list)
+    """Plans that passed, and whether values were compared."""
+
+    def part(self, index: int, group: ChannelGroup) -> list[int]:
+        """Return a part at random of a group's channels."""
+        schedule = group.schedule.tobytes() if group.schedule is not None else b""
+        key = (group.name, group.blocks.tobytes(), group.removable.tobytes(), schedule)
+        if key not in self.removed:
+            order = np.random.default_rng(index).permutation(group.size).tolist()
+            found = steps(group, order)
+            taken = found[: max(1, int(len(found) * _FRACTIONS[index % len(_FRACTIONS)]))]
+            self.removed[key] = sorted(chain(*taken))
+        return self.removed[key]
+
+
+def _selections(trials: Trials, grouping: Grouping) -> Iterator[Picked]:
     """Yield what to remove: of every group a part at random, then of every vector cut anywhere the first, the last end.
 
     Code that cuts in proportion to what is left computes the same as code that cuts at given widths, as long as all
     blocks lose the same; it is told apart where one block loses all that it can, and the others nothing.
     """
-    rng = np.random.default_rng(0)
-    picked = []
-    for index, group in enumerate(grouping.graph.groups):
-        found = steps(group, rng.permutation(group.size).tolist())
-        taken = found[: max(1, int(len(found) * _FRACTIONS[index % len(_FRACTIONS)]))]
-        picked.append(sorted(c for step in taken for c in step))
-    yield picked
+    yield [trials.part(index, group) for index, group in enumerate(grouping.graph.groups)]
     free = [site for site in grouping.sites if site.blocks and site.options[site.choice] in ("widths", "parts")]
     for end in (0, -1) if free else ():
         yield _of_one_end(grouping, free, end)
@@ -92,16 +114,16 @@ def _of_one_end(grouping: Grouping, sites: list[Site], end: int) -> Picked:
     return [sorted(chain(*taken.get(i, []))) for i in range(len(grouping.graph.groups))]
 
 
-def failing(model: nn.Module, example_inputs: Any, grouping: Grouping) -> list[Failure]:
+def failing(trials: Trials, grouping: Grouping) -> list[Failure]:
     """Return the groups that the network can't be pruned in as assumed; empty when all is well."""
     failures: list[Failure] = []
-    for picked in _selections(grouping):
+    for picked in _selections(trials, grouping):
         chosen = [i for i, channels in enumerate(picked) if channels]
         while chosen:
-            outcome = _attempt(model, example_inputs, grouping, chosen, picked)
+            outcome = _attempt(trials, grouping, chosen, picked)
             if outcome is None:
                 break
-            found = outcome.failures or _isolate(model, example_inputs, grouping, chosen, outcome.suspects, picked)
+            found = outcome.failures or _isolate(trials, grouping, chosen, outcome.suspects, picked)
             found += _alike(grouping, chosen, found)
             failures += found
             gone = {failure.group for failure in found}
@@ -170,12 +192,7 @@ def _alternatives(grouping: Grouping, failure: Failure) -> list[Site]:
 
 
 def _isolate(
-    model: nn.Module,
-    example_inputs: Any,
-    grouping: Grouping,
-    chosen: list[int],
-    suspects: list[int],
-    picked: Picked,
+    trials: Trials, grouping: Grouping, chosen: list[int], suspects: list[int], picked: Picked
 ) -> list[Failure]:
     """Return failures of some of the groups, which together fail without telling where: try suspects, then halves."""
     if len(chosen) > 1:
@@ -184,9 +201,9 @@ def _isolate(
         if suspects and len(suspects) < len(chosen):
             parts = [*([[i] for i in suspects] if len(suspects) <= _FEW else [suspects]), *parts]
         for part in parts:
-            outcome = _attempt(model, example_inputs, grouping, part, picked)
+            outcome = _attempt(trials, grouping, part, picked)
             if outcome is not None:
-                return outcome.failures or _isolate(model, example_inputs, grouping, part, outcome.suspects, picked)
+                return outcome.failures or _isolate(trials, grouping, part, outcome.suspects, picked)
     # Each half passes alone: what fails is the combination.
     return [Failure(i, "the pruned network computes something else") for i in chosen]
 
@@ -199,41 +216,43 @@ class _Outcome:
     suspects: list[int]
 
 
-def _attempt(
-    model: nn.Module, example_inputs: Any, grouping: Grouping, chosen: list[int], picked: Picked
-) -> _Outcome | None:
+def _attempt(trials: Trials, grouping: Grouping, chosen: list[int], picked: Picked) -> _Outcome | None:
     """Prune some groups and compare; None: all is well."""
-    graph = grouping.graph
+    graph, model, example_inputs = grouping.graph, trials.model, trials.example_inputs
     plan = plan_removal(graph, {graph.groups[i].name: picked[i] for i in chosen})
     exact = [i for i in chosen if graph.groups[i].exact]
-    try:
-        small = cut(model, plan, share=True)
-        if len(exact) < len(chosen):  # inexact groups change values, so it has to run, and no more
-            outputs(small, example_inputs)
-        else:
-            difference = compare(model, small, plan, example_inputs, _TOLERANCE)
-    except SecateurError:
-        raise
-    except Exception as error:  # noqa: BLE001 - whatever the model's own code raises; it is the finding
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        reason = f"with fewer channels the model's own code fails: {text}"
-        frames = _frames(error, small)
-        sources = tuple(source for source, _ in frames)
-        if len(chosen) == 1:
-            return _Outcome([Failure(chosen[0], reason, sources)], [])
-        return _Outcome(_blamed(grouping, chosen, frames, reason), _handled(grouping, chosen, frames))
-    if len(exact) < len(chosen):
-        # Values are compared without them.
-        return _attempt(model, example_inputs, grouping, exact, picked) if exact else None
-    if not difference.mismatched and difference.error <= _TOLERANCE:
-        return None
-    difference = _in_double(model, plan, example_inputs) or difference
-    if not difference.mismatched and difference.error <= _TOLERANCE:
-        return None
-    return _Outcome(_mismatched(grouping, chosen, difference.mismatched), [])
+    compared = len(exact) == len(chosen)  # inexact groups change values, so it has to run, and no more
+    if (plan, compared) not in trials.passed:
+        try:
+            small = cut(model, plan, share=True)
+            if compared:
+                difference = compare(model, small, plan, example_inputs, _TOLERANCE)
+            else:
+                outputs(small, example_inputs)
+        except SecateurError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever the model's own code raises; it is the finding
+            text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = f"with fewer channels the model's own code fails: {text}"
+            frames = _frames(error, small)
+            sources = tuple(source for source, _ in frames)
+            if len(chosen) == 1:
+                return _Outcome([Failure(chosen[0], reason, sources)], [])
+            return _Outcome(_blamed(grouping, chosen, frames, reason), _handled(grouping, chosen, frames))
+        if compared and not _agrees(difference):
+            difference = _in_double(model, plan, example_inputs) or difference
+            if not _agrees(difference):
+                return _Outcome(_mismatched(grouping, chosen, difference.mismatched), [])
+        trials.passed.append((plan, compared))
+    # Values are compared without the inexact groups.
+    return _attempt(trials, grouping, exact, picked) if exact and not compared else None
 
 
-def _in_double(model: nn.Module, plan: Any, example_inputs: Any) -> Any:
+def _agrees(difference: Difference) -> bool:
+    return not difference.mismatched and difference.error <= _TOLERANCE
+
+
+def _in_double(model: nn.Module, plan: PruningPlan, example_inputs: Any) -> Difference | None:
     """Compare once more in fp64, where rounding can't tip a data-dependent choice; None where it does not run."""
     doubled = copy.deepcopy(model).double()
     inputs = mapped(example_inputs, lambda t: t.double() if t.is_floating_point() else t)
@@ -306,8 +325,13 @@ def give_up(
     grouping: Grouping,
     decisions: dict[int, int],
     banned: dict[tuple[str, int], Cause],
-) -> None:
-    """Take the next option of the assumptions behind the failures; without any left, keep the group's channels."""
+) -> bool:
+    """Take the next option of the assumptions behind the failures; without any left, keep the group's channels.
+
+    Returns:
+        Whether an assumption changed, so that labels flow otherwise.
+    """
+    before = dict(decisions)
     for failure in failures:
         blamed = _alternatives(grouping, failure)
         for site in blamed:
@@ -316,6 +340,7 @@ def give_up(
             for member in grouping.graph.groups[failure.group].members:
                 if member.role is Role.PRODUCER:
                     banned[member.tensor, member.dim] = _cause(grouping, failure)
+    return decisions != before
 
 
 def _cause(grouping: Grouping, failure: Failure) -> Cause:

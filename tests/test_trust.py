@@ -24,7 +24,7 @@ def recorded(model: nn.Module, inputs: object) -> tracing.Flow:
     """Let labels flow through a model once."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return tracing._record(model, inputs, {}, {})[0]
+        return tracing._record(model, inputs, tracing._functions(model), {}, {})[0]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=lambda c: c.name)
@@ -34,7 +34,7 @@ def test_what_is_certain_passes_its_trial(case: Case) -> None:
     flow = recorded(model, inputs)
     if flow.certain:
         types = {name: type(module).__name__ for name, module in model.named_modules()}
-        assert trial.failing(model, inputs, group_channels(flow, types, (), 1)) == []
+        assert trial.failing(trial.Trials(model, inputs), group_channels(flow, types, (), 1)) == []
 
 
 def test_cases_of_both_kinds_are_there() -> None:

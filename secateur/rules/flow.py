@@ -273,6 +273,17 @@ class Flow:
                 self.frozen.append((labels, self.banned[name, 1]))
         return self._virtual[key]
 
+    def ban(self, banned: Mapping[tuple[str, int], Cause]) -> None:
+        """Keep every channel along these dimensions of parameters, as if they had been banned before the run."""
+        found = [
+            (leaf.axes[d], cause)
+            for key, leaf in self._leaves.items()
+            for (name, d), cause in banned.items()
+            if self._names[key] == name and d in leaf.axes
+        ]
+        found += [(labels, banned[name, 1]) for (name, _), labels in self._virtual.items() if (name, 1) in banned]
+        self.frozen[:0] = found
+
     # What a rule may find
 
     def cause(self, reason: str) -> Cause:
