@@ -42,43 +42,63 @@ HEADER = (
 )
 
 
-def _work(measure: Callable[[Any], Row], entry: Any, sender: Any, seconds: float) -> None:
-    used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-    resource.setrlimit(resource.RLIMIT_CPU, (int(used + seconds) + 1, resource.RLIM_INFINITY))
+Measure = Callable[[Any, Callable[[Row], None]], Row]
+"""``measure(entry, stage)``: returns a row, and calls ``stage`` with what is known of it whenever a part is done."""
+
+
+def _work(measure: Measure, entry: Any, sender: Any, seconds: float) -> None:
+    def stage(row: Row) -> None:
+        """Hand over what is known so far, and give the next part as many seconds."""
+        used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+        resource.setrlimit(resource.RLIMIT_CPU, (int(used + seconds) + 1, resource.RLIM_INFINITY))
+        sender.send(row)
+
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    stage({})
     try:
-        sender.send(measure(entry))
+        sender.send(measure(entry, stage))
     except Exception as error:  # noqa: BLE001 - a crash is a result
         full = isinstance(error, MemoryError) or "allocate memory" in str(error)
         detail = f"{type(error).__name__}: {str(error)[:300]}"
         sender.send({"verdict": "crash", "detail": f"over {MEMORY / 2**30:g} GiB of memory" if full else detail})
 
 
-def limited(measure: Callable[[Any], Row], entry: Any, seconds: float) -> Row:
+def limited(measure: Measure, entry: Any, seconds: float) -> Row:
     """Measure one network in a forked process, and give up after so many seconds of processor time.
 
-    Busy machines give a process a part of the clock's seconds only: ten times as many are waited for at most.
+    Each part has as many: to build the network, to prune it, and to find out whether the result is right. A network
+    that could be pruned, but not judged in time, ``runs``. Busy machines give a process a part of the clock's seconds
+    only: ten times as many are waited for at most.
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(measure, entry, sender, seconds))
     process.start()
     sender.close()
+    row: Row = {}
     try:
-        if not receiver.poll(10 * seconds):
-            return {"verdict": "timeout", "detail": f"no end after {10 * seconds:g} s by the clock"}
-        found: Row = receiver.recv()
-        return found
+        while "verdict" not in row:
+            if not receiver.poll(10 * seconds):
+                return _late(row, f"{10 * seconds:g} s by the clock")
+            row = receiver.recv()
     except EOFError:
         process.join()
         if process.exitcode == -signal.SIGXCPU:
-            return {"verdict": "timeout", "detail": f"no end after {seconds:g} s of processor time"}
+            return _late(row, f"{seconds:g} s of processor time")
         return {"verdict": "crash", "detail": f"the process ended with code {process.exitcode}"}
     finally:
         if process.is_alive():
             process.join(2)
             process.kill()
         process.join()
+    return row
+
+
+def _late(row: Row, limit: str) -> Row:
+    """Return the row of a network that took too long."""
+    if "seconds" in row:
+        return row | {"verdict": "runs", "detail": f"not judged: comparing took over {limit}"}
+    return {"verdict": "timeout", "detail": f"no end after {limit}"}
 
 
 def _megabytes(row: Row, key: str) -> str:
