@@ -59,16 +59,17 @@ class _LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         flow.shape_before = tuple(args[0].shape) if name in _RESHAPING else ()
         flow.stride_before = args[0].stride() if name in _RESHAPING else ()
         out = func(*args, **kwargs)
+        flow.operands = tensors_in((*args, *kwargs.values()))
         if rule is not None:
             rule(flow, args, kwargs, out)
         else:
-            operands = tensors_in((*args, *kwargs.values()))
-            for tensor in operands:
+            for tensor in flow.operands:
                 flow.freeze_tensor(tensor, "no rule says how channels flow through this operator")
             for tensor in tensors_in(out if isinstance(out, (tuple, list)) else (out,)):
                 flow.set(tensor, {})
         if flow.loose:
             carry(flow, name, args, kwargs, out)
+        flow.operands = ()
         return out
 
 
@@ -183,6 +184,13 @@ def _record(
             idle = _idle(model, flow)
         flow.doubt = flow.doubt or executed.counting()
         notes.extend(f"{name}: never runs, so it is left as it is" for name in idle)
+    blind = dict.fromkeys(c.module for c in flow.calls if c.kind != "registered" and c.positions == 0)
+    seeing = {c.module for c in flow.calls if c.positions}
+    notes.extend(
+        f"{name}: reads tensors without elements on the example inputs, so its channels go by the rules alone"
+        for name in blind
+        if name not in seeing
+    )
     if not flow.calls:
         notes.append("no convolution or linear layer with a weight of its own was seen; quantize after pruning")
     return flow, notes

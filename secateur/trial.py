@@ -123,7 +123,7 @@ def failing(trials: Trials, grouping: Grouping) -> list[Failure]:
             outcome = _attempt(trials, grouping, chosen, picked)
             if outcome is None:
                 break
-            found = outcome.failures or _isolate(trials, grouping, chosen, outcome.suspects, picked)
+            found = outcome.failures or _isolate(trials, grouping, chosen, outcome, picked)
             found += _alike(grouping, chosen, found)
             failures += found
             gone = {failure.group for failure in found}
@@ -191,29 +191,39 @@ def _alternatives(grouping: Grouping, failure: Failure) -> list[Site]:
     return [s for s in mine if s.cause.source in failure.sources] or mine
 
 
-def _isolate(
-    trials: Trials, grouping: Grouping, chosen: list[int], suspects: list[int], picked: Picked
-) -> list[Failure]:
-    """Return failures of some of the groups, which together fail without telling where: try suspects, then halves."""
-    if len(chosen) > 1:
-        middle = len(chosen) // 2
-        parts = [chosen[:middle], chosen[middle:]]
-        if suspects and len(suspects) < len(chosen):
-            parts = [*([[i] for i in suspects] if len(suspects) <= _FEW else [suspects]), *parts]
-        for part in parts:
-            outcome = _attempt(trials, grouping, part, picked)
-            if outcome is not None:
-                return outcome.failures or _isolate(trials, grouping, part, outcome.suspects, picked)
-    # Each half passes alone: what fails is the combination.
-    return [Failure(i, "the pruned network computes something else") for i in chosen]
-
-
 @dataclass(frozen=True)
 class _Outcome:
     """A trial that failed: the groups to blame, or, without any, those that the failing module handles."""
 
     failures: list[Failure]
-    suspects: list[int]
+    suspects: list[int] = field(default_factory=list)
+    reason: str = "the pruned network computes something else"
+    sources: tuple[str, ...] = ()
+
+
+def _isolate(trials: Trials, grouping: Grouping, chosen: list[int], failed: _Outcome, picked: Picked) -> list[Failure]:
+    """Return failures of some of the groups, which together fail without telling where.
+
+    Suspects are tried first, one by one and all together. Otherwise the shortest sequence that fails is looked for, by
+    halving: its last group is to blame, and those before it can go.
+    """
+    if len(failed.suspects) < len(chosen):
+        for part in [*([[i] for i in failed.suspects] if len(failed.suspects) <= _FEW else []), failed.suspects]:
+            outcome = _attempt(trials, grouping, part, picked) if part else None
+            if outcome is not None:
+                return outcome.failures or _isolate(trials, grouping, part, outcome, picked)
+    order = [*(i for i in chosen if i not in failed.suspects), *failed.suspects]
+    passing = 0
+    while len(order) - passing > 1:
+        middle = (passing + len(order)) // 2
+        outcome = _attempt(trials, grouping, order[:middle], picked)
+        if outcome is None:
+            passing = middle
+        elif outcome.failures:
+            return outcome.failures
+        else:
+            order, failed = order[:middle], outcome
+    return [Failure(order[-1], failed.reason, failed.sources)]
 
 
 def _attempt(trials: Trials, grouping: Grouping, chosen: list[int], picked: Picked) -> _Outcome | None:
@@ -237,12 +247,14 @@ def _attempt(trials: Trials, grouping: Grouping, chosen: list[int], picked: Pick
             frames = _frames(error, small)
             sources = tuple(source for source, _ in frames)
             if len(chosen) == 1:
-                return _Outcome([Failure(chosen[0], reason, sources)], [])
-            return _Outcome(_blamed(grouping, chosen, frames, reason), _handled(grouping, chosen, frames))
+                return _Outcome([Failure(chosen[0], reason, sources)])
+            return _Outcome(
+                _blamed(grouping, chosen, frames, reason), _handled(grouping, chosen, frames), reason, sources
+            )
         if compared and not _agrees(difference):
             difference = _in_double(model, plan, example_inputs) or difference
             if not _agrees(difference):
-                return _Outcome(_mismatched(grouping, chosen, difference.mismatched), [])
+                return _Outcome(_mismatched(grouping, chosen, difference.mismatched))
         trials.passed.append((plan, compared))
     # Values are compared without the inexact groups.
     return _attempt(trials, grouping, exact, picked) if exact and not compared else None

@@ -179,6 +179,8 @@ class Flow:
         self.doubt: Cause | None = None
         """The first call that may depend on the number of channels in a way that labels don't show."""
         self.ordinal = 0
+        self.operands: Sequence[Tensor] = ()
+        """What the operator at work reads."""
         self.shape_before: tuple[int, ...] = ()
         self.stride_before: tuple[int, ...] = ()
         self._names: dict[int, str] = {}
@@ -319,10 +321,13 @@ class Flow:
     def assume(self, labels: Labels, reason: str, *options: str, blocks: Sequence[Labels] = ()) -> str:
         """Return what to assume of the user's code at this call, and remember it to be tested.
 
-        ``"freeze"`` is always the last resort; the labels are frozen here when it is reached.
+        ``"freeze"`` is always the last resort; the labels are frozen here when it is reached, and where a tensor has no
+        elements: no trial would tell.
         """
         every = (*options, "freeze")
         choice = min(self.decisions.get(self.ordinal, 0), len(every) - 1)
+        if any(tensor.numel() == 0 for tensor in self.operands):
+            choice, reason = len(every) - 1, f"{reason}, and comes without elements: give examples that reach it"
         self.sites.append(Site(self.ordinal, self.cause(reason), labels.reshape(-1), every, choice, tuple(blocks)))
         if every[choice] == "freeze":
             self.freeze(labels, reason)

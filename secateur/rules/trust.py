@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from secateur.rules.flow import COUNTS, LAYERS, Cause, Flow, shown
+from secateur.rules.pointwise import batch_norm
 from secateur.rules.reach import Reached, computes_names, is_users_module, names_in
 from secateur.rules.registry import tensors_in
 from secateur.rules.sizes import used
@@ -55,6 +56,11 @@ _TRUSTED |= {
 }
 _SHAPES = {torch.Tensor.size, torch.Tensor.shape.__get__}  # type: ignore[attr-defined]
 _VIEWS = {torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.expand}
+_BATCH_NORMS = {
+    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var"),
+    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias"),
+}
+"""Functions that normalise by the batch -> names of their first arguments."""
 _PADS = {F.pad, getattr(torch._C._nn, "pad", F.pad)}
 _GROUP_NORMS = {F.group_norm, torch.group_norm}
 _CONVOLUTIONS = {
@@ -86,10 +92,17 @@ class Watch(TorchFunctionMode):
         flow = self.flow
         outer, flow.called = flow.called, func
         assumed = len(flow.sites)
+        nothing = func in _BATCH_NORMS and _first(args, kwargs).numel() == 0 and not flow.paused
+        flow.paused += nothing
         try:
             out = func(*args, **kwargs)
         finally:
             flow.called = outer
+            flow.paused -= nothing
+        if nothing:
+            # Without elements PyTorch multiplies all channels by the first one's scale, and reads no other.
+            flow.operator = "aten.batch_norm.default"
+            batch_norm(flow, _vectors(func, args, kwargs), {}, out)
         if flow.doubt is None and not flow.paused:
             self._look_at_callers()
             if not self._safe(func, args, kwargs, out, len(flow.sites) > assumed):
@@ -135,6 +148,17 @@ class Watch(TorchFunctionMode):
             sizes = args[1] if len(args) > 1 else kwargs.get("normalized_shape")
             return isinstance(flow.layer, nn.LayerNorm) and sizes is flow.layer.normalized_shape
         return False
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    tensor: Tensor = args[0] if args else kwargs["input"]
+    return tensor
+
+
+def _vectors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the input, weight, bias, mean and variance of a call of batch norm."""
+    bound = dict(zip(_BATCH_NORMS[func], args, strict=False)) | kwargs
+    return tuple(bound.get(name) for name in _BATCH_NORMS[torch.batch_norm])
 
 
 def _whole(index: Any, ndim: int) -> set[int]:
