@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
+import numpy as np
 from torch import nn
 from torch.nn.modules import module as module_registry
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -184,16 +185,29 @@ def _record(
             idle = _idle(model, flow)
         flow.doubt = flow.doubt or executed.counting()
         notes.extend(f"{name}: never runs, so it is left as it is" for name in idle)
-    blind = dict.fromkeys(c.module for c in flow.calls if c.kind != "registered" and c.positions == 0)
-    seeing = {c.module for c in flow.calls if c.positions}
-    notes.extend(
-        f"{name}: reads tensors without elements on the example inputs, so its channels go by the rules alone"
-        for name in blind
-        if name not in seeing
-    )
+    notes.extend(_without_elements(flow))
     if not flow.calls:
         notes.append("no convolution or linear layer with a weight of its own was seen; quantize after pruning")
     return flow, notes
+
+
+def _without_elements(flow: Flow) -> list[str]:
+    """Keep what layers make out of nothing for code that may loop over no element; return notes on those layers."""
+    calls = [call for call in flow.calls if call.kind != "registered" and call.positions == 0]
+    if not calls:
+        return []
+    classes = flow.store.classes()
+    read = np.unique(classes[np.concatenate([labels.reshape(-1) for labels in flow.consumed])])
+    for call in calls:
+        if call.outputs is not None and not np.isin(classes[call.outputs], read).any():
+            reason = "is made without elements, and read by no layer: give examples that reach it"
+            flow.frozen.append((call.outputs.reshape(-1), Cause(call.kind, call.module, "", reason)))
+    seeing = {call.module for call in flow.calls if call.positions}
+    return [
+        f"{name}: reads tensors without elements on the example inputs, so its channels go by the rules alone"
+        for name in dict.fromkeys(call.module for call in calls)
+        if name not in seeing
+    ]
 
 
 def _evaluate(model: nn.Module) -> None:

@@ -39,6 +39,21 @@ class Prefix(nn.Module):
         return self.out(self.conv(x)[:, :4])
 
 
+class Looping(nn.Module):
+    """Looks at the examples one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.conv = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.conv(self.inner(x))
+        found = torch.zeros(len(x), 6, dtype=x.dtype)
+        for i in range(len(x)):
+            found[i] = maps[i].amax((1, 2))
+        return found
+
+
 class Plain(nn.BatchNorm2d):
     """Batch norm by the operator itself, as older code calls it."""
 
@@ -83,6 +98,15 @@ def test_a_size_in_the_code_that_nothing_was_tried_against_is_refused() -> None:
     graph, plan, small = pruned(model, x)
     assert [g.name for g in graph.groups] == ["body.0"]
     assert any("without elements" in r.reason for r in graph.refused)
+    model.threshold = small.threshold = float("-inf")
+    assert oracle.judge(model, small, plan, x).exact
+
+
+def test_what_a_loop_over_nothing_would_read_is_kept() -> None:
+    model, x = randomise(Detector(Looping())).eval(), torch.randn(2, 3, 4, 4).double()
+    graph, plan, small = pruned(model, x)
+    assert [g.name for g in graph.groups] == ["body.0", "head.inner"]
+    assert any(r.module == "head.conv" and "without elements" in r.reason for r in graph.refused)
     model.threshold = small.threshold = float("-inf")
     assert oracle.judge(model, small, plan, x).exact
 
