@@ -239,7 +239,9 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     Args:
         model: The network; left as found: parameters, buffers, modes, hooks, random state. Data parallel and compiled
             wrappers are seen through.
-        example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments.
+        example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments. They should reach every
+            layer: give a detector an image in which it finds something. A layer that reads tensors without elements
+            goes by the rules alone, and is noted.
 
     Returns:
         The groups that can be pruned and what can't, each with operator, module, source line and reason.
