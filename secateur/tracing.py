@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
-import numpy as np
 from torch import nn
 from torch.nn.modules import module as module_registry
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -197,9 +196,9 @@ def _without_elements(flow: Flow) -> list[str]:
     if not calls:
         return []
     classes = flow.store.classes()
-    read = np.unique(classes[np.concatenate([labels.reshape(-1) for labels in flow.consumed])])
+    read = {int(c) for labels in flow.consumed for c in classes[labels.reshape(-1)]}
     for call in calls:
-        if call.outputs is not None and not np.isin(classes[call.outputs], read).any():
+        if call.outputs is not None and read.isdisjoint(classes[call.outputs.reshape(-1)].tolist()):
             reason = "is made without elements, and read by no layer: give examples that reach it"
             flow.frozen.append((call.outputs.reshape(-1), Cause(call.kind, call.module, "", reason)))
     seeing = {call.module for call in flow.calls if call.positions}
@@ -239,9 +238,9 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     Args:
         model: The network; left as found: parameters, buffers, modes, hooks, random state. Data parallel and compiled
             wrappers are seen through.
-        example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments. They should reach every
-            layer: give a detector an image in which it finds something. A layer that reads tensors without elements
-            goes by the rules alone, and is noted.
+        example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments. They should reach
+            every layer: give a detector an image in which it finds something. A layer that reads tensors without
+            elements goes by the rules alone, and is noted.
 
     Returns:
         The groups that can be pruned and what can't, each with operator, module, source line and reason.

@@ -116,3 +116,9 @@ def test_what_saw_nothing_is_said() -> None:
     graph, plan, small = pruned(model, x)
     assert any(note.startswith("head.0: ") and "without elements" in note for note in graph.notes)
     assert any("without elements" in said for said in sc.verify(model, small, plan, x).refused)
+
+
+def test_a_batch_of_no_examples_shows_nothing() -> None:
+    graph = sc.trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), torch.zeros(0, 3, 8, 8))
+    assert not graph.groups
+    assert graph.notes[0].startswith("0: reads tensors without elements")
