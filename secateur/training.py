@@ -37,6 +37,10 @@ Metric: TypeAlias = Callable[[nn.Module, Batches], float]
 """``metric(model, batches)`` -> higher is better; a fraction, so that tolerances count hundredths of it as points."""
 
 
+_MARKS = ("_is_accelerate_prepared", "_original_forward", "forward")
+"""What Accelerate sets on a model that it prepares."""
+
+
 @dataclass(frozen=True)
 class TrainingSettings:
     """How weights are trained.
@@ -281,6 +285,7 @@ class Stage:
         self.teacher = None if teacher is None else teacher.to(self.runtime.device)
         self.distillation = distillation or Distillation()
         self.model.to(self.runtime.device)
+        self._marks = {name: value for name, value in vars(self.model).items() if name in _MARKS}
         self._prepared, self._optimizer = self.runtime.prepare(self.model, self.settings.build(self.model.parameters()))
 
     def run_epoch(
@@ -381,6 +386,10 @@ class Stage:
     def close(self) -> nn.Module:
         """Take the model off the runtime again, as it was but for its weights, and return it."""
         self.model = self.runtime.unwrap_model(self._prepared, keep_fp32_wrapper=False)
+        # With Accelerate's marks left on it, the next stage would train it in full precision.
+        for name in _MARKS:
+            vars(self.model).pop(name, None)
+        vars(self.model).update(self._marks)
         # Accelerate keeps every prepared object alive until told.
         self.runtime.free_memory()
         return self.model

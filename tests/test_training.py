@@ -271,3 +271,22 @@ def test_bad_requests_are_one_clear_line(
 def test_a_diverging_loss_stops_the_run() -> None:
     with pytest.raises(RunError, match=r"stage 0, epoch 1.*loss is (nan|inf); lower the learning rate \(now 1e\+25\)"):
         fit(model_of(), digits()[0], epochs=3, settings=TrainingSettings(lr=1e25))
+
+
+def test_a_second_stage_has_the_same_precision() -> None:
+    from accelerate.state import AcceleratorState
+
+    model, seen = model_of(), []
+    before = set(vars(model))
+    layer = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    layer.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    AcceleratorState._reset_state(reset_partial_state=True)  # a process has one precision
+    try:
+        for number in range(2):
+            runtime = training.accelerator("cpu", "bf16")
+            fit(model, digits()[0], epochs=1, stage=number, runtime=runtime)
+            assert set(seen) == {torch.bfloat16}
+            assert set(vars(model)) == before
+            seen.clear()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
