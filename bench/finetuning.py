@@ -148,6 +148,8 @@ def render() -> str:
     """Return the tables as Markdown."""
     lines = read()
     value, peak = measured(lines), peaks(lines)
+    kept = {(line["epochs"], line["criterion"], line["compensation"]): line for line in lines if "criterion" in line}
+    mixed = [f"`{key[1]}` {key[2]}" for key, line in kept.items() if "bf16_epochs" in line and key in value]
     columns = [name for name, as_ in TRAINED_AS.items() if any(cell[2] == as_ for cell in value)]
     missing = [name for name in TRAINED_AS if name not in columns]
     text = [
@@ -163,6 +165,7 @@ def render() -> str:
             "nothing. Recalibrated batch norms differ in their running statistics alone, which training does not read "
             "and an epoch replaces, so those columns are the trained networks of the columns without. "
             + (f"Not measured: {', '.join(missing)}. " if missing else "")
+            + (f"Epochs 2 and 3 of these ran in fp32: {', '.join(mixed)}. " if mixed else "")
             + "Written by `python -m bench.finetuning`."
         ),
         "",
