@@ -216,10 +216,7 @@ def secateur(entry: Entry, stage: Stage) -> dict[str, Any]:
             for r in graph.refused
         ],
     }  # fmt: skip
-    row["macs_removed"] = 1 - macs(small, inputs) / max(row["macs"], 1)
-    if row["macs_removed"] < 0:
-        # Other values, more detections: count both networks at as many as the original finds.
-        row["macs_removed"] = 1 - sc.macs(graph, plan) / max(sc.macs(graph), 1)
+    row["macs_removed"] = _removed(entry, row["macs"], inputs, graph, plan, small)
     row["parameters_removed"] = 1 - _count(small) / max(row["parameters"], 1)
     row |= _compare(model, small, plan, inputs)
     if row["parameters_removed"] <= 0 and row["verdict"] == "exact":
@@ -228,8 +225,9 @@ def secateur(entry: Entry, stage: Stage) -> dict[str, Any]:
     if exact < len(graph.groups):
         del small
         try:
-            small = sc.apply(model, sc.plan_removal(graph, chosen))
-            row["macs_removed_all"] = 1 - macs(small, inputs) / max(row["macs"], 1)
+            every = sc.plan_removal(graph, chosen)
+            small = sc.apply(model, every)
+            row["macs_removed_all"] = _removed(entry, row["macs"], inputs, graph, every, small)
             shapes = [getattr(t, "shape", t) for t in oracle.run(small, inputs)]
             row["inexact"] = (
                 "runs" if shapes == [getattr(t, "shape", t) for t in oracle.run(model, inputs)] else "shape"
@@ -237,6 +235,17 @@ def secateur(entry: Entry, stage: Stage) -> dict[str, Any]:
         except Exception as error:  # noqa: BLE001 - recorded as the result
             row["inexact"] = f"{type(error).__name__}: {str(error)[:200]}"
     return row
+
+
+def _removed(entry: Entry, whole: int, inputs: Any, graph: Any, plan: Any, small: nn.Module) -> float:
+    """Return the fraction of the MACs that a plan removes."""
+    import secateur as sc
+
+    removed = 1 - macs(small, inputs) / max(whole, 1)
+    if removed < 0 or "/detection/" in entry.name:
+        # Other values, other detections: count both networks at as many as the original finds.
+        return 1 - sc.macs(graph, plan) / max(sc.macs(graph), 1)
+    return removed
 
 
 def _count(model: nn.Module) -> int:
