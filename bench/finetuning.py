@@ -118,20 +118,25 @@ def read() -> list[dict[str, Any]]:
     return [json.loads(line) for line in STORE.read_text().splitlines()] if STORE.exists() else []
 
 
-def peaks(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the best peak of each column that has been tried with all of them."""
-    tried: dict[str, dict[float, float]] = {}
+def tried(lines: list[dict[str, Any]]) -> dict[str, dict[float, float]]:
+    """Return column -> peak -> accuracy on the images held out, of the columns tried with every peak."""
+    found: dict[str, dict[float, float]] = {}
     for line in lines:
         if "rate" in line:
-            tried.setdefault(line["compensation"], {})[line["rate"]] = line["validation"]
-    return {name: max(rates, key=lambda r: rates[r]) for name, rates in tried.items() if set(rates) >= set(PEAKS)}
+            found.setdefault(line["compensation"], {})[line["rate"]] = line["validation"]
+    return {name: rates for name, rates in found.items() if set(rates) >= set(PEAKS)}
 
 
-def measured(lines: list[dict[str, Any]]) -> dict[tuple[int, str, str], float]:
-    """Return the accuracy of every cell that was trained from the peak of its column."""
+def peaks(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the best peak of each column."""
+    return {name: max(rates, key=lambda r: rates[r]) for name, rates in tried(lines).items()}
+
+
+def measured(lines: list[dict[str, Any]]) -> dict[tuple[int, str, str], dict[str, Any]]:
+    """Return the line of every cell that was trained from the peak of its column."""
     peak = peaks(lines)
     return {
-        (line["epochs"], line["criterion"], line["compensation"]): line["accuracy"]
+        (line["epochs"], line["criterion"], line["compensation"]): line
         for line in lines
         if "criterion" in line and line["peak"] == peak.get(line["compensation"])
     }
@@ -147,10 +152,9 @@ def append(line: dict[str, Any]) -> None:
 def render() -> str:
     """Return the tables as Markdown."""
     lines = read()
-    value, peak = measured(lines), peaks(lines)
-    kept = {(line["epochs"], line["criterion"], line["compensation"]): line for line in lines if "criterion" in line}
-    mixed = [f"`{key[1]}` {key[2]}" for key, line in kept.items() if "bf16_epochs" in line and key in value]
-    columns = [name for name, as_ in TRAINED_AS.items() if any(cell[2] == as_ for cell in value)]
+    cells, rates, peak = measured(lines), tried(lines), peaks(lines)
+    mixed = [f"`{criterion}` {name}" for (_, criterion, name), line in cells.items() if "bf16_epochs" in line]
+    columns = [name for name, as_ in TRAINED_AS.items() if any(cell[2] == as_ for cell in cells)]
     missing = [name for name in TRAINED_AS if name not in columns]
     text = [
         "## Criteria × compensation: resnet20, CIFAR-10, after fine-tuning",
@@ -173,14 +177,13 @@ def render() -> str:
         "|---|" + "---|" * (len(PEAKS) + 1),
     ]
     for name in (name for name in columns if name in peak):
-        tried = {line["rate"]: line["validation"] for line in lines if "rate" in line and line["compensation"] == name}
-        text.append(f"| {name} | " + " | ".join(f"{tried[rate]:.2f}" for rate in PEAKS) + f" | {peak[name]} |")
+        text.append(f"| {name} | " + " | ".join(f"{rates[name][rate]:.2f}" for rate in PEAKS) + f" | {peak[name]} |")
     for epochs in REPORTED:
         shown = {
-            (criterion, name): value[epochs, criterion, as_]
+            (criterion, name): cells[epochs, criterion, as_]["accuracy"]
             for criterion in criteria.CRITERIA
             for name, as_ in TRAINED_AS.items()
-            if (epochs, criterion, as_) in value
+            if (epochs, criterion, as_) in cells
         }
         text += ["", f"### {epochs} epoch{'' if epochs == 1 else 's'}", "", *criteria.table(shown, columns)]
     return "\n".join(text)
@@ -190,7 +193,6 @@ def main() -> None:
     """Measure what is missing and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--compensations", choices=COLUMNS, nargs="+", default=list(COLUMNS))
-    parser.add_argument("--peaks-only", action="store_true", help="choose the peaks and train no cell")
     parser.add_argument(
         "--work", type=Path, default=criteria.ROOT / "runs" / "finetuning", help="for half-trained cells"
     )
@@ -205,7 +207,7 @@ def main() -> None:
         peak, done = peaks(read()), measured(read())
         # One epoch of every cell before the third of any.
         for epochs, criterion, compensation in product(REPORTED, criteria.CRITERIA, arguments.compensations):
-            if not arguments.peaks_only and (epochs, criterion, compensation) not in done:
+            if (epochs, criterion, compensation) not in done:
                 append(table.cell(criterion, compensation, peak[compensation], epochs, arguments.work))
     write_section(arguments.results, "finetuning-resnet20", render())
 

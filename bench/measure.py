@@ -111,9 +111,10 @@ def _place(source: str) -> str:
 def _compare(model: nn.Module, small: nn.Module, plan: Any, inputs: Any) -> dict[str, Any]:
     if _count(model) > DOUBLE_LIMIT:
         verdict = oracle.judge(model, small, plan, oracle.fresh(inputs, 1))
-        if verdict.kind != "wrong-channel" or verdict.error < 1e-4:
-            kind = "exact" if verdict.kind == "wrong-channel" else verdict.kind
-            return {"verdict": kind, "error": verdict.error, "detail": verdict.detail, "precision": "fp32"}
+        if verdict.kind == "wrong-channel" and verdict.error < 1e-4:
+            verdict = oracle.Verdict("exact", verdict.detail, verdict.error)
+        if verdict.kind != "wrong-channel":
+            return {"verdict": verdict.kind, "error": verdict.error, "detail": verdict.detail, "precision": "fp32"}
     doubled = copy.deepcopy(model).double(), copy.deepcopy(small).double()
     fresh = oracle.fresh(oracle.doubled(inputs), 1)
     verdict = oracle.judge(*doubled, plan, fresh)
@@ -241,11 +242,10 @@ def _removed(entry: Entry, whole: int, inputs: Any, graph: Any, plan: Any, small
     """Return the fraction of the MACs that a plan removes."""
     import secateur as sc
 
-    removed = 1 - macs(small, inputs) / max(whole, 1)
-    if removed < 0 or "/detection/" in entry.name:
-        # Other values, other detections: count both networks at as many as the original finds.
-        return 1 - sc.macs(graph, plan) / max(sc.macs(graph), 1)
-    return removed
+    if "/detection/" not in entry.name and (removed := 1 - macs(small, inputs) / max(whole, 1)) >= 0:
+        return removed
+    # Other values, other detections: count both networks at as many as the original finds.
+    return 1 - sc.macs(graph, plan) / max(sc.macs(graph), 1)
 
 
 def _count(model: nn.Module) -> int:

@@ -147,7 +147,6 @@ def _record(
     example_inputs: Any,
     functions: list[Reached],
     decisions: Mapping[int, int],
-    banned: Any,
     loose: Set[int] = frozenset(),
 ) -> tuple[Flow, list[str]]:
     """Let labels flow through one forward in eval mode, and one in train mode where that runs further layers.
@@ -160,7 +159,7 @@ def _record(
         _evaluate(model)
         layers = (nn.modules.conv._ConvNd, nn.Linear)
         kernels = {f"{name}.weight".lstrip(".") for name, m in model.named_modules() if isinstance(m, layers)}
-        flow = Flow(named, decisions, banned, kernels, loose)
+        flow = Flow(named, decisions, kernels, loose)
         executed = Executed()
         suspect = counting(functions)
         watched = executed if suspect is not None and executed.at_hand else nullcontext()
@@ -251,12 +250,13 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     model = unwrapped(model)
     decisions: dict[int, int] = {}
     banned: dict[tuple[str, int], Cause] = {}
+    """Dimensions of parameters that were seen not to be prunable, and why."""
     loose: set[int] = set()
     types = {name: type(module).__name__ for name, module in model.named_modules()}
     batch = batch_size(example_inputs)
     trials = trial.Trials(model, example_inputs)
     functions = _functions(model)
-    flow, notes = _record(model, example_inputs, functions, decisions, banned, loose)
+    flow, notes = _record(model, example_inputs, functions, decisions, loose)
     for _ in range(_MOST_TRIALS):
         grouping = group_channels(flow, types, tuple(notes), batch)
         if not loose.issuperset(grouping.stuck):
@@ -268,9 +268,9 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
             failures = trial.failing(trials, grouping) if not flow.certain else []
             if not failures:
                 return grouping.graph
-            known = set(banned)
             if not trial.give_up(failures, grouping, decisions, banned):
-                flow.ban({key: cause for key, cause in banned.items() if key not in known})
+                flow.ban(banned)
                 continue
-        flow, notes = _record(model, example_inputs, functions, decisions, banned, loose)
+        flow, notes = _record(model, example_inputs, functions, decisions, loose)
+        flow.ban(banned)
     raise TraceError("trace: what the pruned network computes could not be explained; please report this network.")

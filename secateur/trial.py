@@ -228,36 +228,41 @@ def _isolate(trials: Trials, grouping: Grouping, chosen: list[int], failed: _Out
 
 def _attempt(trials: Trials, grouping: Grouping, chosen: list[int], picked: Picked) -> _Outcome | None:
     """Prune some groups and compare; None: all is well."""
-    graph, model, example_inputs = grouping.graph, trials.model, trials.example_inputs
+    graph = grouping.graph
     plan = plan_removal(graph, {graph.groups[i].name: picked[i] for i in chosen})
     exact = [i for i in chosen if graph.groups[i].exact]
     compared = len(exact) == len(chosen)  # inexact groups change values, so it has to run, and no more
     if (plan, compared) not in trials.passed:
-        try:
-            small = cut(model, plan, share=True)
-            if compared:
-                difference = compare(model, small, plan, example_inputs, _TOLERANCE)
-            else:
-                outputs(small, example_inputs)
-        except SecateurError:
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever the model's own code raises; it is the finding
-            text = str(error).splitlines()[0] if str(error) else type(error).__name__
-            reason = f"with fewer channels the model's own code fails: {text}"
-            frames = _frames(error, small)
-            sources = tuple(source for source, _ in frames)
-            if len(chosen) == 1:
-                return _Outcome([Failure(chosen[0], reason, sources)])
-            return _Outcome(
-                _blamed(grouping, chosen, frames, reason), _handled(grouping, chosen, frames), reason, sources
-            )
-        if compared and not _agrees(difference):
-            difference = _in_double(model, plan, example_inputs) or difference
-            if not _agrees(difference):
-                return _Outcome(_mismatched(grouping, chosen, difference.mismatched))
+        outcome = _run(trials, grouping, chosen, plan, compared)
+        if outcome is not None:
+            return outcome
         trials.passed.append((plan, compared))
     # Values are compared without the inexact groups.
     return _attempt(trials, grouping, exact, picked) if exact and not compared else None
+
+
+def _run(trials: Trials, grouping: Grouping, chosen: list[int], plan: PruningPlan, compared: bool) -> _Outcome | None:
+    """Cut the network and run it, and compare values where asked; None: all is well."""
+    model, example_inputs = trials.model, trials.example_inputs
+    try:
+        small = cut(model, plan, share=True)
+        if not compared:
+            outputs(small, example_inputs)
+            return None
+        difference = compare(model, small, plan, example_inputs, _TOLERANCE)
+    except SecateurError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever the model's own code raises; it is the finding
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = f"with fewer channels the model's own code fails: {text}"
+        frames = _frames(error, small)
+        sources = tuple(source for source, _ in frames)
+        if len(chosen) == 1:
+            return _Outcome([Failure(chosen[0], reason, sources)])
+        return _Outcome(_blamed(grouping, chosen, frames, reason), _handled(grouping, chosen, frames), reason, sources)
+    if not _agrees(difference):
+        difference = _in_double(model, plan, example_inputs) or difference
+    return None if _agrees(difference) else _Outcome(_mismatched(grouping, chosen, difference.mismatched))
 
 
 def _agrees(difference: Difference) -> bool:

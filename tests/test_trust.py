@@ -24,7 +24,7 @@ def recorded(model: nn.Module, inputs: object) -> tracing.Flow:
     """Let labels flow through a model once."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return tracing._record(model, inputs, tracing._functions(model), {}, {})[0]
+        return tracing._record(model, inputs, tracing._functions(model), {})[0]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=lambda c: c.name)

@@ -146,8 +146,6 @@ class Flow:
     """Every parameter and buffer of the model."""
     decisions: Mapping[int, int] = field(default_factory=dict)
     """For sites whose first option was seen not to hold: key -> index of the option to take."""
-    banned: Mapping[tuple[str, int], Cause] = field(default_factory=dict)
-    """Dimensions of parameters that were seen not to be prunable, and why."""
     kernels: Set[str] = frozenset()
     """Names of the weights of convolution and linear layers."""
     loose: Set[int] = frozenset()
@@ -216,7 +214,6 @@ class Flow:
         kernel = tensor.ndim > 2 and tensor.shape[0] > 1
         dims = [d for d, size in enumerate(tensor.shape) if size > 1 and not (kernel and d > 1)]
         axes = {d: self.store.fresh_for(name, d, tensor.shape[d]) for d in dims}
-        self.frozen.extend((axes[d], self.banned[name, d]) for d in dims if (name, d) in self.banned)
         return Labelled(self.token, axes, weight=True)
 
     def axes(self, tensor: Tensor) -> Axes:
@@ -270,13 +267,11 @@ class Flow:
             return None
         key = (name, size)
         if key not in self._virtual:
-            self._virtual[key] = labels = self.store.fresh_for(name, 1, size, blocks)
-            if (name, 1) in self.banned:
-                self.frozen.append((labels, self.banned[name, 1]))
+            self._virtual[key] = self.store.fresh_for(name, 1, size, blocks)
         return self._virtual[key]
 
     def ban(self, banned: Mapping[tuple[str, int], Cause]) -> None:
-        """Keep every channel along these dimensions of parameters, as if they had been banned before the run."""
+        """Keep every channel along these dimensions of parameters, for the reasons given before all others."""
         found = [
             (leaf.axes[d], cause)
             for key, leaf in self._leaves.items()

@@ -92,7 +92,8 @@ class Watch(TorchFunctionMode):
         flow = self.flow
         outer, flow.called = flow.called, func
         assumed = len(flow.sites)
-        nothing = func in _BATCH_NORMS and _first(args, kwargs).numel() == 0 and not flow.paused
+        normed = _bound(_BATCH_NORMS[func], args, kwargs) if func in _BATCH_NORMS and not flow.paused else {}
+        nothing = bool(normed) and normed["input"].numel() == 0
         flow.paused += nothing
         try:
             out = func(*args, **kwargs)
@@ -102,7 +103,7 @@ class Watch(TorchFunctionMode):
         if nothing:
             # Without elements PyTorch multiplies all channels by the first one's scale, and reads no other.
             flow.operator = "aten.batch_norm.default"
-            batch_norm(flow, _vectors(func, args, kwargs), {}, out)
+            batch_norm(flow, tuple(normed[name] for name in _BATCH_NORMS[torch.batch_norm]), {}, out)
         if flow.doubt is None and not flow.paused:
             self._look_at_callers()
             if not self._safe(func, args, kwargs, out, len(flow.sites) > assumed):
@@ -138,8 +139,8 @@ class Watch(TorchFunctionMode):
             read = {dim % args[0].ndim} if isinstance(dim, int) else used(caller, args[0].ndim)
             return read.isdisjoint(flow.axes(args[0]))
         if func in _PADS and isinstance(out, Tensor):
-            source, sizes = (*args[:2], *(kwargs[name] for name in ("input", "pad")[len(args) :]))
-            return out.ndim - len(sizes) // 2 > max(flow.axes(source), default=-1)
+            padded = _bound(("input", "pad"), args, kwargs)
+            return out.ndim - len(padded["pad"]) // 2 > max(flow.axes(padded["input"]), default=-1)
         if func is torch.Tensor.__getitem__:
             return _whole(args[1], args[0].ndim).issuperset(flow.axes(args[0]))
         if func in _GROUP_NORMS:
@@ -150,15 +151,9 @@ class Watch(TorchFunctionMode):
         return False
 
 
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    tensor: Tensor = args[0] if args else kwargs["input"]
-    return tensor
-
-
-def _vectors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the input, weight, bias, mean and variance of a call of batch norm."""
-    bound = dict(zip(_BATCH_NORMS[func], args, strict=False)) | kwargs
-    return tuple(bound.get(name) for name in _BATCH_NORMS[torch.batch_norm])
+def _bound(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return a call's first arguments by name, given by place or by keyword; None where not given."""
+    return dict.fromkeys(names) | kwargs | dict(zip(names, args, strict=False))
 
 
 def _whole(index: Any, ndim: int) -> set[int]:
