@@ -171,11 +171,12 @@ def _run(engine: Engine, state: State, directory: RunDirectory | None) -> Compre
         rounds, goals = len(state.history), len(state.milestones)
         state = engine.step(state)
         if directory is not None:
+            if len(state.milestones) > goals:
+                # Before the state: a run killed between the two takes the step again, and writes the same file.
+                directory.write_milestone(state, engine.plan(state.removed))
             directory.store(state)
             if len(state.history) > rounds:
                 directory.write_history(state)
-            if len(state.milestones) > goals:
-                directory.write_milestone(state, engine.plan(state.removed))
     result = summarise(engine, state, directory)
     if directory is not None:
         directory.finish(result)

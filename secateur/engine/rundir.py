@@ -29,8 +29,9 @@ except ImportError:  # Windows has no advisory locks of this kind
 class RunDirectory:
     """The folder of one run, held by one process at a time.
 
-    Every file in it is whole at every moment, and all but ``checkpoint/state.safetensors`` can be written again from
-    that one. A process that doesn't write (not the main one of several) only reads.
+    Every file in it is whole at every moment. All but ``checkpoint/state.safetensors`` can be written again from that
+    one, or were written before it (the networks of goals). A process that doesn't write (not the main one of several)
+    only reads.
 
     Raises:
         RunError: If another process holds the folder.

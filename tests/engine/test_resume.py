@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from secateur.engine import Engine, Settings, State
-from tests.engine.nets import digits, trained
+from secateur.engine import Engine, Settings, State, compress, resume
+from tests.engine.nets import Small, digits, trained
 
 ROOT = Path(__file__).resolve().parents[2]
 UNTIMED = ("seconds", "latency_ms")
@@ -66,6 +66,33 @@ def test_a_killed_run_ends_in_the_same_bits(expected: dict[str, Any], tmp_path: 
     found, died = killed(tmp_path, 1, 5)
     assert died == 5
     assert found == expected
+
+
+@pytest.mark.parametrize("name", ["milestone-1.safetensors", "history.jsonl", "model.safetensors", "result.json"])
+def test_no_file_is_missing_after_a_kill_before_it_took_its_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    replace = Path.replace
+    train, validation, test = digits(80)
+    data = {"train": train, "validation": validation, "test": test}
+    quick: dict[str, Any] = {"pairs": 4, "optimise_epochs": 1, "finetune_epochs": 1, "final_epochs": 1, "lr": 0.02}
+
+    def dying(self: Path, target: Path) -> Path:
+        if target.name == name and (tmp_path / "cut" / "history.jsonl").is_file():
+            raise Killed
+        return replace(self, target)
+
+    model = trained(epochs=3)
+    compress(model, run_dir=tmp_path / "whole", seed=7, tolerance=100, **data, **quick)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "replace", dying)
+        compress(model, run_dir=tmp_path / "cut", seed=7, tolerance=100, **data, **quick)
+    resume(tmp_path / "cut", Small(), **data)
+    assert "milestone-1.safetensors" in outcome(tmp_path / "whole")["models"]
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
 @pytest.mark.slow
