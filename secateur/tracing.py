@@ -268,7 +268,7 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
             failures = trial.failing(trials, grouping) if not flow.certain else []
             if not failures:
                 return grouping.graph
-            if not trial.give_up(failures, grouping, decisions, banned):
+            if not trial.give_up(failures, grouping, flow, decisions, banned):
                 flow.ban(banned)
                 continue
         flow, notes = _record(model, example_inputs, functions, decisions, loose)

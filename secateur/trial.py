@@ -21,7 +21,7 @@ from secateur.errors import SecateurError
 from secateur.graph import Role
 from secateur.inputs import mapped
 from secateur.planning import plan_removal, steps
-from secateur.rules.flow import Cause, Site, shown
+from secateur.rules.flow import Cause, Flow, Site, shown
 from secateur.surgery import cut
 from secateur.verification import Difference, compare, jumps, outputs
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from secateur.planning import PruningPlan
 
 _TOLERANCE = 1e-3
+_OF_CUTS = ("widths", "whole", "equal", "share", "parts")
 _FEW = 2
 """So many suspects are tried one by one."""
 
@@ -340,24 +341,30 @@ def _mismatched(grouping: Grouping, chosen: list[int], layers: dict[str, list[in
 def give_up(
     failures: list[Failure],
     grouping: Grouping,
+    flow: Flow,
     decisions: dict[int, int],
     banned: dict[tuple[str, int], Cause],
 ) -> bool:
     """Take the next option of the assumptions behind the failures; without any left, keep the group's channels.
 
     Returns:
-        Whether an assumption changed, so that labels flow otherwise.
+        Whether labels flow otherwise now: not where channels are just kept, as they went with these until now.
     """
-    before = dict(decisions)
+    changed: list[Site] = []
     for failure in failures:
         blamed = _alternatives(grouping, failure)
         for site in blamed:
+            changed.append(site)
             decisions[site.key] = site.choice + 1
         if not blamed:
             for member in grouping.graph.groups[failure.group].members:
                 if member.role is Role.PRODUCER:
                     banned[member.tensor, member.dim] = _cause(grouping, failure)
-    return decisions != before
+    # A cut laid constraints on its parts, which only another run is without.
+    kept = [s for s in changed if s.options[decisions[s.key] :] == ("freeze",) and s.options[s.choice] not in _OF_CUTS]
+    for site in kept:
+        flow.give_up(site)
+    return len(kept) < len(changed)
 
 
 def _cause(grouping: Grouping, failure: Failure) -> Cause:

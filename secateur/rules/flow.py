@@ -289,7 +289,11 @@ class Flow:
 
     def freeze(self, labels: Labels, reason: str) -> None:
         """Keep every channel of these labels."""
-        self.frozen.append((labels.reshape(-1), self.cause(reason)))
+        self.freeze_for(labels, self.cause(reason))
+
+    def freeze_for(self, labels: Labels, cause: Cause) -> None:
+        """Keep every channel of these labels, for a cause found at another call."""
+        self.frozen.append((labels.reshape(-1), cause))
 
     def freeze_tensor(self, tensor: Tensor, reason: str, dims: Iterable[int] | None = None) -> None:
         """Keep every channel of a tensor, or those along some of its dimensions."""
@@ -327,6 +331,11 @@ class Flow:
         if every[choice] == "freeze":
             self.freeze(labels, reason)
         return every[choice]
+
+    def give_up(self, site: Site) -> None:
+        """Keep the channels of a site whose assumption does not hold."""
+        site.choice = len(site.options) - 1
+        self.freeze_for(site.labels, site.cause)
 
     def counts(self, *values: int) -> list[str]:
         """Return the attributes of the module at work that hold one of these numbers, and that the running code names.
