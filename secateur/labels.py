@@ -64,8 +64,7 @@ class LabelStore:
         self.count = 0
         self.homes: list[Home] = []
         self._starts: list[int] = []
-        self._left: list[Labels] = []
-        self._right: list[Labels] = []
+        self.joins: list[tuple[Labels, Labels]] = []
         self.moves: list[Moved] = []
 
     def fresh(self, size: int) -> Labels:
@@ -79,6 +78,10 @@ class LabelStore:
         self.homes.append(Home(tensor, dim, self.count, size, blocks))
         self._starts.append(self.count)
         return self.fresh(size)
+
+    def labels_of(self, home: Home) -> Labels:
+        """Return the labels that were made for a parameter dimension."""
+        return np.arange(home.start, home.start + home.size, dtype=np.int64)
 
     def home(self, label: int) -> Home | None:
         """Return the parameter dimension for which a label was made, if it was made for one."""
@@ -97,8 +100,7 @@ class LabelStore:
         if left is right:
             return
         a, b = np.broadcast_arrays(left, right)
-        self._left.append(a.reshape(-1))
-        self._right.append(b.reshape(-1))
+        self.joins.append((a.reshape(-1), b.reshape(-1)))
 
     def shuffle(self, source: Labels, rows: int) -> Labels:
         """Return new labels for a vector read in rows and laid out in columns; each goes with what it was."""
@@ -108,7 +110,7 @@ class LabelStore:
 
     def classes(self, *, moved: bool = True) -> Labels:
         """Return the class of every label, numbered from 0; without what moved, of labels at one and the same place."""
-        left, right = list(self._left), list(self._right)
+        left, right = [a for a, _ in self.joins], [b for _, b in self.joins]
         for move in self.moves if moved else ():
             left.append(np.arange(move.start, move.start + move.size))
             right.append(move.source.reshape(move.rows, -1).T.reshape(-1))

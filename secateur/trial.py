@@ -17,11 +17,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from secateur.errors import SecateurError
+from secateur.cost import lost, macs, masks
+from secateur.errors import SecateurError, TraceError
 from secateur.graph import Role
 from secateur.inputs import mapped
 from secateur.planning import plan_removal, steps
+from secateur.program import Program, can_tell, is_same
+from secateur.recording import Recording, record
 from secateur.rules.flow import Cause, Flow, Site, shown
+from secateur.rules.reach import Reached
 from secateur.surgery import cut
 from secateur.verification import Difference, compare, jumps, outputs
 
@@ -62,6 +66,10 @@ class Trials:
 
     model: nn.Module
     example_inputs: Any
+    functions: list[Reached]
+    """What its forward may run."""
+    recording: Recording
+    """The run that the present grouping was made of."""
     removed: dict[tuple[object, ...], list[int]] = field(default_factory=dict)
     """What a group of this name and these constraints loses."""
     passed: list[tuple[PruningPlan, bool]] = field(default_factory=list)
@@ -245,8 +253,13 @@ def _attempt(trials: Trials, grouping: Grouping, chosen: list[int], picked: Pick
 def _run(trials: Trials, grouping: Grouping, chosen: list[int], plan: PruningPlan, compared: bool) -> _Outcome | None:
     """Cut the network and run it, and compare values where asked; None: all is well."""
     model, example_inputs = trials.model, trials.example_inputs
+    small = cut(model, plan, share=True)
+    program = Program()
+    if _tells(trials, grouping, plan, small, program):
+        return None
     try:
-        small = cut(model, plan, share=True)
+        if program.failed is not None:
+            raise program.failed
         if not compared:
             outputs(small, example_inputs)
             return None
@@ -264,6 +277,24 @@ def _run(trials: Trials, grouping: Grouping, chosen: list[int], plan: PruningPla
     if not _agrees(difference):
         difference = _in_double(model, plan, example_inputs) or difference
     return None if _agrees(difference) else _Outcome(_mismatched(grouping, chosen, difference.mismatched))
+
+
+def _tells(trials: Trials, grouping: Grouping, plan: PruningPlan, small: nn.Module, program: Program) -> bool:
+    """Tell whether a run without values shows that the cut network computes what the masked original computes.
+
+    That run is noted in ``program``, and so is why it failed.
+    """
+    graph, whole = grouping.graph, trials.recording
+    if not can_tell(whole, macs(graph) * graph.batch):
+        return False
+    flow = whole.flow
+    try:
+        found = record(small, trials.example_inputs, trials.functions, flow.decisions, flow.loose, light=program)
+    except TraceError:
+        return False
+    return is_same(
+        whole, found, grouping.classes, lost(grouping.group_of, grouping.channel_of, masks(graph, plan.removed))
+    )
 
 
 def _agrees(difference: Difference) -> bool:

@@ -12,29 +12,36 @@ import torchvision.models as zoo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur import tracing, trial
+from secateur import recording, tracing, trial
 from secateur.grouping import group_channels
+from secateur.rules.flow import Flow
 from tests.cases import CASES, Case
 from tests.cases.table import Net, conv
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def recorded(model: nn.Module, inputs: object) -> tracing.Flow:
-    """Let labels flow through a model once."""
+def run(model: nn.Module, inputs: object) -> recording.Recording:
+    """Record one run of a model."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return tracing._record(model, inputs, tracing._functions(model), {})[0]
+        return recording.record(model, inputs, tracing._functions(model), {})
+
+
+def recorded(model: nn.Module, inputs: object) -> Flow:
+    """Let labels flow through a model once."""
+    return run(model, inputs).flow
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=lambda c: c.name)
 def test_what_is_certain_passes_its_trial(case: Case) -> None:
     torch.manual_seed(0)
     model, inputs = case.build(), case.inputs()
-    flow = recorded(model, inputs)
-    if flow.certain:
+    whole = run(model, inputs)
+    if whole.flow.certain:
         types = {name: type(module).__name__ for name, module in model.named_modules()}
-        assert trial.failing(trial.Trials(model, inputs), group_channels(flow, types, (), 1)) == []
+        trials = trial.Trials(model, inputs, [], whole)
+        assert trial.failing(trials, group_channels(whole.flow, types, (), 1)) == []
 
 
 def test_cases_of_both_kinds_are_there() -> None:

@@ -324,6 +324,9 @@ def attention(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: An
     if made is not None:
         axes[value.ndim - 1] = made
     flow.set(result, axes)
+    if isinstance(out, (tuple, list)) and len(out) > 1 and out[1].shape == result.shape[:-1]:
+        # The logarithm of the sum over what is attended to, one for each query.
+        flow.set(out[1], {dim: labels for dim, labels in axes.items() if dim < result.ndim - 1})
 
 
 @rule("aten::embedding")

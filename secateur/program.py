@@ -1,0 +1,270 @@
+"""What a run did, operator by operator, and whether a pruned network does the same: a trial without values.
+
+A :class:`Program` lists every operator call of a run: its name, the origin of its operands, its other arguments, and
+the shapes and labels of what it made. The pruned network computes what the masked original computes where its program
+is the same call for call, but for sizes, and every tensor on the way carries the labels that the plan leaves of the
+original's: then each operator sees the channels that it has to. What layers compute plays no part in that, so a large
+network's convolutions and matrix products need not be run.
+"""
+
+from __future__ import annotations
+
+import functools
+import mmap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur.labels import Axes, Labels, LabelStore
+from secateur.rules.registry import tensors_in
+
+if TYPE_CHECKING:
+    from secateur.recording import Recording
+    from secateur.rules.flow import Flow
+
+_ORIGIN = "_secateur_origin"
+_SIZES = {
+    "aten::view": 1, "aten::_unsafe_view": 1, "aten::reshape": 1, "aten::expand": 1, "aten::repeat": 1,
+    "aten::new_zeros": 1, "aten::new_ones": 1, "aten::new_empty": 1, "aten::new_full": 1,
+    "aten::zeros": 0, "aten::ones": 0, "aten::empty": 0, "aten::full": 0,
+    "aten::split": 1, "aten::split_with_sizes": 1, "aten::unsafe_split": 1, "aten::unsafe_split_with_sizes": 1,
+    "aten::native_layer_norm": 1, "aten::native_group_norm": 4, "aten::convolution": 8,
+}  # fmt: skip
+"""Operators -> the argument that follows what is left of the channels: the shapes of what they make tell if rightly."""
+_LARGE = 1 << 18
+"""From so many elements read, running an operator takes longer than asking for the shapes of what it makes."""
+_AS_IT_IS = ("aten::_unsafe_view", "aten::native_batch_norm")
+"""Operators that are run whatever they read: one is a view; the other, asked for shapes, tells those of training."""
+_BY_VALUE = frozenset({
+    "aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero", "aten::masked_select",
+    "aten::bincount", "aten::_unique", "aten::_unique2", "aten::unique_dim", "torchvision::nms",
+})  # fmt: skip
+"""Operators after which values decide what runs."""
+_WORTH = 6_000_000
+"""From so many multiply-accumulate operations a call, running them takes longer than looking at labels."""
+
+
+Made = tuple[tuple[int, ...], Axes]
+"""Shape and labels of a tensor that an operator made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One operator call."""
+
+    name: str
+    arguments: tuple[Any, ...]
+    """Everything that has to be the same: operands by origin, numbers and flags by value."""
+    made: tuple[Made, ...]
+    bounds: tuple[Any, ...] = ()
+    """Where a slice begins and ends."""
+    along: bool = False
+    """Whether it cuts along channels: only there its bounds may differ."""
+
+
+class Program:
+    """The operator calls of a run, in order."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.failed: RuntimeError | None = None
+        """Why an operator could not make what the code asked for, by sizes that it gave."""
+        self._token = object()
+
+    def begin(self, inputs: Iterable[Tensor]) -> None:
+        """Note where a forward's inputs are from."""
+        for index, tensor in enumerate(inputs):
+            self._mark(tensor, ("input", index))
+
+    def note(self, flow: Flow, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+        """Note a call after it."""
+        free = _SIZES.get(name)
+        bounds: tuple[Any, ...] = ()
+        along = False
+        if name == "aten::slice" and len(args) > 2:
+            along = args[1] % args[0].ndim in flow.axes(args[0])
+            args, bounds = args[:2], tuple(args[2:])
+        arguments = [self._plain(flow, a) for i, a in enumerate(args) if i != free]
+        arguments += [(key, self._plain(flow, value)) for key, value in kwargs.items()]
+        made = []
+        for index, tensor in enumerate(tensors_in(out if isinstance(out, (tuple, list)) else (out,))):
+            made.append((tuple(tensor.shape), dict(flow.axes(tensor))))
+            if not flow.name(tensor):
+                self._mark(tensor, (len(self.steps), index))
+        self.steps.append(Step(name, tuple(arguments), tuple(made), bounds, along))
+
+    def end(self, flow: Flow, outputs: Iterable[Tensor]) -> None:
+        """Note what a forward returns."""
+        self.note(flow, "output", list(outputs), {}, ())
+
+    def shaped(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call an operator; where it takes long, what it makes has the right shapes, and all values are zero."""
+        try:
+            return _shaped(func, args, kwargs)
+        except RuntimeError as error:
+            if func._schema.name in _SIZES:
+                self.failed = error
+            raise
+
+    def _mark(self, tensor: Tensor, origin: tuple[Any, ...]) -> None:
+        setattr(tensor, _ORIGIN, (self._token, origin))
+
+    def _plain(self, flow: Flow, value: Any) -> Any:
+        """Return an argument in a form that can be compared with another run's."""
+        if isinstance(value, Tensor):
+            token, origin = getattr(value, _ORIGIN, (None, None))
+            return flow.name(value) or (origin if token is self._token else _content(value))
+        if isinstance(value, (list, tuple)):
+            return tuple(self._plain(flow, v) for v in value)
+        return value
+
+
+def _content(tensor: Tensor) -> Any:
+    """Return what a tensor holds that no operator made: a constant of the code."""
+    try:
+        return tuple(tensor.shape), hash(tensor.detach().cpu().contiguous().numpy().tobytes())
+    except (TypeError, RuntimeError):  # of a kind that NumPy has not: it is the same as no other
+        return object()
+
+
+def _shaped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call an operator, or make zeros of the shapes of what it would make."""
+    operands = tensors_in(args)
+    writes = _writes(func) if sum(t.numel() for t in operands) >= _LARGE else None
+    if writes is None:
+        return func(*args, **kwargs)
+    device = operands[0].device
+
+    def twin(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        return type(value)(map(twin, value)) if isinstance(value, (list, tuple)) else value
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return _zeros(value).to(device)
+        return type(value)(map(filled, value)) if isinstance(value, (list, tuple)) else value
+
+    try:
+        made = func(*twin(args), **{key: twin(value) for key, value in kwargs.items()})
+    except NotImplementedError:
+        return func(*args, **kwargs)
+    return args[0] if writes else filled(made)
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Return zeros of a meta tensor's shape and strides, in memory that is not touched until it is written to."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
+    if not like.numel():
+        return torch.empty(like.shape, dtype=like.dtype)
+    pages = mmap.mmap(-1, extent * like.element_size())
+    return torch.frombuffer(pages, dtype=like.dtype).as_strided(like.shape, like.stride())
+
+
+@functools.lru_cache(maxsize=1024)
+def _writes(func: Any) -> bool | None:
+    """Tell whether an operator writes into its first operand and returns it, or makes new tensors; None: neither."""
+    schema = func._schema
+    aliases = [a.alias_info for a in (*schema.arguments, *schema.returns) if a.alias_info is not None]
+    if schema.name in _AS_IT_IS or any(a.name == "device" for a in schema.arguments):
+        return None
+    if not aliases:
+        return False
+    first = schema.arguments[0].alias_info
+    whole = len(aliases) == 2 and first is not None and first.is_write and len(schema.returns) == 1
+    return True if whole and torch.Tag.inplace_view not in func.tags else None
+
+
+def can_tell(whole: Recording, macs: int) -> bool:
+    """Tell whether comparing programs can tell anything of a recorded network, and sooner than running it."""
+    flow, steps = whole.flow, whole.program.steps
+    opaque = flow.store.moves or flow.magnitudes or any(call.kind == "registered" for call in flow.calls)
+    return not opaque and macs > _WORTH * len(steps) and not any(step.name in _BY_VALUE for step in steps)
+
+
+@dataclass(eq=False)
+class _Match:
+    """Labels of a pruned network's run beside those of the original's that have to be there."""
+
+    kept: np.ndarray
+    """For every label of the original, whether it stays."""
+    found: list[Labels] = field(default_factory=list)
+    wanted: list[Labels] = field(default_factory=list)
+    seen: set[tuple[int, int]] = field(default_factory=set)
+
+    def labels(self, whole: Labels, left: Labels) -> bool:
+        """Note labels of one dimension in both; tell whether there are as many as stay."""
+        key = (id(whole), id(left))
+        if key in self.seen:
+            return True
+        self.seen.add(key)
+        self.wanted.append(whole[self.kept[whole]].reshape(-1))
+        self.found.append(left.reshape(-1))
+        return self.wanted[-1].size == self.found[-1].size
+
+    def stores(self, whole: LabelStore, left: LabelStore) -> bool:
+        """Note the labels of parameters, and of what goes together."""
+        homes = {(h.tensor, h.dim, h.blocks): whole.labels_of(h) for h in whole.homes}
+        for home in left.homes:
+            labels = homes.get((home.tensor, home.dim, home.blocks))
+            if labels is None or not self.labels(labels, left.labels_of(home)):
+                return False
+        if len(whole.joins) != len(left.joins):
+            return False
+        sides = ((a, b) for pair in zip(whole.joins, left.joins, strict=True) for a, b in zip(*pair, strict=True))
+        return all(self.labels(a, b) for a, b in sides)
+
+    def step(self, whole: Step, left: Step) -> bool:
+        """Tell whether a call of the pruned network may be that of the original."""
+        if (whole.name, whole.arguments) != (left.name, left.arguments) or len(whole.made) != len(left.made):
+            return False
+        if whole.bounds != left.bounds and not whole.along:
+            return False
+        return all(self._tensor(a, b) for a, b in zip(whole.made, left.made, strict=True))
+
+    def _tensor(self, whole: Made, left: Made) -> bool:
+        (shape, axes), (small_shape, small_axes) = whole, left
+        if len(shape) != len(small_shape) or not small_axes.keys() <= axes.keys():
+            return False
+        for dim, size in enumerate(small_shape):
+            if dim not in axes:
+                if size != shape[dim]:
+                    return False
+            elif dim in small_axes:
+                if not self.labels(axes[dim], small_axes[dim]):
+                    return False
+            elif size != 1 or self.kept[axes[dim]].sum() != 1:  # a dimension of one index carries no labels
+                return False
+        return True
+
+    def consistent(self, count: int) -> bool:
+        """Tell whether every one of the pruned network's labels stands for one label of the original."""
+        if not self.found:
+            return True
+        found, wanted = np.concatenate(self.found), np.concatenate(self.wanted)
+        stands_for = np.zeros(count, dtype=np.int64)
+        stands_for[found] = wanted
+        return bool((stands_for[found] == wanted).all())
+
+
+def is_same(whole: Recording, left: Recording, classes: Labels, gone: np.ndarray) -> bool:
+    """Tell whether a pruned network's run is that of the original without the channels that are gone.
+
+    Args:
+        whole: The original's run.
+        left: The pruned network's run.
+        classes: The class of each of the original's labels.
+        gone: For every class, whether the plan removes it.
+    """
+    match = _Match(~gone[classes])
+    steps, others = whole.program.steps, left.program.steps
+    return (
+        len(steps) == len(others)
+        and all(map(match.step, steps, others))
+        and match.stores(whole.flow.store, left.flow.store)
+        and match.consistent(left.flow.store.count)
+    )

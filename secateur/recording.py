@@ -1,0 +1,251 @@
+"""One run of a model under a dispatch mode, in which labels flow through every operator: model → Flow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as module_registry
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from secateur.errors import TraceError
+from secateur.inputs import arguments, left_as_found, mapped, tensors_of
+from secateur.layers import layer_rule
+from secateur.program import Program
+from secateur.rules import RULES, Flow
+from secateur.rules.flow import Cause
+from secateur.rules.pointwise import is_pointwise, pointwise
+from secateur.rules.reach import Reached
+from secateur.rules.registry import tensors_in
+from secateur.rules.shuffle import carry
+from secateur.rules.trust import Executed, Watch, counting, knows_its_mode
+
+_RESHAPING = ("aten::squeeze_", "aten::unsqueeze_", "aten::as_strided_", "aten::as_strided")
+"""Operators whose rule has to know the shape that their input had before."""
+_LIGHT = Cause("", "", "", "is not asked for")
+
+
+class _LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs every operator, then lets the labels flow by its rule, and notes the call.
+
+    With ``light``, of operators that take long only the shapes of what they make are right.
+    """
+
+    def __init__(self, flow: Flow, program: Program, light: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flow, self.program, self.light = flow, program, light
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        flow = self.flow
+        if flow.paused:
+            return func(*args, **kwargs)
+        name = func._schema.name
+        rule = RULES.get(name)
+        if rule is None and is_pointwise(func):
+            rule = pointwise
+        if rule is None:
+            # In inference mode an operator made of others arrives whole.
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        flow.ordinal += 1
+        flow.operator = str(func)
+        if flow.called is None and flow.doubt is None:
+            flow.doubt = flow.cause("is called by code that can't be looked into")
+        flow.shape_before = tuple(args[0].shape) if name in _RESHAPING else ()
+        flow.stride_before = args[0].stride() if name in _RESHAPING else ()
+        out = self.program.shaped(func, args, kwargs) if self.light else func(*args, **kwargs)
+        flow.operands = tensors_in((*args, *kwargs.values()))
+        if rule is not None:
+            rule(flow, args, kwargs, out)
+        else:
+            for tensor in flow.operands:
+                flow.freeze_tensor(tensor, "no rule says how channels flow through this operator")
+            for tensor in tensors_in(out if isinstance(out, (tuple, list)) else (out,)):
+                flow.set(tensor, {})
+        if flow.loose:
+            carry(flow, name, args, kwargs, out)
+        flow.operands = ()
+        self.program.note(flow, name, args, kwargs, out)
+        return out
+
+
+@contextmanager
+def _module_paths(model: nn.Module, flow: Flow) -> Iterator[None]:
+    """Keep the flow told which module's forward is running."""
+    names = {id(m): name for name, m in model.named_modules()}
+    stack: list[tuple[str, nn.Module | None]] = [("", None)]
+
+    def enter(module: nn.Module, args: Any) -> None:
+        stack.append((names.get(id(module), stack[-1][0]), module))
+        flow.module, flow.layer = stack[-1]
+        if isinstance(module, nn.MultiheadAttention):
+            _keep_embedding(flow, module, args)
+        if layer_rule(module) is not None:
+            flow.doubt = flow.doubt or Cause("", flow.module, "", "a registered layer")
+            flow.paused += 1
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        rule = layer_rule(module)
+        if rule is not None:
+            flow.paused -= 1
+            if not flow.paused:
+                flow.operator = type(module).__name__
+                rule.flow(flow, module, args, out)
+        stack.pop()
+        flow.module, flow.layer = stack[-1]
+
+    hooks = [
+        module_registry.register_module_forward_pre_hook(enter),
+        module_registry.register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _keep_embedding(flow: Flow, attention: nn.MultiheadAttention, inputs: Any) -> None:
+    """Keep what PyTorch's attention reads and makes: it holds the numbers, and checks them."""
+    flow.operator = type(attention).__name__
+    for tensor in (*attention.parameters(), *tensors_in(inputs)):
+        axes = flow.axes(tensor)
+        for dim in axes if isinstance(tensor, nn.Parameter) else axes.keys() & {tensor.ndim - 1}:
+            flow.freeze(axes[dim], "its embedding dimension is a number that it checks")
+
+
+def _run(model: nn.Module, flow: Flow, program: Program, example_inputs: Any, light: bool) -> None:
+    positional, keyword = arguments(mapped(example_inputs, lambda t: t.clone()))
+    program.begin(tensors_of((positional, keyword)))
+    try:
+        with _module_paths(model, flow), Watch(flow), _LabelMode(flow, program, light):
+            outputs = model(*positional, **keyword)
+    except Exception as error:
+        where = f" in {flow.module}" if flow.module else ""
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TraceError(
+            f"trace: the model fails on the example inputs{where}: {type(error).__name__}: {text.rstrip('.')}. "
+            "Check their shapes, types and device."
+        ) from error
+    flow.operator, flow.module = "model output", ""
+    returned = list(tensors_of(outputs))
+    program.end(flow, returned)
+    for tensor in returned:
+        grid = flow.grid(tensor)
+        for labels in (*flow.axes(tensor).values(), *([grid.labels] if grid is not None else [])):
+            flow.frozen.append((labels.reshape(-1), Cause("model output", "", "", "is returned by the model")))
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One run of a network."""
+
+    flow: Flow
+    """Its labels."""
+    program: Program
+    """Its operator calls."""
+    notes: tuple[str, ...]
+    """What was noticed: layers that never run, and the like."""
+
+
+def record(
+    model: nn.Module,
+    example_inputs: Any,
+    functions: list[Reached],
+    decisions: Mapping[int, int],
+    loose: Set[int] = frozenset(),
+    *,
+    light: Program | None = None,
+) -> Recording:
+    """Let labels flow through one forward in eval mode, and one in train mode where that runs further layers.
+
+    Args:
+        model: The network; left as found.
+        example_inputs: What to run it on.
+        functions: Those that the forward may run.
+        decisions: What to assume of the user's code; see ``Flow``.
+        loose: Shuffles to take loosely; see ``Flow``.
+        light: Given to note a run without what layers compute, which asks no more of the code than its operators.
+
+    Raises:
+        TraceError: If the model fails on the example inputs.
+    """
+    notes: list[str] = []
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    with left_as_found(model):
+        _evaluate(model)
+        layers = (nn.modules.conv._ConvNd, nn.Linear)
+        kernels = {f"{name}.weight".lstrip(".") for name, m in model.named_modules() if isinstance(m, layers)}
+        program = light or Program()
+        flow = Flow(named, dict(decisions), kernels, set(loose))
+        executed = Executed()
+        suspect = _LIGHT if light is not None else counting(functions)
+        watched = executed if suspect is not None and executed.at_hand and light is None else nullcontext()
+        flow.doubt = None if watched is executed else suspect
+        with watched:
+            _run(model, flow, program, example_inputs, light is not None)
+        idle = _idle(model, flow)
+        if idle and knows_its_mode(model, functions):
+            model.train()
+            for module in model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+            calls = len(flow.calls)
+            try:
+                with watched:
+                    _run(model, flow, program, example_inputs, light is not None)
+            except TraceError as error:
+                notes.append(f"in train mode {error}")
+            # Costs are those of inference.
+            del flow.calls[calls:]
+            idle = _idle(model, flow)
+        flow.doubt = flow.doubt or executed.counting()
+        notes.extend(f"{name}: never runs, so it is left as it is" for name in idle)
+    notes.extend(_without_elements(flow))
+    if not flow.calls:
+        notes.append("no convolution or linear layer with a weight of its own was seen; quantize after pruning")
+    return Recording(flow, program, tuple(notes))
+
+
+def _without_elements(flow: Flow) -> list[str]:
+    """Keep what layers make out of nothing for code that may loop over no element; return notes on those layers."""
+    calls = [call for call in flow.calls if call.kind != "registered" and call.positions == 0]
+    if not calls:
+        return []
+    classes = flow.store.classes()
+    read = {int(c) for labels in flow.consumed for c in classes[labels.reshape(-1)]}
+    for call in calls:
+        if call.outputs is not None and read.isdisjoint(classes[call.outputs.reshape(-1)].tolist()):
+            reason = "is made without elements, and read by no layer: give examples that reach it"
+            flow.frozen.append((call.outputs.reshape(-1), Cause(call.kind, call.module, "", reason)))
+    seeing = {call.module for call in flow.calls if call.positions}
+    return [
+        f"{name}: reads tensors without elements on the example inputs, so its channels go by the rules alone"
+        for name in dict.fromkeys(call.module for call in calls)
+        if name not in seeing
+    ]
+
+
+def _evaluate(model: nn.Module) -> None:
+    try:
+        model.eval()
+    except NotImplementedError as error:  # a program that torch.export made is of one mode for good
+        raise TraceError(
+            f"trace: the model can't be put into eval mode: {str(error).rstrip('.')}. Trace what it was made of."
+        ) from error
+
+
+def _idle(model: nn.Module, flow: Flow) -> list[str]:
+    """Return the modules none of whose parameters took part in the run."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+        and not any(flow.took_part(p) for p in module.parameters(recurse=False))
+    ]

@@ -1,0 +1,194 @@
+"""What a run without values accepts, numbers have to accept; and it sees what numbers may miss."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import secateur as sc
+from secateur import program, trial
+from secateur.program import Program
+from secateur.recording import record
+from secateur.rules.flow import Flow
+from tests import oracle
+from tests.cases import CASES
+from tests.cases.table import Net, conv
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every network tried, and its program compared however small it is."""
+    monkeypatch.setattr(Flow, "certain", property(lambda self: False))
+    monkeypatch.setattr(program, "_WORTH", -1)
+
+
+def verdicts(monkeypatch: pytest.MonkeyPatch, model: nn.Module, inputs: Any) -> list[tuple[bool, bool]]:
+    """Trace; return of every trial whether the programs are the same, and whether the pruned network held."""
+    found: list[tuple[bool, bool]] = []
+    run, tells = trial._run, trial._tells
+
+    def both(trials: Any, grouping: Any, chosen: Any, plan: Any, compared: bool) -> Any:
+        told = tells(trials, grouping, plan, trial.cut(trials.model, plan, share=True), Program())
+        outcome = run(trials, grouping, chosen, plan, compared)
+        found.append((told, outcome is None))
+        return outcome
+
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr(trial, "_run", both)
+        patch.setattr(trial, "_tells", lambda *_: False)
+        sc.trace(model, inputs)
+    return found
+
+
+@pytest.mark.usefixtures("always")
+def test_what_programs_accept_numbers_accept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the table of patterns, with every wrong assumption on the way to the right one."""
+    count: Counter[tuple[bool, bool]] = Counter()
+    wrong = []
+    for case in CASES.values():
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = oracle.randomise(case.build())
+        found = verdicts(monkeypatch, model, oracle.doubled(case.inputs()))
+        wrong += [case.name for told, held in found if told and not held]
+        count.update(found)
+    assert not wrong
+    assert count[True, True] >= 180
+    assert count[False, False] >= 25
+
+
+def chosen_by_width(m: Net, x: Tensor) -> Tensor:
+    a, b = m.one(x), m.two(x)
+    out: Tensor = m.head((a if a.shape[1] == 8 else b).relu() * (a + b))
+    return out
+
+
+def constant_of_width(m: Net, x: Tensor) -> Tensor:
+    x = m.one(x)
+    out: Tensor = m.head(x / torch.from_numpy(np.full((1,), float(x.shape[1]))))
+    return out
+
+
+def moved_by_width(m: Net, x: Tensor) -> Tensor:
+    y = m.one(x)
+    out: Tensor = m.head(y) * x[..., y.shape[1] % 2 : y.shape[1] % 2 + 1]
+    return out
+
+
+def picked_by_width(m: Net, x: Tensor) -> Tensor:
+    y = m.one(x)
+    out: Tensor = m.head(y) * x.select(3, y.shape[1] % 2).unsqueeze(3)
+    return out
+
+
+def scaled_by_width(m: Net, x: Tensor) -> Tensor:
+    y = m.one(x)
+    out: Tensor = m.head(y * y.shape[1] ** -0.5)
+    return out
+
+
+def padded_by_width(m: Net, x: Tensor) -> Tensor:
+    y = m.one(x)
+    out: Tensor = m.head(torch.nn.functional.conv2d(y, m.kernel, dilation=1 + y.shape[1] // 8, padding="same"))
+    return out
+
+
+CODES: list[Callable[[Net, Tensor], Tensor]] = [
+    chosen_by_width, constant_of_width, moved_by_width, picked_by_width, scaled_by_width, padded_by_width,
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("code", CODES)
+def test_code_that_computes_with_the_width_is_told(
+    code: Callable[[Net, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where shapes and labels are the same, and whatever the values are: these networks give zeros alone."""
+    net = Net(code, one=conv(3, 8), two=conv(3, 8), head=conv(8, 3))
+    net.kernel = nn.Parameter(torch.randn(8, 8, 3, 3))
+    nn.init.zeros_(net.head.weight)
+    found = verdicts(monkeypatch, net.double(), torch.randn(2, 3, 6, 6, dtype=torch.float64))
+    assert not found[0][0]
+
+
+class Compared(BaseException):
+    """No exception that a trial takes for the model's own."""
+
+
+def never(*_: Any) -> None:
+    raise Compared
+
+
+def by_shape(m: Net, x: Tensor) -> Tensor:
+    x = m.stem(x).relu()
+    n, c, h, w = x.shape
+    x = x.reshape(n, c, h * w).mean(2)
+    out: Tensor = m.head(m.hidden(x).relu())
+    return out
+
+
+def test_large_networks_are_tried_without_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net(by_shape, stem=conv(3, 64), hidden=nn.Linear(64, 32), head=nn.Linear(32, 4)).eval()
+    images = torch.randn(2, 3, 256, 192)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trial, "compare", never)
+        patch.setattr(trial, "outputs", never)
+        graph = sc.trace(model, images)
+    assert {g.name: g.size for g in graph.groups} == {"stem": 64, "hidden": 32}
+    plan = sc.plan_removal(graph, {"stem": list(range(0, 64, 3)), "hidden": list(range(9))})
+    assert sc.verify(model, sc.apply(model, plan), plan, images).exact
+
+
+def test_sizes_that_the_code_gets_wrong_are_found_without_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fixed(m: Net, x: Tensor) -> Tensor:
+        out: Tensor = m.head(m.stem(x).relu().reshape(2, 64, 256 * 192).mean(2))
+        return out
+
+    model = Net(fixed, stem=conv(3, 64), head=nn.Linear(64, 4)).eval()
+    monkeypatch.setattr(trial, "compare", never)
+    monkeypatch.setattr(trial, "outputs", never)
+    graph = sc.trace(model, torch.randn(2, 3, 256, 192))
+    assert not graph.groups
+    assert any("shape '[2, 64, 49152]' is invalid" in refusal.reason for refusal in graph.refused)
+
+
+def test_a_light_run_leaves_the_model_and_makes_zeros() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(inplace=True), nn.Conv2d(32, 8, 3)).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    images = torch.randn(4, 3, 96, 96)
+    light, whole = record(model, images, [], {}, light=Program()), record(model, images, [], {})
+    assert [(s.name, s.arguments) for s in light.program.steps] == [(s.name, s.arguments) for s in whole.program.steps]
+    assert [[m[0] for m in s.made] for s in light.program.steps] == [
+        [m[0] for m in s.made] for s in whole.program.steps
+    ]
+    assert model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_operators_that_are_not_run_keep_shape_strides_and_identity(dtype: torch.dtype) -> None:
+    aten, big = torch.ops.aten, torch.ones(600, 700, dtype=dtype)
+    run = Program().shaped
+    made = run(aten.mm.default, (big.t(), big), {})
+    assert made.shape == (700, 700)
+    assert not made.any()
+    added = run(aten.add.Tensor, (big.t(), big.t()), {})
+    assert added.stride() == (big.t() + big.t()).stride()
+    assert run(aten.add_.Tensor, (big, big), {}) is big
+    assert big.eq(1).all()
+    first = run(aten.sort.default, (big, 1), {})
+    assert [t.dtype for t in first] == [dtype, torch.int64]
+    small = torch.ones(2, 2, dtype=dtype)
+    assert run(aten.add.Tensor, (small, small), {}).eq(2).all()
+    with pytest.raises(RuntimeError):
+        run(aten.add_.Tensor, (big, big.t()), {})
