@@ -62,6 +62,10 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
         elif grouping.shared:
             for key in grouping.shared:
                 decisions[key] = decisions.get(key, 0) + 1
+        elif wrong := [] if flow.certain else trial.contradicted(grouping):
+            for labels, cause in wrong:
+                flow.freeze_for(labels, cause)
+            continue
         else:
             failures = trial.failing(trials, grouping) if not flow.certain else []
             if not failures:

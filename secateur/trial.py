@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from secateur.cost import lost, macs, masks
 from secateur.errors import SecateurError, TraceError
 from secateur.graph import Role
 from secateur.inputs import mapped
+from secateur.labels import Labels
 from secateur.planning import plan_removal, steps
 from secateur.program import Program, can_tell, is_same
 from secateur.recording import Recording, record
@@ -121,6 +122,24 @@ def _of_one_end(grouping: Grouping, sites: list[Site], end: int) -> Picked:
         if (own.size - gone) % len(site.blocks) == 0 and long:
             taken[long[0]].pop()
     return [sorted(chain(*taken.get(i, []))) for i in range(len(grouping.graph.groups))]
+
+
+def contradicted(grouping: Grouping) -> list[tuple[Labels, Cause]]:
+    """Return channels that can't be pruned, since code gives the number of some as the size of others, and why.
+
+    Neither can: a group need not lose as many as another, or as what never goes.
+    """
+    found = []
+    for site in grouping.sites:
+        for own, asked in site.asked:
+            mine, others = grouping.classes[own], grouping.classes[asked]
+            groups, theirs = np.unique(grouping.group_of[mine]), np.unique(grouping.group_of[others])
+            apart = not np.isin(groups[groups >= 0], theirs).any() and not np.isin(mine, others).any()
+            if apart and groups[-1] >= 0:
+                found.append((own, replace(site.cause, reason="is given the number of other channels as its size")))
+            if apart and theirs[-1] >= 0:
+                found.append((asked, replace(site.cause, reason="gives the number of these channels as others' size")))
+    return found
 
 
 def failing(trials: Trials, grouping: Grouping) -> list[Failure]:

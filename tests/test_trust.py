@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 import warnings
 from collections.abc import Callable
@@ -309,3 +311,33 @@ class SeldomAuxiliary(Auxiliary):
 def test_code_that_counts_channels_in_train_mode_alone_calls_for_one() -> None:
     assert recorded(Auxiliary(), torch.zeros(1, 3, 4, 4)).certain
     assert not recorded(SeldomAuxiliary(), torch.zeros(1, 3, 4, 4)).certain
+
+
+def test_the_width_of_other_channels_is_told_without_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many trials as a network needs in which nothing fails."""
+    case = CASES["attention_by_the_inputs_width"]
+    attempts = []
+    attempt = trial._attempt
+    monkeypatch.setattr(trial, "_attempt", lambda *args: attempts.append(attempt(*args)) or attempts[-1])
+    tracing.trace(case.build(), case.inputs())
+    assert attempts == [None]
+
+
+def test_what_code_keeps_of_a_shape_is_a_plain_number_to_others() -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 1)
+            self.kept: list[int] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            self.kept = [x.shape[1], x.size(1) // 2, 3 * x.size()[1], x.shape[1] + 1, x.shape.numel()]
+            return x
+
+    model = Keeps()
+    tracing.trace(model, torch.zeros(1, 3, 2, 2))
+    assert model.kept == [8, 4, 24, 9, 32]
+    for other in (copy.deepcopy(model.kept), pickle.loads(pickle.dumps(model.kept))):
+        assert [type(value) for value in other] == [int] * 5
+        assert other == model.kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import sysconfig
@@ -58,6 +59,8 @@ class Site:
     choice: int
     blocks: tuple[Labels, ...] = ()
     """Where the code cuts a vector: its parts."""
+    asked: tuple[tuple[Labels, Labels], ...] = ()
+    """Channels, and those whose number the code gives as their size."""
 
 
 @dataclass(eq=False)
@@ -179,6 +182,8 @@ class Flow:
         self.ordinal = 0
         self.operands: Sequence[Tensor] = ()
         """What the operator at work reads."""
+        self.asked: Mapping[int, Labels] = {}
+        """Dimensions of a view being made -> the channels whose number the code gives as the size."""
         self.shape_before: tuple[int, ...] = ()
         self.stride_before: tuple[int, ...] = ()
         self._names: dict[int, str] = {}
@@ -317,8 +322,17 @@ class Flow:
         first = int(labels[0])
         return any(start <= first < stop for start, stop in self.copies)
 
-    def assume(self, labels: Labels, reason: str, *options: str, blocks: Sequence[Labels] = ()) -> str:
+    def assume(
+        self,
+        labels: Labels,
+        reason: str,
+        *options: str,
+        blocks: Sequence[Labels] = (),
+        along: Mapping[int, Labels] | None = None,
+    ) -> str:
         """Return what to assume of the user's code at this call, and remember it to be tested.
+
+        ``along`` tells which labels lie along which dimension of the result.
 
         ``"freeze"`` is always the last resort; the labels are frozen here when it is reached, and where a tensor has no
         elements: no trial would tell.
@@ -327,7 +341,9 @@ class Flow:
         choice = min(self.decisions.get(self.ordinal, 0), len(every) - 1)
         if any(tensor.numel() == 0 for tensor in self.operands):
             choice, reason = len(every) - 1, f"{reason}, and comes without elements: give examples that reach it"
-        self.sites.append(Site(self.ordinal, self.cause(reason), labels.reshape(-1), every, choice, tuple(blocks)))
+        asked = tuple((own, self.asked[dim]) for dim, own in (along or {}).items() if dim in self.asked)
+        site = Site(self.ordinal, self.cause(reason), labels.reshape(-1), every, choice, tuple(blocks), asked)
+        self.sites.append(site)
         if every[choice] == "freeze":
             self.freeze(labels, reason)
         return every[choice]
@@ -409,10 +425,13 @@ class Flow:
 
 def shown(path: str, line: int) -> str:
     """Return ``file:line``, installed packages by their own path."""
+    return f"{_short(path)}:{line}"
+
+
+@functools.lru_cache(maxsize=4096)
+def _short(path: str) -> str:
     parts = Path(path).parts
-    if "site-packages" in parts:
-        path = "/".join(parts[parts.index("site-packages") + 1 :])
-    return f"{path}:{line}"
+    return "/".join(parts[parts.index("site-packages") + 1 :]) if "site-packages" in parts else path
 
 
 def source_line() -> str:

@@ -31,7 +31,7 @@ def _along_heads(flow: Flow, shape: Sequence[int], labels: Labels) -> int | None
     return None
 
 
-def _split(flow: Flow, labels: Labels, shape: Sequence[int]) -> dict[int, Labels]:
+def _split(flow: Flow, labels: Labels, shape: Sequence[int], dims: Sequence[int]) -> dict[int, Labels]:
     """Cut one labelled dimension into several; one of them is chosen to lose channels, whole rows at a time.
 
     Which one the code lets vary can't be read off the sizes. The module's own count of heads tells; without one the
@@ -44,7 +44,9 @@ def _split(flow: Flow, labels: Labels, shape: Sequence[int]) -> dict[int, Labels
         return {axis: np.ascontiguousarray(np.moveaxis(block, axis, 0).reshape(shape[axis], -1)[:, 0])}
     heads = _along_heads(flow, shape, block)
     order = [heads] if heads is not None else sorted(axes, key=lambda a: (-shape[a], -a))
-    option = flow.assume(labels, "is cut into blocks of fixed sizes", *(f"along {a}" for a in order))
+    option = flow.assume(
+        labels, "is cut into blocks of fixed sizes", *(f"along {a}" for a in order), along=dict.fromkeys(dims, labels)
+    )
     axis = order[0] if option == "freeze" else int(option.split()[1])
     rows = np.moveaxis(block, axis, 0).reshape(shape[axis], -1)
     flow.store.join(rows[:, :1], rows)
@@ -85,9 +87,9 @@ def reshaped(flow: Flow, axes: Axes, old: Sequence[int], new: Sequence[int], *, 
             result[right[0]] = vector
             _count_width(flow, vector)
             if not trusted:
-                flow.assume(axes[inside[0]], _HARD_CODED, "follow")
+                flow.assume(axes[inside[0]], _HARD_CODED, "follow", along={right[0]: axes[inside[0]]})
         else:
-            cut = _split(flow, vector, [new[d] for d in right])
+            cut = _split(flow, vector, [new[d] for d in right], right)
             result |= {right[axis]: labels for axis, labels in cut.items()}
     return result
 
@@ -109,16 +111,16 @@ def view(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor)
     if not axes:
         return
     if tuple(x.shape) == tuple(out.shape):
-        flow.assume(np.concatenate(list(axes.values())), _HARD_CODED, "follow")
+        flow.assume(np.concatenate(list(axes.values())), _HARD_CODED, "follow", along=axes)
         for labels in axes.values():
             _count_width(flow, labels)
         flow.set(out, axes, weight=flow.is_weight(x))
         return
-    untouched = {d for left, right in runs(x.shape, out.shape) if len(left) == len(right) == 1 for d in left}
-    fixed = [axes[d] for d in axes if d in untouched]
+    untouched = {a[0]: b[0] for a, b in runs(x.shape, out.shape) if len(a) == len(b) == 1}
+    fixed = {untouched[d]: labels for d, labels in axes.items() if d in untouched}
     if fixed and not flow.is_weight(x):
-        flow.assume(np.concatenate(fixed), _HARD_CODED, "follow")
-        for labels in fixed:
+        flow.assume(np.concatenate(list(fixed.values())), _HARD_CODED, "follow", along=fixed)
+        for labels in fixed.values():
             _count_width(flow, labels)
     cut = _grid(flow, axes, x.shape, out.shape)
     if cut is not None:

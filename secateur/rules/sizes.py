@@ -1,7 +1,7 @@
-"""Which dimensions of a shape the code goes on to use, read off the instructions that follow.
+"""What becomes of sizes that the code reads off a shape: which dimensions it goes on to use, and what it asks for.
 
-``x.shape[-2:]`` and ``n, _, h, w = x.shape`` read a shape whole and use the positions only. Where the instructions are
-not of a known form, every dimension counts as used.
+Which are used is read off the instructions that follow: ``x.shape[-2:]`` and ``n, _, h, w = x.shape`` read it whole
+and use the positions only. Where the instructions are not of a known form, every dimension counts as used.
 """
 
 from __future__ import annotations
@@ -10,9 +10,54 @@ import dis
 import functools
 import types
 from collections.abc import Iterator
+from typing import Any
+
+from secateur.labels import Labels
 
 _CONSTANTS = ("LOAD_CONST", "LOAD_SMALL_INT")
 _SUBSCRIPTS = ("BINARY_SUBSCR", "BINARY_SLICE", "BINARY_OP")
+
+
+class Counted(int):
+    """A size read off a shape, or a multiple or fraction of it, that knows which channels it is the number of.
+
+    >>> width = Counted(8)
+    >>> width.labels = "eight channels"
+    >>> (width // 4).labels, (2 * width).labels, type(width + 1), type(width * width)
+    ('eight channels', 'eight channels', <class 'int'>, <class 'int'>)
+    """
+
+    labels: Labels
+
+    def _of(self, value: int, other: Any) -> int:
+        if type(other) is not int:
+            return value
+        result = Counted(value)
+        result.labels = self.labels
+        return result
+
+    def __floordiv__(self, other: Any) -> Any:
+        """Return a fraction."""
+        return self._of(int(self) // other, other)
+
+    def __mul__(self, other: Any) -> Any:
+        """Return a multiple."""
+        return self._of(int(self) * other, other)
+
+    __rmul__ = __mul__
+
+    def __reduce__(self) -> Any:
+        """Be copied and stored as a plain number."""
+        return int, (int(self),)
+
+
+def counted(size: int, labels: Labels | None) -> int:
+    """Return a size that knows of which channels it is the number."""
+    if labels is None:
+        return size
+    result = Counted(size)
+    result.labels = labels
+    return result
 
 
 def used(frame: types.FrameType, ndim: int) -> set[int]:

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from secateur.labels import Labels
 from secateur.rules.flow import COUNTS, LAYERS, Cause, Flow, shown
 from secateur.rules.pointwise import batch_norm
 from secateur.rules.reach import Reached, computes_names, is_users_module, names_in
 from secateur.rules.registry import tensors_in
-from secateur.rules.sizes import used
+from secateur.rules.sizes import Counted, counted, used
 
 _FREE = """
     relu relu_ relu6 gelu silu silu_ mish hardswish hardsigmoid hardtanh sigmoid sigmoid_ logsigmoid tanh tanh_ elu
@@ -95,10 +96,11 @@ class Watch(TorchFunctionMode):
         normed = _bound(_BATCH_NORMS[func], args, kwargs) if func in _BATCH_NORMS and not flow.paused else {}
         nothing = bool(normed) and normed["input"].numel() == 0
         flow.paused += nothing
+        asked, flow.asked = flow.asked, _asked(args) if func in _VIEWS else {}
         try:
             out = func(*args, **kwargs)
         finally:
-            flow.called = outer
+            flow.called, flow.asked = outer, asked
             flow.paused -= nothing
         if nothing:
             # Without elements PyTorch multiplies all channels by the first one's scale, and reads no other.
@@ -108,7 +110,7 @@ class Watch(TorchFunctionMode):
             self._look_at_callers()
             if not self._safe(func, args, kwargs, out, len(flow.sites) > assumed):
                 flow.doubt = flow.cause(f"{getattr(func, '__name__', func)} may depend on the number of channels")
-        return out
+        return _told(flow, args, kwargs, out) if func in _SHAPES and not flow.paused else out
 
     def _look_at_callers(self) -> None:
         """Doubt where a function at work reads an attribute that counts channels, in a class or out of one."""
@@ -151,6 +153,23 @@ class Watch(TorchFunctionMode):
         return False
 
 
+def _asked(args: tuple[Any, ...]) -> dict[int, Labels]:
+    """Return for a view the dimensions of its result whose sizes are numbers of channels, and these channels."""
+    shape = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
+    return {dim: size.labels for dim, size in enumerate(shape) if isinstance(size, Counted)}
+
+
+def _told(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Any) -> Any:
+    """Return the sizes that the code reads of a shape, so that they know of which channels they are the numbers."""
+    axes = flow.axes(args[0])
+    if not axes:
+        return sizes
+    if isinstance(sizes, int):
+        dim = args[1] if len(args) > 1 else kwargs["dim"]
+        return counted(sizes, axes.get(dim % args[0].ndim))
+    return torch.Size([counted(size, axes.get(dim)) for dim, size in enumerate(sizes)])
+
+
 def _bound(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return a call's first arguments by name, given by place or by keyword; None where not given."""
     return dict.fromkeys(names) | kwargs | dict(zip(names, args, strict=False))
@@ -159,7 +178,7 @@ def _bound(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _whole(index: Any, ndim: int) -> set[int]:
     """Return the dimensions that an index leaves whole; none where it holds more than numbers, slices and dots."""
     parts = list(index) if isinstance(index, tuple) else [index]
-    if any(type(part) not in (int, slice, type(Ellipsis)) for part in parts):
+    if any(type(part) not in (int, Counted, slice, type(Ellipsis)) for part in parts):
         return set()
     place = parts.index(Ellipsis) if Ellipsis in parts else len(parts)
     parts = parts if Ellipsis in parts else [*parts, Ellipsis]

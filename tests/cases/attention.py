@@ -135,6 +135,44 @@ def attention_of_separate_projections() -> Net:
     )
 
 
+@case(
+    inputs=image(3, 4, 3),
+    refused={"value": "is given the number of other channels", "stem": "gives the number of these channels"},
+    prunable={"hidden": 5},
+)
+def attention_by_the_inputs_width() -> Net:
+    """Heads as wide as the input's width tells, which the projections need not follow (Segformer, PVT)."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = tokens(m.stem(x))
+        n, length, width = x.shape
+        q, k, v = (p(x).reshape(n, length, 2, width // 2).transpose(1, 2) for p in (m.query, m.key, m.value))
+        x = ((q @ k.transpose(-2, -1) * 0.5).softmax(-1) @ v).transpose(1, 2).reshape(n, length, width)
+        return m.head(m.hidden(x).relu().mean(1))
+
+    return Net(
+        forward,
+        stem=conv(3, 8),
+        query=nn.Linear(8, 8),
+        key=nn.Linear(8, 8),
+        value=nn.Linear(8, 8),
+        hidden=nn.Linear(8, 6),
+        head=nn.Linear(6, 4),
+    )
+
+
+@case(prunable={"conv1": 3, "conv2": 3})
+def view_by_the_other_halfs_width() -> Net:
+    """One half of the channels is viewed at the other's width: both lose as many, so it holds."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        a, b = m.conv1(x).relu().chunk(2, 1)
+        n, width, height, _ = a.shape
+        return m.head(m.conv2(b.view(n, width, height, -1)).relu())
+
+    return Net(forward, conv1=conv(3, 8), conv2=conv(4, 6), head=conv(6, 4))
+
+
 @case(inputs=image(3, 4, 3))
 def channel_attention() -> Net:
     """Attention between channels, as XCiT and DaViT have it."""
