@@ -7,7 +7,6 @@ are kept and listed with the line that failed.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -28,7 +27,7 @@ from secateur.recording import Recording, record
 from secateur.rules.flow import Cause, Flow, Site, shown
 from secateur.rules.reach import Reached
 from secateur.surgery import cut
-from secateur.verification import Difference, compare, jumps, outputs
+from secateur.verification import Difference, compare, doubled, jumps, outputs
 
 if TYPE_CHECKING:
     from secateur.graph import ChannelGroup
@@ -322,12 +321,12 @@ def _agrees(difference: Difference) -> bool:
 
 def _in_double(model: nn.Module, plan: PruningPlan, example_inputs: Any) -> Difference | None:
     """Compare once more in fp64, where rounding can't tip a data-dependent choice; None where it does not run."""
-    doubled = copy.deepcopy(model).double()
+    whole = doubled(model)
     inputs = mapped(example_inputs, lambda t: t.double() if t.is_floating_point() else t)
     try:
-        small = cut(doubled, plan, share=True)
-        found = compare(doubled, small, plan, inputs, 1e-6)
-        if not found.mismatched and found.error > 1e-6 and jumps(doubled, small, plan, inputs, 1e-6):
+        small = cut(whole, plan, share=True)
+        found = compare(whole, small, plan, inputs, 1e-6)
+        if not found.mismatched and found.error > 1e-6 and jumps(whole, small, plan, inputs, 1e-6):
             found.error = 0.0
         return found
     except (RuntimeError, TypeError, ValueError):

@@ -141,6 +141,18 @@ def _zeroed_copy(model: nn.Module, plan: PruningPlan) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def doubled(network: nn.Module) -> nn.Module:
+    """Return a copy in fp64; no copy in the network's own precision is made on the way."""
+    memo: dict[int, Any] = {}
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.is_floating_point():
+            value = tensor.detach().double()
+            value = value.clone() if value is tensor else value
+            kept = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(value, requires_grad=tensor.requires_grad) if kept else value
+    return copy.deepcopy(network, memo).double()
+
+
 def outputs(network: nn.Module, example_inputs: Any) -> list[Tensor]:
     """Run a network in eval mode, with the same random numbers every time, and return its output tensors."""
     with left_as_found(network):
@@ -342,11 +354,11 @@ def verify(
     try:
         # The magnitudes of weight norm were computed anew, and rounded to the model's own precision.
         limit = tolerance if tolerance is not None else 1e-6 if plan.magnitudes else 1e-9
-        doubled = [copy.deepcopy(network).double() for network in (model, small)]
+        whole, left = doubled(model), doubled(small)
         inputs = mapped(example_inputs, lambda t: t.double() if t.is_floating_point() else t)
-        result = compare(doubled[0], doubled[1], plan, inputs, limit)
+        result = compare(whole, left, plan, inputs, limit)
         wrong = result.error > limit and not result.mismatched
-        if wrong and jumps(doubled[0], doubled[1], plan, inputs, limit):
+        if wrong and jumps(whole, left, plan, inputs, limit):
             result.error = 0.0
             refused.append(
                 "outputs: the original's own jump where its inputs change by rounding (a sort, a threshold, "
