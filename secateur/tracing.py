@@ -30,7 +30,9 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
 
     Labels flow through every operator of one forward in eval mode (and of one in train mode where that runs further
     layers, as auxiliary heads). Where the network's own code may depend on the number of channels, a trial pruning is
-    run and compared with the masked original; what does not hold is given up and listed in ``graph.refused``.
+    run and compared with the masked original: by the values of outputs and of what layers read, or, where a network is
+    large, by its operators, operands and labels one by one. What does not hold is given up and listed in
+    ``graph.refused``.
 
     Args:
         model: The network; left as found: parameters, buffers, modes, hooks, random state. Data parallel and compiled
@@ -57,15 +59,15 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     for _ in range(_MOST_TRIALS):
         flow, notes = trials.recording.flow, trials.recording.notes
         grouping = group_channels(flow, types, notes, batch)
+        while not flow.certain and (wrong := trial.contradicted(grouping)):
+            for labels, cause in wrong:
+                flow.freeze_for(labels, cause)
+            grouping = group_channels(flow, types, notes, batch)
         if not loose.issuperset(grouping.stuck):
             loose.update(grouping.stuck)
         elif grouping.shared:
             for key in grouping.shared:
                 decisions[key] = decisions.get(key, 0) + 1
-        elif wrong := [] if flow.certain else trial.contradicted(grouping):
-            for labels, cause in wrong:
-                flow.freeze_for(labels, cause)
-            continue
         else:
             failures = trial.failing(trials, grouping) if not flow.certain else []
             if not failures:

@@ -132,13 +132,20 @@ def contradicted(grouping: Grouping) -> list[tuple[Labels, Cause]]:
     for site in grouping.sites:
         for own, asked in site.asked:
             mine, others = grouping.classes[own], grouping.classes[asked]
-            groups, theirs = np.unique(grouping.group_of[mine]), np.unique(grouping.group_of[others])
-            apart = not np.isin(groups[groups >= 0], theirs).any() and not np.isin(mine, others).any()
-            if apart and groups[-1] >= 0:
+            groups, theirs = grouping.group_of[mine], grouping.group_of[others]
+            if np.isin(groups[groups >= 0], theirs).any() or np.isin(mine, others).any():
+                continue
+            if _can_lose(grouping, mine):
                 found.append((own, replace(site.cause, reason="is given the number of other channels as its size")))
-            if apart and theirs[-1] >= 0:
+            if _can_lose(grouping, others):
                 found.append((asked, replace(site.cause, reason="gives the number of these channels as others' size")))
     return found
+
+
+def _can_lose(grouping: Grouping, classes: Labels) -> bool:
+    """Tell whether any of these channels can be removed."""
+    groups, channels = grouping.group_of[classes], grouping.channel_of[classes]
+    return any(grouping.graph.groups[g].removable[channels[groups == g]].any() for g in np.unique(groups[groups >= 0]))
 
 
 def failing(trials: Trials, grouping: Grouping) -> list[Failure]:

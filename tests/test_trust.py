@@ -323,6 +323,30 @@ def test_the_width_of_other_channels_is_told_without_a_trial(monkeypatch: pytest
     assert attempts == [None]
 
 
+def test_a_part_of_a_group_may_be_given_the_width_of_others() -> None:
+    """The part stays, and so do the others; the rest of the group goes."""
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.widths = [4, 6]
+            self.wide, self.other = conv(3, 10), conv(3, 4)
+            self.left, self.right, self.third = conv(4, 3), conv(6, 3), conv(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.wide(x).relu().split(self.widths, 1)
+            other = self.other(x)
+            n, width, height, _ = other.shape
+            out: Tensor = self.left(a.reshape(n, width, height, -1)) + self.right(b) + self.third(other)
+            return out
+
+    graph = tracing.trace(Parts(), torch.randn(2, 3, 6, 5))
+    assert {g.name: int(g.removable.sum()) for g in graph.groups} == {"wide": 6}
+    reasons = {t: r.reason for r in graph.refused for t in r.tensors}
+    assert "is given the number of other channels" in reasons["wide.weight"]
+    assert "gives the number of these channels" in reasons["other.weight"]
+
+
 def test_what_code_keeps_of_a_shape_is_a_plain_number_to_others() -> None:
     class Keeps(nn.Module):
         def __init__(self) -> None:
