@@ -43,7 +43,7 @@ _BY_VALUE = frozenset({
     "aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero", "aten::masked_select",
     "aten::bincount", "aten::_unique", "aten::_unique2", "aten::unique_dim", "torchvision::nms",
 })  # fmt: skip
-"""Operators after which values decide what runs."""
+"""Operators that hand out values, or of whose result values decide the shape."""
 _WORTH = 6_000_000
 """From so many multiply-accumulate operations a call, running them takes longer than looking at labels."""
 
@@ -182,8 +182,10 @@ def _writes(func: Any) -> bool | None:
 def can_tell(whole: Recording, macs: int) -> bool:
     """Tell whether comparing programs can tell anything of a recorded network, and sooner than running it."""
     flow, steps = whole.flow, whole.program.steps
-    opaque = flow.store.moves or flow.magnitudes or any(call.kind == "registered" for call in flow.calls)
-    return not opaque and macs > _WORTH * len(steps) and not any(step.name in _BY_VALUE for step in steps)
+    if flow.store.moves or flow.magnitudes or any(call.kind == "registered" for call in flow.calls):
+        return False
+    by_value = flow.by_value or any(step.name in _BY_VALUE for step in steps)
+    return not by_value and macs > _WORTH * len(steps)
 
 
 @dataclass(eq=False)

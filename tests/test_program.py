@@ -192,3 +192,30 @@ def test_operators_that_are_not_run_keep_shape_strides_and_identity(dtype: torch
     assert run(aten.add.Tensor, (small, small), {}).eq(2).all()
     with pytest.raises(RuntimeError):
         run(aten.add_.Tensor, (big, big.t()), {})
+
+
+@pytest.mark.parametrize("read", ["numpy", "tolist", "item", "bool"])
+def test_a_loop_that_waits_for_a_value_is_run_with_values(read: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: dict[str, Callable[[Tensor], float]] = {
+        "numpy": lambda t: t.numpy().max(), "tolist": lambda t: max(t.tolist()), "item": lambda t: t.max().item(),
+        "bool": lambda t: 0.0 if (t == 0).all() else 1.0,
+    }  # fmt: skip
+    rounds = 0
+
+    def until_positive(m: Net, x: Tensor) -> Tensor:
+        nonlocal rounds
+        x = m.stem(x).relu()
+        while True:
+            x = x.reshape(x.shape[0], x.shape[1], *x.shape[2:]) + 1
+            rounds += 1
+            assert rounds < 50
+            if reads[read](x.mean((1, 2, 3))) > 0:
+                out: Tensor = m.head(x.mean((2, 3)))
+                return out
+
+    model = Net(until_positive, stem=conv(3, 64), head=nn.Linear(64, 4)).eval()
+    monkeypatch.setattr(trial, "compare", never)
+    monkeypatch.setattr(trial, "outputs", never)
+    with pytest.raises(Compared):
+        sc.trace(model, torch.randn(2, 3, 256, 192))
+    assert rounds < 10

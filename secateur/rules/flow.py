@@ -177,6 +177,8 @@ class Flow:
         """Depth of layers whose operators are not looked at, because a registered rule speaks for them."""
         self.called: object = None
         """The torch function that the model's code has called; None where code in no Python called the operator."""
+        self.by_value = False
+        """Whether the code read a tensor's values, on which what it does next may depend."""
         self.doubt: Cause | None = None
         """The first call that may depend on the number of channels in a way that labels don't show."""
         self.ordinal = 0

@@ -56,6 +56,21 @@ _TRUSTED |= {
     for name in ("ndim", "dtype", "device", "is_cuda", "requires_grad", "layout", "is_quantized")
 }
 _SHAPES = {torch.Tensor.size, torch.Tensor.shape.__get__}  # type: ignore[attr-defined]
+_READS = {
+    getattr(torch.Tensor, name)
+    for name in (
+        "numpy",
+        "tolist",
+        "item",
+        "__array__",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "__contains__",
+    )
+}
+"""Functions that hand values out of tensors."""
 _VIEWS = {torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.expand}
 _BATCH_NORMS = {
     torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var"),
@@ -92,6 +107,7 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         flow = self.flow
         outer, flow.called = flow.called, func
+        flow.by_value = flow.by_value or func in _READS
         assumed = len(flow.sites)
         normed = _bound(_BATCH_NORMS[func], args, kwargs) if func in _BATCH_NORMS and not flow.paused else {}
         nothing = bool(normed) and normed["input"].numel() == 0
