@@ -22,8 +22,9 @@ from secateur.graph import Role
 from secateur.inputs import mapped
 from secateur.labels import Labels
 from secateur.planning import plan_removal, steps
-from secateur.program import Program, can_tell, is_same
+from secateur.program import Program
 from secateur.recording import Recording, record
+from secateur.replay import can_tell, is_same
 from secateur.rules.flow import Cause, Flow, Site, shown
 from secateur.rules.reach import Reached
 from secateur.surgery import cut

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import secateur as sc
-from secateur import program, trial
+from secateur import replay, trial
 from secateur.program import Program
 from secateur.recording import record
 from secateur.rules.flow import Flow
@@ -26,7 +26,7 @@ from tests.cases.table import Net, conv
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have every network tried, and its program compared however small it is."""
     monkeypatch.setattr(Flow, "certain", property(lambda self: False))
-    monkeypatch.setattr(program, "_WORTH", -1)
+    monkeypatch.setattr(replay, "_WORTH", -1)
 
 
 def verdicts(monkeypatch: pytest.MonkeyPatch, model: nn.Module, inputs: Any) -> list[tuple[bool, bool]]:
