@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -69,11 +70,14 @@ def channel_dim(layer: nn.Module, x: Tensor) -> int:
 
 def _sums(x: Tensor, dim: int) -> tuple[Tensor, int]:
     """Return two sums for every channel, enough to tell channels apart: of its values, and weighted at random."""
-    rows = x.detach().movedim(dim, 0).reshape(x.shape[dim], -1)
-    if rows.dtype not in (torch.float32, torch.float64):
-        rows = rows.float()
-    count = rows.shape[1]
-    return rows @ _weights(count).to(rows), count
+    x = x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().float()
+    before, size, after = math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1 :])
+    weights = _weights(before * after).to(x)
+    if after == 1:
+        sums = x.reshape(before, size).t() @ weights
+    else:  # a product for each of the dimensions before, so that the tensor need not be laid out anew
+        sums = (x.reshape(before, size, after) @ weights.view(before, after, 2)).sum(0)
+    return sums, before * after
 
 
 @functools.lru_cache(maxsize=8)
