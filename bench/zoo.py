@@ -190,6 +190,16 @@ def _reasons(row: Row, theirs: Row) -> str:
     return "; ".join(shown) or "other channels were chosen, and constraints round down"
 
 
+LARGE = {
+    "ssdlite320_mobilenet_v3_large": "rounding tips its choice of boxes, so that its trial is compared in fp64 too",
+    "rtdetr-l": "rounding tips its choice of queries, so that its trials are compared in fp64 too",
+    "maskrcnn_resnet50_fpn": "in its trial it finds 100 objects, and draws a mask of the whole image for each",
+    "maskrcnn_resnet50_fpn_v2": "in its trial it finds 100 objects, and draws a mask of the whole image for each",
+    "efficientnet_cc_b0_4e": "its kernels are mixed of experts laid out flat, each of whose elements has a label",
+}
+"""What takes the memory where it is much, as measured step by step."""
+
+
 def _beside(results: dict[str, dict[str, Row]]) -> list[str]:
     """List the networks on which Secateur removes less than the peer, takes longer, or takes much memory."""
     less, slower, large = [], [], []
@@ -220,12 +230,15 @@ def _beside(results: dict[str, dict[str, Row]]) -> list[str]:
         lines.append("It removes more of no network that it handles.")
     told = ", ".join(f"{name.rpartition('/')[2]} {ratio:.1f}×" for ratio, name in sorted(slower, reverse=True))
     lines += ["", f"Secateur takes longer on: {told}." if told else "Secateur takes longer on none of them."]
-    told = ", ".join(f"{name.rpartition('/')[2]} {ratio:.1f}×" for ratio, name in sorted(large, reverse=True))
     lines += [
         "",
         f"Where extra memory of trace + plan + apply is over {SMALL / 2**20:.0f} MB, it is more than twice what the "
-        "network and one forward take on: " + (f"{told}." if told else "none."),
+        f"network and one forward take on {len(large)} networks{':' if large else '.'}",
+        "",
     ]
+    for ratio, name in sorted(large, reverse=True):
+        short = name.rpartition("/")[2]
+        lines.append(f"- {short}, {ratio:.1f}×: {LARGE.get(short, 'not looked into')}.")
     return lines
 
 
