@@ -230,10 +230,11 @@ def _beside(results: dict[str, dict[str, Row]]) -> list[str]:
         lines.append("It removes more of no network that it handles.")
     told = ", ".join(f"{name.rpartition('/')[2]} {ratio:.1f}×" for ratio, name in sorted(slower, reverse=True))
     lines += ["", f"Secateur takes longer on: {told}." if told else "Secateur takes longer on none of them."]
+    many = f"{len(large)} networks:" if large else "no network."
     lines += [
         "",
-        f"Where extra memory of trace + plan + apply is over {SMALL / 2**20:.0f} MB, it is more than twice what the "
-        f"network and one forward take on {len(large)} networks{':' if large else '.'}",
+        f"Where extra memory of trace + plan + apply is over {SMALL / 2**20:.0f} MB, it is more than twice what the network",
+        f"and one forward take on {many}",
         "",
     ]
     for ratio, name in sorted(large, reverse=True):
