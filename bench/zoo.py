@@ -233,7 +233,7 @@ def _beside(results: dict[str, dict[str, Row]]) -> list[str]:
     many = f"{len(large)} networks:" if large else "no network."
     lines += [
         "",
-        f"Where extra memory of trace + plan + apply is over {SMALL / 2**20:.0f} MB, it is more than twice what the network",
+        f"Where extra memory of trace + plan + apply is over {SMALL / 2**20:.0f} MB, it is over twice what the network",
         f"and one forward take on {many}",
         "",
     ]
