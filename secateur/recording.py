@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules import module as module_registry
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -76,14 +77,31 @@ class _LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """Switch fused kernels off: one is an opaque operator, and without it a layer is made of those that have rules."""
+    backends: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
+    before = [backend.enabled for backend in backends]
+    try:
+        for backend in backends:
+            backend.enabled = False
+        yield
+    finally:
+        for backend, enabled in zip(backends, before, strict=True):
+            backend.enabled = enabled
+
+
+@contextmanager
 def _module_paths(model: nn.Module, flow: Flow) -> Iterator[None]:
     """Keep the flow told which module's forward is running."""
     names = {id(m): name for name, m in model.named_modules()}
     stack: list[tuple[str, nn.Module | None]] = [("", None)]
+    fused = ExitStack()
 
     def enter(module: nn.Module, args: Any) -> None:
         stack.append((names.get(id(module), stack[-1][0]), module))
         flow.module, flow.layer = stack[-1]
+        if isinstance(module, nn.RNNBase):
+            fused.enter_context(_plain_kernels())
         if isinstance(module, nn.MultiheadAttention):
             _keep_embedding(flow, module, args)
         if layer_rule(module) is not None:
@@ -91,6 +109,8 @@ def _module_paths(model: nn.Module, flow: Flow) -> Iterator[None]:
             flow.paused += 1
 
     def leave(module: nn.Module, args: Any, out: Any) -> None:
+        if isinstance(module, nn.RNNBase):
+            fused.close()
         rule = layer_rule(module)
         if rule is not None:
             flow.paused -= 1
@@ -107,6 +127,7 @@ def _module_paths(model: nn.Module, flow: Flow) -> Iterator[None]:
     try:
         yield
     finally:
+        fused.close()
         for hook in hooks:
             hook.remove()
 

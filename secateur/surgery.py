@@ -297,6 +297,10 @@ def _set_attributes(model: nn.Module, plan: PruningPlan) -> None:
             owner.num_parameters = owner.weight.numel()
         elif isinstance(owner, nn.Embedding):
             owner.num_embeddings, owner.embedding_dim = owner.weight.shape
+        elif isinstance(owner, nn.RNNBase):
+            owner.input_size = owner.get_parameter("weight_ih_l0").shape[1]
+        elif isinstance(owner, nn.RNNCellBase):
+            owner.input_size = owner.weight_ih.shape[1]
     for name, values in plan.attributes.items():
         for attribute, value in values.items():
             plain, _, index = attribute.removesuffix("]").partition("[")

@@ -223,7 +223,7 @@ def mixer() -> Net:
     )
 
 
-@case()
+@case(prunable={"conv1": 8})
 def lstm_after_cnn() -> Net:
     """LSTM over the columns of a map (text recognition)."""
 
@@ -235,7 +235,7 @@ def lstm_after_cnn() -> Net:
     return Net(forward, conv1=conv(3, 8), rnn=nn.LSTM(8, 6, num_layers=2, bidirectional=True), head=nn.Linear(12, 4))
 
 
-@case()
+@case(prunable={"conv1": 4, "fc": 8})
 def gru_after_cnn() -> Net:
     """GRU over the columns of a map, then a linear layer that can be pruned."""
 
