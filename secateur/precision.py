@@ -1,0 +1,78 @@
+"""A forward in fp64 of a network that stays in its own precision."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+_DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
+_SETTERS = ("__get__", "__set__", "__setitem__")
+
+
+@contextmanager
+def in_double() -> Iterator[None]:
+    """Have every operator read fp64 in place of fp32, and make it, however often the code asks for fp32.
+
+    A weight is converted at each operator that reads it, and let go: no second copy of the network is held, as there
+    is where the network itself is converted. Only what an operator writes into keeps its precision.
+
+    >>> layer = torch.nn.Conv1d(3, 2, 1)
+    >>> with torch.no_grad(), in_double():
+    ...     found = layer(torch.ones(1, 3, 4)).float()
+    >>> found.dtype, layer.weight.dtype
+    (torch.float64, torch.float32)
+    """
+    with _Functions(), _Operators():  # type: ignore[no-untyped-call]
+        yield
+
+
+class _Functions(TorchFunctionMode):
+    """Converts what functions are given: some compare precisions before any operator is called."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func == _DTYPE:
+            return torch.float64 if (found := func(*args)) is torch.float32 else found
+        if _reads_alone(func) and "out" not in kwargs:
+            args, kwargs = _double(args), _double(kwargs)
+        return func(*args, **kwargs)
+
+
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        written = _written(func)
+        args = [a if i in written else _double(a) for i, a in enumerate(args)]
+        given = {k: v if k in written else _double(v) for k, v in (kwargs or {}).items()}
+        if given.get("dtype") is torch.float32:
+            given["dtype"] = torch.float64
+        out = func(*args, **given)
+        return out if written else _double(out)
+
+
+def _double(value: Any) -> Any:
+    return tree_map_only(Tensor, lambda t: t.double() if t.dtype is torch.float32 else t, value)
+
+
+@functools.lru_cache(maxsize=1024)
+def _reads_alone(func: Any) -> bool:
+    """Tell by its name whether a function leaves what it is given as it is, and where it is."""
+    name = getattr(func, "__name__", "_")
+    return not (name in _SETTERS or name.startswith("__i") or (name.endswith("_") and not name.endswith("__")))
+
+
+@functools.lru_cache(maxsize=1024)
+def _written(func: Any) -> frozenset[int | str]:
+    """Return the places and names of the arguments that an operator writes into."""
+    found: set[int | str] = set()
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found |= {place, argument.name}
+    return frozenset(found)
