@@ -35,7 +35,7 @@ _FREE = """
     dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout
 
     linear batch_norm instance_norm local_response_norm normalize norm matmul bmm __matmul__
-    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
+    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d pixel_shuffle pixel_unshuffle
 
     max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
     adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d interpolate
