@@ -78,16 +78,14 @@ class _LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def _plain_kernels() -> Iterator[None]:
-    """Switch fused kernels off: one is an opaque operator, and without it a layer is made of those that have rules."""
-    backends: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
-    before = [backend.enabled for backend in backends]
+    """Switch cuDNN's fused kernels off: without them a recurrent layer is made of operators that have rules."""
+    backend: Any = torch.backends.cudnn
+    before = backend.enabled
     try:
-        for backend in backends:
-            backend.enabled = False
+        backend.enabled = False
         yield
     finally:
-        for backend, enabled in zip(backends, before, strict=True):
-            backend.enabled = enabled
+        backend.enabled = before
 
 
 @contextmanager

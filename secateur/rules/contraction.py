@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -250,6 +251,32 @@ def _weighted(
         )
     )
     flow.set(out, result)
+
+
+@rule("aten::mkldnn_rnn_layer")
+def recurrent_layer(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Sequence[Tensor]) -> None:
+    """Read the features of every step; the layer's state is kept whole, and so are the steps."""
+    x, inner, outer = args[:3]
+    axes, weight = flow.axes(x), flow.axes(inner)
+    given, wanted = axes.get(x.ndim - 1), weight.get(1)
+    if given is not None or wanted is not None:
+        _read(flow, given, wanted)
+    flow.freeze_tensor(x, "are the steps of a recurrent layer", range(x.ndim - 1))
+    flow.freeze_tensor(inner, "counts the state of a recurrent layer", [0])
+    for tensor in args[2:7]:
+        flow.freeze_tensor(tensor, "counts the state of a recurrent layer")
+    positions = x.numel() // x.shape[-1]
+    for tensor, labels in ((inner, given), (outer, None)):
+        rows, columns = tensor.shape
+        name = weight_name(flow, tensor)
+        made = flow.axes(tensor).get(0)
+        if made is not None:
+            flow.produced.append(made)
+        flow.calls.append(
+            Call(flow.module, "linear", name, False, labels, made, columns, rows, positions=positions, batch=positions)
+        )
+    for tensor in out:
+        flow.set(tensor, {})
 
 
 def weight_name(flow: Flow, weight: Tensor) -> str:

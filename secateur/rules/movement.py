@@ -363,6 +363,18 @@ def flip(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor)
     flow.set(out, axes, weight=flow.is_weight(x))
 
 
+@rule("aten::_pack_padded_sequence", "aten::_pad_packed_sequence")
+def pack_sequence(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Sequence[Tensor]) -> None:
+    """Merge steps and examples into one dimension, or take them apart; features behind them stay as they are."""
+    x = args[0]
+    behind = x.ndim - out[0].ndim
+    kept = {d: labels for d, labels in flow.axes(x).items() if d >= (2 if behind > 0 else 1)}
+    flow.freeze_tensor(x, "are steps or examples of a packed sequence", [d for d in flow.axes(x) if d not in kept])
+    flow.set(out[0], {d - behind: labels for d, labels in kept.items()})
+    for tensor in out[1:]:
+        flow.set(tensor, {})
+
+
 @rule("aten::roll")
 def roll(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
     """Shift a dimension around: exact where both parts lose the same fraction, and the shift follows."""
