@@ -348,13 +348,14 @@ def _cells(
     uneven: dict[int, str] = {}
     rows: dict[int, list[Labels]] = defaultdict(list)
     for share in flow.shares:
-        touched: set[int] = set()
-        owned = [classes[block] for block in share.blocks]
-        for own in owned:
-            touched.update(np.unique(group_id[own]).tolist())
+        held = classes[np.concatenate(share.blocks)]
+        sizes = np.array([block.size for block in share.blocks])
+        block_of = np.repeat(np.arange(sizes.size), sizes)
+        touched = set(np.unique(group_id[held]).tolist())
         for g in touched - {-1}:
-            counts = np.stack([_counted(own, g, group_id, channel_of, by_group[g].size) for own in owned])
-            sizes = np.array([own.size for own in owned])
+            mine, width = group_id[held] == g, by_group[g].size
+            places = block_of[mine] * width + channel_of[held[mine]]
+            counts = np.bincount(places, minlength=sizes.size * width).reshape(sizes.size, width)
             inside = counts.sum(1)
             if (inside * sizes[0] != inside[0] * sizes).any():
                 uneven[g] = f"{share.cause.reason}, and one of its blocks holds channels that stay"

@@ -259,14 +259,22 @@ def _select(tensor: Tensor, kept: dict[int, list[int] | None] | dict[int, list[i
 def _cut_blocks(tensor: Tensor, full: Sequence[int] | None, half: Sequence[int] | None, blocks: int) -> Tensor:
     """Cut a weight that holds, on dimension 1, one block of the channels that ``half`` counts: each block its own."""
     rows, columns = tensor.shape[0] // blocks, tensor.shape[1]
-    kept_rows = list(full) if full is not None else list(range(tensor.shape[0]))
-    kept_columns = list(half) if half is not None else list(range(columns * blocks))
-    parts = []
-    for b in range(blocks):
-        r = [i for i in kept_rows if b * rows <= i < (b + 1) * rows]
-        c = [i - b * columns for i in kept_columns if b * columns <= i < (b + 1) * columns]
-        parts.append(_select(tensor, {0: r, 1: c}))
-    return torch.cat(parts)
+    kept_rows = np.arange(tensor.shape[0]) if full is None else np.asarray(full, dtype=np.int64)
+    kept_columns = np.arange(columns * blocks) if half is None else np.asarray(half, dtype=np.int64)
+    kept_rows = kept_rows[np.argsort(kept_rows // rows, kind="stable")]
+    kept_columns = kept_columns[np.argsort(kept_columns // columns, kind="stable")]
+    counts = np.bincount(kept_columns // columns, minlength=blocks)
+    block_of = kept_rows // rows
+    widths = np.unique(counts[block_of])
+    if widths.size != 1:
+        raise PlanError(
+            f"plan: groups of a convolution keep {', '.join(map(str, widths))} input channels; keep as many of each."
+        )
+    # For every row that stays, the columns that its block keeps.
+    taken = (np.cumsum(counts) - counts)[block_of][:, None] + np.arange(widths[0])
+    index = torch.from_numpy(kept_columns[taken] % columns).to(tensor.device)
+    value = tensor.detach().index_select(0, torch.from_numpy(kept_rows).to(tensor.device))
+    return value.gather(1, index.view(*index.shape, *[1] * (tensor.ndim - 2)).expand(-1, -1, *tensor.shape[2:]))
 
 
 def _like(old: Tensor, value: Tensor) -> Tensor:
