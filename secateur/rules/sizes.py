@@ -29,20 +29,14 @@ class Counted(int):
 
     labels: Labels
 
-    def _of(self, value: int, other: Any) -> int:
-        if type(other) is not int:
-            return value
-        result = Counted(value)
-        result.labels = self.labels
-        return result
-
     def __floordiv__(self, other: Any) -> Any:
         """Return a fraction."""
-        return self._of(int(self) // other, other)
+        return counted(int(self) // other, self.labels if type(other) is int else None)
 
     def __mul__(self, other: Any) -> Any:
         """Return a multiple."""
-        return self._of(int(self) * other, other)
+        plain = int(other) if isinstance(other, Counted) else other
+        return counted(int(self) * plain, self.labels if type(other) is int else None)
 
     __rmul__ = __mul__
 
@@ -51,8 +45,8 @@ class Counted(int):
         return int, (int(self),)
 
 
-def counted(size: int, labels: Labels | None) -> int:
-    """Return a size that knows of which channels it is the number."""
+def counted(size: Any, labels: Labels | None) -> Any:
+    """Return a size so that it knows of which channels it is the number; as it is where they are not known."""
     if labels is None:
         return size
     result = Counted(size)
