@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
+import math
 import mmap
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +29,17 @@ _SIZES = {
     "aten::native_layer_norm": 1, "aten::native_group_norm": 4, "aten::convolution": 8,
 }  # fmt: skip
 """Operators -> the argument that follows what is left of the channels: the shapes of what they make tell if rightly."""
+_PRODUCTS = frozenset({
+    "aten::convolution", "aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::linear",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+})  # fmt: skip
+"""Operators of layers, which take long; of what they make no value is needed."""
+_RANDOM = frozenset({
+    "aten::rand_like", "aten::randn_like", "aten::randint_like", "aten::bernoulli", "aten::bernoulli_", "aten::normal",
+    "aten::normal_", "aten::uniform_", "aten::random_", "aten::exponential_", "aten::geometric_", "aten::cauchy_",
+    "aten::log_normal_", "aten::multinomial", "aten::poisson", "aten::native_dropout", "aten::rrelu_with_noise",
+})  # fmt: skip
+_FAKE = "_secateur_without_values"
 _LARGE = 1 << 18
 """From so many elements read, running an operator takes longer than asking for the shapes of what it makes."""
 _AS_IT_IS = ("aten::_unsafe_view", "aten::native_batch_norm")
@@ -57,6 +71,9 @@ class Program:
         self.steps: list[Step] = []
         self.failed: RuntimeError | None = None
         """Why an operator could not make what the code asked for, by sizes that it gave."""
+        self.random = False
+        """Whether random numbers with channels were drawn, of which a pruned network draws others."""
+        self._faked: list[weakref.ref[Tensor]] = []
         self._token = object()
 
     def begin(self, inputs: Iterable[Tensor]) -> None:
@@ -80,19 +97,35 @@ class Program:
             if not flow.name(tensor):
                 self._mark(tensor, (len(self.steps), index))
         self.steps.append(Step(name, tuple(arguments), tuple(made), bounds, along))
+        self.random = self.random or (name in _RANDOM and any(axes for _, axes in made))
 
     def end(self, flow: Flow, outputs: Iterable[Tensor]) -> None:
         """Note what a forward returns."""
         self.note(flow, "output", list(outputs), {}, ())
 
     def shaped(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call an operator; where it takes long, what it makes has the right shapes, and all values are zero."""
+        """Call an operator; where it takes long, what it makes has the right shapes, and all values are zero.
+
+        What was made of neither layers' outputs nor random numbers has its values: the code may keep it for good.
+        """
         try:
-            return _shaped(func, args, kwargs)
+            made, faked = _shaped(func, args, kwargs)
+            if faked:
+                self._faked += map(weakref.ref, tensors_in(made if isinstance(made, (list, tuple)) else (made,)))
+            return made
         except RuntimeError as error:
             if func._schema.name in _SIZES:
                 self.failed = error
             raise
+
+    def kept(self) -> bool:
+        """Tell whether the code keeps something without values; it is spoilt, so that nobody takes it for real."""
+        if any(made() is not None for made in self._faked):
+            gc.collect()
+        left = [tensor for made in self._faked if (tensor := made()) is not None]
+        for tensor in left:
+            tensor.fill_(math.nan if tensor.is_floating_point() else 0)
+        return bool(left)
 
     def _mark(self, tensor: Tensor, origin: tuple[Any, ...]) -> None:
         setattr(tensor, _ORIGIN, (self._token, origin))
@@ -115,13 +148,23 @@ def _content(tensor: Tensor) -> Any:
         return object()
 
 
-def _shaped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call an operator, or make zeros of the shapes of what it would make."""
-    operands = tensors_in(args)
+def _shaped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
+    """Call an operator, or make zeros of the shapes of what it would make; tell which."""
+    operands = tensors_in((*args, *kwargs.values()))
+    name, kind = func._schema.name, func._schema.name.rpartition("::")[2]
+    without_values = any(getattr(t, _FAKE, False) for t in operands)
+    if kind.endswith("_like") or kind.startswith("new_") or not (without_values or name in _PRODUCTS):
+        return func(*args, **kwargs), False
     writes = _writes(func) if sum(t.numel() for t in operands) >= _LARGE else None
-    if writes is None:
-        return func(*args, **kwargs)
-    device = operands[0].device
+    made, faked = _made(func, args, kwargs, writes) if writes is not None else (func(*args, **kwargs), False)
+    if faked or without_values:
+        for tensor in tensors_in(made if isinstance(made, (list, tuple)) else (made,)):
+            setattr(tensor, _FAKE, True)
+    return made, faked
+
+
+def _made(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], writes: bool) -> tuple[Any, bool]:
+    device = tensors_in(args)[0].device
 
     def twin(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -136,8 +179,8 @@ def _shaped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     try:
         made = func(*twin(args), **{key: twin(value) for key, value in kwargs.items()})
     except NotImplementedError:
-        return func(*args, **kwargs)
-    return args[0] if writes else filled(made)
+        return func(*args, **kwargs), False
+    return (args[0], False) if writes else (filled(made), True)
 
 
 def _zeros(like: Tensor) -> Tensor:

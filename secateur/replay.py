@@ -28,7 +28,12 @@ _WORTH = 6_000_000
 def can_tell(whole: Recording, macs: int) -> bool:
     """Tell whether comparing programs can tell anything of a recorded network, and sooner than running it."""
     flow, steps = whole.flow, whole.program.steps
-    if flow.store.moves or flow.magnitudes or any(call.kind == "registered" for call in flow.calls):
+    if (
+        whole.program.random
+        or flow.store.moves
+        or flow.magnitudes
+        or any(call.kind == "registered" for call in flow.calls)
+    ):
         return False
     by_value = flow.by_value or any(step.name in _BY_VALUE for step in steps)
     return not by_value and macs > _WORTH * len(steps)

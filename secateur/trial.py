@@ -303,7 +303,13 @@ def _run(trials: Trials, grouping: Grouping, chosen: list[int], plan: PruningPla
         return _Outcome(_blamed(grouping, chosen, frames, reason), _handled(grouping, chosen, frames), reason, sources)
     if not _agrees(difference):
         difference = _in_double(model, small, plan, example_inputs) or difference
-    return None if _agrees(difference) else _Outcome(_mismatched(grouping, chosen, difference.mismatched))
+    if _agrees(difference):
+        return None
+    blamed = _mismatched(grouping, chosen, difference.mismatched)
+    if len(chosen) == 1:
+        return _Outcome(blamed or [Failure(chosen[0], "the pruned network computes something else")])
+    # What a layer reads wrongly may have been made wrong by what another group lost: they are tried alone.
+    return _Outcome([], [failure.group for failure in blamed], blamed[0].reason if blamed else _Outcome.reason)
 
 
 def _tells(trials: Trials, grouping: Grouping, plan: PruningPlan, small: nn.Module, program: Program) -> bool:
@@ -319,7 +325,7 @@ def _tells(trials: Trials, grouping: Grouping, plan: PruningPlan, small: nn.Modu
         found = record(small, trials.example_inputs, trials.functions, flow.decisions, flow.loose, light=program)
     except TraceError:
         return False
-    return is_same(
+    return not program.kept() and is_same(
         whole, found, grouping.classes, lost(grouping.group_of, grouping.channel_of, masks(graph, plan.removed))
     )
 
@@ -401,7 +407,9 @@ def _mismatched(grouping: Grouping, chosen: list[int], layers: dict[str, list[in
         found = np.unique(ports[port.module].in_group[layers[port.module]])  # type: ignore[index]
         blamed = [i for i in found.tolist() if i in chosen]
         if blamed:
-            return [Failure(i, f"{port.module} would read other channels than in the original") for i in blamed]
+            return [
+                Failure(i, f"{port.module} would read other channels or values than in the original") for i in blamed
+            ]
     return []
 
 

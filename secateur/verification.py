@@ -12,7 +12,7 @@ import copy
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,9 @@ from secateur.inputs import arguments, left_as_found, mapped, tensors_of, unwrap
 if TYPE_CHECKING:
     from secateur.planning import PruningPlan
 
+_READERS = (nn.modules.conv._ConvNd, nn.Linear)
+_WHOLE: list[int] = []
+"""In place of the channels that a layer keeps: it reads what it did."""
 Readings = dict[str, list[tuple[Tensor, int]]]
 """Layer -> for every call, sums of what it reads of each channel, and over how many values."""
 
@@ -129,6 +132,18 @@ def masked(model: nn.Module, plan: PruningPlan, readings: Readings) -> Iterator[
             hook.remove()
 
 
+@contextmanager
+def _watched(network: nn.Module, names: Iterable[str], readings: Readings) -> Iterator[None]:
+    """Note what layers read, for as long as the context lasts."""
+    modules = dict(network.named_modules())
+    hooks = [modules[n].register_forward_pre_hook(_reading(n, readings), with_kwargs=True) for n in names]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _zeroed_copy(model: nn.Module, plan: PruningPlan) -> nn.Module:
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     memo: dict[int, Any] = {id(t): t for t in tensors.values()}
@@ -175,21 +190,17 @@ def compare(model: nn.Module, small: nn.Module, plan: PruningPlan, example_input
     difference = Difference()
     original: Readings = defaultdict(list)
     pruned: Readings = defaultdict(list)
-    modules = dict(small.named_modules())
-    hooks = [
-        modules[name].register_forward_pre_hook(_reading(name, pruned), with_kwargs=True) for name in plan.kept_inputs
-    ]
-    try:
+    others = [name for name, m in small.named_modules() if isinstance(m, _READERS) and name not in plan.kept_inputs]
+    with _watched(small, [*plan.kept_inputs, *others], pruned):
         found_outputs = outputs(small, example_inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    with masked(model, plan, original) as reference:
+    with masked(model, plan, original) as reference, _watched(reference, others, original):
         wanted_outputs = outputs(reference, example_inputs)
     _compare_outputs(wanted_outputs, found_outputs, difference)
-    for name, kept in plan.kept_inputs.items():
+    for name, kept in (plan.kept_inputs | dict.fromkeys(others, _WHOLE)).items():
         if len(original[name]) != len(pruned[name]):
             difference.mismatched[name] = kept
+            continue
+        if kept is _WHOLE and not original[name]:
             continue
         if not original[name]:
             difference.notes.append(f"{name}: never runs in eval mode")
@@ -202,9 +213,11 @@ def compare(model: nn.Module, small: nn.Module, plan: PruningPlan, example_input
             scale = max(float(want.abs().max()), 1e-12) if want.numel() else 1.0
             wrong = ((want - found).abs() > tolerance * scale).any(1) if want.shape == found.shape else None
             if wrong is None:
-                difference.mismatched[name] = kept
+                if kept is not _WHOLE:  # others may lose channels of groups that no layer reads
+                    difference.mismatched[name] = kept
             elif bool(wrong.any()):
-                channels = [kept[i] for i in wrong.nonzero().flatten().tolist()]
+                places = wrong.nonzero().flatten().tolist()
+                channels = places if kept is _WHOLE else [kept[i] for i in places]
                 difference.mismatched.setdefault(name, []).extend(channels)
     return difference
 
@@ -297,7 +310,9 @@ def _made_by(network: nn.Module, plan: PruningPlan, example_inputs: Any, kept: M
     made: Readings = defaultdict(list)
 
     def reading(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: Any, out: Tensor) -> None:
+        def hook(layer: nn.Module, args: Any, out: Any) -> None:
+            if not isinstance(out, Tensor):  # a layer of the user's own, which returns more than it makes
+                return
             dim = channel_dim(layer, out)
             sums, count = _sums(out, dim)
             made[name].append((sums[kept[name]] if name in kept else sums, count))

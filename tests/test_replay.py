@@ -183,16 +183,17 @@ def test_operators_that_are_not_run_keep_shape_strides_and_identity(dtype: torch
     made = run(aten.mm.default, (big.t(), big), {})
     assert made.shape == (700, 700)
     assert not made.any()
-    added = run(aten.add.Tensor, (big.t(), big.t()), {})
-    assert added.stride() == (big.t() + big.t()).stride()
-    assert run(aten.add_.Tensor, (big, big), {}) is big
-    assert big.eq(1).all()
-    first = run(aten.sort.default, (big, 1), {})
+    added = run(aten.add.Tensor, (made.t(), made.t()), {})
+    assert added.stride() == (made.t() + made.t()).stride()
+    added += 1
+    assert run(aten.add_.Tensor, (added, made), {}) is added
+    assert added.eq(1).all()
+    first = run(aten.sort.default, (made, 1), {})
     assert [t.dtype for t in first] == [dtype, torch.int64]
-    small = torch.ones(2, 2, dtype=dtype)
-    assert run(aten.add.Tensor, (small, small), {}).eq(2).all()
+    assert run(aten.add.Tensor, (big, big), {}).eq(2).all()
+    assert run(aten.ones_like.default, (made,), {}).eq(1).all()
     with pytest.raises(RuntimeError):
-        run(aten.add_.Tensor, (big, big.t()), {})
+        run(aten.add_.Tensor, (made, torch.ones(3, dtype=dtype)), {})
 
 
 @pytest.mark.parametrize("read", ["numpy", "tolist", "item", "bool"])
@@ -220,3 +221,54 @@ def test_a_loop_that_waits_for_a_value_is_run_with_values(read: str, monkeypatch
     with pytest.raises(Compared):
         sc.trace(model, torch.randn(2, 3, 256, 192))
     assert rounds < 10
+
+
+CACHE: dict[Any, Tensor] = {}
+
+
+class Wide(nn.Module):
+    """Large enough to be tried without values; ``between`` is done with the features."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.between = between
+        self.a, self.b, self.c = conv(3, 64), conv(64, 64), conv(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.between(self.a(x).relu())
+        out: Tensor = self.c(self.b(x).relu())
+        return out
+
+
+def test_random_numbers_with_channels_are_no_network_that_can_be_told() -> None:
+    noisy, images = Wide(lambda x: x + 0.1 * torch.randn_like(x)).eval(), torch.randn(1, 3, 128, 128)
+    assert not [g for g in sc.trace(noisy, images).groups if g.name == "a"]
+    still = Wide(lambda x: x + 0.1 * torch.randn(1, 1, *x.shape[2:])).eval()
+    assert [g for g in sc.trace(still, images).groups if g.name == "a"]
+
+
+def test_constants_that_the_code_keeps_have_their_values() -> None:
+    def cached(x: Tensor) -> Tensor:
+        if tuple(x.shape) not in CACHE:
+            CACHE[tuple(x.shape)] = torch.ones_like(x) * 0.5
+        return x * CACHE[tuple(x.shape)]
+
+    CACHE.clear()
+    graph = sc.trace(Wide(cached).eval(), torch.randn(1, 3, 128, 128))
+    assert [g.name for g in graph.groups] == ["a", "b"]
+    assert len(CACHE) > 1
+    assert all(kept.eq(0.5).all() for kept in CACHE.values())
+
+
+def test_features_that_the_code_keeps_are_spoilt_and_tell_nothing() -> None:
+    def kept(x: Tensor) -> Tensor:
+        CACHE.setdefault(tuple(x.shape), x)
+        return x + 0 * x.reshape(x.shape[0], x.shape[1], *x.shape[2:])
+
+    CACHE.clear()
+    model, images = Wide(kept).eval(), torch.randn(1, 3, 128, 128)
+    graph = sc.trace(model, images)
+    assert all(features.isnan().all() or features.any() for features in CACHE.values())
+    plan = sc.plan_removal(graph, {g.name: [0, 5, 9] for g in graph.groups})
+    CACHE.clear()
+    assert sc.verify(model, sc.apply(model, plan), plan, images).exact

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import sys
 import warnings
@@ -16,7 +17,10 @@ from torch.nn import functional as F
 
 from secateur import recording, tracing, trial
 from secateur.grouping import group_channels
+from secateur.planning import plan_removal
 from secateur.rules.flow import Flow
+from secateur.surgery import cut
+from secateur.verification import verify
 from tests.cases import CASES, Case
 from tests.cases.table import Net, conv
 
@@ -365,3 +369,92 @@ def test_what_code_keeps_of_a_shape_is_a_plain_number_to_others() -> None:
     for other in (copy.deepcopy(model.kept), pickle.loads(pickle.dumps(model.kept))):
         assert [type(value) for value in other] == [int] * 5
         assert other == model.kept
+
+
+class Masked(nn.Module):
+    """Counts what a mask lets through, over as many channels as the features have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(3, 16), conv(16, 8)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.a(x).relu() * mask
+        number = mask.expand_as(x).sum((1, 2, 3), keepdim=True)
+        out: Tensor = self.b(x.sum((2, 3), keepdim=True) / number)
+        return out
+
+
+class PartialConv(nn.Conv2d):
+    """Convolution of what is known, which says what is known then (inpainting): two tensors, two kernels."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+        self.register_buffer("ones", torch.ones_like(self.weight))
+        self.window = inputs * 9
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        assert isinstance(self.ones, Tensor)
+        known = F.conv2d(mask, self.ones, None, 1, 1)
+        ratio = self.window / (known + 1e-8)
+        known = known.clamp(0, 1)
+        assert self.bias is not None
+        bias = self.bias.view(1, self.out_channels, 1, 1)
+        raw = F.conv2d(x * mask, self.weight, self.bias, 1, 1)
+        return ((raw - bias) * ratio * known + bias) * known, known
+
+
+class Inpainting(nn.Module):
+    """Partial convolutions one after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = PartialConv(3, 16), PartialConv(16, 16), PartialConv(16, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x, mask = self.a(x, mask)
+        x, mask = self.b(x.relu(), mask)
+        out: Tensor = self.c(x.relu(), mask)[0]
+        return out
+
+
+class ScaledByFanIn(nn.Module):
+    """A kernel scaled by its width in the code, and layers behind it that have nothing to do with that."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.a = conv(3, 16)
+        self.kernel = nn.Parameter(torch.randn(16, 16, 3, 3))
+        self.rest = nn.Sequential(*(nn.Sequential(conv(16, 16), nn.BatchNorm2d(16), nn.ReLU()) for _ in range(depth)))
+        self.out = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv2d(self.a(x).relu(), self.kernel / math.sqrt(self.kernel.shape[1] * 9), padding=1)
+        out: Tensor = self.out(self.rest(x.relu()).mean((2, 3)))
+        return out
+
+
+IMAGE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+KNOWN = (torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) > 0.5).float()
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs", "offered"),
+    [
+        (Masked, (IMAGE, KNOWN[:, :1]), []),
+        (Inpainting, (IMAGE, KNOWN), None),
+        (lambda: ScaledByFanIn(4), IMAGE, ["kernel", *(f"rest.{i}.0" for i in range(4))]),
+        (lambda: ScaledByFanIn(14), IMAGE, ["kernel", *(f"rest.{i}.0" for i in range(14))]),
+    ],
+    ids=["mask", "partial convolution", "scale", "scale, deep"],
+)
+def test_what_depends_on_the_width_is_kept_and_what_does_not_is_offered(
+    build: Callable[[], nn.Module], inputs: object, offered: list[str] | None
+) -> None:
+    torch.manual_seed(0)
+    model = build().eval()
+    graph = tracing.trace(model, inputs)
+    if offered is not None:
+        assert [g.name for g in graph.groups] == offered
+    plan = plan_removal(graph, {g.name: list(range(g.size // 2)) for g in graph.groups})
+    assert verify(model, cut(model, plan), plan, inputs).exact

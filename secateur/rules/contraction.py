@@ -94,7 +94,7 @@ def convolution(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: 
             flow.module,
             "conv_transposed" if transposed else "conv",
             weight_name(flow, weight),
-            isinstance(flow.layer, nn.modules.conv._ConvNd),
+            _owns(flow, weight, nn.modules.conv._ConvNd),
             given,
             made,
             in_channels,
@@ -241,7 +241,7 @@ def _weighted(
             flow.module,
             "linear",
             weight_name(flow, weight),
-            isinstance(flow.layer, nn.Linear),
+            _owns(flow, weight, nn.Linear),
             given,
             made,
             x.shape[inner],
@@ -277,6 +277,12 @@ def recurrent_layer(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], o
         )
     for tensor in out:
         flow.set(tensor, {})
+
+
+def _owns(flow: Flow, weight: Tensor, kind: type[nn.Module]) -> bool:
+    """Tell whether a weight is that of the layer at work, so that what the layer is given is what the weight reads."""
+    name = flow.name(weight)
+    return isinstance(flow.layer, kind) and name in ("", f"{flow.module}.weight".lstrip("."))
 
 
 def weight_name(flow: Flow, weight: Tensor) -> str:

@@ -42,7 +42,7 @@ _FREE = """
 
     cat concat permute transpose flatten squeeze unsqueeze contiguous mean sum amax amin softmax log_softmax
 
-    zeros_like ones_like expand_as prelu addcmul addcdiv lerp stack
+    zeros_like ones_like prelu addcmul addcdiv lerp stack
 
     dim is_floating_point is_contiguous to float half double type_as detach clone _assert
 """
