@@ -222,17 +222,18 @@ def _schedules(
         readers = [renumbered(order) for order in orders if order is not None]
         blocks = []
         for share in flow.shares:
-            owned = [classes[block] for block in share.blocks]
-            if any((group_id[own] == g).any() for own in owned):
-                counts = [_counted(own, g, group_id, channel_of, by_group[g].size) for own in owned]
-                blocks.append([*counts, np.array([own.size for own in owned])])
+            held, sizes = classes[np.concatenate(share.blocks)], np.array([block.size for block in share.blocks])
+            if (group_id[held] == g).any():
+                blocks.append([*_counted(held, sizes, g, group_id, channel_of, by_group[g].size), sizes])
         found[g] = scheduled(shuffles, readers, g, free[by_group[g]], blocks)
     return found
 
 
-def _counted(own: Labels, g: int, group_id: Labels, channel_of: Labels, size: int) -> Labels:
-    """Return how many positions of a block hold each channel of a group."""
-    return np.bincount(channel_of[own[group_id[own] == g]], minlength=size)
+def _counted(held: Labels, sizes: Labels, g: int, group_id: Labels, channel_of: Labels, width: int) -> Labels:
+    """Return, a row a block, how many of its positions hold each channel of a group; blocks lie one after another."""
+    mine = group_id[held] == g
+    places = np.repeat(np.arange(sizes.size), sizes)[mine] * width + channel_of[held[mine]]
+    return np.bincount(places, minlength=sizes.size * width).reshape(sizes.size, width)
 
 
 def _text(cause: Cause) -> str:
@@ -348,14 +349,10 @@ def _cells(
     uneven: dict[int, str] = {}
     rows: dict[int, list[Labels]] = defaultdict(list)
     for share in flow.shares:
-        held = classes[np.concatenate(share.blocks)]
-        sizes = np.array([block.size for block in share.blocks])
-        block_of = np.repeat(np.arange(sizes.size), sizes)
+        held, sizes = classes[np.concatenate(share.blocks)], np.array([block.size for block in share.blocks])
         touched = set(np.unique(group_id[held]).tolist())
         for g in touched - {-1}:
-            mine, width = group_id[held] == g, by_group[g].size
-            places = block_of[mine] * width + channel_of[held[mine]]
-            counts = np.bincount(places, minlength=sizes.size * width).reshape(sizes.size, width)
+            counts = _counted(held, sizes, g, group_id, channel_of, by_group[g].size)
             inside = counts.sum(1)
             if (inside * sizes[0] != inside[0] * sizes).any():
                 uneven[g] = f"{share.cause.reason}, and one of its blocks holds channels that stay"

@@ -92,7 +92,7 @@ class Program:
         arguments = [self._plain(flow, a) for i, a in enumerate(args) if i != free]
         arguments += [(key, self._plain(flow, value)) for key, value in kwargs.items()]
         made = []
-        for index, tensor in enumerate(tensors_in(out if isinstance(out, (tuple, list)) else (out,))):
+        for index, tensor in enumerate(tensors_in((out,))):
             made.append((tuple(tensor.shape), dict(flow.axes(tensor))))
             if not flow.name(tensor):
                 self._mark(tensor, (len(self.steps), index))
@@ -111,7 +111,7 @@ class Program:
         try:
             made, faked = _shaped(func, args, kwargs)
             if faked:
-                self._faked += map(weakref.ref, tensors_in(made if isinstance(made, (list, tuple)) else (made,)))
+                self._faked += map(weakref.ref, tensors_in((made,)))
             return made
         except RuntimeError as error:
             if func._schema.name in _SIZES:
@@ -158,7 +158,7 @@ def _shaped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[A
     writes = _writes(func) if sum(t.numel() for t in operands) >= _LARGE else None
     made, faked = _made(func, args, kwargs, writes) if writes is not None else (func(*args, **kwargs), False)
     if faked or without_values:
-        for tensor in tensors_in(made if isinstance(made, (list, tuple)) else (made,)):
+        for tensor in tensors_in((made,)):
             setattr(tensor, _FAKE, True)
     return made, faked
 

@@ -67,7 +67,7 @@ class _LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             for tensor in flow.operands:
                 flow.freeze_tensor(tensor, "no rule says how channels flow through this operator")
-            for tensor in tensors_in(out if isinstance(out, (tuple, list)) else (out,)):
+            for tensor in tensors_in((out,)):
                 flow.set(tensor, {})
         if flow.loose:
             carry(flow, name, args, kwargs, out)
@@ -158,7 +158,7 @@ def _run(model: nn.Module, flow: Flow, program: Program, example_inputs: Any, li
     for tensor in returned:
         grid = flow.grid(tensor)
         for labels in (*flow.axes(tensor).values(), *([grid.labels] if grid is not None else [])):
-            flow.frozen.append((labels.reshape(-1), Cause("model output", "", "", "is returned by the model")))
+            flow.freeze_for(labels, Cause("model output", "", "", "is returned by the model"))
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def _without_elements(flow: Flow) -> list[str]:
     for call in calls:
         if call.outputs is not None and read.isdisjoint(classes[call.outputs.reshape(-1)].tolist()):
             reason = "is made without elements, and read by no layer: give examples that reach it"
-            flow.frozen.append((call.outputs.reshape(-1), Cause(call.kind, call.module, "", reason)))
+            flow.freeze_for(call.outputs, Cause(call.kind, call.module, "", reason))
     seeing = {call.module for call in flow.calls if call.positions}
     return [
         f"{name}: reads tensors without elements on the example inputs, so its channels go by the rules alone"

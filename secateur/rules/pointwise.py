@@ -77,7 +77,7 @@ def pointwise(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: An
     operands = tensors_in((*args, *kwargs.values()))
     if not any(flow.axes(t) for t in operands):
         return
-    results = tensors_in(out if isinstance(out, (tuple, list)) else (out,))
+    results = tensors_in((out,))
     weight = all(flow.is_weight(t) or t.ndim == 0 for t in operands)
     for result in results:
         flow.set(result, flow.combine([t for t in operands if t.ndim <= result.ndim], result.shape), weight=weight)

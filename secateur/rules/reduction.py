@@ -12,7 +12,7 @@ from secateur.rules.registry import rule, tensors_in
 
 
 def _results(out: Any) -> list[Tensor]:
-    return tensors_in(out if isinstance(out, (tuple, list)) else (out,))
+    return tensors_in((out,))
 
 
 def _spatial(count: int) -> Any:

@@ -56,20 +56,8 @@ _TRUSTED |= {
     for name in ("ndim", "dtype", "device", "is_cuda", "requires_grad", "layout", "is_quantized")
 }
 _SHAPES = {torch.Tensor.size, torch.Tensor.shape.__get__}  # type: ignore[attr-defined]
-_READS = {
-    getattr(torch.Tensor, name)
-    for name in (
-        "numpy",
-        "tolist",
-        "item",
-        "__array__",
-        "__bool__",
-        "__int__",
-        "__float__",
-        "__index__",
-        "__contains__",
-    )
-}
+_HANDED_OUT = "numpy tolist item __array__ __bool__ __int__ __float__ __index__ __contains__"
+_READS = {getattr(torch.Tensor, name) for name in _HANDED_OUT.split()}
 """Functions that hand values out of tensors."""
 _VIEWS = {torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.expand}
 _BATCH_NORMS = {
