@@ -8,8 +8,7 @@ import math
 import mmap
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ _RANDOM = frozenset({
     "aten::log_normal_", "aten::multinomial", "aten::poisson", "aten::native_dropout", "aten::rrelu_with_noise",
 })  # fmt: skip
 _FAKE = "_secateur_without_values"
-_LARGE = 1 << 18
+_LARGE = 1 << 16
 """From so many elements read, running an operator takes longer than asking for the shapes of what it makes."""
 _AS_IT_IS = ("aten::_unsafe_view", "aten::native_batch_norm")
 """Operators that are run whatever they read: one is a view; the other, asked for shapes, tells those of training."""
@@ -50,8 +49,7 @@ Made = tuple[tuple[int, ...], Axes]
 """Shape and labels of a tensor that an operator made."""
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One operator call."""
 
     name: str
@@ -166,30 +164,63 @@ def _shaped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[A
 def _made(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], writes: bool) -> tuple[Any, bool]:
     device = tensors_in(args)[0].device
 
-    def twin(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-        return type(value)(map(twin, value)) if isinstance(value, (list, tuple)) else value
-
     def filled(value: Any) -> Any:
-        if isinstance(value, Tensor):
+        if isinstance(value, _Like):
             return _zeros(value).to(device)
         return type(value)(map(filled, value)) if isinstance(value, (list, tuple)) else value
 
     try:
-        made = func(*twin(args), **{key: twin(value) for key, value in kwargs.items()})
+        made = _shapes(func, _likes(args), tuple((key, _likes(value)) for key, value in kwargs.items()))
     except NotImplementedError:
         return func(*args, **kwargs), False
     return (args[0], False) if writes else (filled(made), True)
 
 
-def _zeros(like: Tensor) -> Tensor:
-    """Return zeros of a meta tensor's shape and strides, in memory that is not touched until it is written to."""
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
-    if not like.numel():
+class _Like(NamedTuple):
+    """All of a tensor but its values."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class _Number(NamedTuple):
+    """A number and its type: 1, 1.0 and True are equal, but operators make different things with them."""
+
+    kind: type
+    value: Any
+
+
+def _likes(value: Any) -> Any:
+    """Replace tensors by what they are like, and lists by tuples, so that calls can be told apart."""
+    if isinstance(value, Tensor):
+        return _Like(tuple(value.shape), value.stride(), value.dtype)
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_likes, value))
+    return _Number(type(value), value) if isinstance(value, (int, float)) else value
+
+
+@functools.lru_cache(maxsize=4096)
+def _shapes(func: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> Any:
+    """Ask for the shapes of what an operator makes: a network repeats its blocks, and asking takes long."""
+
+    def twin(value: Any) -> Any:
+        if isinstance(value, _Like):
+            return torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device="meta")
+        if isinstance(value, _Number):
+            return value.value
+        return tuple(map(twin, value)) if isinstance(value, tuple) else value
+
+    return _likes(func(*twin(args), **{key: twin(value) for key, value in kwargs}))
+
+
+def _zeros(like: _Like) -> Tensor:
+    """Return zeros of a tensor's shape and strides, in memory that is not touched until it is written to."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride, strict=True))
+    if 0 in like.shape:
         return torch.empty(like.shape, dtype=like.dtype)
-    pages = mmap.mmap(-1, extent * like.element_size())
-    return torch.frombuffer(pages, dtype=like.dtype).as_strided(like.shape, like.stride())
+    pages = mmap.mmap(-1, extent * like.dtype.itemsize)
+    return torch.frombuffer(pages, dtype=like.dtype).as_strided(like.shape, like.stride)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class _LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         flow = self.flow
         if flow.paused:
             return func(*args, **kwargs)
-        name = func._schema.name
+        name, text = _names(func)
         rule = RULES.get(name)
         if rule is None and is_pointwise(func):
             rule = pointwise
@@ -55,7 +56,7 @@ class _LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if out is not NotImplemented:
                 return out
         flow.ordinal += 1
-        flow.operator = str(func)
+        flow.operator = text
         if flow.called is None and flow.doubt is None:
             flow.doubt = flow.cause("is called by code that can't be looked into")
         flow.shape_before = tuple(args[0].shape) if name in _RESHAPING else ()
@@ -76,6 +77,12 @@ class _LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
+@functools.lru_cache(maxsize=4096)
+def _names(func: Any) -> tuple[str, str]:
+    """Return the name of an operator that its rule has, and the one that it is shown by: both take long to make."""
+    return func._schema.name, str(func)
+
+
 @contextmanager
 def _plain_kernels() -> Iterator[None]:
     """Switch cuDNN's fused kernels off: without them a recurrent layer is made of operators that have rules."""
@@ -89,7 +96,7 @@ def _plain_kernels() -> Iterator[None]:
 
 
 @contextmanager
-def _module_paths(model: nn.Module, flow: Flow) -> Iterator[None]:
+def _module_paths(model: nn.Module, flow: Flow, watch: Watch) -> Iterator[None]:
     """Keep the flow told which module's forward is running."""
     names = {id(m): name for name, m in model.named_modules()}
     stack: list[tuple[str, nn.Module | None]] = [("", None)]
@@ -98,6 +105,7 @@ def _module_paths(model: nn.Module, flow: Flow) -> Iterator[None]:
     def enter(module: nn.Module, args: Any) -> None:
         stack.append((names.get(id(module), stack[-1][0]), module))
         flow.module, flow.layer = stack[-1]
+        watch.look_at_callers(of_module=True)
         if isinstance(module, nn.RNNBase):
             fused.enter_context(_plain_kernels())
         if isinstance(module, nn.MultiheadAttention):
@@ -143,7 +151,8 @@ def _run(model: nn.Module, flow: Flow, program: Program, example_inputs: Any, li
     positional, keyword = arguments(mapped(example_inputs, lambda t: t.clone()))
     program.begin(tensors_of((positional, keyword)))
     try:
-        with _module_paths(model, flow), Watch(flow), _LabelMode(flow, program, light):
+        watch = Watch(flow)
+        with _module_paths(model, flow, watch), watch, _LabelMode(flow, program, light):
             outputs = model(*positional, **keyword)
     except Exception as error:
         where = f" in {flow.module}" if flow.module else ""

@@ -74,10 +74,12 @@ _CONVOLUTIONS = {
 }  # fmt: skip
 
 
+_CALL = nn.Module._call_impl.__code__
 _INSTANCE_NORM = nn.modules.instancenorm._InstanceNorm.forward.__code__
 MOST_FUNCTIONS = 200
 """Reading more functions than this would take longer than a trial."""
 _PACKAGE = f"{__name__.partition('.')[0]}."
+_NONE: dict[int, Labels] = {}
 _COUNTING = "reads an attribute that counts channels"
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 
@@ -88,7 +90,7 @@ class Watch(TorchFunctionMode):
     def __init__(self, flow: Flow) -> None:
         super().__init__()
         self.flow = flow
-        self._base = sys._getframe(1)
+        self._base = sys._getframe(1).f_code
         self._seen: set[types.CodeType] = set()
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -97,31 +99,49 @@ class Watch(TorchFunctionMode):
         outer, flow.called = flow.called, func
         flow.by_value = flow.by_value or func in _READS
         assumed = len(flow.sites)
-        normed = _bound(_BATCH_NORMS[func], args, kwargs) if func in _BATCH_NORMS and not flow.paused else {}
-        nothing = bool(normed) and normed["input"].numel() == 0
-        flow.paused += nothing
-        asked, flow.asked = flow.asked, _asked(args) if func in _VIEWS else {}
+        asked, flow.asked = flow.asked, _asked(args) if func in _VIEWS else _NONE
+        try:
+            out = self._normed(func, args, kwargs) if func in _BATCH_NORMS else func(*args, **kwargs)
+        finally:
+            flow.called, flow.asked = outer, asked
+        if flow.paused:
+            return out
+        if flow.doubt is None:
+            self.look_at_callers()
+            if not self._safe(func, args, kwargs, out, len(flow.sites) > assumed):
+                flow.doubt = flow.cause(f"{getattr(func, '__name__', func)} may depend on the number of channels")
+        return _told(flow, args, kwargs, out) if func in _SHAPES else out
+
+    def _normed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Normalise by the batch: without elements PyTorch multiplies all channels by the first one's scale alone."""
+        flow = self.flow
+        given = _bound(_BATCH_NORMS[func], args, kwargs)
+        if flow.paused or given["input"].numel():
+            return func(*args, **kwargs)
+        flow.paused += 1
         try:
             out = func(*args, **kwargs)
         finally:
-            flow.called, flow.asked = outer, asked
-            flow.paused -= nothing
-        if nothing:
-            # Without elements PyTorch multiplies all channels by the first one's scale, and reads no other.
-            flow.operator = "aten.batch_norm.default"
-            batch_norm(flow, tuple(normed[name] for name in _BATCH_NORMS[torch.batch_norm]), {}, out)
-        if flow.doubt is None and not flow.paused:
-            self._look_at_callers()
-            if not self._safe(func, args, kwargs, out, len(flow.sites) > assumed):
-                flow.doubt = flow.cause(f"{getattr(func, '__name__', func)} may depend on the number of channels")
-        return _told(flow, args, kwargs, out) if func in _SHAPES and not flow.paused else out
+            flow.paused -= 1
+        flow.operator = "aten.batch_norm.default"
+        batch_norm(flow, tuple(given[name] for name in _BATCH_NORMS[torch.batch_norm]), {}, out)
+        return out
 
-    def _look_at_callers(self) -> None:
-        """Doubt where a function at work reads an attribute that counts channels, in a class or out of one."""
-        frame: types.FrameType | None = sys._getframe(2)
-        while frame is not None and frame is not self._base:
-            code = frame.f_code
-            if code not in self._seen:
+    def look_at_callers(self, *, of_module: bool = False) -> None:
+        """Doubt where a function at work reads an attribute that counts channels, in a class or out of one.
+
+        Looks at the functions up to the module at work, whose own callers were looked at when it was entered: with
+        ``of_module``.
+        """
+        if self.flow.doubt is not None or self.flow.paused:
+            return
+        frame: types.FrameType | None = sys._getframe(1)
+        while frame is not None and (code := frame.f_code) is not self._base:
+            if code is _CALL:
+                if not of_module:
+                    return
+                of_module = False
+            elif code not in self._seen:
                 self._seen.add(code)
                 if not code.co_filename.startswith(_TORCH) and _counts(code, type(frame.f_locals.get("self"))):
                     self.flow.doubt = Cause("", self.flow.module, shown(code.co_filename, frame.f_lineno), _COUNTING)
