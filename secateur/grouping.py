@@ -141,7 +141,7 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
     for g, index in index_of.items():
         final[g] = index
     tied = np.isin(group_id, list(lost))
-    stuck = [s.key for s in flow.shuffled if tied[classes[s.labels]].any()]
+    stuck = [s.key for s in flow.shuffled if s.key not in flow.futile and tied[classes[s.labels]].any()]
     shared = [
         s.key for s in flow.sites if s.options[s.choice :][:2] == ("share", "parts") and tied[classes[s.labels]].any()
     ]

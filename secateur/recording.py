@@ -70,8 +70,8 @@ class _LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 flow.freeze_tensor(tensor, "no rule says how channels flow through this operator")
             for tensor in tensors_in((out,)):
                 flow.set(tensor, {})
-        if flow.loose:
-            carry(flow, name, args, kwargs, out)
+        if flow.shuffled:
+            carry(flow, name, args, out)
         flow.operands = ()
         self.program.note(flow, name, args, kwargs, out)
         return out
@@ -166,7 +166,8 @@ def _run(model: nn.Module, flow: Flow, program: Program, example_inputs: Any, li
     program.end(flow, returned)
     for tensor in returned:
         grid = flow.grid(tensor)
-        for labels in (*flow.axes(tensor).values(), *([grid.labels] if grid is not None else [])):
+        loose = [grid.labels] if grid is not None and grid.key in flow.loose else []
+        for labels in (*flow.axes(tensor).values(), *loose):
             flow.freeze_for(labels, Cause("model output", "", "", "is returned by the model"))
 
 

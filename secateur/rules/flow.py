@@ -123,6 +123,8 @@ class Grid:
     column: int
     labels: Labels
     """Shape ``(rows, columns)``."""
+    key: int
+    """Ordinal of the operator call that cut the vector."""
 
 
 class Labelled:
@@ -171,6 +173,8 @@ class Flow:
         self.layer: nn.Module | None = None
         self.operator = ""
         self.shuffled: list[Shuffled] = []
+        self.futile: set[int] = set()
+        """Of what is shuffled strictly, the ordinals of those calls whose rows no later operator lays in columns."""
         self.copies: list[tuple[int, int]] = []
         """Ranges of labels of equal copies, which an expansion makes: any of them may go for any other."""
         self.paused = 0

@@ -7,16 +7,24 @@ from math import prod
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from secateur.labels import Axes, Labels, merged, runs, varying
 from secateur.rules.flow import Attribute, Flow, Grid
 from secateur.rules.registry import rule
-from secateur.rules.shuffle import is_loose, loosely
+from secateur.rules.shuffle import cut_into_rows, is_loose, loosely
 
-HEAD_COUNTS = ("num_heads", "n_heads", "nhead", "heads", "num_attention_heads")
+HEAD_COUNTS = (
+    "num_heads", "n_heads", "nhead", "heads", "num_attention_heads", "n_head", "num_head", "nheads", "head_num", "h",
+)  # fmt: skip
 """Names under which a module keeps the number of blocks that it cuts its channels into."""
 
+_PRODUCTS = {
+    torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, torch.bmm, torch.Tensor.bmm,
+    torch.einsum, F.linear, F.scaled_dot_product_attention,
+}  # fmt: skip
 _HARD_CODED = "sizes written in the code do not follow the removed channels"
 
 
@@ -59,7 +67,12 @@ def _split(flow: Flow, labels: Labels, shape: Sequence[int], dims: Sequence[int]
 
 
 def _count_width(flow: Flow, labels: Labels) -> None:
-    """Let an attribute of the module at work follow, where it is the number of these channels."""
+    """Let an attribute of the module at work follow, where it is the number of these channels.
+
+    Products view what they read by no size of the code's: one of its numbers is equal by chance.
+    """
+    if flow.called in _PRODUCTS:
+        return
     for name in flow.counts(labels.size):
         flow.count(name, labels)
 
@@ -95,11 +108,10 @@ def reshaped(flow: Flow, axes: Axes, old: Sequence[int], new: Sequence[int], *, 
 
 
 def _grid(flow: Flow, axes: Axes, old: Sequence[int], new: Sequence[int]) -> tuple[int, Grid] | None:
-    """Return the dimension of channels that a view cuts into two, if the rows may lose different indices, and these."""
+    """Return the dimension of channels that a view cuts into two, and these."""
     for left, right in runs(old, new):
-        labels = axes.get(left[0])
-        if len(left) == 1 and len(right) == 2 and labels is not None and is_loose(flow, labels):
-            return left[0], Grid(right[0], right[1], labels.reshape(new[right[0]], new[right[1]]))
+        if len(left) == 1 and len(right) == 2 and left[0] in axes:
+            return left[0], cut_into_rows(flow, axes[left[0]], *right, new)
     return None
 
 
@@ -123,7 +135,7 @@ def view(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor)
         for labels in fixed.values():
             _count_width(flow, labels)
     cut = _grid(flow, axes, x.shape, out.shape)
-    if cut is not None:
+    if cut is not None and cut[1].key in flow.loose:
         axes = {d: labels for d, labels in axes.items() if d != cut[0]}
     flow.set(out, reshaped(flow, axes, x.shape, out.shape), weight=flow.is_weight(x))
     if cut is not None:

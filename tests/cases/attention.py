@@ -161,6 +161,71 @@ def attention_by_the_inputs_width() -> Net:
     )
 
 
+class HeadsAttention(nn.Module):
+    """Attention whose heads are counted by the module, and as many as it has laid side by side at the end."""
+
+    def __init__(self, dim: int, heads: int, width: int) -> None:
+        super().__init__()
+        self.n_head, self.head_dim, self.scale = heads, width, width**-0.5
+        self.qkv = nn.Linear(dim, 3 * heads * width)
+        self.proj = nn.Linear(heads * width, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend between tokens ``(N, L, C)``."""
+        n, length, _ = x.shape
+        q, k, v = self.qkv(x).reshape(n, length, 3, self.n_head, self.head_dim).permute(2, 0, 3, 1, 4)
+        x = (q @ k.transpose(-2, -1) * self.scale).softmax(-1) @ v
+        return self.proj(x.transpose(1, 2).reshape(n, length, self.n_head * self.head_dim))
+
+
+@case(inputs=image(3, 4, 3), prunable={"stem": 7, "attention.qkv": 36})
+def attention_with_as_many_heads_in_the_batch() -> Net:
+    """The batch's heads are as many as a head is wide: of what products view, no number of the code's is the size."""
+    return Net(
+        lambda m, x: m.head(m.attention(tokens(m.stem(x))).mean(1)),
+        stem=conv(3, 8),
+        attention=HeadsAttention(8, 4, 8),
+        head=nn.Linear(8, 4),
+    )
+
+
+class CausalAttention(nn.Module):
+    """Attention as nanoGPT writes it."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.n_head, self.n_embd = heads, dim
+        self.c_attn = nn.Linear(dim, 3 * dim)
+        self.c_proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend between tokens ``(N, L, C)``."""
+        n, length, dim = x.size()
+        q, k, v = self.c_attn(x).split(self.n_embd, dim=2)
+        q, k, v = (t.view(n, length, self.n_head, dim // self.n_head).transpose(1, 2) for t in (q, k, v))
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.c_proj(x.transpose(1, 2).contiguous().view(n, length, dim))
+
+
+@case(
+    inputs=image(3, 4, 3),
+    refused={
+        "attention.c_attn": "is given the number of other channels",
+        "stem": "gives the number of these channels",
+    },
+    prunable={"hidden": 5},
+)
+def attention_of_equal_thirds() -> Net:
+    """Query, key and value are thirds of one layer, and cut into heads by the input's width (nanoGPT)."""
+    return Net(
+        lambda m, x: m.head(m.hidden(m.attention(tokens(m.stem(x)))).relu().mean(1)),
+        stem=conv(3, 8),
+        attention=CausalAttention(8, 2),
+        hidden=nn.Linear(8, 6),
+        head=nn.Linear(6, 4),
+    )
+
+
 @case(prunable={"conv1": 3, "conv2": 3})
 def view_by_the_other_halfs_width() -> Net:
     """One half of the channels is viewed at the other's width: both lose as many, so it holds."""
