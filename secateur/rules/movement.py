@@ -111,7 +111,8 @@ def _grid(flow: Flow, axes: Axes, old: Sequence[int], new: Sequence[int]) -> tup
     """Return the dimension of channels that a view cuts into two, and these."""
     for left, right in runs(old, new):
         if len(left) == 1 and len(right) == 2 and left[0] in axes:
-            return left[0], cut_into_rows(flow, axes[left[0]], *right, new)
+            row, column = right
+            return left[0], cut_into_rows(flow, axes[left[0]], row, column, new)
     return None
 
 
