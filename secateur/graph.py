@@ -168,7 +168,7 @@ class LayerPort:
     """One call of a convolution or linear layer: which channel of which group each of its input and output channels is.
 
     Counts are those of the unpruned network. ``in_group[i]`` is the index into ``ChannelGraph.groups`` of input channel
-    ``i``, or -1 where it stays; ``in_channel[i]`` is its channel in that group. Both are None where nothing is known.
+    ``i``, or -1 where it stays; ``in_channel[i]`` is its channel in that group. Both are None where all stay.
     """
 
     module: str

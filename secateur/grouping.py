@@ -70,13 +70,11 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
     classes = flow.store.classes()
     count = int(classes.max()) + 1 if classes.size else 0
     produced = _marked(count, classes, flow.produced)
-    frozen, causes = _caused(count, classes, flow.frozen)
     moved = _shuffles(flow)
-    if moved.torn.size:
-        frozen[classes[moved.torn]] = True
-        for c in np.unique(classes[moved.torn]).tolist():
-            causes.setdefault(c, Cause("shuffle", "", "", "is shuffled in two ways at once"))
-    inexactly, inexact_causes = _caused(count, classes, flow.inexact)
+    causes = [*flow.frozen, (moved.torn, Cause("shuffle", "", "", "is shuffled in two ways at once"))]
+    cause_of = _first_cause(count, classes, causes)
+    frozen = cause_of >= 0
+    inexact_of = _first_cause(count, classes, flow.inexact)
 
     producing = {id(a): a for a in flow.produced}
     homes = [h for h in flow.store.homes if produced[classes[h.start : h.start + h.size]].any()]
@@ -132,8 +130,9 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
         if reason:
             lost[g] = reason
             continue
-        exact = not inexactly[own].any()
-        why = "" if exact else _text(inexact_causes[int(own[np.flatnonzero(inexactly[own])[0]])])
+        inexactly = inexact_of[own]
+        exact = bool((inexactly < 0).all())
+        why = "" if exact else _text(flow.inexact[inexactly[inexactly >= 0][0]][1])
         name = _group_name(members[g], names)
         index_of[g] = len(groups)
         groups.append(ChannelGroup(name, own.size, tuple(members[g]), cell, removable, exact, why, schedule))
@@ -151,7 +150,8 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
         shuffle.channel[final[shuffle.group] < 0] = -1
         shuffle.group[:] = final[shuffle.group]
 
-    refused = _refusals(flow, made, classes, produced, frozen, causes, lost, by_group, members)
+    why_of = [cause for _, cause in causes]
+    refused = _refusals(flow, made, classes, produced, cause_of, why_of, lost, by_group, members)
     shapes = {name: tuple(t.shape) for name, t in flow.named.items()}
     graph = ChannelGraph(
         groups=tuple(groups),
@@ -174,8 +174,8 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
 
 def _shuffles(flow: Flow) -> _Shuffles:
     """Find the place of every label in the shuffles of a run; groups and channels are entered later."""
-    nowhere = np.full(flow.store.count, -1, dtype=np.int64)
-    moved = _Shuffles([], nowhere, nowhere.copy(), np.zeros(0, dtype=np.int64))
+    none = np.zeros(0, dtype=np.int64)
+    moved = _Shuffles([], none, none, none)
     if not flow.store.moves:
         return moved
     # Labels at one and the same place of a vector, whichever tensor holds it.
@@ -249,15 +249,12 @@ def _marked(count: int, classes: Labels, arrays: list[Labels]) -> np.ndarray:
     return mark
 
 
-def _caused(count: int, classes: Labels, found: list[tuple[Labels, Cause]]) -> tuple[np.ndarray, dict[int, Cause]]:
-    mark = np.zeros(count, dtype=bool)
-    causes: dict[int, Cause] = {}
-    for labels, cause in found:
-        own = classes[labels]
-        for c in own[~mark[own]].tolist():
-            causes.setdefault(c, cause)
-        mark[own] = True
-    return mark, causes
+def _first_cause(count: int, classes: Labels, found: list[tuple[Labels, Cause]]) -> np.ndarray:
+    """Return for every class the index of the first cause that names it, or -1."""
+    index = np.full(count, -1, dtype=np.int32)
+    for i in reversed(range(len(found))):
+        index[classes[found[i][0]]] = i
+    return index
 
 
 def _home_keys(flow: Flow, arrays: list[Labels]) -> set[tuple[str, int, int]]:
@@ -396,7 +393,8 @@ def _places(
     if labels is None:
         return None, None
     own = classes[labels]
-    return group_id[own], channel_of[own]
+    groups = group_id[own]
+    return (groups, channel_of[own]) if (groups >= 0).any() else (None, None)
 
 
 def _port(call: Call, classes: Labels, group_id: Labels, channel_of: Labels, moved: _Shuffles) -> LayerPort:
@@ -414,8 +412,8 @@ def _refusals(
     made: set[tuple[str, int, int]],
     classes: Labels,
     produced: np.ndarray,
-    frozen: np.ndarray,
-    causes: dict[int, Cause],
+    cause_of: np.ndarray,
+    causes: list[Cause],
     lost: dict[int, str],
     by_group: dict[int, Labels],
     members: dict[int, list[Member]],
@@ -430,18 +428,19 @@ def _refusals(
         asked = (home.tensor, home.dim, home.blocks) in shown
         if not asked and (home.tensor not in idle or home.dim):
             continue
-        own = np.unique(classes[home.start : home.start + home.size])
+        own = classes[home.start : home.start + home.size]
         own = own[produced[own]] if asked else own
-        for c in own[frozen[own]].tolist():
-            tensors.setdefault(causes[c], {})[home.tensor] = None
-    found = [Refusal(c.operator, c.module, c.source, c.reason, tuple(names)) for c, names in tensors.items()]
+        found = np.unique(cause_of[own])
+        for index in found[found >= 0].tolist():
+            tensors.setdefault(causes[index], {})[home.tensor] = None
+    refused = [Refusal(c.operator, c.module, c.source, c.reason, tuple(names)) for c, names in tensors.items()]
     for g, reason in lost.items():
         producers = [m for m in members[g] if (m.tensor, m.dim, m.blocks) in shown]
         causes_of = [
             s.cause for s in flow.shares if (classes[np.concatenate(s.blocks)][:, None] == by_group[g][:1]).any()
         ]
         cause = causes_of[0] if causes_of else Cause("coupling", producers[0].module if producers else "", "", "")
-        found.append(
+        refused.append(
             Refusal(
                 cause.operator,
                 cause.module,
@@ -450,4 +449,4 @@ def _refusals(
                 tuple(dict.fromkeys(m.tensor for m in producers)),
             )
         )
-    return found
+    return refused

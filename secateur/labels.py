@@ -116,7 +116,7 @@ class LabelStore:
             right.append(move.source.reshape(move.rows, -1).T.reshape(-1))
         if not left:
             return np.arange(self.count, dtype=np.int64)
-        rows, columns = np.concatenate(left), np.concatenate(right)
+        rows, columns = (np.concatenate(side, dtype=np.int32, casting="same_kind") for side in (left, right))
         graph = coo_matrix((np.ones(rows.size, dtype=np.int8), (rows, columns)), shape=(self.count, self.count))
         return np.asarray(connected_components(graph, directed=False)[1], dtype=np.int64)
 

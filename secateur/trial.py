@@ -400,11 +400,10 @@ def _handled(grouping: Grouping, chosen: list[int], frames: list[tuple[str, str]
 
 def _mismatched(grouping: Grouping, chosen: list[int], layers: dict[str, list[int]]) -> list[Failure]:
     """Return the groups whose channels a layer reads wrongly: those of the first such layer that concerns a group."""
-    ports = {p.module: p for p in grouping.graph.layers}
     for port in grouping.graph.layers:
         if port.module not in layers or port.in_group is None:
             continue
-        found = np.unique(ports[port.module].in_group[layers[port.module]])  # type: ignore[index]
+        found = np.unique(port.in_group[layers[port.module]])
         blamed = [i for i in found.tolist() if i in chosen]
         if blamed:
             return [
