@@ -113,6 +113,8 @@ class ChannelGroup:
     schedule: IndexArray | None = None
     """How many channels each block has lost after each step, shape ``(steps, blocks)``, where fractions can't be equal:
     shuffles that are cut into halves of odd length. None: every block loses the same fraction."""
+    twos: tuple[IndexArray, ...] = ()
+    """Channels two of which have to stay: the code squeezes away a dimension of which one index is left."""
 
     @property
     def producers(self) -> tuple[Member, ...]:

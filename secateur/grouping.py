@@ -111,6 +111,7 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
         shuffle.channel[:] = channel_of[classes[move.source]]
     cells, uneven = _cells(flow, classes, group_id, channel_of, by_group)
     schedules = _schedules(flow, moved, classes, group_id, channel_of, by_group, free)
+    twos = _twos(flow, classes, group_id, channel_of)
     order.sort(key=lambda g: int(first[by_group[g]].min()))
     groups: list[ChannelGroup] = []
     index_of: dict[int, int] = {}
@@ -124,6 +125,7 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
         if g in schedules:
             found = schedules[g]
             reason = "" if found is not None else "no smaller width keeps the rows of all its shuffles equal"
+            reason = "is squeezed, and shuffled" if g in twos else reason
             cell, schedule = found if found is not None else (cell, None)
         else:
             reason = uneven.get(g) or _unsplittable(cell, removable)
@@ -135,7 +137,8 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
         why = "" if exact else _text(flow.inexact[inexactly[inexactly >= 0][0]][1])
         name = _group_name(members[g], names)
         index_of[g] = len(groups)
-        groups.append(ChannelGroup(name, own.size, tuple(members[g]), cell, removable, exact, why, schedule))
+        both = tuple(twos.get(g, {}).values())
+        groups.append(ChannelGroup(name, own.size, tuple(members[g]), cell, removable, exact, why, schedule, both))
     final = np.full(sizes.size + 1, -1, dtype=np.int64)
     for g, index in index_of.items():
         final[g] = index
@@ -226,6 +229,21 @@ def _schedules(
             if (group_id[held] == g).any():
                 blocks.append([*_counted(held, sizes, g, group_id, channel_of, by_group[g].size), sizes])
         found[g] = scheduled(shuffles, readers, g, free[by_group[g]], blocks)
+    return found
+
+
+def _twos(flow: Flow, classes: Labels, group_id: Labels, channel_of: Labels) -> dict[int, dict[bytes, Labels]]:
+    """Return for every group the sets of channels of which two have to stay, each once."""
+    found: dict[int, dict[bytes, Labels]] = defaultdict(dict)
+    for labels in flow.squeezed:
+        own = classes[labels]
+        groups = group_id[own]
+        if (groups < 0).sum() >= 2:
+            continue
+        for g in np.unique(groups[groups >= 0]).tolist():
+            channels, places = np.unique(channel_of[own[groups == g]], return_counts=True)
+            if places.min() < 2:
+                found[g].setdefault(channels.tobytes(), channels)
     return found
 
 

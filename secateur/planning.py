@@ -175,6 +175,8 @@ def steps(group: ChannelGroup, order: Sequence[int]) -> list[list[int]]:
     # The most important channel of every layer stays: a layer may make only some of the group's channels.
     if group.schedule is None:
         free[[int(m.channels[place[m.channels].argmax()]) for m in group.members if m.channels.size]] = False
+    for channels in group.twos:
+        free[channels[np.argsort(place[channels])[-2:]]] = False
     queue = ordered[free[ordered]]
     blocks = group.blocks[queue]
     queue = queue[np.argsort(blocks, kind="stable")]
@@ -220,6 +222,8 @@ def plan_removal(graph: ChannelGraph, removed: Mapping[str, Sequence[int]]) -> P
             raise PlanError(f"{name}: channel {fixed[0]} can't be removed: it is coupled to one that has to stay.")
         if len(channels) == group.size:
             raise PlanError(f"{name}: cannot remove all {group.size} filters; a layer keeps at least 1.")
+        if any(np.isin(two, channels, invert=True).sum() < 2 for two in group.twos):
+            raise PlanError(f"{name}: two channels have to stay; the code squeezes away a dimension of one index.")
         sizes = np.bincount(group.blocks)
         gone = np.bincount(group.blocks[channels], minlength=sizes.size)
         if group.schedule is not None:

@@ -132,7 +132,11 @@ class Program:
         """Return an argument in a form that can be compared with another run's."""
         if isinstance(value, Tensor):
             token, origin = getattr(value, _ORIGIN, (None, None))
-            return flow.name(value) or (origin if token is self._token else _content(value))
+            if token is self._token or (origin := flow.name(value)):
+                return origin
+            if value.ndim and flow.doubt is None:  # a constant, or what was made of channels where nothing sees it
+                flow.doubt = flow.cause("is given a tensor that no operator made")
+            return _content(value)
         if isinstance(value, (list, tuple)):
             return tuple(self._plain(flow, v) for v in value)
         return value

@@ -18,15 +18,18 @@ from secateur.inputs import arguments, left_as_found, mapped, tensors_of
 from secateur.layers import layer_rule
 from secateur.program import Program
 from secateur.rules import RULES, Flow
-from secateur.rules.flow import Cause
+from secateur.rules.flow import LAYERS, Cause
 from secateur.rules.pointwise import is_pointwise, pointwise
 from secateur.rules.reach import Reached
 from secateur.rules.registry import tensors_in
 from secateur.rules.shuffle import carry
-from secateur.rules.trust import Executed, Watch, counting, knows_its_mode
+from secateur.rules.sizes import told_apart
+from secateur.rules.trust import Executed, Watch, counting, knows_its_mode, naming
 
 _RESHAPING = ("aten::squeeze_", "aten::unsqueeze_", "aten::as_strided_", "aten::as_strided")
 """Operators whose rule has to know the shape that their input had before."""
+_PLAIN = (*LAYERS, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+"""Layers that PyTorch gives their own numbers, which follow by rules."""
 _LIGHT = Cause("", "", "", "is not asked for")
 
 
@@ -99,12 +102,12 @@ def _plain_kernels() -> Iterator[None]:
 def _module_paths(model: nn.Module, flow: Flow, watch: Watch) -> Iterator[None]:
     """Keep the flow told which module's forward is running."""
     names = {id(m): name for name, m in model.named_modules()}
-    stack: list[tuple[str, nn.Module | None]] = [("", None)]
+    stack: list[tuple[str, nn.Module | None, bool]] = [("", None, False)]
     fused = ExitStack()
 
     def enter(module: nn.Module, args: Any) -> None:
-        stack.append((names.get(id(module), stack[-1][0]), module))
-        flow.module, flow.layer = stack[-1]
+        stack.append((names.get(id(module), stack[-1][0]), module, id(module) not in names))
+        flow.module, flow.layer, flow.foreign = stack[-1]
         watch.look_at_callers(of_module=True)
         if isinstance(module, nn.RNNBase):
             fused.enter_context(_plain_kernels())
@@ -124,7 +127,7 @@ def _module_paths(model: nn.Module, flow: Flow, watch: Watch) -> Iterator[None]:
                 flow.operator = type(module).__name__
                 rule.flow(flow, module, args, out)
         stack.pop()
-        flow.module, flow.layer = stack[-1]
+        flow.module, flow.layer, flow.foreign = stack[-1]
 
     hooks = [
         module_registry.register_module_forward_pre_hook(enter),
@@ -152,7 +155,8 @@ def _run(model: nn.Module, flow: Flow, program: Program, example_inputs: Any, li
     program.begin(tensors_of((positional, keyword)))
     try:
         watch = Watch(flow)
-        with _module_paths(model, flow, watch), watch, _LabelMode(flow, program, light):
+        numbers = told_apart(dict(model.named_modules()), flow.token, _PLAIN)
+        with numbers, _module_paths(model, flow, watch), watch, _LabelMode(flow, program, light):
             outputs = model(*positional, **keyword)
     except Exception as error:
         where = f" in {flow.module}" if flow.module else ""
@@ -220,7 +224,7 @@ def record(
         with watched:
             _run(model, flow, program, example_inputs, light is not None)
         idle = _idle(model, flow)
-        if idle and knows_its_mode(model, functions):
+        if (idle or _unread(model, flow)) and knows_its_mode(model, functions):
             model.train()
             for module in model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -234,7 +238,7 @@ def record(
             # Costs are those of inference.
             del flow.calls[calls:]
             idle = _idle(model, flow)
-        flow.doubt = flow.doubt or executed.counting()
+        flow.doubt = flow.doubt or executed.counting() or naming(model, functions)
         notes.extend(f"{name}: never runs, so it is left as it is" for name in idle)
     notes.extend(_without_elements(flow))
     if not flow.calls:
@@ -268,6 +272,16 @@ def _evaluate(model: nn.Module) -> None:
         raise TraceError(
             f"trace: the model can't be put into eval mode: {str(error).rstrip('.')}. Trace what it was made of."
         ) from error
+
+
+def _unread(model: nn.Module, flow: Flow) -> bool:
+    """Tell whether a module has a parameter, or a buffer of its own kind, that took no part in the run."""
+    for module in model.modules():
+        if not isinstance(module, nn.modules.batchnorm._NormBase):  # it counts batches
+            own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+            if any(t.ndim and not flow.took_part(t) for t in own):
+                return True
+    return False
 
 
 def _idle(model: nn.Module, flow: Flow) -> list[str]:

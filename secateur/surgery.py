@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
-import types
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,6 +15,7 @@ from torch import Tensor, nn
 from secateur.errors import PlanError
 from secateur.inputs import unwrapped
 from secateur.layers import layer_rule
+from secateur.replica import replica
 
 if TYPE_CHECKING:
     from secateur.planning import PruningPlan
@@ -54,12 +52,7 @@ def cut(model: nn.Module, plan: PruningPlan, *, share: bool = False) -> nn.Modul
             )
     memo = {id(t): t for t in tensors.values()} if share else {}
     memo |= _cut_tensors(model, plan, tensors)
-    for module in model.modules():
-        for value in vars(module).values():
-            # A tensor computed from parameters can't be deep-copied; it is computed anew at the next forward.
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    small: nn.Module = _replica(model, memo)
+    small: nn.Module = replica(model, memo)
     _set_attributes(small, plan)
     _forget(small)
     return small
@@ -73,61 +66,6 @@ def _forget(copied: nn.Module) -> None:
             module.train(training)
     for module, training in modes:
         module.training = training
-
-
-_ATOMS = frozenset(
-    {int, float, bool, str, bytes, complex, type(None), type, types.FunctionType, torch.dtype, torch.device}
-)
-
-
-def _replica(value: Any, memo: dict[int, Any]) -> Any:
-    """Return ``copy.deepcopy(value, memo)``, with a short way for what modules are mostly made of.
-
-    A network has thousands of empty hook tables and plain numbers, over which the general copy takes longer than one
-    forward. A module that says itself how it is copied is left to the general copy.
-    """
-    kind: Any = type(value)
-    if kind in _ATOMS:
-        return value
-    known = memo.get(id(value))
-    if known is not None:
-        return known
-    if kind is dict or (kind is OrderedDict and not vars(value)):
-        table = memo[id(value)] = kind()
-        for key, item in value.items():
-            table[_replica(key, memo)] = _replica(item, memo)
-        return table
-    if (kind is tuple or kind is set) and all(type(item) in _ATOMS for item in value):
-        return value if kind is tuple else memo.setdefault(id(value), set(value))
-    if not isinstance(value, nn.Module) or not _is_plain(kind):
-        return copy.deepcopy(value, memo)
-    small: Any = kind.__new__(kind)
-    memo[id(value)] = small
-    state: dict[str, Any] = value.__getstate__()  # type: ignore[no-untyped-call]
-    copied = {}
-    for name, item in state.items():
-        if type(item) in _ATOMS:
-            copied[name] = item
-        elif name in _TABLES and type(item) in (dict, set, OrderedDict) and not item:
-            copied[name] = type(item)()
-        else:
-            copied[name] = _replica(item, memo)
-    small.__setstate__(copied)
-    return small
-
-
-_TABLES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
-"""Every module's own tables of parameters, submodules and hooks: nobody shares them."""
-
-
-@functools.lru_cache(maxsize=256)
-def _is_plain(kind: Any) -> bool:
-    """Tell whether copying a module means copying the dict that its ``__getstate__`` gives, and nothing else."""
-    ways = ("__reduce_ex__", "__reduce__")
-    others = ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__")
-    slots = any(getattr(base, "__slots__", ()) for base in kind.__mro__)
-    own = any(hasattr(kind, way) for way in others) or any(getattr(kind, w) is not getattr(object, w) for w in ways)
-    return not slots and not own
 
 
 def _cut_tensors(model: nn.Module, plan: PruningPlan, tensors: dict[str, Tensor]) -> dict[int, Any]:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from secateur.grouping import Grouping
     from secateur.planning import PruningPlan
 
-_TOLERANCE = 1e-3
+_TOLERANCE = 1e-5
 _OF_CUTS = ("widths", "whole", "equal", "share", "parts")
 _FEW = 2
 """So many suspects are tried one by one."""
@@ -92,10 +92,13 @@ class Trials:
 def _selections(trials: Trials, grouping: Grouping) -> Iterator[Picked]:
     """Yield what to remove: of every group a part at random, then of every vector cut anywhere the first, the last end.
 
-    Code that cuts in proportion to what is left computes the same as code that cuts at given widths, as long as all
-    blocks lose the same; it is told apart where one block loses all that it can, and the others nothing.
+    Where the code counts with sizes, or compares them, it may do something else below some width: there all goes that
+    can. Code that cuts in proportion to what is left computes the same as code that cuts at given widths, as long as
+    all blocks lose the same; it is told apart where one block loses all that it can, and the others nothing.
     """
     yield [trials.part(index, group) for index, group in enumerate(grouping.graph.groups)]
+    if trials.recording.flow.measured:
+        yield [sorted(chain(*steps(group, range(group.size)))) for group in grouping.graph.groups]
     free = [site for site in grouping.sites if site.blocks and site.options[site.choice] in ("widths", "parts")]
     for end in (0, -1) if free else ():
         yield _of_one_end(grouping, free, end)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from secateur.errors import UsageError
 from secateur.inputs import arguments, left_as_found, mapped, tensors_of, unwrapped
+from secateur.replica import replica
 
 if TYPE_CHECKING:
     from secateur.planning import PruningPlan
@@ -169,7 +170,8 @@ def doubled(network: nn.Module) -> nn.Module:
             value = value.clone() if value is tensor else value
             kept = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(value, requires_grad=tensor.requires_grad) if kept else value
-    return copy.deepcopy(network, memo).double()
+    copied: nn.Module = replica(network, memo)
+    return copied.double()
 
 
 def outputs(network: nn.Module, example_inputs: Any) -> list[Tensor]:

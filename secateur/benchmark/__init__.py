@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 import tempfile
@@ -30,6 +29,7 @@ from secateur.benchmark.result import BenchmarkResult, RoundToChoice, Row, Setti
 from secateur.errors import PlanError, SecateurError, UsageError
 from secateur.export import OnnxModel, _batch_size, _resized, export, quiet
 from secateur.inputs import arguments
+from secateur.replica import replica
 
 __all__ = [
     "BACKENDS", "CANDIDATES", "MEMORY_FORMATS", "PRECISIONS", "BenchmarkResult", "RoundToChoice", "Row", "Setting",
@@ -285,7 +285,7 @@ def _prepare(
             export(network, path, example_inputs, tolerance=1e-3)
             session = OnnxModel(path, threads)
         return lambda size: _bound(session.run, _resized(args_kwargs, own, size))
-    copied = copy.deepcopy(network).eval().to(device=device, dtype=PRECISIONS[precision])
+    copied = replica(network).eval().to(device=device, dtype=PRECISIONS[precision])
     copied = copied.to(memory_format=MEMORY_FORMATS[layout])
     call: Callable[..., Any] = torch.compile(copied) if backend == "compile" else copied
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from secateur.checkpoint.weights import looks_like_safetensors, read_bytes, why_
 from secateur.errors import CheckpointError, PlanError, UsageError
 from secateur.inputs import unwrapped
 from secateur.planning import PruningPlan
+from secateur.replica import replica
 from secateur.surgery import cut
 
 FORMAT_VERSION = 1
@@ -286,7 +286,7 @@ def _require_original(model: nn.Module, header: Header, path: str | os.PathLike[
 
 
 def _apply(model: nn.Module, plans: Sequence[PruningPlan], path: str | os.PathLike[str]) -> nn.Module:
-    pruned = copy.deepcopy(model) if not plans else model
+    pruned = replica(model) if not plans else model
     try:
         for plan in plans:
             pruned = cut(pruned, plan)

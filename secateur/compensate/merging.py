@@ -18,7 +18,6 @@ doubled in one run of the model, and what the readers see must double exactly; n
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from secateur.errors import PlanError, UsageError
 from secateur.filters import arrange
 from secateur.graph import ChannelGraph, ChannelGroup, Member
 from secateur.planning import PruningPlan
+from secateur.replica import replica
 
 
 class _NotDefinedError(Exception):
@@ -83,7 +83,7 @@ def merge(
         PlanError: If the plan doesn't fit the graph.
         UsageError: If ``pairs`` names a kept channel as removed, or the reverse.
     """
-    merged = copy.deepcopy(model)
+    merged = replica(model)
     report = []
     for group in graph.groups:
         removed = removed_channels(group, plan)

@@ -24,6 +24,7 @@ from secateur.errors import RunError, UsageError
 from secateur.graph import ChannelGraph
 from secateur.inputs import unwrapped
 from secateur.planning import PruningPlan, Target, plan_removal
+from secateur.replica import replica
 from secateur.surgery import cut
 from secateur.tracing import trace
 from secateur.training import Batches, Distillation, Loss, Metric, Stage
@@ -75,7 +76,7 @@ class Engine:
         self.progress: Progress = progress or (lambda _event: None)
         self._check_request()
         self.runtime: Accelerator = training.accelerator(self.settings.device, self.settings.precision)
-        self.original = copy.deepcopy(unwrapped(model)).to(self.runtime.device)
+        self.original = replica(unwrapped(model)).to(self.runtime.device)
         self.example_inputs = self._example(example_inputs)
         self.graph: ChannelGraph = trace(self.original, self.example_inputs)
         self.selection = Selection(self.graph, method, self.settings, target=target, seed=seed, train=train, loss=loss)
@@ -118,7 +119,7 @@ class Engine:
 
     def init(self) -> State:
         """Return the state before the first round: the unpruned network, measured."""
-        state = State(model=copy.deepcopy(self.original))
+        state = State(model=replica(self.original))
         state.metric = self._measure(state.network)
         state.baseline = {
             "validation": state.metric,
@@ -154,7 +155,7 @@ class Engine:
 
     def network(self, removed: Removed) -> nn.Module:
         """Return the unpruned network cut to what a selection leaves of it."""
-        return cut(self.original, self.plan(removed)) if removed else copy.deepcopy(self.original)
+        return cut(self.original, self.plan(removed)) if removed else replica(self.original)
 
     def plan(self, removed: Removed) -> PruningPlan:
         """Return the plan, for the unpruned network, that removes these channels."""

@@ -10,12 +10,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur.graph import Magnitude
 from secateur.labels import Axes, Labels, LabelStore
+from secateur.rules.sizes import Measure, names_of
 
 _SKIPPED = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}", "<")
 _STDLIB = sysconfig.get_path("stdlib")
@@ -26,6 +28,8 @@ COUNTS = {
     "normalized_shape", "num_parameters", "num_embeddings", "embedding_dim",
 }  # fmt: skip
 """Attributes of layers that a cut changes; code that reads them may do something else afterwards."""
+COUNTING = "reads an attribute that counts channels"
+"""Why code that reads one of these is doubted."""
 LAYERS = (
     nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.PReLU,
     nn.Embedding,
@@ -167,10 +171,14 @@ class Flow:
         self.calls: list[Call] = []
         self.attributes: list[Attribute] = []
         self.magnitudes: dict[Magnitude, None] = {}
+        self.squeezed: list[Labels] = []
+        """Dimensions of channels that code would drop if one index were left: two have to stay."""
         self.produced: list[Labels] = []
         self.consumed: list[Labels] = []
         self.module = ""
         self.layer: nn.Module | None = None
+        self.foreign = False
+        """Whether that module is registered nowhere in the model."""
         self.operator = ""
         self.shuffled: list[Shuffled] = []
         self.futile: set[int] = set()
@@ -181,6 +189,7 @@ class Flow:
         """Depth of layers whose operators are not looked at, because a registered rule speaks for them."""
         self.called: object = None
         """The torch function that the model's code has called; None where code in no Python called the operator."""
+        self.measure = Measure()
         self.by_value = False
         """Whether the code read a tensor's values, on which what it does next may depend."""
         self.doubt: Cause | None = None
@@ -188,6 +197,8 @@ class Flow:
         self.ordinal = 0
         self.operands: Sequence[Tensor] = ()
         """What the operator at work reads."""
+        self.arguments: tuple[Any, ...] = ()
+        """What the torch function that the model's code has called was given."""
         self.asked: Mapping[int, Labels] = {}
         """Dimensions of a view being made -> the channels whose number the code gives as the size."""
         self.shape_before: tuple[int, ...] = ()
@@ -205,6 +216,11 @@ class Flow:
         follows = all(site.options[site.choice] in ("follow", "freeze") for site in self.sites)
         guessed = any(attribute.guessed for attribute in self.attributes) or bool(self.store.moves)
         return self.doubt is None and follows and not guessed
+
+    @property
+    def measured(self) -> bool:
+        """Whether the code counts with numbers of channels, or compares them."""
+        return self.measure.taken or (self.doubt is not None and self.doubt.reason == COUNTING)
 
     # Labels of tensors
 
@@ -360,28 +376,33 @@ class Flow:
         self.freeze_for(site.labels, site.cause)
 
     def counts(self, *values: int) -> list[str]:
-        """Return the attributes of the module at work that hold one of these numbers, and that the running code names.
+        """Return the attributes of the module at work that hold one of these numbers, and that the call was given.
 
         An element of a list or tuple is given as ``name[index]``.
         """
-        if self.layer is None:
-            return []
-        named = _names_read(self.layer) - (COUNTS if isinstance(self.layer, LAYERS) else set())
-        found = []
-        for name in [n for n in vars(self.layer) if n in named]:
-            value = getattr(self.layer, name)
-            if isinstance(value, (list, tuple)):
-                found += [f"{name}[{i}]" for i, v in enumerate(value) if type(v) is int and v in values]
-            elif type(value) is int and value in values:
-                found.append(name)
-        return found
+        given = dict.fromkeys(names_of((self.arguments,)))
+        return [
+            name.attribute
+            for name in given
+            if name.run is self.token and name.module == self.module and name.value in values
+        ]
+
+    def follow(self, name: str, labels: Labels, *, guessed: bool = False) -> None:
+        """Let an attribute of the module at work be the number of these channels that are left.
+
+        A module that is no part of the model can't be changed with it: it may have been made for this call, or not.
+        """
+        if self.foreign:
+            self.doubt = self.doubt or self.cause("is run by a module that is not registered in the model")
+        else:
+            self.attributes.append(Attribute(self.module, name, labels, labels.size, guessed))
 
     def count(self, name: str, labels: Labels) -> None:
         """Let an attribute of the module at work follow the number of these channels.
 
         Whatever else it counts has to lose as many: one number can't follow two.
         """
-        self.attributes.append(Attribute(self.module, name, labels, labels.size, guessed=True))
+        self.follow(name, labels, guessed=True)
         first = self._counted.setdefault((self.module, name), labels)
         if first is not labels and first.size == labels.size:
             self.share([first, labels], f"{name} is the number of both")
@@ -453,13 +474,3 @@ def _user_frames() -> Iterator[FrameType]:
         if not path.startswith(_SKIPPED) and not (path.startswith(_STDLIB) and "site-packages" not in path):
             yield frame
         frame = frame.f_back
-
-
-def _names_read(layer: nn.Module) -> set[str]:
-    """Return the names that the running code reads, from the innermost frame out to the layer's own method."""
-    named: set[str] = set()
-    for frame in _user_frames():
-        named |= set(frame.f_code.co_names)
-        if frame.f_locals.get("self") is layer:
-            break
-    return named

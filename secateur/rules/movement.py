@@ -7,24 +7,18 @@ from math import prod
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from secateur.labels import Axes, Labels, merged, runs, varying
-from secateur.rules.flow import Attribute, Flow, Grid
+from secateur.rules.flow import Flow, Grid
 from secateur.rules.registry import rule
 from secateur.rules.shuffle import cut_into_rows, is_loose, loosely
 
 HEAD_COUNTS = (
-    "num_heads", "n_heads", "nhead", "heads", "num_attention_heads", "n_head", "num_head", "nheads", "head_num", "h",
+    "num_heads", "n_heads", "nhead", "heads", "num_attention_heads", "n_head", "num_head", "nheads", "head_num",
 )  # fmt: skip
 """Names under which a module keeps the number of blocks that it cuts its channels into."""
 
-_PRODUCTS = {
-    torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, torch.bmm, torch.Tensor.bmm,
-    torch.einsum, F.linear, F.scaled_dot_product_attention,
-}  # fmt: skip
 _HARD_CODED = "sizes written in the code do not follow the removed channels"
 
 
@@ -62,17 +56,12 @@ def _split(flow: Flow, labels: Labels, shape: Sequence[int], dims: Sequence[int]
     if axis == heads:
         for name in HEAD_COUNTS:
             if getattr(flow.layer, name, None) == shape[axis]:
-                flow.attributes.append(Attribute(flow.module, name, left, shape[axis], guessed=True))
+                flow.follow(name, left, guessed=True)
     return {axis: left}
 
 
 def _count_width(flow: Flow, labels: Labels) -> None:
-    """Let an attribute of the module at work follow, where it is the number of these channels.
-
-    Products view what they read by no size of the code's: one of its numbers is equal by chance.
-    """
-    if flow.called in _PRODUCTS:
-        return
+    """Let an attribute of the module at work follow, where it is given as the number of these channels."""
     for name in flow.counts(labels.size):
         flow.count(name, labels)
 
@@ -165,10 +154,14 @@ def transpose(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Te
 
 @rule("aten::unsqueeze", "aten::unsqueeze_", "aten::squeeze", "aten::squeeze_")
 def squeeze(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-    """Add or drop dimensions of size 1."""
+    """Add or drop dimensions of size 1; a dimension of channels that was not dropped must not come to be."""
     x = args[0]
     axes = flow.axes(x)
     before = flow.shape_before or x.shape
+    if len(out.shape) <= len(before):
+        asked = args[1] if len(args) > 1 else range(len(before))
+        asked = {d % len(before) for d in (asked if isinstance(asked, (list, tuple, range)) else (asked,))}
+        flow.squeezed += [labels for dim, labels in axes.items() if dim in asked]
     flow.set(out, reshaped(flow, axes, before, out.shape, trusted=True), weight=flow.is_weight(x))
 
 
@@ -305,6 +298,7 @@ def _cut(flow: Flow, labels: Labels, bounds: Sequence[int], told: str = "bounds"
         known["widths"] = _widths(flow, blocks)
     if told in ("bounds", "width"):
         known["whole"] = flow.counts(labels.size)
+    if told != "number":
         known["equal"] = flow.counts(blocks[0].size) if len({b.size for b in blocks}) == 1 else []
     options = [*(name for name, found in known.items() if found), "share"]
     inner = [b for b in bounds if 0 < b < labels.size]
@@ -333,7 +327,7 @@ def _widths(flow: Flow, blocks: Sequence[Labels]) -> list[tuple[str, Labels]]:
     found = [(f"{name}[{i}]", block) for name in sorted(whole) for i, block in enumerate(blocks)]
     plain = [[n for n in names if not n.endswith("]")] for names in known]
     if len(blocks) == 2 and any(plain):
-        explained = [(n, blocks[0]) for n in plain[0]] or [(n, blocks[1]) for n in plain[1]]
+        explained = [(n, blocks[0]) for n in plain[0]] + [(n, blocks[1]) for n in plain[1] if n not in plain[0]]
     else:
         explained = [(n, b) for names, b in zip(plain, blocks, strict=True) for n in names] if all(plain) else []
     return found + explained

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.labels import Axes
-from secateur.rules.flow import Attribute, Flow
+from secateur.rules.flow import Flow
 from secateur.rules.registry import rule, tensors_in
 
 
@@ -137,7 +137,7 @@ def batch_norm(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: A
     if isinstance(flow.layer, nn.modules.batchnorm._NormBase) and 1 in axes:
         # Instance norm folds the batch into the channels.
         labels = axes[1][: flow.layer.num_features]
-        flow.attributes.append(Attribute(flow.module, "num_features", labels, labels.size))
+        flow.follow("num_features", labels)
     flow.set(result, axes, weight=flow.is_weight(x))
 
 
@@ -178,11 +178,11 @@ def group_norm(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: A
             flow.mark_inexact(labels, "normalises over the channels themselves")
         elif isinstance(flow.layer, nn.GroupNorm):
             flow.store.join(labels.reshape(blocks, -1)[:, :1], labels.reshape(blocks, -1))
-            flow.attributes.append(Attribute(flow.module, "num_groups", labels.reshape(blocks, -1)[:, 0], blocks))
+            flow.follow("num_groups", labels.reshape(blocks, -1)[:, 0])
         else:
             flow.freeze(labels, "is normalised in blocks whose number the code fixes")
     elif labels is not None and isinstance(flow.layer, nn.GroupNorm):
-        flow.attributes.append(Attribute(flow.module, "num_groups", labels, blocks))
+        flow.follow("num_groups", labels)
     if isinstance(flow.layer, nn.GroupNorm):
         _count(flow, "num_channels", axes, 1)
     flow.set(result, axes)
@@ -192,7 +192,7 @@ def _count(flow: Flow, name: str, axes: Axes, dim: int) -> None:
     """Note that an attribute of the layer at work counts its channels."""
     labels = axes.get(dim)
     if labels is not None and hasattr(flow.layer, name):
-        flow.attributes.append(Attribute(flow.module, name, labels, labels.size))
+        flow.follow(name, labels)
 
 
 def is_pointwise(func: torch._ops.OpOverload) -> bool:

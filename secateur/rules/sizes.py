@@ -1,7 +1,8 @@
-"""What becomes of sizes that the code reads off a shape: which dimensions it goes on to use, and what it asks for.
+"""Numbers that know where they are from: sizes that the code reads off a shape, and attributes of its modules.
 
-Which are used is read off the instructions that follow: ``x.shape[-2:]`` and ``n, _, h, w = x.shape`` read it whole
-and use the positions only. Where the instructions are not of a known form, every dimension counts as used.
+Which dimensions of a shape are used is read off the instructions that follow: ``x.shape[-2:]`` and
+``n, _, h, w = x.shape`` read it whole and use the positions only. Where the instructions are not of a known form, every
+dimension counts as used.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import dis
 import functools
 import types
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import jit, nn
 
 from secateur.labels import Labels
 
@@ -18,40 +22,185 @@ _CONSTANTS = ("LOAD_CONST", "LOAD_SMALL_INT")
 _SUBSCRIPTS = ("BINARY_SUBSCR", "BINARY_SLICE", "BINARY_OP")
 
 
+class Measure:
+    """Whether sizes of a run were compared, or counted with, so that code may do something else below some width."""
+
+    taken = False
+
+
+def _measuring(operate: Callable[[int, Any], Any]) -> Any:
+    @functools.wraps(operate)
+    def method(self: Counted, other: Any) -> Any:
+        self.measure.taken = True
+        return operate(self, other)
+
+    return method
+
+
 class Counted(int):
     """A size read off a shape, or a multiple or fraction of it, that knows which channels it is the number of.
 
-    >>> width = Counted(8)
-    >>> width.labels = "eight channels"
-    >>> (width // 4).labels, (2 * width).labels, type(width + 1), type(width * width)
-    ('eight channels', 'eight channels', <class 'int'>, <class 'int'>)
+    >>> width = counted(8, "eight channels", Measure())
+    >>> (width // 4).labels, (2 * width).labels, type(width * width)
+    ('eight channels', 'eight channels', <class 'int'>)
+    >>> type(width + 1), width.measure.taken
+    (<class 'int'>, True)
     """
 
     labels: Labels
+    measure: Measure
+    __lt__ = _measuring(int.__lt__)
+    __le__ = _measuring(int.__le__)
+    __gt__ = _measuring(int.__gt__)
+    __ge__ = _measuring(int.__ge__)
+    __add__ = _measuring(int.__add__)
+    __radd__ = _measuring(int.__radd__)
+    __sub__ = _measuring(int.__sub__)
+    __rsub__ = _measuring(int.__rsub__)
+    __mod__ = _measuring(int.__mod__)
+    __truediv__ = _measuring(int.__truediv__)
+    __rtruediv__ = _measuring(int.__rtruediv__)
+    __pow__ = _measuring(int.__pow__)
+
+    def __float__(self) -> float:
+        """Return the size as a number to count with."""
+        self.measure.taken = True
+        return int.__float__(self)
 
     def __floordiv__(self, other: Any) -> Any:
         """Return a fraction."""
-        return counted(int(self) // other, self.labels if type(other) is int else None)
+        return self._part(int.__floordiv__(self, other), other)
 
     def __mul__(self, other: Any) -> Any:
         """Return a multiple."""
-        plain = int(other) if isinstance(other, Counted) else other
-        return counted(int(self) * plain, self.labels if type(other) is int else None)
+        return self._part(int.__mul__(self, other), other)
 
     __rmul__ = __mul__
+
+    def _part(self, result: Any, other: Any) -> Any:
+        plain = type(result) is int and isinstance(other, int) and not isinstance(other, Counted)
+        return counted(result, self.labels, self.measure) if plain else result
 
     def __reduce__(self) -> Any:
         """Be copied and stored as a plain number."""
         return int, (int(self),)
 
 
-def counted(size: Any, labels: Labels | None) -> Any:
+def counted(size: int, labels: Labels | None, measure: Measure) -> int:
     """Return a size so that it knows of which channels it is the number; as it is where they are not known."""
     if labels is None:
         return size
     result = Counted(size)
-    result.labels = labels
+    result.labels, result.measure = labels, measure
     return result
+
+
+class Name(NamedTuple):
+    """An attribute of a module that holds a number."""
+
+    run: object
+    """Of which run it was read: caches of the code's own may hand out numbers of another."""
+    module: str
+    attribute: str
+    """``name``, or ``name[index]`` of an element of a list or tuple."""
+    value: int
+
+
+def _keeping(operate: Callable[[int, Any], Any]) -> Callable[[Named, Any], Any]:
+    def method(self: Named, other: Any) -> Any:
+        if isinstance(other, Counted):  # what a size becomes by a number is the size's to tell
+            return NotImplemented
+        result = operate(self, other)
+        if type(result) is not int:
+            return result
+        return named(result, self.names | (other.names if isinstance(other, Named) else frozenset()))
+
+    return method
+
+
+class Named(int):
+    """A number that knows which attributes of the code's modules it was computed from.
+
+    >>> heads, width = named(4, {"heads"}), named(8, {"width"})
+    >>> sorted((heads * width + 1).names), type(heads * 0.5), [0] * heads
+    (['heads', 'width'], <class 'float'>, [0, 0, 0, 0])
+    """
+
+    names: frozenset[Any]
+    __add__ = __radd__ = _keeping(int.__add__)
+    __mul__ = __rmul__ = _keeping(int.__mul__)
+    __sub__ = _keeping(int.__sub__)
+    __rsub__ = _keeping(int.__rsub__)
+    __floordiv__ = _keeping(int.__floordiv__)
+    __rfloordiv__ = _keeping(int.__rfloordiv__)
+
+    def __neg__(self) -> int:
+        """Return the number counted from the end."""
+        return named(-int(self), self.names)
+
+    def __reduce__(self) -> Any:
+        """Be copied and stored as a plain number."""
+        return int, (int(self),)
+
+
+def named(number: int, names: Any) -> Named:
+    """Return a number so that it knows of which attributes it is made."""
+    result = Named(number)
+    result.names = frozenset(names)
+    return result
+
+
+def names_of(values: Any) -> Iterator[Name]:
+    """Yield the attributes that the arguments of a call were made of."""
+    for value in values:
+        if isinstance(value, Named):
+            yield from value.names
+        elif isinstance(value, (list, tuple)):
+            yield from names_of(value)
+        elif isinstance(value, slice):
+            yield from names_of((value.start, value.stop, value.step))
+
+
+@contextmanager
+def told_apart(modules: Mapping[str, nn.Module], run: object, left_out: tuple[type, ...]) -> Iterator[None]:
+    """Let the numbers that modules hold know which they are, while the code runs.
+
+    Args:
+        modules: By path.
+        run: What the names say that they are of.
+        left_out: Classes of modules that keep plain numbers.
+    """
+    lists: list[tuple[list[Any], int]] = []
+    held: list[tuple[dict[str, Any], str, Any]] = []
+    for path, module in modules.items():
+        if isinstance(module, (*left_out, jit.ScriptModule)):
+            continue
+        own = vars(module)
+        for name, value in list(own.items()):
+            if type(value) is int:
+                held.append((own, name, value))
+                own[name] = named(value, {Name(run, path, name, value)})
+            elif type(value) is tuple and any(type(v) is int for v in value):
+                held.append((own, name, value))
+                own[name] = tuple(_element(v, run, path, name, i) for i, v in enumerate(value))
+            elif type(value) is list and any(type(v) is int for v in value):
+                lists += [(value, i) for i in range(len(value))]
+                value[:] = [_element(v, run, path, name, i) for i, v in enumerate(value)]
+    try:
+        yield
+    finally:
+        for own, name, value in held:
+            if isinstance(value, int) and isinstance(own.get(name), Named):  # the code may have counted on
+                own[name] = int(own[name])
+            elif isinstance(value, tuple) and own.get(name) == value:
+                own[name] = value
+        for found, i in lists:
+            if i < len(found) and isinstance(found[i], Named):
+                found[i] = int(found[i])
+
+
+def _element(value: Any, run: object, path: str, name: str, index: int) -> Any:
+    return named(value, {Name(run, path, f"{name}[{index}]", value)}) if type(value) is int else value
 
 
 def used(frame: types.FrameType, ndim: int) -> set[int]:

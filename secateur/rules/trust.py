@@ -22,11 +22,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from secateur.labels import Labels
-from secateur.rules.flow import COUNTS, LAYERS, Cause, Flow, shown
+from secateur.rules.flow import COUNTING, COUNTS, LAYERS, Cause, Flow, shown
 from secateur.rules.pointwise import batch_norm
 from secateur.rules.reach import Reached, computes_names, is_users_module, names_in
 from secateur.rules.registry import tensors_in
-from secateur.rules.sizes import Counted, counted, used
+from secateur.rules.sizes import Counted, Named, counted, used
 
 _FREE = """
     relu relu_ relu6 gelu silu silu_ mish hardswish hardsigmoid hardtanh sigmoid sigmoid_ logsigmoid tanh tanh_ elu
@@ -80,7 +80,6 @@ MOST_FUNCTIONS = 200
 """Reading more functions than this would take longer than a trial."""
 _PACKAGE = f"{__name__.partition('.')[0]}."
 _NONE: dict[int, Labels] = {}
-_COUNTING = "reads an attribute that counts channels"
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 
 
@@ -99,11 +98,12 @@ class Watch(TorchFunctionMode):
         outer, flow.called = flow.called, func
         flow.by_value = flow.by_value or func in _READS
         assumed = len(flow.sites)
+        arguments, flow.arguments = flow.arguments, (args, *kwargs.values())
         asked, flow.asked = flow.asked, _asked(args) if func in _VIEWS else _NONE
         try:
             out = self._normed(func, args, kwargs) if func in _BATCH_NORMS else func(*args, **kwargs)
         finally:
-            flow.called, flow.asked = outer, asked
+            flow.called, flow.arguments, flow.asked = outer, arguments, asked
         if flow.paused:
             return out
         if flow.doubt is None:
@@ -144,7 +144,7 @@ class Watch(TorchFunctionMode):
             elif code not in self._seen:
                 self._seen.add(code)
                 if not code.co_filename.startswith(_TORCH) and _counts(code, type(frame.f_locals.get("self"))):
-                    self.flow.doubt = Cause("", self.flow.module, shown(code.co_filename, frame.f_lineno), _COUNTING)
+                    self.flow.doubt = Cause("", self.flow.module, shown(code.co_filename, frame.f_lineno), COUNTING)
             frame = frame.f_back
 
     def _safe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, assumes: bool) -> bool:
@@ -190,8 +190,8 @@ def _told(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Any)
         return sizes
     if isinstance(sizes, int):
         dim = args[1] if len(args) > 1 else kwargs["dim"]
-        return counted(sizes, axes.get(dim % args[0].ndim))
-    return torch.Size([counted(size, axes.get(dim)) for dim, size in enumerate(sizes)])
+        return counted(sizes, axes.get(dim % args[0].ndim), flow.measure)
+    return torch.Size([counted(size, axes.get(dim), flow.measure) for dim, size in enumerate(sizes)])
 
 
 def _bound(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def _bound(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _whole(index: Any, ndim: int) -> set[int]:
     """Return the dimensions that an index leaves whole; none where it holds more than numbers, slices and dots."""
     parts = list(index) if isinstance(index, tuple) else [index]
-    if any(type(part) not in (int, Counted, slice, type(Ellipsis)) for part in parts):
+    if any(type(part) not in (int, Counted, Named, slice, type(Ellipsis)) for part in parts):
         return set()
     place = parts.index(Ellipsis) if Ellipsis in parts else len(parts)
     parts = parts if Ellipsis in parts else [*parts, Ellipsis]
@@ -222,9 +222,28 @@ def counting(functions: Sequence[Reached]) -> Cause | None:
         code = function.__code__
         read = code.co_filename.startswith(_TORCH) or not _counts(code, kind)
         if number == MOST_FUNCTIONS or not read:
-            reason = "is more code than is read" if read else _COUNTING
+            reason = "is more code than is read" if read else COUNTING
             return Cause("", kind.__name__, shown(code.co_filename, code.co_firstlineno), reason)
     return None
+
+
+def naming(model: nn.Module, functions: Sequence[Reached]) -> Cause | None:
+    """Return a doubt where a function names a module of the network by a global variable: a copy's does, too."""
+    own = {id(module) for module in model.modules()}
+    for function, kind in functions:
+        code, space = function.__code__, function.__globals__
+        for name in names_in(code):
+            if name in space and id(space[name]) in own and name in _global(code):
+                place = shown(code.co_filename, code.co_firstlineno)
+                return Cause("", kind.__name__, place, f"names a module of the network by the global variable {name}")
+    return None
+
+
+def _global(code: types.CodeType) -> set[str]:
+    """Return the global variables that code reads."""
+    inside = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    found = {str(step.argval) for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return found.union(*map(_global, inside))
 
 
 class Executed:
@@ -254,7 +273,7 @@ class Executed:
         for code, (kind, module) in self._kinds.items():
             own = module.startswith(_PACKAGE) and not module.startswith(f"{_PACKAGE}models.")
             if not own and code.co_filename != "<string>" and is_users_module(module) and _counts(code, kind):
-                return Cause("", kind.__name__, shown(code.co_filename, code.co_firstlineno), _COUNTING)
+                return Cause("", kind.__name__, shown(code.co_filename, code.co_firstlineno), COUNTING)
         return None
 
 
