@@ -25,6 +25,7 @@ from secateur.rules.registry import tensors_in
 from secateur.rules.shuffle import carry
 from secateur.rules.sizes import told_apart
 from secateur.rules.trust import Executed, Watch, counting, knows_its_mode, naming
+from secateur.written import Written, targets
 
 _RESHAPING = ("aten::squeeze_", "aten::unsqueeze_", "aten::as_strided_", "aten::as_strided")
 """Operators whose rule has to know the shape that their input had before."""
@@ -39,13 +40,15 @@ class _LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     With ``light``, of operators that take long only the shapes of what they make are right.
     """
 
-    def __init__(self, flow: Flow, program: Program, light: bool) -> None:
+    def __init__(self, flow: Flow, program: Program, light: bool, written: Written) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.flow, self.program, self.light = flow, program, light
+        self.flow, self.program, self.light, self.written = flow, program, light, written
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         flow = self.flow
+        if targets(func):
+            self.written.before(func, args, kwargs)
         if flow.paused:
             return func(*args, **kwargs)
         name, text = _names(func)
@@ -150,13 +153,13 @@ def _keep_embedding(flow: Flow, attention: nn.MultiheadAttention, inputs: Any) -
             flow.freeze(axes[dim], "its embedding dimension is a number that it checks")
 
 
-def _run(model: nn.Module, flow: Flow, program: Program, example_inputs: Any, light: bool) -> None:
+def _run(model: nn.Module, flow: Flow, program: Program, example_inputs: Any, light: bool, written: Written) -> None:
     positional, keyword = arguments(mapped(example_inputs, lambda t: t.clone()))
     program.begin(tensors_of((positional, keyword)))
     try:
         watch = Watch(flow)
         numbers = told_apart(dict(model.named_modules()), flow.token, _PLAIN)
-        with numbers, _module_paths(model, flow, watch), watch, _LabelMode(flow, program, light):
+        with numbers, _module_paths(model, flow, watch), watch, _LabelMode(flow, program, light, written):
             outputs = model(*positional, **keyword)
     except Exception as error:
         where = f" in {flow.module}" if flow.module else ""
@@ -185,6 +188,8 @@ class Recording:
     """Its operator calls."""
     notes: tuple[str, ...]
     """What was noticed: layers that never run, and the like."""
+    written: Written
+    """What the code wrote into, which has its values again."""
 
 
 def record(
@@ -211,7 +216,8 @@ def record(
     """
     notes: list[str] = []
     named = dict(model.named_parameters()) | dict(model.named_buffers())
-    with left_as_found(model):
+    written = Written(named)
+    with left_as_found(model), _put_back(written):
         _evaluate(model)
         layers = (nn.modules.conv._ConvNd, nn.Linear)
         kernels = {f"{name}.weight".lstrip(".") for name, m in model.named_modules() if isinstance(m, layers)}
@@ -222,7 +228,7 @@ def record(
         watched = executed if suspect is not None and executed.at_hand and light is None else nullcontext()
         flow.doubt = None if watched is executed else suspect
         with watched:
-            _run(model, flow, program, example_inputs, light is not None)
+            _run(model, flow, program, example_inputs, light is not None, written)
         idle = _idle(model, flow)
         if (idle or _unread(model, flow)) and knows_its_mode(model, functions):
             model.train()
@@ -232,7 +238,7 @@ def record(
             calls = len(flow.calls)
             try:
                 with watched:
-                    _run(model, flow, program, example_inputs, light is not None)
+                    _run(model, flow, program, example_inputs, light is not None, written)
             except TraceError as error:
                 notes.append(f"in train mode {error}")
             # Costs are those of inference.
@@ -243,7 +249,15 @@ def record(
     notes.extend(_without_elements(flow))
     if not flow.calls:
         notes.append("no convolution or linear layer with a weight of its own was seen; quantize after pruning")
-    return Recording(flow, program, tuple(notes))
+    return Recording(flow, program, tuple(notes), written)
+
+
+@contextmanager
+def _put_back(written: Written) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        written.put_back()
 
 
 def _without_elements(flow: Flow) -> list[str]:

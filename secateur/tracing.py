@@ -55,7 +55,8 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     types = {name: type(module).__name__ for name, module in model.named_modules()}
     batch = batch_size(example_inputs)
     functions = _functions(model)
-    trials = trial.Trials(model, example_inputs, functions, record(model, example_inputs, functions, decisions, loose))
+    first = record(model, example_inputs, functions, decisions, loose)
+    trials = trial.Trials(model, example_inputs, functions, first)
     for _ in range(_MOST_TRIALS):
         flow, notes = trials.recording.flow, trials.recording.notes
         grouping = group_channels(flow, types, notes, batch)
@@ -70,6 +71,7 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
                 decisions[key] = decisions.get(key, 0) + 1
         else:
             failures = trial.failing(trials, grouping) if not flow.certain else []
+            first.written.put_back()
             if not failures:
                 return grouping.graph
             if not trial.give_up(failures, grouping, flow, decisions, banned):

@@ -8,6 +8,7 @@ are kept and listed with the line that failed.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -76,6 +77,8 @@ class Trials:
     """What a group of this name and these constraints loses."""
     passed: list[tuple[PruningPlan, bool]] = field(default_factory=list)
     """Plans that passed, and whether values were compared."""
+    struck: dict[tuple[object, ...], int] = field(default_factory=lambda: defaultdict(int))
+    """How many groups of a kind failed without a line that handles them to show for it."""
 
     def part(self, index: int, group: ChannelGroup) -> list[int]:
         """Return a part at random of a group's channels."""
@@ -163,7 +166,7 @@ def failing(trials: Trials, grouping: Grouping) -> list[Failure]:
             if outcome is None:
                 break
             found = outcome.failures or _isolate(trials, grouping, chosen, outcome, picked)
-            found += _alike(grouping, chosen, found)
+            found += _alike(trials, grouping, chosen, found)
             failures += found
             gone = {failure.group for failure in found}
             chosen = [i for i in chosen if i not in gone]
@@ -172,10 +175,11 @@ def failing(trials: Trials, grouping: Grouping) -> list[Failure]:
     return failures
 
 
-def _alike(grouping: Grouping, chosen: list[int], failures: list[Failure]) -> list[Failure]:
+def _alike(trials: Trials, grouping: Grouping, chosen: list[int], failures: list[Failure]) -> list[Failure]:
     """Return failures of further groups: of the same assumption about the same line, or of a block's repetitions.
 
-    A network repeats its blocks, and finding each one's failure by a run of its own would take long.
+    A network repeats its blocks, and finding each one's failure by a run of its own would take long. Where no line that
+    handles a group shows its kind, the second failure is that of all.
     """
     found: dict[int, Failure] = {}
     gone = {failure.group for failure in failures}
@@ -188,9 +192,14 @@ def _alike(grouping: Grouping, chosen: list[int], failures: list[Failure]) -> li
                     if i in chosen and i not in gone:
                         found.setdefault(i, Failure(i, failure.reason, failure.sources))
     kinds = _kinds(grouping) if any(i not in gone and i not in found for i in chosen) else {}
-    failed = {kinds.get(failure.group): failure for failure in failures}
+    failed = {}
+    for failure in failures if kinds else ():
+        kind = kinds[failure.group]
+        trials.struck[kind] += 1
+        if kind[0] or trials.struck[kind] > 1:
+            failed[kind] = failure
     for i in chosen:
-        same = failed.get(kinds[i]) if i in kinds and i not in gone else None
+        same = failed.get(kinds[i]) if kinds and i not in gone else None
         if same is not None:
             found.setdefault(i, Failure(i, same.reason, same.sources))
     return list(found.values())
@@ -214,7 +223,6 @@ def _kinds(grouping: Grouping) -> dict[int, tuple[object, ...]]:
             frozenset((re.sub(r"\d+", "#", m.tensor), m.dim, m.role) for m in group.members),
         )
         for i, group in enumerate(grouping.graph.groups)
-        if i in lines
     }
 
 

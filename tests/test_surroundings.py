@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import secateur as sc
+from secateur import trial
 from tests.cases.table import Net, conv
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -334,3 +335,45 @@ def test_parameters_of_training_alone_follow() -> None:
     assert small.spread.shape[0] < 16
     assert small.train()(X).shape == (2, 4, 8, 8)
     assert sc.verify(model, small, plan, X).exact
+
+
+# What is left behind
+
+
+class Momentum(Base):
+    """A second encoder follows the first with momentum, and a queue is written, past what counts versions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = conv(3, 16)
+        self.head = conv(16, 4)
+        self.register_buffer("queue", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] > 1:
+            self.b.weight.data.mul_(0.9).add_(self.a.weight.data, alpha=0.1)
+        self.queue.data.copy_(torch.arange(4.0))
+        return self.head(self.a(x) + self.b(x) * self.b.weight.shape[0])
+
+
+def test_what_a_forward_writes_into_parameters_is_put_back() -> None:
+    model = Momentum().eval()
+    before = copy.deepcopy(model.state_dict())
+    graph = sc.trace(model, X)
+    assert any("a.weight" in refusal.tensors for refusal in graph.refused)  # the trial ran, and failed
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_failures_without_a_line_to_show_are_not_found_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scaled(m: Net, x: Tensor) -> Tensor:
+        for layer in m.layers:
+            x = layer(x) * 0.25 ** (1 / len(layer.weight))
+        return m.head(x)
+
+    runs: list[int] = []
+    run = trial._run
+    monkeypatch.setattr(trial, "_run", lambda *given: (runs.append(1), run(*given))[1])
+    layers = nn.ModuleList([conv(3 if i == 0 else 8, 8) for i in range(16)])
+    graph = sc.trace(Net(scaled, layers=layers, head=conv(8, 4)).eval(), X)
+    assert not graph.groups
+    assert len(runs) < 32

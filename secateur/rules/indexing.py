@@ -86,6 +86,10 @@ def _positions(consumed: Sequence[int], before: int, after: int) -> dict[int, in
 def index_put(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
     """Write values at given indices of some dimensions: their channels are frozen, those of the others join."""
     x, indices, values = args[:3]
+    (mask, *others) = tensors_in(indices)
+    if not others and mask.dtype is torch.bool and mask.shape == x.shape and values.numel() == 1 and not flow.name(x):
+        flow.set(out, flow.combine([x, mask], x.shape))  # one value for whatever the mask tells, element by element
+        return
     for tensor in tensors_in(indices):
         flow.freeze_tensor(tensor, "is used as an index")
     consumed = _indexed(indices)

@@ -653,3 +653,16 @@ def one_attribute_for_two_layers() -> Net:
         return m.head(torch.cat([a, b], 1))
 
     return Net(forward, a=conv(3, 8), b=conv(3, 8), patches=Patches(8), head=nn.Conv1d(16, 4, 1))
+
+
+@case(prunable={"conv1": 7})
+def assignment_by_its_own_mask() -> Net:
+    """One value assigned wherever a mask of the map's own shape tells."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = m.conv1(x)
+        x[x < 0.1] = 0.1
+        x[x.abs() > x.abs().mean((2, 3), keepdim=True)] = 1.0
+        return m.head(x)
+
+    return Net(forward, conv1=conv(3, 8), head=conv(8, 4))
