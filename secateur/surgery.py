@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import PlanError
-from secateur.inputs import unwrapped
+from secateur.inputs import tensors_of, unwrapped
 from secateur.layers import layer_rule
 from secateur.replica import replica
 
@@ -108,8 +108,9 @@ def carry_optimizer(
 ) -> torch.optim.Optimizer:
     """Return an optimizer of the pruned model that goes on where the given one stands.
 
-    State of a parameter's own shape (SGD momentum, Adam moments) loses the elements that the parameter loses; counters
-    are copied. Hyper-parameters and parameter groups stay.
+    State of a parameter's own shape (SGD momentum, Adam moments) loses the elements that the parameter loses; so does
+    state that holds one value for a whole dimension of it (Adafactor's factors); counters are copied. Hyper-parameters
+    and parameter groups stay.
 
     Args:
         optimizer: An optimizer of the unpruned model's parameters; it is left as it is.
@@ -118,7 +119,7 @@ def carry_optimizer(
         plan: The plan applied.
 
     Raises:
-        PlanError: If the optimizer holds a parameter that the model doesn't.
+        PlanError: If the optimizer holds a parameter that the model doesn't, or state that can't be cut.
     """
     model, small = unwrapped(model), unwrapped(small)
     old, new = dict(model.named_parameters()), dict(small.named_parameters())
@@ -135,23 +136,36 @@ def carry_optimizer(
     carried = type(optimizer)(groups, **defaults)
     for key in {k for state in optimizer.state.values() for k in state}:
         # Whatever a parameter holds element by element is cut as the parameter itself is.
-        held = {
-            name: optimizer.state[p][key]
-            for name, p in old.items()
-            if isinstance(optimizer.state.get(p, {}).get(key), Tensor) and optimizer.state[p][key].shape == p.shape
-        }
+        found = {name: optimizer.state.get(p, {}).get(key) for name, p in old.items()}
+        states = {name: value for name, value in found.items() if value is not None}
+        held = {name: v.expand_as(old[name]) for name, v in states.items() if _is_laid_out(name, key, v, old[name])}
         stand_ins: dict[str, Tensor] = {name: held.get(name, p) for name, p in old.items()}
         # What an optimizer holds for a magnitude is no magnitude itself.
         sliced = replace(plan, magnitudes={})
         cut_state = _cut_tensors(model, sliced, {**dict(model.named_buffers()), **stand_ins})
-        for name, p in old.items():
-            value = optimizer.state.get(p, {}).get(key)
-            if value is None:
-                continue
+        for name, value in states.items():
             if name in held:
-                value = cut_state.get(id(value), value).detach().clone()
-            carried.state[new[name]][key] = value.clone() if isinstance(value, Tensor) else copy.copy(value)
+                whole = cut_state.get(id(held[name]), held[name]).detach()
+                once = tuple(slice(1) if size == 1 else slice(None) for size in value.shape)
+                carried.state[new[name]][key] = whole[once].clone()
+            else:
+                carried.state[new[name]][key] = value.clone() if isinstance(value, Tensor) else copy.copy(value)
     return carried
+
+
+def _is_laid_out(name: str, key: str, value: Any, parameter: Tensor) -> bool:
+    """Tell whether an optimizer's state holds a value for each element of a parameter, or for all along a dimension.
+
+    Raises:
+        PlanError: If it is of another shape, and no single value either.
+    """
+    shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+    if len(shape) == parameter.ndim and all(n in (1, m) for n, m in zip(shape, parameter.shape, strict=True)):
+        return isinstance(value, Tensor)
+    if all(tensor.numel() <= 1 for tensor in tensors_of(value)):
+        return False
+    found = f"of shape {shape}" if shape else f"a {type(value).__name__} of tensors"
+    raise PlanError(f"optimizer: its state {key} of {name} is {found}, and nothing tells how to cut it.")
 
 
 def _cut_layer(

@@ -144,6 +144,38 @@ def test_an_optimizer_goes_on(build: object) -> None:
     assert not torch.equal(small.conv.weight, before)
 
 
+def test_factors_of_an_optimizer_s_state_are_cut_where_their_parameter_is() -> None:
+    model = Net()
+    optimizer = torch.optim.Adafactor(model.parameters(), lr=0.1)
+    model(X).square().sum().backward()
+    optimizer.step()
+    plan, small = halved(model)
+    carried = carry_optimizer(optimizer, model, small, plan)
+    states = {n: (optimizer.state[p], carried.state[small.get_parameter(n)]) for n, p in model.named_parameters()}
+    rows, columns = plan.kept_outputs["conv"], plan.kept_inputs["head"]
+    before, after = states["conv.weight"]
+    assert all(torch.equal(after[key], before[key][rows]) for key in ("row_var", "col_var"))
+    before, after = states["head.weight"]
+    assert torch.equal(after["row_var"], before["row_var"])
+    assert torch.equal(after["col_var"], before["col_var"][:, columns])
+    assert torch.equal(states["bn.bias"][1]["variance"], states["bn.bias"][0]["variance"][rows])
+    assert torch.equal(after["step"], before["step"])
+    grouped = states["grouped.weight"][1]
+    assert grouped["row_var"].shape == (*small.grouped.weight.shape[:3], 1)
+    small(X).square().sum().backward()
+    carried.step()
+
+
+@pytest.mark.parametrize("state", [torch.zeros(8, 8), [torch.zeros(8, 3), torch.zeros(8)]])
+def test_optimizer_state_of_another_shape_than_the_parameter_is_refused(state: object) -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state[model.conv.weight]["preconditioner"] = state
+    plan, small = halved(model)
+    with pytest.raises(sc.PlanError, match=r"preconditioner of conv\.weight is .* nothing tells how to cut it"):
+        carry_optimizer(optimizer, model, small, plan)
+
+
 def test_an_optimizer_of_another_model_is_refused() -> None:
     model = Net()
     plan, small = halved(model)
