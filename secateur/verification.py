@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -74,7 +75,8 @@ def channel_dim(layer: nn.Module, x: Tensor) -> int:
 
 def _sums(x: Tensor, dim: int) -> tuple[Tensor, int]:
     """Return two sums for every channel, enough to tell channels apart: of its values, and weighted at random."""
-    x = x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().float()
+    x, dim = _whole(x.detach(), dim)
+    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
     before, size, after = math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1 :])
     weights = _weights(before * after).to(x)
     if after == 1:
@@ -84,11 +86,24 @@ def _sums(x: Tensor, dim: int) -> tuple[Tensor, int]:
     return sums, before * after
 
 
+def _whole(x: Tensor, dim: int) -> tuple[Tensor, int]:
+    """Return a tensor as it is outside torch's maps and gradients, which nothing that is kept may come from."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        mapped_over = torch._C._functorch.maybe_get_bdim(x) if torch._C._functorch.is_batchedtensor(x) else -1
+        x = torch._C._functorch.get_unwrapped(x)
+        if mapped_over >= 0:
+            x, dim = x.movedim(mapped_over, 0), dim + 1
+    return x, dim
+
+
 @functools.lru_cache(maxsize=8)
 def _weights(count: int) -> Tensor:
-    """Return one column of equal weights and one of random weights in [-1.5, 1.5], the same in every run."""
-    drawn = torch.rand(count, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
-    return torch.stack([torch.ones_like(drawn), 3 * drawn - 1.5], 1) / max(count, 1)
+    """Return one column of equal weights and one of random weights in [-1.5, 1.5], the same in every run.
+
+    NumPy draws them: inside a map of torch's, torch draws none.
+    """
+    drawn = np.random.default_rng(count).random(count)
+    return torch.from_numpy(np.stack([np.ones(count), 3 * drawn - 1.5], 1) / max(count, 1))
 
 
 def _masking(name: str, kept: list[int], readings: Readings) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import secateur as sc
 from secateur.precision import in_double
 from secateur.verification import _sums, _weights, doubled, outputs
 
@@ -60,6 +61,26 @@ def test_a_channel_is_summed_over_all_its_values(shape: tuple[int, ...], dim: in
         rows = x.double().movedim(dim, 0).reshape(shape[dim], math.prod(shape) // shape[dim])
         assert count == rows.shape[1]
         assert torch.allclose(sums.double(), rows @ _weights(count), atol=1e-5)
+
+
+class Mapped(nn.Module):
+    """Calls its layers one example at a time, inside a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 1)
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(lambda one: self.head(self.conv(one[None]).relu())[0])(x)
+
+
+def test_layers_inside_a_map_are_verified() -> None:
+    model, x = Mapped().eval(), torch.randn(2, 3, 7, 9)
+    plan = sc.plan_removal(sc.trace(model, x), {"conv": [0, 3]})
+    _weights.cache_clear()
+    report = sc.verify(model, sc.apply(model, plan), plan, x)
+    assert report.exact, report
 
 
 class Rounding(nn.Module):
