@@ -254,7 +254,7 @@ class ChannelGraph:
     attributes: tuple[AttributeRule, ...] = ()
     magnitudes: tuple[Magnitude, ...] = ()
     shuffles: tuple[Shuffle, ...] = ()
-    """In execution order."""
+    """Each behind those whose places its own order names."""
 
     def group(self, name: str) -> ChannelGroup:
         """Return the group of that name.

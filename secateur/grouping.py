@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
@@ -21,7 +21,7 @@ from secateur.graph import (
     Shuffle,
     quotas,
 )
-from secateur.labels import Home, Labels
+from secateur.labels import Home, Labels, Moved
 from secateur.rules.flow import Call, Cause, Flow, Site
 from secateur.scheduling import schedule as scheduled
 
@@ -31,10 +31,13 @@ class _Shuffles:
     """The shuffles of a run, and the place of every label in them."""
 
     shuffles: list[Shuffle]
+    """Each behind those at whose places its own source lies."""
+    moves: list[Moved]
+    """What each of them was made of."""
     shuffle_of: Labels
     place_of: Labels
-    torn: Labels
-    """Labels that lie at two places of shuffles at once."""
+    kept: list[tuple[Labels, Cause]]
+    """Labels that have no one place in an order that can be found, and why."""
 
     def order(self, labels: Labels | None) -> Order | None:
         """Return where a vector's positions lie; None where no shuffle is behind them."""
@@ -71,7 +74,7 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
     count = int(classes.max()) + 1 if classes.size else 0
     produced = _marked(count, classes, flow.produced)
     moved = _shuffles(flow)
-    causes = [*flow.frozen, (moved.torn, Cause("shuffle", "", "", "is shuffled in two ways at once"))]
+    causes = [*flow.frozen, *moved.kept]
     cause_of = _first_cause(count, classes, causes)
     frozen = cause_of >= 0
     inexact_of = _first_cause(count, classes, flow.inexact)
@@ -106,7 +109,7 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
     group_id = kept_group[group_id]
 
     _members(flow, homes, made, classes, group_id, channel_of, moved, members)
-    for move, shuffle in zip(flow.store.moves, moved.shuffles, strict=True):
+    for move, shuffle in zip(moved.moves, moved.shuffles, strict=True):
         shuffle.group[:] = group_id[classes[move.source]]
         shuffle.channel[:] = channel_of[classes[move.source]]
     cells, uneven = _cells(flow, classes, group_id, channel_of, by_group)
@@ -178,26 +181,43 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
 def _shuffles(flow: Flow) -> _Shuffles:
     """Find the place of every label in the shuffles of a run; groups and channels are entered later."""
     none = np.zeros(0, dtype=np.int64)
-    moved = _Shuffles([], none, none, none)
+    moved = _Shuffles([], [], none, none, [])
     if not flow.store.moves:
         return moved
     # Labels at one and the same place of a vector, whichever tensor holds it.
     together = flow.store.classes(moved=False)
+    turn = _turn(flow.store.moves, together)
+    moved.moves = [flow.store.moves[i] for i in turn]
+    for i in set(range(len(flow.store.moves))).difference(turn):
+        cause = replace(flow.moved_at[i], reason="is shuffled, and meets itself unshuffled")
+        moved.kept.append((flow.store.moves[i].labels, cause))
     shuffle_at = np.full(int(together.max()) + 1, -1, dtype=np.int64)
     place_at = shuffle_at.copy()
-    torn = []
-    for index, move in enumerate(flow.store.moves):
-        labels = np.arange(move.start, move.start + move.size)
-        own = together[labels]
-        torn.append(labels[shuffle_at[own] >= 0])
+    for index, move in enumerate(moved.moves):
+        own = together[move.labels]
+        cause = replace(flow.moved_at[turn[index]], reason="is shuffled in two ways at once")
+        moved.kept.append((move.labels[shuffle_at[own] >= 0], cause))
         shuffle_at[own], place_at[own] = index, np.arange(move.size)
     moved.shuffle_of, moved.place_of = shuffle_at[together], place_at[together]
-    moved.torn = np.concatenate(torn)
-    for move in flow.store.moves:
+    for move in moved.moves:
         order = Order(moved.shuffle_of[move.source], moved.place_of[move.source])
         unknown = np.full(move.size, -1, dtype=np.int64)
         moved.shuffles.append(Shuffle(move.rows, unknown, unknown.copy(), order))
     return moved
+
+
+def _turn(moves: list[Moved], together: Labels) -> list[int]:
+    """Return the shuffles, each behind those at whose places its source lies, less those that go round in a circle.
+
+    What is shuffled may lie, by a sum with what is made later, at the places of a later shuffle, or of its own result.
+    """
+    made = [np.unique(together[move.labels]) for move in moves]
+    read = [np.unique(together[move.source]) for move in moves]
+    waits = [{i for i, own in enumerate(made) if np.isin(own, source).any()} for source in read]
+    turn: list[int] = []
+    while ready := [i for i, before in enumerate(waits) if i not in turn and before.issubset(turn)]:
+        turn.append(ready[0])
+    return turn
 
 
 def _schedules(

@@ -56,6 +56,11 @@ class Moved:
         """Number of labels."""
         return int(self.source.size)
 
+    @property
+    def labels(self) -> Labels:
+        """The result's labels."""
+        return np.arange(self.start, self.start + self.size, dtype=np.int64)
+
 
 class LabelStore:
     """Hands out labels and remembers which have to go together."""
@@ -112,7 +117,7 @@ class LabelStore:
         """Return the class of every label, numbered from 0; without what moved, of labels at one and the same place."""
         left, right = [a for a, _ in self.joins], [b for _, b in self.joins]
         for move in self.moves if moved else ():
-            left.append(np.arange(move.start, move.start + move.size))
+            left.append(move.labels)
             right.append(move.source.reshape(move.rows, -1).T.reshape(-1))
         if not left:
             return np.arange(self.count, dtype=np.int64)

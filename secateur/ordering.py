@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def ranks(graph: ChannelGraph, removed: list[np.ndarray]) -> Ranks:
-    """Follow a selection through all shuffles, in execution order.
+    """Follow a selection through all shuffles, each behind those that its source comes from.
 
     Args:
         graph: The traced network.

@@ -121,7 +121,7 @@ def schedule(
     """Find what each block of a group's channels may lose, step by step.
 
     Args:
-        shuffles: Every shuffle that the group's channels pass, in execution order.
+        shuffles: Every shuffle that the group's channels pass, each behind those that its source comes from.
         readers: How the positions of layers and vectors lie that hold the group's channels.
         group: Index of the group.
         free: Which of its channels may go.

@@ -181,6 +181,8 @@ class Flow:
         """Whether that module is registered nowhere in the model."""
         self.operator = ""
         self.shuffled: list[Shuffled] = []
+        self.moved_at: list[Cause] = []
+        """For every vector that the store holds as moved, the call that moves it."""
         self.futile: set[int] = set()
         """Of what is shuffled strictly, the ordinals of those calls whose rows no later operator lays in columns."""
         self.copies: list[tuple[int, int]] = []

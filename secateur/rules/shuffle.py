@@ -37,6 +37,7 @@ def cut_into_rows(flow: Flow, labels: Labels, row: int, column: int, shape: Sequ
 def loosely(flow: Flow, labels: Labels, rows: int) -> Labels:
     """Interleave the rows of a vector, each of which loses as many channels, whichever they are."""
     flow.share(list(labels.reshape(rows, -1)), "is shuffled in rows of equal length")
+    flow.moved_at.append(flow.cause(""))
     return flow.store.shuffle(labels, rows)
 
 

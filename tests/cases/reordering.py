@@ -596,6 +596,55 @@ def shuffled_stream_added() -> Net:
     return net
 
 
+@case(prunable={"left": 7, "units.0.body.0": 7}, outputs=("head", "side_head"))
+def shuffled_before_it_meets_a_shuffled_stream() -> Net:
+    """A layer's output is shuffled first, then added to a stream that was shuffled: its order is one found later."""
+    net = _stage(7, 2, False, conv(14, 4))
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        side = m.side(x).relu()
+        first = m.side_head(shuffled(side, 2))
+        y = shuffled(torch.cat([m.left(x), m.right(x).relu()], 1), 2)
+        return m.head(m.norm(m.depth(m.units(y) + side))) + first
+
+    net.body = forward
+    net.side, net.side_head = conv(3, 14), conv(14, 4)
+    return net
+
+
+@case(refused={"conv": "meets itself unshuffled"})
+def shuffle_added_to_what_it_shuffles() -> Net:
+    """A residual around a channel shuffle: what is left would have to lie in an order that is its own shuffle."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = m.conv(x)
+        return m.head(x + shuffled(x, 2))
+
+    return Net(forward, conv=conv(3, 16), head=conv(16, 4))
+
+
+@case(prunable={"conv": 8}, refused={"grouped": "meets itself unshuffled"})
+def shuffle_added_to_the_groups_it_shuffles() -> Net:
+    """A residual around a channel shuffle, behind a grouped convolution and a group norm."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = m.norm(m.grouped(m.conv(x)))
+        return m.head(x + shuffled(x, 2))
+
+    return Net(forward, conv=conv(3, 16), grouped=conv(16, 16, groups=4), norm=nn.GroupNorm(4, 16), head=conv(16, 4))
+
+
+@case(prunable={"unit.body.0": 4}, refused={"conv": "meets itself unshuffled"})
+def shuffled_unit_added_to_its_input() -> Net:
+    """A residual around a ShuffleNet v2 unit."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = m.conv(x)
+        return m.head(x + m.unit(x))
+
+    return Net(forward, conv=conv(3, 16), unit=Unit(8, False), head=conv(16, 4))
+
+
 @case()
 def shuffled_stream_reversed() -> Net:
     """A shuffled stream read in reverse: what is left of it lies in no order that a plan can give."""
