@@ -194,6 +194,8 @@ class LayerPort:
     out_channel: IndexArray | None = None
     in_order: Order | None = None
     out_order: Order | None = None
+    parts: tuple[str, ...] = ()
+    """Names of all parameters and buffers that the weight is computed from, where it is not the layer's own."""
 
     @property
     def name(self) -> str:

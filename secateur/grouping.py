@@ -296,14 +296,11 @@ def _first_cause(count: int, classes: Labels, found: list[tuple[Labels, Cause]])
 
 
 def _home_keys(flow: Flow, arrays: list[Labels]) -> set[tuple[str, int, int]]:
-    """Return the parameter dimensions that make channels."""
-    keys = set()
-    for labels in arrays:
-        for label in {int(labels.flat[0]), int(labels.flat[-1])}:
-            home = flow.store.home(label)
-            if home is not None:
-                keys.add((home.tensor, home.dim, home.blocks))
-    return keys
+    """Return the parameter dimensions for which the labels of these arrays were made."""
+    found = flow.store.homes_of(
+        np.concatenate([np.zeros(0, dtype=np.int64), *(labels.reshape(-1) for labels in arrays)])
+    )
+    return {(home.tensor, home.dim, home.blocks) for home in found}
 
 
 def _signatures(count: int, classes: Labels, homes: list[Home]) -> Labels:
@@ -357,7 +354,8 @@ def _members(
     moved: _Shuffles,
     members: dict[int, list[Member]],
 ) -> None:
-    read = _home_keys(flow, flow.consumed)
+    consumed = [labels.reshape(-1) for labels in flow.consumed]
+    read = _home_keys(flow, [flow.store.kin(np.concatenate(consumed))] if consumed else [])
     for home in homes:
         own = classes[home.start : home.start + home.size]
         ids = group_id[own]
@@ -441,7 +439,7 @@ def _port(call: Call, classes: Labels, group_id: Labels, channel_of: Labels, mov
     return LayerPort(
         call.module, call.kind, call.weight, call.owned, call.in_channels, call.out_channels, call.groups, call.kernel,
         call.positions, call.batch, in_group, in_channel, out_group, out_channel,
-        moved.order(call.inputs), moved.order(call.outputs),
+        moved.order(call.inputs), moved.order(call.outputs), call.parts,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 Labels = NDArray[np.int64]
 Axes = dict[int, Labels]
@@ -65,11 +65,15 @@ class Moved:
 class LabelStore:
     """Hands out labels and remembers which have to go together."""
 
-    def __init__(self) -> None:
+    def __init__(self, among_weights: Callable[[], bool] = lambda: False) -> None:
+        self.among_weights = among_weights
+        """Tells whether the operator at work reads parameters and buffers alone."""
         self.count = 0
         self.homes: list[Home] = []
         self._starts: list[int] = []
         self.joins: list[tuple[Labels, Labels]] = []
+        self.mixed: list[tuple[Labels, Labels]] = []
+        """Those of the joins that stem from operators on parameters and buffers alone."""
         self.moves: list[Moved] = []
 
     def fresh(self, size: int) -> Labels:
@@ -96,6 +100,15 @@ class LabelStore:
         home = self.homes[index]
         return home if label < home.start + home.size else None
 
+    def homes_of(self, labels: Labels) -> list[Home]:
+        """Return every parameter dimension for which some of the labels were made."""
+        starts, sizes = np.array(self._starts, dtype=np.int64), np.array([home.size for home in self.homes])
+        labels = labels[labels >= starts[0]] if self.homes else labels[:0]
+        index = np.searchsorted(starts, labels, side="right") - 1
+        return (
+            [self.homes[i] for i in np.unique(index[labels < (starts + sizes)[index]]).tolist()] if index.size else []
+        )
+
     def are_apart(self, left: int, right: int) -> bool:
         """Tell whether two labels were made for different parameters, or one of them for none."""
         return left + 1 != right or self.home(left) is not self.home(right)
@@ -106,6 +119,8 @@ class LabelStore:
             return
         a, b = np.broadcast_arrays(left, right)
         self.joins.append((a.reshape(-1), b.reshape(-1)))
+        if self.among_weights():
+            self.mixed.append(self.joins[-1])
 
     def shuffle(self, source: Labels, rows: int) -> Labels:
         """Return new labels for a vector read in rows and laid out in columns; each goes with what it was."""
@@ -115,13 +130,23 @@ class LabelStore:
 
     def classes(self, *, moved: bool = True) -> Labels:
         """Return the class of every label, numbered from 0; without what moved, of labels at one and the same place."""
-        left, right = [a for a, _ in self.joins], [b for _, b in self.joins]
-        for move in self.moves if moved else ():
-            left.append(move.labels)
-            right.append(move.source.reshape(move.rows, -1).T.reshape(-1))
-        if not left:
+        laid = [(move.labels, move.source.reshape(move.rows, -1).T.reshape(-1)) for move in self.moves if moved]
+        return self._components([*self.joins, *laid])
+
+    def kin(self, labels: Labels) -> Labels:
+        """Return every label of a parameter or buffer that weights with these labels are computed from."""
+        if not self.mixed:
+            return labels
+        classes = self._components(self.mixed)
+        wanted = np.zeros(self.count, dtype=bool)
+        wanted[classes[labels]] = True
+        return np.flatnonzero(wanted[classes])
+
+    def _components(self, joins: list[tuple[Labels, Labels]]) -> Labels:
+        """Return for every label the number of the labels that these joins tie together."""
+        if not joins:
             return np.arange(self.count, dtype=np.int64)
-        rows, columns = (np.concatenate(side, dtype=np.int32, casting="same_kind") for side in (left, right))
+        rows, columns = (np.concatenate(side, dtype=np.int32, casting="same_kind") for side in zip(*joins, strict=True))
         graph = coo_matrix((np.ones(rows.size, dtype=np.int8), (rows, columns)), shape=(self.count, self.count))
         return np.asarray(connected_components(graph, directed=False)[1], dtype=np.int64)
 

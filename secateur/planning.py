@@ -49,8 +49,8 @@ class PruningPlan:
     magnitudes: dict[str, tuple[str, int]] = field(default_factory=dict)
     """Name of the g of a weight g·v/‖v‖ -> name of the v, dimension of its norms, where v loses a part of each norm."""
     reads: dict[str, dict[int, list[int]]] = field(default_factory=dict)
-    """Name of a parameter that code reads channels with, outside a layer of its own -> dimension -> kept indices; it is
-    for ``verify``, which zeroes the others."""
+    """Name of a parameter or buffer that code reads channels with outside a layer of its own, or computes such a kernel
+    from -> dimension -> kept indices; it is for ``verify``, which zeroes the others."""
     removed: Removed = field(default_factory=dict)
     """Group name -> removed channels of that group; for people and reports, not read by ``apply``."""
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -249,7 +249,7 @@ def _build(graph: ChannelGraph, removed: Removed) -> PruningPlan:
     kept_outputs: dict[str, list[int]] = {}
     kept_inputs: dict[str, list[int]] = {}
     direct: set[str] = set()
-    outside = {port.weight for port in graph.layers if not port.owned}
+    outside = {name for port in graph.layers if not port.owned for name in (port.weight, *port.parts)}
     for port in graph.layers:
         if not port.owned:
             continue
@@ -276,9 +276,9 @@ def _build(graph: ChannelGraph, removed: Removed) -> PruningPlan:
                 continue
             shape = graph.shapes[member.tensor]
             shapes[member.tensor] = shape
-            if member.read and member.tensor in outside and member.blocks == 1:
+            if member.read and member.tensor in outside and (member.blocks == 1 or member.tensor not in direct):
                 dims = reads.setdefault(member.tensor, {})
-                before = dims.get(member.dim, range(shape[member.dim]))
+                before = dims.get(member.dim, range(shape[member.dim] * member.blocks))
                 dims[member.dim] = sorted(set(before) - set(gone.tolist()))
             if member.tensor in direct:
                 continue

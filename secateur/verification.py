@@ -1,9 +1,9 @@
 """The law of exactness: the pruned network equals the original with the removed channels zeroed where they are read.
 
 Both networks run on the same inputs. In the original, every layer that the plan names has its removed input channels
-set to zero just before it reads them; a parameter that the code reads channels with directly has its columns zeroed.
-The outputs then have to agree; so does what every one of those layers reads, channel by channel, which tells a wrong
-channel from a right one even where the outputs happen to agree.
+set to zero just before it reads them; parameters that the code reads channels with directly, or computes such a kernel
+from, have their columns zeroed. The outputs then have to agree; so does what every one of those layers reads, channel
+by channel, which tells a wrong channel from a right one even where the outputs happen to agree.
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ def masked(model: nn.Module, plan: PruningPlan, readings: Readings) -> Iterator[
     """Give the original with removed channels zeroed where they are read, for as long as the context lasts.
 
     Layers read through a hook, which is taken away again. Where code uses a weight without a layer of its own, a copy
-    of the model is given, in which that weight has its removed columns zeroed; it shares all other tensors.
+    of the model is given, in which that weight, or what it is computed from, has its removed columns zeroed; it shares
+    all other tensors.
     """
     reference = _zeroed_copy(model, plan) if plan.reads else model
     modules = dict(reference.named_modules())
@@ -170,10 +171,20 @@ def _zeroed_copy(model: nn.Module, plan: PruningPlan) -> nn.Module:
     for name, dims in plan.reads.items():
         value = tensors[name].detach().clone()
         for dim, kept in dims.items():
-            index = torch.tensor(kept, device=value.device)
-            value = torch.zeros_like(value).index_copy(dim, index, value.index_select(dim, index))
-        memo[id(tensors[name])] = nn.Parameter(value, requires_grad=tensors[name].requires_grad)
+            value = _without_others(value, dim, kept, plan.blocks.get(name, 1) if dim == 1 else 1)
+        own = isinstance(tensors[name], nn.Parameter)
+        memo[id(tensors[name])] = nn.Parameter(value, requires_grad=tensors[name].requires_grad) if own else value
     return copy.deepcopy(model, memo)
+
+
+def _without_others(value: Tensor, dim: int, kept: list[int], blocks: int) -> Tensor:
+    """Zero what is not kept along a dimension, which may hold a block of the channels for each block of rows."""
+    gone = torch.ones(value.shape[dim] * blocks, dtype=torch.bool, device=value.device)
+    gone[torch.tensor(kept, device=value.device)] = False
+    if blocks == 1:
+        return value.masked_fill(gone.view([-1 if d == dim else 1 for d in range(value.ndim)]), 0)
+    rows = gone.view(blocks, -1).repeat_interleave(value.shape[0] // blocks, 0)
+    return value.masked_fill(rows.view(*rows.shape, *[1] * (value.ndim - 2)), 0)
 
 
 def doubled(network: nn.Module) -> nn.Module:

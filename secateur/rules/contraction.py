@@ -103,6 +103,7 @@ def convolution(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: 
             kernel=prod(weight.shape[2:]),
             positions=prod((x if transposed else out).shape[2:]) * out.shape[0],
             batch=out.shape[0],
+            parts=_parts(flow, weight, nn.modules.conv._ConvNd),
         )
     )
     flow.set(out, passed | ({1: made} if made is not None else {}))
@@ -248,6 +249,7 @@ def _weighted(
             out.shape[outer] if out.ndim else 1,
             positions=positions,
             batch=positions,
+            parts=_parts(flow, weight, nn.Linear),
         )
     )
     flow.set(out, result)
@@ -283,6 +285,15 @@ def _owns(flow: Flow, weight: Tensor, kind: type[nn.Module]) -> bool:
     """Tell whether a weight is that of the layer at work, so that what the layer is given is what the weight reads."""
     name = flow.name(weight)
     return isinstance(flow.layer, kind) and name in ("", f"{flow.module}.weight".lstrip("."))
+
+
+def _parts(flow: Flow, weight: Tensor, kind: type[nn.Module]) -> tuple[str, ...]:
+    """Return what a weight is computed from, where code calls the function without a layer of its own."""
+    axes = list(flow.axes(weight).values())
+    if not axes or _owns(flow, weight, kind):
+        return ()
+    found = flow.store.homes_of(flow.store.kin(np.concatenate(axes)))
+    return tuple(dict.fromkeys(home.tensor for home in found))
 
 
 def weight_name(flow: Flow, weight: Tensor) -> str:

@@ -104,6 +104,8 @@ class Call:
     kernel: int = 1
     positions: int = 1
     batch: int = 1
+    parts: tuple[str, ...] = ()
+    """Where the weight is not the layer's own: the parameters and buffers that it is computed from."""
 
 
 @dataclass(eq=False)
@@ -161,7 +163,7 @@ class Flow:
     """Ordinals of the operator calls that shuffle channels whose rows may lose different indices; see ``Shuffled``."""
 
     def __post_init__(self) -> None:
-        self.store = LabelStore()
+        self.store = LabelStore(self.among_weights)
         # Labels outlive the run on tensors that the model keeps; a token tells whose they are and holds nothing.
         self.token = object()
         self.frozen: list[tuple[Labels, Cause]] = []
@@ -254,6 +256,11 @@ class Flow:
         """Tell whether a tensor was computed from parameters and buffers alone."""
         known = self.labelled(tensor)
         return known is not None and known.weight
+
+    def among_weights(self) -> bool:
+        """Tell whether the operator at work reads parameters and buffers alone, and what was computed from them."""
+        read = self.operands
+        return len(read) > 0 and all(self.is_weight(tensor) or not self.axes(tensor) for tensor in read)
 
     def took_part(self, tensor: Tensor) -> bool:
         """Tell whether a parameter or buffer was read in the run."""
@@ -411,8 +418,8 @@ class Flow:
 
     def call(self, layer: nn.Module, inputs: Labels | None, outputs: Labels | None) -> None:
         """Note what a registered layer reads and makes, so that a plan tells it what it keeps of both."""
-        counts = [labels.size if labels is not None else 0 for labels in (inputs, outputs)]
-        self.calls.append(Call(self.module, "registered", "", True, inputs, outputs, *counts))
+        given, made = (labels.size if labels is not None else 0 for labels in (inputs, outputs))
+        self.calls.append(Call(self.module, "registered", "", True, inputs, outputs, given, made))
 
     def share(self, blocks: Sequence[Labels], reason: str) -> None:
         """Let all blocks lose the same fraction of their channels."""

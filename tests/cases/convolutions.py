@@ -294,6 +294,109 @@ def functional_conv() -> Net:
     )
 
 
+def _kernels(*shape: int, count: int = 2) -> dict[str, nn.Parameter]:
+    return {f"kernel{i}": nn.Parameter(0.2 * torch.randn(*shape)) for i in range(count)}
+
+
+def _counted(x: Tensor) -> Tensor:
+    """Multiply by one, in a way that may depend on the number of channels."""
+    return x * (x.shape[1] / x.shape[1])
+
+
+@case(prunable={"conv1": 8, "kernel0": 6})
+def kernel_of_two_parameters() -> Net:
+    """A kernel that is the sum of two, in a network whose code computes with the number of channels."""
+    return Net(
+        lambda m, x: m.head(F.conv2d(_counted(m.conv1(x)).relu(), m.kernel0 + m.kernel1, padding=1).relu()),
+        conv1=conv(3, 8),
+        head=conv(6, 4, 1),
+        **_kernels(6, 8, 3, 3),
+    )
+
+
+class _Fused(nn.Module):
+    """A RepVGG block that is fused anew in every forward: a kernel, a padded one of 1×1, and the identity."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.large = nn.Parameter(0.2 * torch.randn(channels, channels, 3, 3))
+        self.small = nn.Parameter(0.2 * torch.randn(channels, channels, 1, 1))
+        self.bias = nn.Parameter(torch.randn(channels))
+        self.register_buffer("same", F.pad(torch.eye(channels)[:, :, None, None], [1, 1, 1, 1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve once."""
+        return F.conv2d(x, self.large + F.pad(self.small, [1, 1, 1, 1]) + self.same, self.bias, padding=1)
+
+
+@case(prunable={"conv1": 8, "fused.large": 8})
+def kernels_fused_in_forward() -> Net:
+    """RepVGG fused in every forward, in a network whose code computes with the number of channels."""
+    return Net(
+        lambda m, x: m.head(m.fused(_counted(m.conv1(x)).relu()).relu()),
+        conv1=conv(3, 8),
+        fused=_Fused(8),
+        head=conv(8, 4, 1),
+    )
+
+
+@case(prunable={"conv1": 8, "weight": 6})
+def low_rank_update() -> Net:
+    """LoRA: a linear layer's weight plus a product of two narrow matrices."""
+    return Net(
+        lambda m, x: m.head(F.linear(_counted(pooled(m.conv1(x).relu())), m.weight + m.up @ m.down).relu()),
+        conv1=conv(3, 8),
+        weight=nn.Parameter(torch.randn(6, 8)),
+        up=nn.Parameter(torch.randn(6, 2)),
+        down=nn.Parameter(torch.randn(2, 8)),
+        head=nn.Linear(6, 4),
+    )
+
+
+@case(prunable={"conv1": 8})
+def low_rank_kernel() -> Net:
+    """A linear layer's weight that is the product of two narrow matrices, of which only the second reads channels."""
+    return Net(
+        lambda m, x: F.linear(_counted(pooled(m.conv1(x).relu())), m.up @ m.down),
+        conv1=conv(3, 8),
+        up=nn.Parameter(torch.randn(6, 2)),
+        down=nn.Parameter(torch.randn(2, 8)),
+    )
+
+
+@case(prunable={"conv1": 8, "kernel0": 4, "kernel1": 4, "kernel2": 4})
+def kernel_joined_of_three() -> Net:
+    """A kernel joined of three along its filters: each makes a third of the channels, all read the same."""
+    return Net(
+        lambda m, x: m.head(F.conv2d(_counted(m.conv1(x)).relu(), torch.cat([m.kernel0, m.kernel1, m.kernel2])).relu()),
+        conv1=conv(3, 8),
+        head=conv(12, 4, 1),
+        **_kernels(4, 8, 1, 1, count=3),
+    )
+
+
+@case(prunable={"conv1": 9, "kernel0": 6})
+def kernel_joined_of_three_along_its_columns() -> Net:
+    """A kernel joined of three along its columns: each reads a third of the channels."""
+    return Net(
+        lambda m, x: m.head(F.conv2d(_counted(m.conv1(x)), torch.cat([m.kernel0, m.kernel1, m.kernel2], 1)).relu()),
+        conv1=conv(3, 9),
+        head=conv(6, 4, 1),
+        **_kernels(6, 3, 1, 1, count=3),
+    )
+
+
+@case(prunable={"conv1": 8, "kernel0": 8})
+def functional_grouped_conv() -> Net:
+    """Functional convolution in groups, in a network whose code computes with the number of channels."""
+    return Net(
+        lambda m, x: m.head(F.conv2d(_counted(m.conv1(x)), m.kernel0, padding=1, groups=2).relu()),
+        conv1=conv(3, 8),
+        head=conv(8, 4, 1),
+        **_kernels(8, 4, 3, 3, count=1),
+    )
+
+
 @case(prunable={"conv1": 8, "weight": 6}, outputs=("matrix",))
 def functional_linear() -> Net:
     """Functional linear layer and matrix product on raw parameters."""
