@@ -251,10 +251,12 @@ def test_every_group_loses_as_much_as_its_own_limit_lets_it(case: Case) -> None:
         tenths = {g.name: int(rng.integers(0, 11)) for g in groups}
         skipped = {g.name for g in groups if rng.random() < 0.2}
         expected: dict[str, int] = {}
+        beyond: dict[str, int] = {}
         for group in groups:
             order = sorted(range(group.size), key=lambda c, n=group.name: float(values[n][c]))
             lost = 0
             counts = np.cumsum([len(s) for s in planning.steps(group, order)]).tolist()
+            beyond[group.name] = 2 * counts[-1] - counts[-2] if len(counts) > 1 else group.size
             for count in counts:
                 fits = count <= Fraction(tenths[group.name], 10) * group.size and group.size - count >= least
                 if fits and (group.size - count) % round_to == 0:
@@ -274,8 +276,11 @@ def test_every_group_loses_as_much_as_its_own_limit_lets_it(case: Case) -> None:
             assert {name: len(gone) for name, gone in plan.removed.items()} == expected
         with pytest.raises(sc.PlanError, match="all that may go"):
             sc.plan(graph, values, sc.Target(channels=target.fraction + 1e-6), **options)
-        # As ratios, the same numbers hold whatever the target.
-        ratios = {name: min(n / 10, 0.9) for name, n in tenths.items() if name in expected and n < 10}
+        # As ratios, the same numbers hold whatever the target; a ratio beyond all that may go is an error.
+        within = {g.name for g in groups if Fraction(tenths[g.name], 10) * g.size < beyond[g.name]}
+        ratios = {
+            name: min(n / 10, 0.9) for name, n in tenths.items() if name in expected and name in within and n < 10
+        }
         if ratios and least == 1:
             plan = sc.plan(graph, values, ratios=ratios, round_to=round_to)
             assert {name: len(gone) for name, gone in plan.removed.items()} == {n: expected[n] for n in ratios}
