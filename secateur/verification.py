@@ -8,7 +8,6 @@ by channel, which tells a wrong channel from a right one even where the outputs 
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections import defaultdict
@@ -174,7 +173,8 @@ def _zeroed_copy(model: nn.Module, plan: PruningPlan) -> nn.Module:
             value = _without_others(value, dim, kept, plan.blocks.get(name, 1) if dim == 1 else 1)
         own = isinstance(tensors[name], nn.Parameter)
         memo[id(tensors[name])] = nn.Parameter(value, requires_grad=tensors[name].requires_grad) if own else value
-    return copy.deepcopy(model, memo)
+    reference: nn.Module = replica(model, memo)
+    return reference
 
 
 def _without_others(value: Tensor, dim: int, kept: list[int], blocks: int) -> Tensor:
