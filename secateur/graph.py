@@ -115,6 +115,8 @@ class ChannelGroup:
     shuffles that are cut into halves of odd length. None: every block loses the same fraction."""
     twos: tuple[IndexArray, ...] = ()
     """Channels two of which have to stay: the code squeezes away a dimension of which one index is left."""
+    least: int = 1
+    """How many channels have to stay: with fewer, code that counts with their number fails or does something else."""
 
     @property
     def producers(self) -> tuple[Member, ...]:
@@ -137,6 +139,8 @@ class ChannelGroup:
         fixed = self.size - int(self.removable.sum())
         if fixed:
             rules.append(f"{fixed} channels fixed")
+        if self.least > 2:
+            rules.append(f"at least {self.least} channels stay")
         return ", ".join(rules)
 
 

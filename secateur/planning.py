@@ -164,8 +164,14 @@ def steps(group: ChannelGroup, order: Sequence[int]) -> list[list[int]]:
 
     Each step takes from every block of the group in proportion to the block's size, so that after any number of steps
     all blocks have lost the same fraction; or as many as the group's schedule says. At least one channel of every block
-    stays, and of every layer.
+    stays, and of every layer; and of the group as many as it says.
     """
+    found = _steps(group, order)
+    left = group.size - np.cumsum([len(step) for step in found])
+    return found[: int(np.searchsorted(-left, -group.least, side="right"))]
+
+
+def _steps(group: ChannelGroup, order: Sequence[int]) -> list[list[int]]:
     sizes = np.bincount(group.blocks)
     quota = quotas(group.blocks)
     ordered = np.asarray(order, dtype=np.int64).reshape(-1)
@@ -222,6 +228,11 @@ def plan_removal(graph: ChannelGraph, removed: Mapping[str, Sequence[int]]) -> P
             raise PlanError(f"{name}: channel {fixed[0]} can't be removed: it is coupled to one that has to stay.")
         if len(channels) == group.size:
             raise PlanError(f"{name}: cannot remove all {group.size} filters; a layer keeps at least 1.")
+        if group.size - len(channels) < group.least:
+            raise PlanError(
+                f"{name}: cannot remove {len(channels)} of {group.size} channels: at least {group.least} have to stay, "
+                "or the network's own code fails or does something else."
+            )
         if any(np.isin(two, channels, invert=True).sum() < 2 for two in group.twos):
             raise PlanError(f"{name}: two channels have to stay; the code squeezes away a dimension of one index.")
         sizes = np.bincount(group.blocks)

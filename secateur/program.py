@@ -39,6 +39,8 @@ _RANDOM = frozenset({
     "aten::log_normal_", "aten::multinomial", "aten::poisson", "aten::native_dropout", "aten::rrelu_with_noise",
 })  # fmt: skip
 _FAKE = "_secateur_without_values"
+_OF_NUMBERS = "aten.lift_fresh.default"
+"""Operator that is given what the code made of its own numbers."""
 _LARGE = 1 << 16
 """From so many elements read, running an operator takes longer than asking for the shapes of what it makes."""
 _AS_IT_IS = ("aten::_unsafe_view", "aten::native_batch_norm")
@@ -134,7 +136,8 @@ class Program:
             token, origin = getattr(value, _ORIGIN, (None, None))
             if token is self._token or (origin := flow.name(value)):
                 return origin
-            if value.ndim and flow.doubt is None:  # a constant, or what was made of channels where nothing sees it
+            if value.ndim and flow.doubt is None and flow.operator != _OF_NUMBERS:
+                # A constant, or what was made of channels where nothing sees it.
                 flow.doubt = flow.cause("is given a tensor that no operator made")
             return _content(value)
         if isinstance(value, (list, tuple)):

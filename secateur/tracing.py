@@ -73,7 +73,7 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
             failures = trial.failing(trials, grouping) if not flow.certain else []
             first.written.put_back()
             if not failures:
-                return grouping.graph
+                return trials.floored(grouping.graph)
             if not trial.give_up(failures, grouping, flow, decisions, banned):
                 flow.ban(banned)
                 continue

@@ -33,11 +33,12 @@ from secateur.surgery import cut
 from secateur.verification import Difference, compare, doubled, jumps, outputs
 
 if TYPE_CHECKING:
-    from secateur.graph import ChannelGroup
+    from secateur.graph import ChannelGraph, ChannelGroup
     from secateur.grouping import Grouping
     from secateur.planning import PruningPlan
 
-_TOLERANCE = 1e-5
+_TOLERANCE = 3e-6
+_FINE = 1e-9
 _OF_CUTS = ("widths", "whole", "equal", "share", "parts")
 _FEW = 2
 """So many suspects are tried one by one."""
@@ -77,13 +78,14 @@ class Trials:
     """What a group of this name and these constraints loses."""
     passed: list[tuple[PruningPlan, bool]] = field(default_factory=list)
     """Plans that passed, and whether values were compared."""
+    least: dict[tuple[object, ...], int] = field(default_factory=dict)
+    """Of a group of this name and these constraints, how many channels have to stay."""
     struck: dict[tuple[object, ...], int] = field(default_factory=lambda: defaultdict(int))
     """How many groups of a kind failed without a line that handles them to show for it."""
 
     def part(self, index: int, group: ChannelGroup) -> list[int]:
         """Return a part at random of a group's channels."""
-        schedule = group.schedule.tobytes() if group.schedule is not None else b""
-        key = (group.name, group.blocks.tobytes(), group.removable.tobytes(), schedule)
+        key = _key(group)
         if key not in self.removed:
             order = np.random.default_rng(index).permutation(group.size).tolist()
             found = steps(group, order)
@@ -91,17 +93,23 @@ class Trials:
             self.removed[key] = sorted(chain(*taken))
         return self.removed[key]
 
+    def floored(self, graph: ChannelGraph) -> ChannelGraph:
+        """Return a graph whose groups say how many of their channels have to stay."""
+        return replace(graph, groups=tuple(replace(g, least=self.least.get(_key(g), 1)) for g in graph.groups))
+
+
+def _key(group: ChannelGroup) -> tuple[object, ...]:
+    schedule = group.schedule.tobytes() if group.schedule is not None else b""
+    return group.name, group.blocks.tobytes(), group.removable.tobytes(), schedule
+
 
 def _selections(trials: Trials, grouping: Grouping) -> Iterator[Picked]:
     """Yield what to remove: of every group a part at random, then of every vector cut anywhere the first, the last end.
 
-    Where the code counts with sizes, or compares them, it may do something else below some width: there all goes that
-    can. Code that cuts in proportion to what is left computes the same as code that cuts at given widths, as long as
-    all blocks lose the same; it is told apart where one block loses all that it can, and the others nothing.
+    Code that cuts in proportion to what is left computes the same as code that cuts at given widths, as long as all
+    blocks lose the same; it is told apart where one block loses all that it can, and the others nothing.
     """
     yield [trials.part(index, group) for index, group in enumerate(grouping.graph.groups)]
-    if trials.recording.flow.measured:
-        yield [sorted(chain(*steps(group, range(group.size)))) for group in grouping.graph.groups]
     free = [site for site in grouping.sites if site.blocks and site.options[site.choice] in ("widths", "parts")]
     for end in (0, -1) if free else ():
         yield _of_one_end(grouping, free, end)
@@ -172,7 +180,42 @@ def failing(trials: Trials, grouping: Grouping) -> list[Failure]:
             chosen = [i for i in chosen if i not in gone]
         if failures:
             break
+    if trials.recording.flow.measure.taken and not failures:
+        _find_least(trials, grouping)
     return failures
+
+
+def _find_least(trials: Trials, grouping: Grouping) -> None:
+    """Find how many channels have to stay, where the code counts with their number: below some it may do otherwise.
+
+    Mostly one may be left, or two, everywhere. A group that fails with either keeps as many as it had in the trial
+    that it passed.
+    """
+    groups = grouping.graph.groups
+    keys = [_key(group) for group in groups]
+    for least in (1, 2):
+        low = [least if trials.least.get(key, 1) == 1 else trials.least[key] for key in keys]
+        picked = [_down_to(group, n) for group, n in zip(groups, low, strict=True)]
+        chosen = [i for i, channels in enumerate(picked) if channels]
+        outcome = _attempt(trials, grouping, chosen, picked) if chosen else None
+        if outcome is None:
+            trials.least |= dict(zip(keys, low, strict=True))
+            return
+    while outcome is not None:
+        found = outcome.failures or _isolate(trials, grouping, chosen, outcome, picked)
+        for failure in found + _alike(trials, grouping, chosen, found):
+            group, part = groups[failure.group], trials.part(failure.group, groups[failure.group])
+            # A second time it is not its own number that matters: nothing goes of it.
+            picked[failure.group] = part if picked[failure.group] != part else []
+            low[failure.group] = group.size - len(picked[failure.group])
+        chosen = [i for i, channels in enumerate(picked) if channels]
+        outcome = _attempt(trials, grouping, chosen, picked) if chosen else None
+    trials.least |= dict(zip(keys, low, strict=True))
+
+
+def _down_to(group: ChannelGroup, least: int) -> list[int]:
+    """Return all channels of a group that can go where so many stay."""
+    return sorted(chain(*steps(replace(group, least=least), range(group.size))))
 
 
 def _alike(trials: Trials, grouping: Grouping, chosen: list[int], failures: list[Failure]) -> list[Failure]:
@@ -301,7 +344,10 @@ def _run(trials: Trials, grouping: Grouping, chosen: list[int], plan: PruningPla
         if not compared:
             outputs(small, example_inputs)
             return None
-        difference = compare(model, small, plan, example_inputs, _TOLERANCE)
+        # A number in a formula may matter less than rounding does.
+        limit = (1e-6 if plan.magnitudes else _FINE) if trials.recording.flow.measure.taken else _TOLERANCE
+        finely = _in_double(model, small, plan, example_inputs, limit) if limit < _TOLERANCE else None
+        difference = finely or compare(model, small, plan, example_inputs, _TOLERANCE)
     except SecateurError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever the model's own code raises; it is the finding
@@ -312,9 +358,9 @@ def _run(trials: Trials, grouping: Grouping, chosen: list[int], plan: PruningPla
         if len(chosen) == 1:
             return _Outcome([Failure(chosen[0], reason, sources)])
         return _Outcome(_blamed(grouping, chosen, frames, reason), _handled(grouping, chosen, frames), reason, sources)
-    if not _agrees(difference):
-        difference = _in_double(model, small, plan, example_inputs) or difference
-    if _agrees(difference):
+    if finely is None and not _agrees(difference, _TOLERANCE):
+        difference = _in_double(model, small, plan, example_inputs, 1e-6) or difference
+    if _agrees(difference, limit if finely is not None else _TOLERANCE):
         return None
     blamed = _mismatched(grouping, chosen, difference.mismatched)
     if len(chosen) == 1:
@@ -341,29 +387,31 @@ def _tells(trials: Trials, grouping: Grouping, plan: PruningPlan, small: nn.Modu
     )
 
 
-def _agrees(difference: Difference) -> bool:
-    return not difference.mismatched and difference.error <= _TOLERANCE
+def _agrees(difference: Difference, limit: float) -> bool:
+    return not difference.mismatched and difference.error <= limit
 
 
-def _in_double(model: nn.Module, small: nn.Module, plan: PruningPlan, example_inputs: Any) -> Difference | None:
+def _in_double(
+    model: nn.Module, small: nn.Module, plan: PruningPlan, example_inputs: Any, limit: float
+) -> Difference | None:
     """Compare once more in fp64, where rounding can't tip a data-dependent choice; None where it does not run."""
     inputs = mapped(example_inputs, lambda t: t.double() if t.is_floating_point() else t)
     try:
         with in_double():
-            return _settled(model, small, plan, inputs)
+            return _settled(model, small, plan, inputs, limit)
     except (RuntimeError, TypeError, ValueError):
         pass
     try:  # with copies of the networks, which take more memory
         model = doubled(model)
-        return _settled(model, cut(model, plan, share=True), plan, inputs)
+        return _settled(model, cut(model, plan, share=True), plan, inputs, limit)
     except (RuntimeError, TypeError, ValueError):
         return None
 
 
-def _settled(model: nn.Module, small: nn.Module, plan: PruningPlan, inputs: Any) -> Difference:
+def _settled(model: nn.Module, small: nn.Module, plan: PruningPlan, inputs: Any, limit: float) -> Difference:
     """Compare in fp64; outputs that jump tell nothing, and what layers make is compared in their stead."""
-    found = compare(model, small, plan, inputs, 1e-6)
-    if not found.mismatched and found.error > 1e-6 and jumps(model, small, plan, inputs, 1e-6):
+    found = compare(model, small, plan, inputs, limit)
+    if not found.mismatched and found.error > limit and jumps(model, small, plan, inputs, limit):
         found.error = 0.0
     return found
 

@@ -244,20 +244,48 @@ def test_a_dimension_that_would_be_squeezed_away_keeps_two() -> None:
     assert sum(map(len, sc.planning.steps(group, range(16)))) == 14
 
 
-BELOW = {
-    "compares": lambda m, x: x.relu() if x.shape[1] > 4 else x.tanh(),
-    "takes the larger": lambda m, x: x * max(x.shape[1] // 4, 2),
-    "adds": lambda m, x: x if x.shape[1] + 1 > 3 else -x,
-    "counts in small steps": lambda m, x: x + 1e-5 * x.shape[1],
+FORMULAS = {
+    "takes the larger": lambda x: x * max(x.shape[1] // 4, 2),
+    "counts in small steps": lambda x: x + 2e-5 * x.shape[1],
+    "divides by it": lambda x: x / (x.shape[1] + 10000),
+    "scales": lambda x: x * x.shape[1] ** -0.5,
 }
 
 
-@pytest.mark.parametrize("name", BELOW)
-def test_what_holds_of_some_widths_alone_is_refused(name: str) -> None:
-    model = Net(lambda m, x: m.head(BELOW[name](m, m.a(x))), a=conv(3, 16), head=conv(16, 4))
+@pytest.mark.parametrize("name", FORMULAS)
+def test_what_is_computed_with_the_width_is_refused(name: str) -> None:
+    model = Net(lambda m, x: m.head(FORMULAS[name](m.a(x))), a=conv(3, 16), head=conv(16, 4))
     graph = sc.trace(model.eval(), X)
     assert not graph.groups
     assert any("a.weight" in refusal.tensors for refusal in graph.refused)
+
+
+@pytest.mark.parametrize("below", [lambda c: c > 4, lambda c: c + 1 > 5, lambda c: min(c, 5) == 5])
+def test_where_code_does_otherwise_below_a_width_as_many_stay_as_were_tried(below: Callable[[int], bool]) -> None:
+    model = Net(lambda m, x: m.head(y.relu() if below((y := m.a(x)).shape[1]) else -y), a=conv(3, 16), head=conv(16, 4))
+    graph = sc.trace(model.eval(), X)
+    (group,) = graph.groups
+    assert group.least == 9
+    assert group.constraint == "at least 9 channels stay"
+    with pytest.raises(sc.PlanError, match="at least 9 have to stay"):
+        sc.plan_removal(graph, {"a": list(range(8))})
+    plan = sc.plan(graph, sc.score(model, graph, "l1"), sc.Target(channels=0.4))
+    assert sc.verify(model, sc.apply(model, plan), plan, X).exact
+
+
+class Standardised(nn.Conv2d):
+    """Weights standardised by batch norm, which takes more than one value (NFNet)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight.reshape(1, len(self.weight), -1)
+        rows = F.batch_norm(rows, None, None, training=True) * (1 if x.shape[1] + 1 else 2)
+        return F.conv2d(x, rows.reshape_as(self.weight), self.bias)
+
+
+def test_what_fails_with_one_channel_alone_keeps_two() -> None:
+    model = Net(lambda m, x: m.head(m.b(m.a(x))), a=conv(3, 16), b=Standardised(16, 12, 1), head=conv(12, 4))
+    graph = sc.trace(model.eval(), X)
+    assert {(group.name, group.least) for group in graph.groups} == {("a", 2), ("b", 2)}
 
 
 # Tensors and modules from elsewhere

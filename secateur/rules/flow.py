@@ -28,8 +28,6 @@ COUNTS = {
     "normalized_shape", "num_parameters", "num_embeddings", "embedding_dim",
 }  # fmt: skip
 """Attributes of layers that a cut changes; code that reads them may do something else afterwards."""
-COUNTING = "reads an attribute that counts channels"
-"""Why code that reads one of these is doubted."""
 LAYERS = (
     nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.PReLU,
     nn.Embedding,
@@ -220,11 +218,6 @@ class Flow:
         follows = all(site.options[site.choice] in ("follow", "freeze") for site in self.sites)
         guessed = any(attribute.guessed for attribute in self.attributes) or bool(self.store.moves)
         return self.doubt is None and follows and not guessed
-
-    @property
-    def measured(self) -> bool:
-        """Whether the code counts with numbers of channels, or compares them."""
-        return self.measure.taken or (self.doubt is not None and self.doubt.reason == COUNTING)
 
     # Labels of tensors
 

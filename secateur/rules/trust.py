@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from secateur.labels import Labels
-from secateur.rules.flow import COUNTING, COUNTS, LAYERS, Cause, Flow, shown
+from secateur.rules.flow import COUNTS, LAYERS, Cause, Flow, shown
 from secateur.rules.pointwise import batch_norm
 from secateur.rules.reach import Reached, computes_names, is_users_module, names_in
 from secateur.rules.registry import tensors_in
@@ -79,6 +79,7 @@ _INSTANCE_NORM = nn.modules.instancenorm._InstanceNorm.forward.__code__
 MOST_FUNCTIONS = 200
 """Reading more functions than this would take longer than a trial."""
 _PACKAGE = f"{__name__.partition('.')[0]}."
+_COUNTING = "reads an attribute that counts channels"
 _NONE: dict[int, Labels] = {}
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 
@@ -144,7 +145,7 @@ class Watch(TorchFunctionMode):
             elif code not in self._seen:
                 self._seen.add(code)
                 if not code.co_filename.startswith(_TORCH) and _counts(code, type(frame.f_locals.get("self"))):
-                    self.flow.doubt = Cause("", self.flow.module, shown(code.co_filename, frame.f_lineno), COUNTING)
+                    self.flow.doubt = Cause("", self.flow.module, shown(code.co_filename, frame.f_lineno), _COUNTING)
             frame = frame.f_back
 
     def _safe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, assumes: bool) -> bool:
@@ -222,7 +223,7 @@ def counting(functions: Sequence[Reached]) -> Cause | None:
         code = function.__code__
         read = code.co_filename.startswith(_TORCH) or not _counts(code, kind)
         if number == MOST_FUNCTIONS or not read:
-            reason = "is more code than is read" if read else COUNTING
+            reason = "is more code than is read" if read else _COUNTING
             return Cause("", kind.__name__, shown(code.co_filename, code.co_firstlineno), reason)
     return None
 
@@ -273,7 +274,7 @@ class Executed:
         for code, (kind, module) in self._kinds.items():
             own = module.startswith(_PACKAGE) and not module.startswith(f"{_PACKAGE}models.")
             if not own and code.co_filename != "<string>" and is_users_module(module) and _counts(code, kind):
-                return Cause("", kind.__name__, shown(code.co_filename, code.co_firstlineno), COUNTING)
+                return Cause("", kind.__name__, shown(code.co_filename, code.co_firstlineno), _COUNTING)
         return None
 
 
