@@ -220,9 +220,9 @@ def _count(fraction: float, group: ChannelGroup) -> int:
 def totals(group: ChannelGroup) -> list[int]:
     """Return the numbers of channels that a group can have lost as far as its constraint goes, ascending."""
     if group.schedule is not None:
-        return [int(n) for n in group.schedule.sum(1)]
+        return [int(n) for n in group.schedule.sum(1) if n <= group.size - group.least]
     step = int(quotas(group.blocks).sum())
-    return list(range(step, group.size, step))
+    return list(range(step, group.size - group.least + 1, step))
 
 
 def _choice(group: ChannelGroup, least: int | None) -> str:

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 _TOLERANCE = 3e-6
 _FINE = 1e-9
 _OF_CUTS = ("widths", "whole", "equal", "share", "parts")
+_SMALL = 8
+"""Channels of a group of which one alone may stay."""
 _FEW = 2
 """So many suspects are tried one by one."""
 
@@ -188,28 +190,24 @@ def failing(trials: Trials, grouping: Grouping) -> list[Failure]:
 def _find_least(trials: Trials, grouping: Grouping) -> None:
     """Find how many channels have to stay, where the code counts with their number: below some it may do otherwise.
 
-    Mostly one may be left, or two, everywhere. A group that fails with either keeps as many as it had in the trial
-    that it passed.
+    Of groups that are not small two stay in any case: one has ways of its own, such as to be broadcast. A group that
+    fails keeps as many as it had in the trial that it passed.
     """
     groups = grouping.graph.groups
     keys = [_key(group) for group in groups]
-    for least in (1, 2):
-        low = [least if trials.least.get(key, 1) == 1 else trials.least[key] for key in keys]
-        picked = [_down_to(group, n) for group, n in zip(groups, low, strict=True)]
+    low = [trials.least.get(key, 1 if group.size < _SMALL else 2) for key, group in zip(keys, groups, strict=True)]
+    picked = [_down_to(group, least) for group, least in zip(groups, low, strict=True)]
+    while True:
         chosen = [i for i, channels in enumerate(picked) if channels]
         outcome = _attempt(trials, grouping, chosen, picked) if chosen else None
         if outcome is None:
-            trials.least |= dict(zip(keys, low, strict=True))
-            return
-    while outcome is not None:
+            break
         found = outcome.failures or _isolate(trials, grouping, chosen, outcome, picked)
         for failure in found + _alike(trials, grouping, chosen, found):
             group, part = groups[failure.group], trials.part(failure.group, groups[failure.group])
             # A second time it is not its own number that matters: nothing goes of it.
             picked[failure.group] = part if picked[failure.group] != part else []
             low[failure.group] = group.size - len(picked[failure.group])
-        chosen = [i for i, channels in enumerate(picked) if channels]
-        outcome = _attempt(trials, grouping, chosen, picked) if chosen else None
     trials.least |= dict(zip(keys, low, strict=True))
 
 

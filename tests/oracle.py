@@ -352,22 +352,26 @@ def select(group: Group, ratio: float, rng: np.random.Generator) -> list[int]:
 
     Returns:
         Ascending channels; empty where the rules leave no choice at this ratio. Every block loses the same fraction,
-        and at least one channel of each block, and of each tensor that makes or reads some of the channels, stays.
+        and at least one channel of each block, and of each tensor that makes or reads some of the channels, stays;
+        of the group as many as it says.
     """
     blocks, removable = np.asarray(group.blocks), np.asarray(group.removable)
+    least, twos = getattr(group, "least", 1), getattr(group, "twos", ())
     sizes = np.bincount(blocks)
     if getattr(group, "schedule", None) is not None:
-        rows = [row for row in np.asarray(group.schedule) if row.sum() <= ratio * len(blocks) + 0.5]
+        most = min(ratio * len(blocks) + 0.5, len(blocks) - least)
+        rows = [row for row in np.asarray(group.schedule) if row.sum() <= most]
         own = [rng.permutation(np.flatnonzero((blocks == b) & removable)) for b in range(len(sizes))]
         return sorted(int(c) for o, k in zip(own, rows[-1], strict=True) for c in o[:k]) if rows else []
     quota = sizes // np.gcd.reduce(sizes)
     free = [np.flatnonzero((blocks == b) & removable) for b in range(len(sizes))]
     rounds = min(int(min(len(f), n - 1) // q) for f, n, q in zip(free, sizes, quota, strict=True))
-    rounds = min(rounds, round(ratio * len(blocks) / int(quota.sum())))
+    rounds = min(rounds, round(ratio * len(blocks) / int(quota.sum())), (len(blocks) - least) // int(quota.sum()))
     free = [rng.permutation(f) for f in free]
     for count in range(rounds, 0, -1):
         chosen = np.concatenate([f[: count * q] for f, q in zip(free, quota, strict=True)])
-        if all(np.setdiff1d(m.channels, chosen).size for m in group.members if len(m.channels)):
+        layers = all(np.setdiff1d(m.channels, chosen).size for m in group.members if len(m.channels))
+        if layers and all(np.setdiff1d(two, chosen).size > 1 for two in twos):
             return sorted(int(c) for c in chosen)
     return []
 
