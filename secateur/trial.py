@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 _TOLERANCE = 3e-6
 _FINE = 1e-9
 _OF_CUTS = ("widths", "whole", "equal", "share", "parts")
-_SMALL = 8
-"""Channels of a group of which one alone may stay."""
 _FEW = 2
 """So many suspects are tried one by one."""
 
@@ -190,13 +188,14 @@ def failing(trials: Trials, grouping: Grouping) -> list[Failure]:
 def _find_least(trials: Trials, grouping: Grouping) -> None:
     """Find how many channels have to stay, where the code counts with their number: below some it may do otherwise.
 
-    Of groups that are not small two stay in any case: one has ways of its own, such as to be broadcast. A group that
-    fails keeps as many as it had in the trial that it passed.
+    Two stay where two may: one has ways of its own, such as to be broadcast. A group that fails keeps as many as it had
+    in the trial that it passed.
     """
     groups = grouping.graph.groups
     keys = [_key(group) for group in groups]
-    low = [trials.least.get(key, 1 if group.size < _SMALL else 2) for key, group in zip(keys, groups, strict=True)]
-    picked = [_down_to(group, least) for group, least in zip(groups, low, strict=True)]
+    left = [group.size - len(trials.part(i, group)) for i, group in enumerate(groups)]
+    low = [trials.least.get(key, min(2, n)) for key, n in zip(keys, left, strict=True)]
+    picked = [_down_to(group, least) if group.exact else [] for group, least in zip(groups, low, strict=True)]
     while True:
         chosen = [i for i, channels in enumerate(picked) if channels]
         outcome = _attempt(trials, grouping, chosen, picked) if chosen else None
