@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from secateur import trial
+from secateur.attempt import Trials
 from secateur.errors import TraceError
 from secateur.graph import ChannelGraph
 from secateur.grouping import group_channels
@@ -56,7 +57,7 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     batch = batch_size(example_inputs)
     functions = _functions(model)
     first = record(model, example_inputs, functions, decisions, loose)
-    trials = trial.Trials(model, example_inputs, functions, first)
+    trials = Trials(model, example_inputs, functions, first)
     for _ in range(_MOST_TRIALS):
         flow, notes = trials.recording.flow, trials.recording.notes
         grouping = group_channels(flow, types, notes, batch)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import secateur as sc
-from secateur import replay, trial
+from secateur import attempt, replay, trial
 from secateur.program import Program
 from secateur.recording import record
 from secateur.rules.flow import Flow
@@ -32,18 +32,18 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 def verdicts(monkeypatch: pytest.MonkeyPatch, model: nn.Module, inputs: Any) -> list[tuple[bool, bool]]:
     """Trace; return of every trial whether the programs are the same, and whether the pruned network held."""
     found: list[tuple[bool, bool]] = []
-    run, tells = trial._run, trial._tells
+    run, tells = attempt._run, attempt._tells
 
     def both(trials: Any, grouping: Any, chosen: Any, plan: Any, compared: bool) -> Any:
-        told = tells(trials, grouping, plan, trial.cut(trials.model, plan, share=True), Program())
+        told = tells(trials, grouping, plan, attempt.cut(trials.model, plan, share=True), Program())
         outcome = run(trials, grouping, chosen, plan, compared)
         found.append((told, outcome is None))
         return outcome
 
     with monkeypatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        patch.setattr(trial, "_run", both)
-        patch.setattr(trial, "_tells", lambda *_: False)
+        patch.setattr(attempt, "_run", both)
+        patch.setattr(attempt, "_tells", lambda *_: False)
         sc.trace(model, inputs)
     return found
 
@@ -142,8 +142,8 @@ def test_large_networks_are_tried_without_values(monkeypatch: pytest.MonkeyPatch
     images = torch.randn(2, 3, 256, 192)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trial, "compare", never)
-        patch.setattr(trial, "outputs", never)
+        patch.setattr(attempt, "compare", never)
+        patch.setattr(attempt, "outputs", never)
         graph = sc.trace(model, images)
     assert {g.name: g.size for g in graph.groups} == {"stem": 64, "hidden": 32}
     plan = sc.plan_removal(graph, {"stem": list(range(0, 64, 3)), "hidden": list(range(9))})
@@ -156,8 +156,8 @@ def test_sizes_that_the_code_gets_wrong_are_found_without_values(monkeypatch: py
         return out
 
     model = Net(fixed, stem=conv(3, 64), head=nn.Linear(64, 4)).eval()
-    monkeypatch.setattr(trial, "compare", never)
-    monkeypatch.setattr(trial, "outputs", never)
+    monkeypatch.setattr(attempt, "compare", never)
+    monkeypatch.setattr(attempt, "outputs", never)
     graph = sc.trace(model, torch.randn(2, 3, 256, 192))
     assert not graph.groups
     assert any("shape '[2, 64, 49152]' is invalid" in refusal.reason for refusal in graph.refused)
@@ -216,8 +216,8 @@ def test_a_loop_that_waits_for_a_value_is_run_with_values(read: str, monkeypatch
                 return out
 
     model = Net(until_positive, stem=conv(3, 64), head=nn.Linear(64, 4)).eval()
-    monkeypatch.setattr(trial, "compare", never)
-    monkeypatch.setattr(trial, "outputs", never)
+    monkeypatch.setattr(attempt, "compare", never)
+    monkeypatch.setattr(attempt, "outputs", never)
     with pytest.raises(Compared):
         sc.trace(model, torch.randn(2, 3, 256, 192))
     assert rounds < 10

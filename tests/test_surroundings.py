@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import secateur as sc
-from secateur import trial
+from secateur import attempt
 from tests.cases.table import Net, conv
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -399,8 +399,8 @@ def test_failures_without_a_line_to_show_are_not_found_one_by_one(monkeypatch: p
         return m.head(x)
 
     runs: list[int] = []
-    run = trial._run
-    monkeypatch.setattr(trial, "_run", lambda *given: (runs.append(1), run(*given))[1])
+    run = attempt._run
+    monkeypatch.setattr(attempt, "_run", lambda *given: (runs.append(1), run(*given))[1])
     layers = nn.ModuleList([conv(3 if i == 0 else 8, 8) for i in range(16)])
     graph = sc.trace(Net(scaled, layers=layers, head=conv(8, 4)).eval(), X)
     assert not graph.groups

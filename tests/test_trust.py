@@ -15,7 +15,7 @@ import torchvision.models as zoo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur import recording, tracing, trial
+from secateur import attempt, recording, tracing, trial
 from secateur.grouping import group_channels
 from secateur.planning import plan_removal
 from secateur.rules.flow import Flow
@@ -46,7 +46,7 @@ def test_what_is_certain_passes_its_trial(case: Case) -> None:
     whole = run(model, inputs)
     if whole.flow.certain:
         types = {name: type(module).__name__ for name, module in model.named_modules()}
-        trials = trial.Trials(model, inputs, [], whole)
+        trials = attempt.Trials(model, inputs, [], whole)
         assert trial.failing(trials, group_channels(whole.flow, types, (), 1)) == []
 
 
@@ -321,8 +321,8 @@ def test_the_width_of_other_channels_is_told_without_a_trial(monkeypatch: pytest
     """As many trials as a network needs in which nothing fails."""
     case = CASES["attention_by_the_inputs_width"]
     attempts = []
-    attempt = trial._attempt
-    monkeypatch.setattr(trial, "_attempt", lambda *args: attempts.append(attempt(*args)) or attempts[-1])
+    once = trial.attempt
+    monkeypatch.setattr(trial, "attempt", lambda *args: attempts.append(once(*args)) or attempts[-1])
     tracing.trace(case.build(), case.inputs())
     assert attempts == [None]
 

@@ -1,0 +1,265 @@
+"""One trial pruning: a copy of the network is cut, run, and compared with the masked original.
+
+A large network's program is compared, operator by operator; otherwise values are. What differs, or fails, is blamed on
+groups: on those that the failing line handles, or on those whose channels a layer reads wrongly.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from secateur.cost import lost, macs, masks
+from secateur.errors import SecateurError, TraceError
+from secateur.inputs import mapped
+from secateur.planning import plan_removal, steps
+from secateur.precision import in_double
+from secateur.program import Program
+from secateur.recording import Recording, record
+from secateur.replay import can_tell, is_same
+from secateur.rules.flow import Site, shown
+from secateur.rules.reach import Reached
+from secateur.surgery import cut
+from secateur.verification import Difference, compare, doubled, jumps, outputs
+
+if TYPE_CHECKING:
+    from secateur.graph import ChannelGraph, ChannelGroup
+    from secateur.grouping import Grouping
+    from secateur.planning import PruningPlan
+
+_TOLERANCE = 3e-6
+_FINE = 1e-9
+"""Where the code counts with numbers of channels: one of them may matter less than rounding does."""
+_FRACTIONS = (1 / 2, 1 / 3, 2 / 3)
+"""Fractions that groups lose in turn: what holds only where all lose the same has to fail."""
+
+Picked = list[list[int]]
+"""For every group, the channels that it loses in a trial."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A group that did not survive the trial, and what was seen."""
+
+    group: int
+    reason: str
+    sources: tuple[str, ...] = ()
+    """``file:line`` of the user's code that was running, innermost last."""
+
+
+@dataclass(eq=False)
+class Trials:
+    """The trial prunings of one network: what was removed and what passed is remembered from one grouping to the next.
+
+    Groups that outlive a failure lose the same channels again, and a plan that passed needs no second run.
+    """
+
+    model: nn.Module
+    example_inputs: Any
+    functions: list[Reached]
+    """What its forward may run."""
+    recording: Recording
+    """The run that the present grouping was made of."""
+    removed: dict[tuple[object, ...], list[int]] = field(default_factory=dict)
+    """What a group of this name and these constraints loses."""
+    passed: list[tuple[PruningPlan, bool]] = field(default_factory=list)
+    """Plans that passed, and whether values were compared."""
+    least: dict[tuple[object, ...], int] = field(default_factory=dict)
+    """Of a group of this name and these constraints, how many channels have to stay."""
+    struck: dict[tuple[object, ...], int] = field(default_factory=lambda: defaultdict(int))
+    """How many groups of a kind failed without a line that handles them to show for it."""
+
+    def part(self, index: int, group: ChannelGroup) -> list[int]:
+        """Return a part at random of a group's channels."""
+        key = key_of(group)
+        if key not in self.removed:
+            order = np.random.default_rng(index).permutation(group.size).tolist()
+            found = steps(group, order)
+            taken = found[: max(1, int(len(found) * _FRACTIONS[index % len(_FRACTIONS)]))]
+            self.removed[key] = sorted(chain(*taken))
+        return self.removed[key]
+
+    def floored(self, graph: ChannelGraph) -> ChannelGraph:
+        """Return a graph whose groups say how many of their channels have to stay."""
+        return replace(graph, groups=tuple(replace(g, least=self.least.get(key_of(g), 1)) for g in graph.groups))
+
+
+def key_of(group: ChannelGroup) -> tuple[object, ...]:
+    """Return what tells a group apart from one grouping to the next: its name and its constraints."""
+    schedule = group.schedule.tobytes() if group.schedule is not None else b""
+    return group.name, group.blocks.tobytes(), group.removable.tobytes(), schedule
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A trial that failed: the groups to blame, or, without any, those that the failing module handles."""
+
+    failures: list[Failure]
+    suspects: list[int] = field(default_factory=list)
+    reason: str = "the pruned network computes something else"
+    sources: tuple[str, ...] = ()
+
+
+def attempt(trials: Trials, grouping: Grouping, chosen: list[int], picked: Picked) -> Outcome | None:
+    """Prune some groups and compare; None: all is well."""
+    graph = grouping.graph
+    plan = plan_removal(graph, {graph.groups[i].name: picked[i] for i in chosen})
+    exact = [i for i in chosen if graph.groups[i].exact]
+    compared = len(exact) == len(chosen)  # inexact groups change values, so it has to run, and no more
+    if (plan, compared) not in trials.passed:
+        outcome = _run(trials, grouping, chosen, plan, compared)
+        if outcome is not None:
+            return outcome
+        trials.passed.append((plan, compared))
+    # Values are compared without the inexact groups.
+    return attempt(trials, grouping, exact, picked) if exact and not compared else None
+
+
+def _run(trials: Trials, grouping: Grouping, chosen: list[int], plan: PruningPlan, compared: bool) -> Outcome | None:
+    """Cut the network and run it, and compare values where asked; None: all is well."""
+    model, example_inputs = trials.model, trials.example_inputs
+    small = cut(model, plan, share=True)
+    program = Program()
+    if _tells(trials, grouping, plan, small, program):
+        return None
+    try:
+        if program.failed is not None:
+            raise program.failed
+        if not compared:
+            outputs(small, example_inputs)
+            return None
+        limit = (1e-6 if plan.magnitudes else _FINE) if trials.recording.flow.measure.taken else _TOLERANCE
+        finely = _in_double(model, small, plan, example_inputs, limit) if limit < _TOLERANCE else None
+        difference = finely or compare(model, small, plan, example_inputs, _TOLERANCE)
+    except SecateurError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever the model's own code raises; it is the finding
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = f"with fewer channels the model's own code fails: {text}"
+        frames = _frames(error, small)
+        sources = tuple(source for source, _ in frames)
+        if len(chosen) == 1:
+            return Outcome([Failure(chosen[0], reason, sources)])
+        return Outcome(_blamed(grouping, chosen, frames, reason), _handled(grouping, chosen, frames), reason, sources)
+    if finely is None and not _agrees(difference, _TOLERANCE):
+        difference = _in_double(model, small, plan, example_inputs, 1e-6) or difference
+    if _agrees(difference, limit if finely is not None else _TOLERANCE):
+        return None
+    blamed = _mismatched(grouping, chosen, difference.mismatched)
+    if len(chosen) == 1:
+        return Outcome(blamed or [Failure(chosen[0], "the pruned network computes something else")])
+    # What a layer reads wrongly may have been made wrong by what another group lost: they are tried alone.
+    return Outcome([], [failure.group for failure in blamed], blamed[0].reason if blamed else Outcome.reason)
+
+
+def _tells(trials: Trials, grouping: Grouping, plan: PruningPlan, small: nn.Module, program: Program) -> bool:
+    """Tell whether a run without values shows that the cut network computes what the masked original computes.
+
+    That run is noted in ``program``, and so is why it failed.
+    """
+    graph, whole = grouping.graph, trials.recording
+    if not can_tell(whole, macs(graph) * graph.batch):
+        return False
+    flow = whole.flow
+    try:
+        found = record(small, trials.example_inputs, trials.functions, flow.decisions, flow.loose, light=program)
+    except TraceError:
+        return False
+    return not program.kept() and is_same(
+        whole, found, grouping.classes, lost(grouping.group_of, grouping.channel_of, masks(graph, plan.removed))
+    )
+
+
+def _agrees(difference: Difference, limit: float) -> bool:
+    return not difference.mismatched and difference.error <= limit
+
+
+def _in_double(
+    model: nn.Module, small: nn.Module, plan: PruningPlan, example_inputs: Any, limit: float
+) -> Difference | None:
+    """Compare once more in fp64, where rounding can't tip a data-dependent choice; None where it does not run."""
+    inputs = mapped(example_inputs, lambda t: t.double() if t.is_floating_point() else t)
+    try:
+        with in_double():
+            return _settled(model, small, plan, inputs, limit)
+    except (RuntimeError, TypeError, ValueError):
+        pass
+    try:  # with copies of the networks, which take more memory
+        model = doubled(model)
+        return _settled(model, cut(model, plan, share=True), plan, inputs, limit)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+
+
+def _settled(model: nn.Module, small: nn.Module, plan: PruningPlan, inputs: Any, limit: float) -> Difference:
+    """Compare in fp64; outputs that jump tell nothing, and what layers make is compared in their stead."""
+    found = compare(model, small, plan, inputs, limit)
+    if not found.mismatched and found.error > limit and jumps(model, small, plan, inputs, limit):
+        found.error = 0.0
+    return found
+
+
+def _frames(error: BaseException, model: nn.Module) -> list[tuple[str, str]]:
+    """Return ``file:line`` and module path of every frame of an error, outermost first."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = []
+    module = ""
+    trace = error.__traceback__
+    while trace is not None:
+        module = names.get(id(trace.tb_frame.f_locals.get("self")), module)
+        found.append((shown(trace.tb_frame.f_code.co_filename, trace.tb_lineno), module))
+        trace = trace.tb_next
+    return found
+
+
+def _blamed(grouping: Grouping, chosen: list[int], frames: list[tuple[str, str]], reason: str) -> list[Failure]:
+    """Return the groups that an assumption about the failing line of the failing module concerns."""
+    wanted = set(chosen)
+    for source, module in reversed(frames):
+        blamed: dict[int, None] = {}
+        for site in grouping.sites:
+            if site.cause.source == source and site.cause.module == module and site.options[site.choice] != "freeze":
+                blamed |= dict.fromkeys(concerned(grouping, site))
+        found = [i for i in blamed if i in wanted]
+        if found:
+            return [Failure(i, reason, (source,)) for i in found]
+    return []
+
+
+def _handled(grouping: Grouping, chosen: list[int], frames: list[tuple[str, str]]) -> list[int]:
+    """Return the groups that layers read or make inside the innermost failing module that has such layers."""
+    wanted = set(chosen)
+    for module in dict.fromkeys(module for _, module in reversed(frames)):
+        found: set[int] = set()
+        for port in grouping.graph.layers:
+            if f"{port.module}.".startswith(f"{module}."):
+                for places in (port.in_group, port.out_group):
+                    found |= set(np.unique(places).tolist()) if places is not None else set()
+        if found & wanted:
+            return sorted(found & wanted)
+    return []
+
+
+def _mismatched(grouping: Grouping, chosen: list[int], layers: dict[str, list[int]]) -> list[Failure]:
+    """Return the groups whose channels a layer reads wrongly: those of the first such layer that concerns a group."""
+    for port in grouping.graph.layers:
+        if port.module not in layers or port.in_group is None:
+            continue
+        found = np.unique(port.in_group[layers[port.module]])
+        blamed = [i for i in found.tolist() if i in chosen]
+        if blamed:
+            return [
+                Failure(i, f"{port.module} would read other channels or values than in the original") for i in blamed
+            ]
+    return []
+
+
+def concerned(grouping: Grouping, site: Site) -> list[int]:
+    """Return the groups whose channels a site handles; -1 stands for channels of none."""
+    found: list[int] = np.unique(grouping.group_of[grouping.classes[site.labels]]).tolist()
+    return found
