@@ -164,10 +164,12 @@ def _norms(model: nn.Module, makers: list[str], followers: set[str], example: ob
         model.get_submodule(name).register_forward_hook(lambda _, __, y, name=name: outputs[name].append(y))
         for name in makers
     ]
-    handles += [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: inputs[name].append(x[0]))
-        for name in followers
-    ]
+    for name in followers:
+
+        def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+            inputs[name].append(args[0] if args else kwargs["input"])
+
+        handles.append(model.get_submodule(name).register_forward_pre_hook(read, with_kwargs=True))
     try:
         with observe.evaluating(model), torch.no_grad():
             observe.forward(model, example, 1)

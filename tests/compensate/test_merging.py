@@ -89,6 +89,27 @@ def test_a_proportional_filter_merges_exactly_through_a_relu(name: str, alpha: f
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_layers_called_by_keyword_merge_too() -> None:
+    class ByKeyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = chain(nn.ReLU(), nn.Conv2d(6, 4, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(input=x)
+            return x
+
+    model = ByKeyword().eval()
+    tie(model.layers, 2, 0)
+    x = drawn(9, 2, 3, 8, 8)
+    graph, plan = removal(model, x, {"layers.0": [2]})
+    plain = cut(model, plan)
+    (entry,) = compensate(model, plain, plan, "merge", graph=graph, example_inputs=x)
+    assert entry.applied
+    torch.testing.assert_close(plain(x), model(x), rtol=1e-12, atol=1e-12)
+
+
 def test_a_negative_factor_merges_only_where_no_activation_lies_between() -> None:
     x = drawn(9, 2, 3, 8, 8)
     for activation, exact in ((nn.Identity(), True), (nn.ReLU(), False)):
