@@ -165,10 +165,12 @@ class Counting(Base):
     def __init__(self) -> None:
         super().__init__()
         self.calls, self.sizes, self.pair = 0, [16, 12], (8, "same")
+        self.kept: object = None
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         self.sizes.append(3)
+        self.kept = (self.sizes[1] * 2, x.shape[1], [self.calls])
         x = self.a(x).view(len(x), self.sizes[0], *x.shape[2:])
         return self.head(self.b(x))
 
@@ -179,6 +181,7 @@ def test_numbers_are_plain_again_after_a_trace() -> None:
     assert type(model.calls) is int
     assert {type(size) for size in model.sizes} == {int}
     assert [type(part) for part in model.pair] == [int, str]
+    assert [type(part) for part in model.kept[:2]] == [int, int]  # type: ignore[index]
     assert small.sizes[:2] == [8, 12]
     assert sc.verify(model, small, plan, X).exact
 

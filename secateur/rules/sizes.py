@@ -170,33 +170,42 @@ def told_apart(modules: Mapping[str, nn.Module], run: object, left_out: tuple[ty
         run: What the names say that they are of.
         left_out: Classes of modules that keep plain numbers.
     """
-    lists: list[tuple[list[Any], int]] = []
-    held: list[tuple[dict[str, Any], str, Any]] = []
+    tuples: dict[int, tuple[Any, Any]] = {}
     for path, module in modules.items():
         if isinstance(module, (*left_out, jit.ScriptModule)):
             continue
         own = vars(module)
         for name, value in list(own.items()):
             if type(value) is int:
-                held.append((own, name, value))
                 own[name] = named(value, {Name(run, path, name, value)})
-            elif type(value) is tuple and any(type(v) is int for v in value):
-                held.append((own, name, value))
-                own[name] = tuple(_element(v, run, path, name, i) for i, v in enumerate(value))
-            elif type(value) is list and any(type(v) is int for v in value):
-                lists += [(value, i) for i in range(len(value))]
-                value[:] = [_element(v, run, path, name, i) for i, v in enumerate(value)]
+            elif type(value) in (tuple, list) and any(type(v) is int for v in value):
+                told = [_element(v, run, path, name, i) for i, v in enumerate(value)]
+                if type(value) is list:
+                    value[:] = told
+                else:
+                    own[name] = tuple(told)
+                    tuples[id(own[name])] = own[name], value
     try:
         yield
     finally:
-        for own, name, value in held:
-            if isinstance(value, int) and isinstance(own.get(name), Named):  # the code may have counted on
-                own[name] = int(own[name])
-            elif isinstance(value, tuple) and own.get(name) == value:
-                own[name] = value
-        for found, i in lists:
-            if i < len(found) and isinstance(found[i], Named):
-                found[i] = int(found[i])
+        for module in modules.values():
+            own = vars(module)
+            for name, value in list(own.items()):
+                if isinstance(value, (Named, Counted)):  # the module's own, or one that the code keeps now
+                    own[name] = int(value)
+                elif type(value) is tuple:
+                    told_of = tuples.get(id(value))
+                    own[name] = told_of[1] if told_of else tuple(map(_plain, value)) if _tells(value) else value
+                elif type(value) is list and _tells(value):
+                    value[:] = map(_plain, value)
+
+
+def _tells(values: Any) -> bool:
+    return any(isinstance(value, (Named, Counted)) for value in values)
+
+
+def _plain(value: Any) -> Any:
+    return int(value) if isinstance(value, (Named, Counted)) else value
 
 
 def _element(value: Any, run: object, path: str, name: str, index: int) -> Any:
