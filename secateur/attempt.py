@@ -32,7 +32,10 @@ if TYPE_CHECKING:
     from secateur.grouping import Grouping
     from secateur.planning import PruningPlan
 
-_TOLERANCE = 3e-6
+_COARSE = 1e-3
+"""For what layers read, where sums of many terms cancel."""
+_TOLERANCE = 3e-5
+"""For what the network returns."""
 _FINE = 1e-9
 """Where the code counts with numbers of channels: one of them may matter less than rounding does."""
 _FRACTIONS = (1 / 2, 1 / 3, 2 / 3)
@@ -105,6 +108,12 @@ class Outcome:
     sources: tuple[str, ...] = ()
 
 
+def measured(trials: Trials, grouping: Grouping) -> bool:
+    """Tell whether the code counts with the number of channels that can go, or compares it."""
+    taken = [labels for labels, measure in trials.recording.flow.measures if measure.taken]
+    return any((grouping.group_of[grouping.classes[labels]] >= 0).any() for labels in taken)
+
+
 def attempt(trials: Trials, grouping: Grouping, chosen: list[int], picked: Picked) -> Outcome | None:
     """Prune some groups and compare; None: all is well."""
     graph = grouping.graph
@@ -133,9 +142,9 @@ def _run(trials: Trials, grouping: Grouping, chosen: list[int], plan: PruningPla
         if not compared:
             outputs(small, example_inputs)
             return None
-        limit = (1e-6 if plan.magnitudes else _FINE) if trials.recording.flow.measure.taken else _TOLERANCE
+        limit = (1e-6 if plan.magnitudes else _FINE) if measured(trials, grouping) else _TOLERANCE
         finely = _in_double(model, small, plan, example_inputs, limit) if limit < _TOLERANCE else None
-        difference = finely or compare(model, small, plan, example_inputs, _TOLERANCE)
+        difference = finely or compare(model, small, plan, example_inputs, _COARSE)
     except SecateurError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever the model's own code raises; it is the finding

@@ -109,9 +109,14 @@ class LabelStore:
             [self.homes[i] for i in np.unique(index[labels < (starts + sizes)[index]]).tolist()] if index.size else []
         )
 
-    def are_apart(self, left: int, right: int) -> bool:
-        """Tell whether two labels were made for different parameters, or one of them for none."""
-        return left + 1 != right or self.home(left) is not self.home(right)
+    def are_apart(self, labels: Labels, at: int) -> bool:
+        """Tell whether a vector holds something else from an index on: of another parameter, or of another place."""
+        left, right = int(labels[at - 1]), int(labels[at])
+        if self.home(left) is not self.home(right):
+            return True
+        strides = np.diff(labels[max(at - 2, 0) : at + 2])
+        beside = [*strides[: min(at, 2) - 1], *strides[min(at, 2) :]]
+        return right - left not in beside if beside else right < left
 
     def join(self, left: Labels, right: Labels) -> None:
         """Let every label of ``left`` go together with its counterpart in ``right``, broadcasting."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from secateur.attempt import Failure, Outcome, Picked, Trials, attempt, concerned, key_of
+from secateur.attempt import Failure, Outcome, Picked, Trials, attempt, concerned, key_of, measured
 from secateur.graph import Role
 from secateur.labels import Labels
 from secateur.planning import steps
@@ -107,7 +107,7 @@ def failing(trials: Trials, grouping: Grouping) -> list[Failure]:
             chosen = [i for i in chosen if i not in gone]
         if failures:
             break
-    if trials.recording.flow.measure.taken and not failures:
+    if measured(trials, grouping) and not failures:
         _find_least(trials, grouping)
     return failures
 

@@ -76,3 +76,15 @@ def test_a_label_finds_the_parameter_it_was_made_for() -> None:
     assert [store.home(i) for i in (0, 2, 7, 8)] == [None] * 4
     assert {store.home(int(i)).tensor for i in weight} == {"conv.weight"}  # type: ignore[union-attr]
     assert {store.home(int(i)).tensor for i in bias} == {"conv.bias"}  # type: ignore[union-attr]
+
+
+def test_a_vector_is_cut_apart_where_something_else_begins() -> None:
+    store = LabelStore()
+    a, b = store.fresh_for("a", 0, 12), store.fresh_for("b", 0, 4)
+    assert store.are_apart(np.concatenate([a, b]), 12)
+    assert store.are_apart(np.concatenate([a[4:], a[:4]]), 8)
+    assert store.are_apart(np.concatenate([a[:6], a[:6]]), 6)
+    assert store.are_apart(np.concatenate([a[:1], b]), 1)
+    assert not any(store.are_apart(a, at) for at in range(1, 12))
+    assert not any(store.are_apart(a[::4], at) for at in range(1, 3))
+    assert not store.are_apart(a[[0, 4]], 1)

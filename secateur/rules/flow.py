@@ -191,7 +191,8 @@ class Flow:
         """Depth of layers whose operators are not looked at, because a registered rule speaks for them."""
         self.called: object = None
         """The torch function that the model's code has called; None where code in no Python called the operator."""
-        self.measure = Measure()
+        self.measures: list[tuple[Labels, Measure]] = []
+        """Channels whose number the code was told, and whether it went on to count with it."""
         self.by_value = False
         """Whether the code read a tensor's values, on which what it does next may depend."""
         self.doubt: Cause | None = None
@@ -371,6 +372,11 @@ class Flow:
         if every[choice] == "freeze":
             self.freeze(labels, reason)
         return every[choice]
+
+    def measure(self, labels: Labels) -> Measure:
+        """Return where to note that the code counts with the number of these channels."""
+        self.measures.append((labels, Measure()))
+        return self.measures[-1][1]
 
     def give_up(self, site: Site) -> None:
         """Keep the channels of a site whose assumption does not hold."""

@@ -302,7 +302,7 @@ def _cut(flow: Flow, labels: Labels, bounds: Sequence[int], told: str = "bounds"
         known["equal"] = flow.counts(blocks[0].size) if len({b.size for b in blocks}) == 1 else []
     options = [*(name for name, found in known.items() if found), "share"]
     inner = [b for b in bounds if 0 < b < labels.size]
-    if told in ("bounds", "widths") and all(flow.store.are_apart(int(labels[b - 1]), int(labels[b])) for b in inner):
+    if told in ("bounds", "widths") and all(flow.store.are_apart(labels, b) for b in inner):
         options.append("parts")
     option = flow.assume(labels, "is cut at indices written in the code", *options, blocks=blocks)
     if option == "widths":

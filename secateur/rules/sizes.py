@@ -23,7 +23,7 @@ _SUBSCRIPTS = ("BINARY_SUBSCR", "BINARY_SLICE", "BINARY_OP")
 
 
 class Measure:
-    """Whether sizes of a run were compared, or counted with, so that code may do something else below some width."""
+    """Whether a size was compared, or counted with, so that code may do something else below some width."""
 
     taken = False
 
@@ -86,10 +86,8 @@ class Counted(int):
         return int, (int(self),)
 
 
-def counted(size: int, labels: Labels | None, measure: Measure) -> int:
-    """Return a size so that it knows of which channels it is the number; as it is where they are not known."""
-    if labels is None:
-        return size
+def counted(size: int, labels: Labels, measure: Measure) -> Counted:
+    """Return a size so that it knows of which channels it is the number."""
     result = Counted(size)
     result.labels, result.measure = labels, measure
     return result

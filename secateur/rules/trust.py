@@ -189,10 +189,13 @@ def _told(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Any)
     axes = flow.axes(args[0])
     if not axes:
         return sizes
+
+    def told(size: int, dim: int) -> int:
+        return counted(size, axes[dim], flow.measure(axes[dim])) if dim in axes else size
+
     if isinstance(sizes, int):
-        dim = args[1] if len(args) > 1 else kwargs["dim"]
-        return counted(sizes, axes.get(dim % args[0].ndim), flow.measure)
-    return torch.Size([counted(size, axes.get(dim), flow.measure) for dim, size in enumerate(sizes)])
+        return told(sizes, (args[1] if len(args) > 1 else kwargs["dim"]) % args[0].ndim)
+    return torch.Size([told(size, dim) for dim, size in enumerate(sizes)])
 
 
 def _bound(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
