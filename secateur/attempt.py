@@ -110,7 +110,10 @@ class Outcome:
 
 def measured(trials: Trials, grouping: Grouping) -> bool:
     """Tell whether the code counts with the number of channels that can go, or compares it."""
-    taken = [labels for labels, measure in trials.recording.flow.measures if measure.taken]
+    flow = trials.recording.flow
+    if flow.numbers.taken and any(attribute.guessed for attribute in flow.attributes):
+        return True
+    taken = [labels for labels, measure in flow.measures if measure.taken]
     return any((grouping.group_of[grouping.classes[labels]] >= 0).any() for labels in taken)
 
 

@@ -91,6 +91,18 @@ class Member:
 
 
 @dataclass(frozen=True, eq=False)
+class Staying:
+    """Channels of a group of which some have to stay, whichever.
+
+    Code squeezes away a dimension of which one index is left, or does something else where a number of channels comes
+    to equal another.
+    """
+
+    channels: IndexArray
+    least: int
+
+
+@dataclass(frozen=True, eq=False)
 class ChannelGroup:
     """Channels coupled across layers: channel ``i`` is removed from all members at once, or from none.
 
@@ -113,8 +125,8 @@ class ChannelGroup:
     schedule: IndexArray | None = None
     """How many channels each block has lost after each step, shape ``(steps, blocks)``, where fractions can't be equal:
     shuffles that are cut into halves of odd length. None: every block loses the same fraction."""
-    twos: tuple[IndexArray, ...] = ()
-    """Channels two of which have to stay: the code squeezes away a dimension of which one index is left."""
+    staying: tuple[Staying, ...] = ()
+    """Sets of channels some of which have to stay."""
     least: int = 1
     """How many channels have to stay: with fewer, code that counts with their number fails or does something else."""
 
@@ -139,8 +151,9 @@ class ChannelGroup:
         fixed = self.size - int(self.removable.sum())
         if fixed:
             rules.append(f"{fixed} channels fixed")
-        if self.least > 2:
-            rules.append(f"at least {self.least} channels stay")
+        least = max(self.least, *(s.least for s in self.staying if len(s.channels) == self.size), 0)
+        if least > 2:
+            rules.append(f"at least {least} channels stay")
         return ", ".join(rules)
 
 

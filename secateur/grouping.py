@@ -19,6 +19,7 @@ from secateur.graph import (
     Refusal,
     Role,
     Shuffle,
+    Staying,
     quotas,
 )
 from secateur.labels import Home, Labels, Moved
@@ -114,7 +115,7 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
         shuffle.channel[:] = channel_of[classes[move.source]]
     cells, uneven = _cells(flow, classes, group_id, channel_of, by_group)
     schedules = _schedules(flow, moved, classes, group_id, channel_of, by_group, free)
-    twos = _twos(flow, classes, group_id, channel_of)
+    staying = _staying(flow, classes, group_id, channel_of)
     order.sort(key=lambda g: int(first[by_group[g]].min()))
     groups: list[ChannelGroup] = []
     index_of: dict[int, int] = {}
@@ -128,7 +129,7 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
         if g in schedules:
             found = schedules[g]
             reason = "" if found is not None else "no smaller width keeps the rows of all its shuffles equal"
-            reason = "is squeezed, and shuffled" if g in twos else reason
+            reason = "is shuffled, and a number of channels has to stay" if staying.get(g) else reason
             cell, schedule = found if found is not None else (cell, None)
         else:
             reason = uneven.get(g) or _unsplittable(cell, removable)
@@ -140,8 +141,8 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
         why = "" if exact else _text(flow.inexact[inexactly[inexactly >= 0][0]][1])
         name = _group_name(members[g], names)
         index_of[g] = len(groups)
-        both = tuple(twos.get(g, {}).values())
-        groups.append(ChannelGroup(name, own.size, tuple(members[g]), cell, removable, exact, why, schedule, both))
+        sets = tuple(staying.get(g, ()))
+        groups.append(ChannelGroup(name, own.size, tuple(members[g]), cell, removable, exact, why, schedule, sets))
     final = np.full(sizes.size + 1, -1, dtype=np.int64)
     for g, index in index_of.items():
         final[g] = index
@@ -252,19 +253,19 @@ def _schedules(
     return found
 
 
-def _twos(flow: Flow, classes: Labels, group_id: Labels, channel_of: Labels) -> dict[int, dict[bytes, Labels]]:
-    """Return for every group the sets of channels of which two have to stay, each once."""
-    found: dict[int, dict[bytes, Labels]] = defaultdict(dict)
-    for labels in flow.squeezed:
+def _staying(flow: Flow, classes: Labels, group_id: Labels, channel_of: Labels) -> dict[int, list[Staying]]:
+    """Return for every group the sets of channels of which some have to stay, and how many; each set once."""
+    found: dict[int, dict[bytes, Staying]] = defaultdict(dict)
+    for labels, least in flow.staying:
         own = classes[labels]
         groups = group_id[own]
-        if (groups < 0).sum() >= 2:
-            continue
-        for g in np.unique(groups[groups >= 0]).tolist():
+        needed = least - int((groups < 0).sum())
+        for g in np.unique(groups[groups >= 0]).tolist() if needed > 0 else ():
             channels, places = np.unique(channel_of[own[groups == g]], return_counts=True)
-            if places.min() < 2:
-                found[g].setdefault(channels.tobytes(), channels)
-    return found
+            count = min(-(-needed // int(places.min())), channels.size)
+            known = found[g].get(channels.tobytes())
+            found[g][channels.tobytes()] = Staying(channels, max(count, known.least if known is not None else 0))
+    return {g: [s for s in sets.values() if s.least > 1] for g, sets in found.items()}
 
 
 def _counted(held: Labels, sizes: Labels, g: int, group_id: Labels, channel_of: Labels, width: int) -> Labels:

@@ -114,6 +114,11 @@ def left_as_found(*models: nn.Module) -> Iterator[None]:
             module.training = training
         for module, key, tensor, value, version in buffers:
             module._buffers[key] = tensor
-            if tensor is not None and value is not None and (version is None or tensor._version != version):
+            if tensor is None or value is None:
+                continue
+            if tensor.shape != value.shape or tensor.dtype != value.dtype:  # resized, or given other memory
+                tensor.data = value
+            # Norms write without counting.
+            elif version is None or tensor._version != version or not torch.equal(tensor, value):
                 with torch.no_grad():
                     tensor.copy_(value)

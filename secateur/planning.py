@@ -181,8 +181,8 @@ def _steps(group: ChannelGroup, order: Sequence[int]) -> list[list[int]]:
     # The most important channel of every layer stays: a layer may make only some of the group's channels.
     if group.schedule is None:
         free[[int(m.channels[place[m.channels].argmax()]) for m in group.members if m.channels.size]] = False
-    for channels in group.twos:
-        free[channels[np.argsort(place[channels])[-2:]]] = False
+    for some in group.staying:
+        free[some.channels[np.argsort(place[some.channels])[-some.least :]]] = False
     queue = ordered[free[ordered]]
     blocks = group.blocks[queue]
     queue = queue[np.argsort(blocks, kind="stable")]
@@ -233,8 +233,12 @@ def plan_removal(graph: ChannelGraph, removed: Mapping[str, Sequence[int]]) -> P
                 f"{name}: cannot remove {len(channels)} of {group.size} channels: at least {group.least} have to stay, "
                 "or the network's own code fails or does something else."
             )
-        if any(np.isin(two, channels, invert=True).sum() < 2 for two in group.twos):
-            raise PlanError(f"{name}: two channels have to stay; the code squeezes away a dimension of one index.")
+        for some in group.staying:
+            if (left := int(np.isin(some.channels, channels, invert=True).sum())) < some.least:
+                raise PlanError(
+                    f"{name}: of {len(some.channels)} channels {some.least} have to stay, and {left} would: the code "
+                    "squeezes away a dimension of one index, or compares their number with another."
+                )
         sizes = np.bincount(group.blocks)
         gone = np.bincount(group.blocks[channels], minlength=sizes.size)
         if group.schedule is not None:

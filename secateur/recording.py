@@ -159,7 +159,7 @@ def _run(model: nn.Module, flow: Flow, program: Program, example_inputs: Any, li
     program.begin(tensors_of((positional, keyword)))
     try:
         watch = Watch(flow)
-        numbers = told_apart(dict(model.named_modules()), flow.token, _PLAIN)
+        numbers = told_apart(dict(model.named_modules()), flow.token, flow.numbers, _PLAIN)
         with numbers, _module_paths(model, flow, watch), watch, _LabelMode(flow, program, light, written):
             outputs = model(*positional, **keyword)
     except Exception as error:
@@ -245,6 +245,7 @@ def record(
             # Costs are those of inference.
             del flow.calls[calls:]
             idle = _idle(model, flow)
+        flow.keep_apart()
         flow.doubt = flow.doubt or executed.counting() or naming(model, functions)
         notes.extend(f"{name}: never runs, so it is left as it is" for name in idle)
     notes.extend(_without_elements(flow))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import types
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -16,10 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateur.errors import PlanError
+
 _ATOMS = frozenset({int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device})
 _TABLES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
 """Every module's own tables of parameters, submodules and hooks: nobody shares them."""
 _DEPTH = 6
+_MOST = 20_000
+"""So many objects are looked at in search of the model."""
 
 
 def replica(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
@@ -31,6 +36,9 @@ def replica(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
 
     Functions that reach the model through their closure or defaults are made anew, around what stands in the copy for
     what they hold.
+
+    Raises:
+        PlanError: If the copy would go on to call the model all the same.
     """
     memo = {} if memo is None else memo
     for module in model.modules():
@@ -38,7 +46,37 @@ def replica(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
             # A tensor computed from parameters can't be deep-copied; it is computed anew at the next forward.
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo.setdefault(id(value), value.detach().clone())
-    return _Copier(model, memo).copy(model)
+    copied = _Copier(model, memo).copy(model)
+    for name, module in copied.named_modules():
+        for held, value in vars(module).items():
+            if held not in _TABLES and _holds(value, model):
+                raise PlanError(
+                    f"{f'{name}.{held}'.lstrip('.')}: this {type(value).__name__} holds a function that goes on to "
+                    "call the unpruned network, also in a copy. Make it a method, or keep it in a list or dict."
+                )
+    return copied
+
+
+def _holds(value: Any, model: nn.Module) -> bool:
+    """Tell whether what a copy holds beside modules and tensors leads to a module of the model that it is a copy of."""
+    if type(value) in _ATOMS or isinstance(value, (torch.Tensor, nn.Module)) or not gc.is_tracked(value):
+        return False
+    own = {id(module) for module in model.modules()}
+    waiting, seen = [value], {id(value)}
+    while waiting and len(seen) < _MOST:
+        for found in gc.get_referents(waiting.pop()):
+            if id(found) in own:
+                return True
+            plain = isinstance(found, (torch.Tensor, nn.Module, type, types.ModuleType, types.CodeType))
+            if id(found) not in seen and not plain and gc.is_tracked(found) and not _is_namespace(found):
+                seen.add(id(found))
+                waiting.append(found)
+    return False
+
+
+def _is_namespace(value: Any) -> bool:
+    """Tell whether a dict holds the global variables of a Python module."""
+    return type(value) is dict and "__builtins__" in value
 
 
 class _Copier:
@@ -90,6 +128,8 @@ class _Copier:
         small: Any = kind.__new__(kind)
         self.memo[id(module)] = small
         state: dict[str, Any] = module.__getstate__()  # type: ignore[no-untyped-call]
+        # What a state is made of may live no longer than the state, and its identity be another's then.
+        self.memo.setdefault(id(self.memo), []).append(state)
         copied = {}
         for name, item in state.items():
             if type(item) in _ATOMS:
@@ -105,8 +145,9 @@ class _Copier:
         cells = tuple(types.CellType() for _ in function.__closure__ or ())
         made = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
         self.memo[id(function)] = made  # before its cells, which may hold the function itself
-        functools.update_wrapper(made, function, updated=())
-        made.__dict__.update(vars(function))
+        made.__qualname__, made.__module__, made.__doc__ = function.__qualname__, function.__module__, function.__doc__
+        made.__annotations__ = function.__annotations__
+        made.__dict__.update({name: self._held(value) for name, value in vars(function).items()})
         made.__defaults__ = self._held(function.__defaults__)
         made.__kwdefaults__ = self._held(function.__kwdefaults__)
         for cell, old in zip(cells, function.__closure__ or (), strict=True):
@@ -128,7 +169,8 @@ class _Copier:
             return False
         if kind is types.FunctionType:
             held = [cell.cell_contents for cell in value.__closure__ or () if _is_set(cell)]
-            inside: Iterable[Any] = (*held, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+            given = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+            inside: Iterable[Any] = (*held, *given, *vars(value).values())
         elif id(value) in self.owned:
             return True
         elif kind is types.MethodType:

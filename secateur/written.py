@@ -11,6 +11,9 @@ from torch import Tensor
 
 from secateur.rules.registry import tensors_in
 
+_STATISTICS = ("running_mean", "running_var")
+"""Arguments of norms that write into them in training, which their schema does not say."""
+
 
 class Written:
     """The values that the tensors of a network had before a run wrote into them.
@@ -22,6 +25,8 @@ class Written:
     def __init__(self, named: Mapping[str, Tensor]) -> None:
         self.named = named
         self.values: dict[str, Tensor] = {}
+        self.places = {name: tensor.data for name, tensor in named.items()}
+        """The tensors' memory, which ``tensor.data = …`` and ``tensor.resize_`` exchange for another."""
 
     @functools.cached_property
     def _owners(self) -> dict[int, list[str]]:
@@ -42,6 +47,10 @@ class Written:
     def put_back(self) -> None:
         """Give all tensors their values again."""
         with torch.no_grad():
+            for name, place in self.places.items():
+                tensor = self.named[name]
+                if tensor.data_ptr() != place.data_ptr() or tensor.shape != place.shape or tensor.dtype != place.dtype:
+                    tensor.data = place
             for name, value in self.values.items():
                 self.named[name].data.copy_(value)
 
@@ -56,5 +65,5 @@ def targets(func: Any) -> tuple[tuple[int, str], ...]:
     return tuple(
         (place, argument.name)
         for place, argument in enumerate(func._schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
+        if argument.name in _STATISTICS or (argument.alias_info is not None and argument.alias_info.is_write)
     )

@@ -356,7 +356,7 @@ def select(group: Group, ratio: float, rng: np.random.Generator) -> list[int]:
         of the group as many as it says.
     """
     blocks, removable = np.asarray(group.blocks), np.asarray(group.removable)
-    least, twos = getattr(group, "least", 1), getattr(group, "twos", ())
+    least, staying = getattr(group, "least", 1), getattr(group, "staying", ())
     sizes = np.bincount(blocks)
     if getattr(group, "schedule", None) is not None:
         most = min(ratio * len(blocks) + 0.5, len(blocks) - least)
@@ -371,7 +371,7 @@ def select(group: Group, ratio: float, rng: np.random.Generator) -> list[int]:
     for count in range(rounds, 0, -1):
         chosen = np.concatenate([f[: count * q] for f, q in zip(free, quota, strict=True)])
         layers = all(np.setdiff1d(m.channels, chosen).size for m in group.members if len(m.channels))
-        if layers and all(np.setdiff1d(two, chosen).size > 1 for two in twos):
+        if layers and all(np.setdiff1d(s.channels, chosen).size >= s.least for s in staying):
             return sorted(int(c) for c in chosen)
     return []
 

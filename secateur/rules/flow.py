@@ -171,8 +171,8 @@ class Flow:
         self.calls: list[Call] = []
         self.attributes: list[Attribute] = []
         self.magnitudes: dict[Magnitude, None] = {}
-        self.squeezed: list[Labels] = []
-        """Dimensions of channels that code would drop if one index were left: two have to stay."""
+        self.staying: list[tuple[Labels, int]] = []
+        """Dimensions of channels and how many have to stay: two, where code would drop a dimension of one index."""
         self.produced: list[Labels] = []
         self.consumed: list[Labels] = []
         self.module = ""
@@ -191,6 +191,8 @@ class Flow:
         """Depth of layers whose operators are not looked at, because a registered rule speaks for them."""
         self.called: object = None
         """The torch function that the model's code has called; None where code in no Python called the operator."""
+        self.numbers = Measure()
+        """Whether the code compares numbers of its modules, or counts with them."""
         self.measures: list[tuple[Labels, Measure]] = []
         """Channels whose number the code was told, and whether it went on to count with it."""
         self.by_value = False
@@ -377,6 +379,18 @@ class Flow:
         """Return where to note that the code counts with the number of these channels."""
         self.measures.append((labels, Measure()))
         return self.measures[-1][1]
+
+    def keep_apart(self) -> None:
+        """Keep so many channels that their number does not come to equal a smaller one, which the code found to differ.
+
+        Those that are more than other channels all stay, as the others may lose some, or none.
+        """
+        for labels, measure in self.measures:
+            if measure.met is not None:
+                reason = "is compared with the smaller number of other channels, which theirs must not come to equal"
+                self.freeze_for(labels, Cause("comparison", "", shown(*measure.met), reason))
+            elif measure.above > 1:
+                self.staying.append((labels, measure.above + 1))
 
     def give_up(self, site: Site) -> None:
         """Keep the channels of a site whose assumption does not hold."""

@@ -161,7 +161,7 @@ def squeeze(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tens
     if len(out.shape) <= len(before):
         asked = args[1] if len(args) > 1 else range(len(before))
         asked = {d % len(before) for d in (asked if isinstance(asked, (list, tuple, range)) else (asked,))}
-        flow.squeezed += [labels for dim, labels in axes.items() if dim in asked]
+        flow.staying += [(labels, 2) for dim, labels in axes.items() if dim in asked]
     flow.set(out, reshaped(flow, axes, before, out.shape, trusted=True), weight=flow.is_weight(x))
 
 

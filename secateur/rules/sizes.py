@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,18 +24,30 @@ _SUBSCRIPTS = ("BINARY_SUBSCR", "BINARY_SLICE", "BINARY_OP")
 
 
 class Measure:
-    """Whether a size was compared, or counted with, so that code may do something else below some width."""
+    """What code did with the number of some channels, beside giving it as a size."""
 
     taken = False
+    """Whether it was compared, or counted with: the code may do something else below some width."""
+    met: tuple[str, int] | None = None
+    """Where it was found to differ from the smaller number of other channels, which it must not come to equal."""
+    above = 1
+    """The largest of the smaller numbers that it was found to differ from: more have to stay."""
 
 
-def _measuring(operate: Callable[[int, Any], Any]) -> Any:
+def _measuring(operate: Callable[..., Any]) -> Any:
     @functools.wraps(operate)
-    def method(self: Counted, other: Any) -> Any:
+    def method(self: Any, *others: Any) -> Any:
         self.measure.taken = True
-        return operate(self, other)
+        return operate(self, *others)
 
     return method
+
+
+_COUNTING = (
+    "lt le gt ge add radd sub rsub mod rmod truediv rtruediv pow rpow rshift lshift and rand divmod rdivmod rfloordiv "
+    "neg abs float bool round trunc int format str"
+)
+"""Ways to compare a number, or to count with it."""
 
 
 class Counted(int):
@@ -49,23 +62,23 @@ class Counted(int):
 
     labels: Labels
     measure: Measure
-    __lt__ = _measuring(int.__lt__)
-    __le__ = _measuring(int.__le__)
-    __gt__ = _measuring(int.__gt__)
-    __ge__ = _measuring(int.__ge__)
-    __add__ = _measuring(int.__add__)
-    __radd__ = _measuring(int.__radd__)
-    __sub__ = _measuring(int.__sub__)
-    __rsub__ = _measuring(int.__rsub__)
-    __mod__ = _measuring(int.__mod__)
-    __truediv__ = _measuring(int.__truediv__)
-    __rtruediv__ = _measuring(int.__rtruediv__)
-    __pow__ = _measuring(int.__pow__)
+    __hash__ = int.__hash__
 
-    def __float__(self) -> float:
-        """Return the size as a number to count with."""
-        self.measure.taken = True
-        return int.__float__(self)
+    def __eq__(self, other: object) -> bool:
+        """Compare; where the larger of two is a number of channels, note that it must not come to equal the other."""
+        if not isinstance(other, int) or int.__eq__(self, other):
+            return bool(int.__eq__(self, other)) if isinstance(other, int) else False
+        larger, smaller = (self, other) if int.__gt__(self, other) else (other, self)
+        if isinstance(larger, Counted) and isinstance(smaller, Counted):
+            frame = sys._getframe(1)
+            larger.measure.met = (frame.f_code.co_filename, frame.f_lineno)
+        elif isinstance(larger, Counted):
+            larger.measure.above = max(larger.measure.above, int.__int__(smaller))
+        return False
+
+    def __ne__(self, other: object) -> bool:
+        """Compare, as above."""
+        return not self == other
 
     def __floordiv__(self, other: Any) -> Any:
         """Return a fraction."""
@@ -78,12 +91,17 @@ class Counted(int):
     __rmul__ = __mul__
 
     def _part(self, result: Any, other: Any) -> Any:
+        self.measure.taken = self.measure.taken or isinstance(other, Counted)
         plain = type(result) is int and isinstance(other, int) and not isinstance(other, Counted)
         return counted(result, self.labels, self.measure) if plain else result
 
     def __reduce__(self) -> Any:
         """Be copied and stored as a plain number."""
-        return int, (int(self),)
+        return int, (int.__int__(self),)
+
+
+for _name in _COUNTING.split():
+    setattr(Counted, f"__{_name}__", _measuring(getattr(int, f"__{_name}__")))
 
 
 def counted(size: int, labels: Labels, measure: Measure) -> Counted:
@@ -111,7 +129,7 @@ def _keeping(operate: Callable[[int, Any], Any]) -> Callable[[Named, Any], Any]:
         result = operate(self, other)
         if type(result) is not int:
             return result
-        return named(result, self.names | (other.names if isinstance(other, Named) else frozenset()))
+        return named(result, self.names | (other.names if isinstance(other, Named) else frozenset()), self.measure)
 
     return method
 
@@ -119,12 +137,16 @@ def _keeping(operate: Callable[[int, Any], Any]) -> Callable[[Named, Any], Any]:
 class Named(int):
     """A number that knows which attributes of the code's modules it was computed from.
 
-    >>> heads, width = named(4, {"heads"}), named(8, {"width"})
-    >>> sorted((heads * width + 1).names), type(heads * 0.5), [0] * heads
-    (['heads', 'width'], <class 'float'>, [0, 0, 0, 0])
+    >>> measure = Measure()
+    >>> heads, width = named(4, {"heads"}, measure), named(8, {"width"}, measure)
+    >>> sorted((heads * width + 1).names), type(heads * 0.5), [0] * heads, measure.taken
+    (['heads', 'width'], <class 'float'>, [0, 0, 0, 0], False)
+    >>> heads > 2, measure.taken
+    (True, True)
     """
 
     names: frozenset[Any]
+    measure: Measure
     __add__ = __radd__ = _keeping(int.__add__)
     __mul__ = __rmul__ = _keeping(int.__mul__)
     __sub__ = _keeping(int.__sub__)
@@ -134,17 +156,22 @@ class Named(int):
 
     def __neg__(self) -> int:
         """Return the number counted from the end."""
-        return named(-int(self), self.names)
+        return named(int.__neg__(self), self.names, self.measure)
 
     def __reduce__(self) -> Any:
         """Be copied and stored as a plain number."""
-        return int, (int(self),)
+        return int, (int.__int__(self),)
 
 
-def named(number: int, names: Any) -> Named:
+_ALSO = "lt le gt ge mod rmod truediv rtruediv pow rpow rshift lshift divmod rdivmod float bool round"
+for _name in _ALSO.split():
+    setattr(Named, f"__{_name}__", _measuring(getattr(int, f"__{_name}__")))
+
+
+def named(number: int, names: Any, measure: Measure) -> Named:
     """Return a number so that it knows of which attributes it is made."""
     result = Named(number)
-    result.names = frozenset(names)
+    result.names, result.measure = frozenset(names), measure
     return result
 
 
@@ -160,12 +187,15 @@ def names_of(values: Any) -> Iterator[Name]:
 
 
 @contextmanager
-def told_apart(modules: Mapping[str, nn.Module], run: object, left_out: tuple[type, ...]) -> Iterator[None]:
+def told_apart(
+    modules: Mapping[str, nn.Module], run: object, measure: Measure, left_out: tuple[type, ...]
+) -> Iterator[None]:
     """Let the numbers that modules hold know which they are, while the code runs.
 
     Args:
         modules: By path.
         run: What the names say that they are of.
+        measure: Where to note that the code compares one of them, or counts with it.
         left_out: Classes of modules that keep plain numbers.
     """
     tuples: dict[int, tuple[Any, Any]] = {}
@@ -175,9 +205,9 @@ def told_apart(modules: Mapping[str, nn.Module], run: object, left_out: tuple[ty
         own = vars(module)
         for name, value in list(own.items()):
             if type(value) is int:
-                own[name] = named(value, {Name(run, path, name, value)})
+                own[name] = named(value, {Name(run, path, name, value)}, measure)
             elif type(value) in (tuple, list) and any(type(v) is int for v in value):
-                told = [_element(v, run, path, name, i) for i, v in enumerate(value)]
+                told = [_element(v, Name(run, path, f"{name}[{i}]", v), measure) for i, v in enumerate(value)]
                 if type(value) is list:
                     value[:] = told
                 else:
@@ -190,7 +220,7 @@ def told_apart(modules: Mapping[str, nn.Module], run: object, left_out: tuple[ty
             own = vars(module)
             for name, value in list(own.items()):
                 if isinstance(value, (Named, Counted)):  # the module's own, or one that the code keeps now
-                    own[name] = int(value)
+                    own[name] = int.__int__(value)
                 elif type(value) is tuple:
                     told_of = tuples.get(id(value))
                     own[name] = told_of[1] if told_of else tuple(map(_plain, value)) if _tells(value) else value
@@ -203,11 +233,11 @@ def _tells(values: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    return int(value) if isinstance(value, (Named, Counted)) else value
+    return int.__int__(value) if isinstance(value, (Named, Counted)) else value
 
 
-def _element(value: Any, run: object, path: str, name: str, index: int) -> Any:
-    return named(value, {Name(run, path, f"{name}[{index}]", value)}) if type(value) is int else value
+def _element(value: Any, name: Name, measure: Measure) -> Any:
+    return named(value, {name}, measure) if type(value) is int else value
 
 
 def used(frame: types.FrameType, ndim: int) -> set[int]:

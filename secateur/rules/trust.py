@@ -57,6 +57,11 @@ _TRUSTED |= {
 }
 _SHAPES = {torch.Tensor.size, torch.Tensor.shape.__get__}  # type: ignore[attr-defined]
 _HANDED_OUT = "numpy tolist item __array__ __bool__ __int__ __float__ __index__ __contains__"
+_NUMBERS = {
+    torch.numel, torch.Tensor.numel, torch.Tensor.nelement, torch.Tensor.stride, torch.Tensor.__len__,
+    torch.Tensor.nbytes.__get__,  # type: ignore[attr-defined]
+}  # fmt: skip
+"""Functions that tell a number in which that of the channels is hidden."""
 _READS = {getattr(torch.Tensor, name) for name in _HANDED_OUT.split()}
 """Functions that hand values out of tensors."""
 _VIEWS = {torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.expand}
@@ -107,6 +112,9 @@ class Watch(TorchFunctionMode):
             flow.called, flow.arguments, flow.asked = outer, arguments, asked
         if flow.paused:
             return out
+        if func in _NUMBERS:
+            for labels in flow.axes(args[0]).values():
+                flow.measure(labels).taken = True
         if flow.doubt is None:
             self.look_at_callers()
             if not self._safe(func, args, kwargs, out, len(flow.sites) > assumed):
@@ -155,7 +163,9 @@ class Watch(TorchFunctionMode):
         if func in _VIEWS and isinstance(out, Tensor):
             shape = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
             # Where channels lie, the size is left open, so the sizes written out are of other dimensions.
-            return all(len(shape) == out.ndim and shape[dim] == -1 for dim in flow.axes(out))
+            return all(
+                len(shape) == out.ndim and type(shape[dim]) is int and shape[dim] == -1 for dim in flow.axes(out)
+            )
         if not assumes and not any(flow.axes(t) for t in tensors_in((*args, *kwargs.values()))):
             return True
         if func in _SHAPES:
@@ -171,7 +181,7 @@ class Watch(TorchFunctionMode):
         if func is torch.Tensor.__getitem__:
             return _whole(args[1], args[0].ndim).issuperset(flow.axes(args[0]))
         if func in _GROUP_NORMS:
-            return isinstance(flow.layer, nn.GroupNorm) and args[1:2] == (flow.layer.num_groups,)
+            return isinstance(flow.layer, nn.GroupNorm) and len(args) > 1 and args[1] is flow.layer.num_groups
         if func is F.layer_norm:
             sizes = args[1] if len(args) > 1 else kwargs.get("normalized_shape")
             return isinstance(flow.layer, nn.LayerNorm) and sizes is flow.layer.normalized_shape
@@ -216,7 +226,7 @@ def _whole(index: Any, ndim: int) -> set[int]:
 
 def _owns_groups(layer: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Tell whether the number of groups of a convolution is that of its layer, which a cut sees to."""
-    groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
+    groups = int.__int__(args[6] if len(args) > 6 else kwargs.get("groups", 1))
     return groups == 1 or (isinstance(layer, nn.modules.conv._ConvNd) and groups == layer.groups)
 
 
