@@ -10,6 +10,7 @@ import copy
 import functools
 import gc
 import types
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
@@ -64,7 +65,8 @@ def _holds(value: Any, model: nn.Module) -> bool:
     own = {id(module) for module in model.modules()}
     waiting, seen = [value], {id(value)}
     while waiting and len(seen) < _MOST:
-        for found in gc.get_referents(waiting.pop()):
+        holder = waiting.pop()
+        for found in [holder()] if isinstance(holder, weakref.ref) else gc.get_referents(holder):
             if id(found) in own:
                 return True
             plain = isinstance(found, (torch.Tensor, nn.Module, type, types.ModuleType, types.CodeType))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import functools
+import types
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +16,7 @@ from torch.nn import functional as F
 
 import secateur as sc
 from secateur import attempt
+from secateur.replica import replica
 from tests.cases.table import Net, conv
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -103,6 +108,39 @@ def test_functions_that_hold_the_network_hold_its_copy_in_the_copy(build: Callab
         with torch.no_grad():
             parameter.fill_(torch.nan)
     assert small(X).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [types.SimpleNamespace, collections.deque, weakref.ref, functools.lru_cache])
+def test_copies_that_would_call_the_unpruned_network_are_refused(kind: object) -> None:
+    model = Base()
+
+    def encode(x: Tensor) -> Tensor:
+        return model.b(model.a(x).relu())
+
+    held = {
+        types.SimpleNamespace: types.SimpleNamespace(encode=encode),
+        collections.deque: collections.deque([encode]),
+        weakref.ref: weakref.ref(model),
+        functools.lru_cache: functools.lru_cache(encode),
+    }
+    model.held = held[kind]  # type: ignore
+    graph = sc.trace(model.eval(), X)
+    plan = sc.plan_removal(graph, {"a": [0]})
+    with pytest.raises(sc.PlanError, match=r"held: this .* holds a function that goes on to call the unpruned network"):
+        sc.apply(model, plan)
+
+
+class Forgetful(nn.Conv2d):
+    """Drops its cache where it is copied."""
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "cache": {}}
+
+
+def test_what_is_made_anew_for_each_copy_is_each_modules_own() -> None:
+    model = nn.Sequential(*[Forgetful(3, 3, 1) for _ in range(40)])
+    copied = replica(model)
+    assert len({id(layer.cache) for layer in copied}) == 40
 
 
 def test_what_a_hook_holds_of_the_users_own_stays_the_users() -> None:
@@ -291,6 +329,56 @@ def test_what_fails_with_one_channel_alone_keeps_two() -> None:
     assert {(group.name, group.least) for group in graph.groups} == {("a", 2), ("b", 2)}
 
 
+class WhereShapesAgree(Base):
+    """A shortcut where the shapes agree, which those of the unpruned network do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b, self.head = conv(16, 24), conv(24, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        y = self.b(x)
+        return self.head(x + y if x.shape == y.shape else y)
+
+
+def test_widths_that_code_found_to_differ_do_not_come_to_agree() -> None:
+    model = WhereShapesAgree().eval()
+    graph = sc.trace(model, X)
+    assert [g.name for g in graph.groups] == ["a"]
+    assert any("b.weight" in refusal.tensors and "come to equal" in refusal.reason for refusal in graph.refused)
+    assert all("test_surroundings.py" in r.source for r in graph.refused if "b.weight" in r.tensors)
+
+
+def test_more_channels_stay_than_the_number_that_they_are_compared_with() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        y = m.a(x)
+        return m.head(y if y.shape != x.shape else y + x)
+
+    inputs = torch.randn(2, 5, 8, 8)
+    (group,) = sc.trace(Net(forward, a=conv(5, 16), head=conv(16, 4)).eval(), inputs).groups
+    assert group.constraint == "at least 6 channels stay"
+    assert len(sc.planning.steps(group, range(16))) == 10
+
+
+HIDDEN = {
+    "the number of elements": lambda y: y.numel() > 4 * 2 * 64,
+    "the length": lambda y: len(y[0]) > 4,
+    "a stride": lambda y: y.stride(0) > 4 * 64,
+    "a shift": lambda y: y.shape[1] >> 2,
+    "a division": lambda y: divmod(y.shape[1], 5)[0],
+    "its square": lambda y: y.shape[1] * y.shape[1] > 16,
+    "truth": lambda y: bool(y.shape[1] // 5),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_widths_are_tried_however_code_asks_for_them(name: str) -> None:
+    model = Net(lambda m, x: m.head(y if HIDDEN[name](y := m.a(x)) else -y), a=conv(3, 16), head=conv(16, 4))
+    (group,) = sc.trace(model.eval(), X).groups
+    assert group.least > 4
+
+
 # Tensors and modules from elsewhere
 
 ELSEWHERE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -393,6 +481,30 @@ def test_what_a_forward_writes_into_parameters_is_put_back() -> None:
     graph = sc.trace(model, X)
     assert any("a.weight" in refusal.tensors for refusal in graph.refused)  # the trial ran, and failed
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Exchanging(Base):
+    """Gives a parameter other memory, a buffer another size, and normalises by the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("place", torch.zeros(4))
+        self.norm = nn.BatchNorm2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.b.bias.data = self.b.bias.data * 1.5
+        self.place.resize_(6).fill_(1)
+        x = F.batch_norm(self.a(x), self.norm.running_mean, self.norm.running_var, training=True)
+        return self.head(self.b(x * (1.0 if x.shape[1] > 1 else 2.0)))
+
+
+def test_memory_sizes_and_statistics_are_as_before() -> None:
+    model = Exchanging().eval()
+    before = copy.deepcopy(model.state_dict())
+    sc.trace(model, X)
+    found = model.state_dict()
+    assert {name: (t.shape, t.dtype) for name, t in found.items()} == {n: (t.shape, t.dtype) for n, t in before.items()}
+    assert [name for name, value in found.items() if not torch.equal(value, before[name])] == []
 
 
 def test_failures_without_a_line_to_show_are_not_found_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
