@@ -154,12 +154,15 @@ def _keep_embedding(flow: Flow, attention: nn.MultiheadAttention, inputs: Any) -
             flow.freeze(axes[dim], "its embedding dimension is a number that it checks")
 
 
-def _run(model: nn.Module, flow: Flow, program: Program, example_inputs: Any, light: bool, written: Written) -> None:
+def _run(
+    model: nn.Module, flow: Flow, program: Program, example_inputs: Any, light: bool, written: Written, plain: bool
+) -> None:
     positional, keyword = arguments(mapped(example_inputs, lambda t: t.clone()))
     program.begin(tensors_of((positional, keyword)))
     try:
         watch = Watch(flow)
-        numbers = told_apart(dict(model.named_modules()), flow.token, flow.numbers, _PLAIN)
+        modules = {} if plain else dict(model.named_modules())
+        numbers = told_apart(modules, flow.token, flow.numbers, _PLAIN)
         with numbers, _module_paths(model, flow, watch), watch, _LabelMode(flow, program, light, written):
             outputs = model(*positional, **keyword)
     except Exception as error:
@@ -201,6 +204,7 @@ def record(
     loose: Set[int] = frozenset(),
     *,
     light: Program | None = None,
+    plain: bool = False,
 ) -> Recording:
     """Let labels flow through one forward in eval mode, and one in train mode where that runs further layers.
 
@@ -210,6 +214,7 @@ def record(
         functions: Those that the forward may run.
         decisions: What to assume of the user's code; see ``Flow``.
         loose: Shuffles to take loosely; see ``Flow``.
+        plain: Whether numbers of modules stay plain, of which code then can't be seen to give which.
         light: Given to note a run without what layers compute, which asks no more of the code than its operators.
 
     Raises:
@@ -229,7 +234,7 @@ def record(
         watched = executed if suspect is not None and executed.at_hand and light is None else nullcontext()
         flow.doubt = None if watched is executed else suspect
         with watched:
-            _run(model, flow, program, example_inputs, light is not None, written)
+            _run(model, flow, program, example_inputs, light is not None, written, plain)
         idle = _idle(model, flow)
         if (idle or _unread(model, flow)) and knows_its_mode(model, functions):
             model.train()
@@ -239,7 +244,7 @@ def record(
             calls = len(flow.calls)
             try:
                 with watched:
-                    _run(model, flow, program, example_inputs, light is not None, written)
+                    _run(model, flow, program, example_inputs, light is not None, written, plain)
             except TraceError as error:
                 notes.append(f"in train mode {error}")
             # Costs are those of inference.

@@ -56,7 +56,12 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     types = {name: type(module).__name__ for name, module in model.named_modules()}
     batch = batch_size(example_inputs)
     functions = _functions(model)
-    first = record(model, example_inputs, functions, decisions, loose)
+    plain = False
+    try:
+        first = record(model, example_inputs, functions, decisions, loose)
+    except TraceError:  # of code that asks for the type of its numbers, say
+        plain = True
+        first = record(model, example_inputs, functions, decisions, loose, plain=True)
     trials = Trials(model, example_inputs, functions, first)
     for _ in range(_MOST_TRIALS):
         flow, notes = trials.recording.flow, trials.recording.notes
@@ -78,6 +83,6 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
             if not trial.give_up(failures, grouping, flow, decisions, banned):
                 flow.ban(banned)
                 continue
-        trials.recording = record(model, example_inputs, functions, decisions, loose)
+        trials.recording = record(model, example_inputs, functions, decisions, loose, plain=plain)
         trials.recording.flow.ban(banned)
     raise TraceError("trace: what the pruned network computes could not be explained; please report this network.")

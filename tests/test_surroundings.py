@@ -269,6 +269,26 @@ def test_one_number_given_twice_at_a_split_follows_equal_parts() -> None:
     assert [(g.name, g.size, int(g.blocks.max()) + 1) for g in graph.groups if g.name == "a"] == [("a", 16, 2)]
 
 
+class AsksForTheType(Base):
+    """Takes a number or a pair, and looks at its type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = (self.size, self.size) if type(self.size) is int else self.size
+        return self.head(self.b(F.avg_pool2d(self.a(x), (size[0], size[1]))))
+
+
+def test_code_that_asks_for_the_type_of_a_number_is_traced() -> None:
+    model = AsksForTheType()
+    graph, plan, small = pruned(model)
+    assert {g.name for g in graph.groups} == {"a", "b"}
+    assert type(model.size) is int
+    assert sc.verify(model, small, plan, X).exact
+
+
 # What depends on the width
 
 
