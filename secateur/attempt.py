@@ -108,13 +108,15 @@ class Outcome:
     sources: tuple[str, ...] = ()
 
 
-def measured(trials: Trials, grouping: Grouping) -> bool:
-    """Tell whether the code counts with the number of channels that can go, or compares it."""
+def measured(trials: Trials, grouping: Grouping) -> tuple[bool, bool]:
+    """Tell whether the code compares the number of channels that can go, and whether it counts with it."""
     flow = trials.recording.flow
-    if flow.numbers.taken and any(attribute.guessed for attribute in flow.attributes):
-        return True
-    taken = [labels for labels, measure in flow.measures if measure.taken]
-    return any((grouping.group_of[grouping.classes[labels]] >= 0).any() for labels in taken)
+    followed = [(a.module, a.name) for a in flow.attributes if a.guessed]
+    taken = [flow.numbers[key] for key in followed if key in flow.numbers and flow.numbers[key].taken]
+    for labels, measure in flow.measures:
+        if measure.taken and (grouping.group_of[grouping.classes[labels]] >= 0).any():
+            taken.append(measure)
+    return bool(taken), any(measure.computed for measure in taken)
 
 
 def attempt(trials: Trials, grouping: Grouping, chosen: list[int], picked: Picked) -> Outcome | None:
@@ -145,7 +147,7 @@ def _run(trials: Trials, grouping: Grouping, chosen: list[int], plan: PruningPla
         if not compared:
             outputs(small, example_inputs)
             return None
-        limit = (1e-6 if plan.magnitudes else _FINE) if measured(trials, grouping) else _TOLERANCE
+        limit = (1e-6 if plan.magnitudes else _FINE) if measured(trials, grouping)[1] else _TOLERANCE
         finely = _in_double(model, small, plan, example_inputs, limit) if limit < _TOLERANCE else None
         difference = finely or compare(model, small, plan, example_inputs, _COARSE)
     except SecateurError:

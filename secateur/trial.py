@@ -107,7 +107,7 @@ def failing(trials: Trials, grouping: Grouping) -> list[Failure]:
             chosen = [i for i in chosen if i not in gone]
         if failures:
             break
-    if measured(trials, grouping) and not failures:
+    if measured(trials, grouping)[0] and not failures:
         _find_least(trials, grouping)
     return failures
 

@@ -191,8 +191,8 @@ class Flow:
         """Depth of layers whose operators are not looked at, because a registered rule speaks for them."""
         self.called: object = None
         """The torch function that the model's code has called; None where code in no Python called the operator."""
-        self.numbers = Measure()
-        """Whether the code compares numbers of its modules, or counts with them."""
+        self.numbers: dict[tuple[str, str], Measure] = {}
+        """Module and attribute -> whether the code compares that number, or counts with it."""
         self.measures: list[tuple[Labels, Measure]] = []
         """Channels whose number the code was told, and whether it went on to count with it."""
         self.by_value = False

@@ -28,26 +28,27 @@ class Measure:
 
     taken = False
     """Whether it was compared, or counted with: the code may do something else below some width."""
+    computed = False
+    """Whether it was counted with: what is computed may depend on it, and by less than rounding."""
     met: tuple[str, int] | None = None
     """Where it was found to differ from the smaller number of other channels, which it must not come to equal."""
     above = 1
     """The largest of the smaller numbers that it was found to differ from: more have to stay."""
 
 
-def _measuring(operate: Callable[..., Any]) -> Any:
+def _measuring(operate: Callable[..., Any], computes: bool) -> Any:
     @functools.wraps(operate)
     def method(self: Any, *others: Any) -> Any:
-        self.measure.taken = True
+        for measure in self.measures:
+            measure.taken, measure.computed = True, measure.computed or computes
         return operate(self, *others)
 
     return method
 
 
-_COUNTING = (
-    "lt le gt ge add radd sub rsub mod rmod truediv rtruediv pow rpow rshift lshift and rand divmod rdivmod rfloordiv "
-    "neg abs float bool round trunc int format str"
-)
-"""Ways to compare a number, or to count with it."""
+_COMPARING = "lt le gt ge mod rmod rshift lshift and rand divmod rdivmod bool round trunc int format str"
+_COMPUTING = "add radd sub rsub truediv rtruediv pow rpow rfloordiv neg abs float"
+"""Ways to compare a number, and to count with it."""
 
 
 class Counted(int):
@@ -91,7 +92,8 @@ class Counted(int):
     __rmul__ = __mul__
 
     def _part(self, result: Any, other: Any) -> Any:
-        self.measure.taken = self.measure.taken or isinstance(other, Counted)
+        if isinstance(other, Counted):
+            self.measure.taken = self.measure.computed = True
         plain = type(result) is int and isinstance(other, int) and not isinstance(other, Counted)
         return counted(result, self.labels, self.measure) if plain else result
 
@@ -99,9 +101,15 @@ class Counted(int):
         """Be copied and stored as a plain number."""
         return int, (int.__int__(self),)
 
+    @property
+    def measures(self) -> tuple[Measure]:
+        """Where to note what is done with it."""
+        return (self.measure,)
 
-for _name in _COUNTING.split():
-    setattr(Counted, f"__{_name}__", _measuring(getattr(int, f"__{_name}__")))
+
+for _names in (_COMPARING, _COMPUTING):
+    for _name in _names.split():
+        setattr(Counted, f"__{_name}__", _measuring(getattr(int, f"__{_name}__"), _names is _COMPUTING))
 
 
 def counted(size: int, labels: Labels, measure: Measure) -> Counted:
@@ -120,6 +128,8 @@ class Name(NamedTuple):
     attribute: str
     """``name``, or ``name[index]`` of an element of a list or tuple."""
     value: int
+    measure: Measure
+    """Where to note what code does with it."""
 
 
 def _keeping(operate: Callable[[int, Any], Any]) -> Callable[[Named, Any], Any]:
@@ -129,7 +139,7 @@ def _keeping(operate: Callable[[int, Any], Any]) -> Callable[[Named, Any], Any]:
         result = operate(self, other)
         if type(result) is not int:
             return result
-        return named(result, self.names | (other.names if isinstance(other, Named) else frozenset()), self.measure)
+        return named(result, self.names | (other.names if isinstance(other, Named) else frozenset()))
 
     return method
 
@@ -137,16 +147,15 @@ def _keeping(operate: Callable[[int, Any], Any]) -> Callable[[Named, Any], Any]:
 class Named(int):
     """A number that knows which attributes of the code's modules it was computed from.
 
-    >>> measure = Measure()
-    >>> heads, width = named(4, {"heads"}, measure), named(8, {"width"}, measure)
-    >>> sorted((heads * width + 1).names), type(heads * 0.5), [0] * heads, measure.taken
-    (['heads', 'width'], <class 'float'>, [0, 0, 0, 0], False)
-    >>> heads > 2, measure.taken
-    (True, True)
+    >>> names = [Name(None, "attention", name, value, Measure()) for name, value in (("heads", 4), ("width", 8))]
+    >>> heads, width = (named(name.value, {name}) for name in names)
+    >>> sorted(name.attribute for name in (heads * width + 1).names), type(heads * 0.5), [0] * heads
+    (['heads', 'width'], <class 'float'>, [0, 0, 0, 0])
+    >>> heads > 2, [name.measure.taken for name in names]
+    (True, [True, False])
     """
 
-    names: frozenset[Any]
-    measure: Measure
+    names: frozenset[Name]
     __add__ = __radd__ = _keeping(int.__add__)
     __mul__ = __rmul__ = _keeping(int.__mul__)
     __sub__ = _keeping(int.__sub__)
@@ -156,22 +165,26 @@ class Named(int):
 
     def __neg__(self) -> int:
         """Return the number counted from the end."""
-        return named(int.__neg__(self), self.names, self.measure)
+        return named(int.__neg__(self), self.names)
 
     def __reduce__(self) -> Any:
         """Be copied and stored as a plain number."""
         return int, (int.__int__(self),)
 
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """Where to note what is done with it."""
+        return tuple(name.measure for name in self.names)
 
-_ALSO = "lt le gt ge mod rmod truediv rtruediv pow rpow rshift lshift divmod rdivmod float bool round"
-for _name in _ALSO.split():
-    setattr(Named, f"__{_name}__", _measuring(getattr(int, f"__{_name}__")))
+
+for _name in "lt le gt ge mod rmod truediv rtruediv pow rpow rshift lshift divmod rdivmod float bool round".split():  # noqa: SIM905
+    setattr(Named, f"__{_name}__", _measuring(getattr(int, f"__{_name}__"), _name in _COMPUTING.split()))
 
 
-def named(number: int, names: Any, measure: Measure) -> Named:
+def named(number: int, names: Any) -> Named:
     """Return a number so that it knows of which attributes it is made."""
     result = Named(number)
-    result.names, result.measure = frozenset(names), measure
+    result.names = frozenset(names)
     return result
 
 
@@ -188,30 +201,37 @@ def names_of(values: Any) -> Iterator[Name]:
 
 @contextmanager
 def told_apart(
-    modules: Mapping[str, nn.Module], run: object, measure: Measure, left_out: tuple[type, ...]
+    modules: Mapping[str, nn.Module], run: object, measures: dict[tuple[str, str], Measure], left_out: tuple[type, ...]
 ) -> Iterator[None]:
     """Let the numbers that modules hold know which they are, while the code runs.
 
     Args:
         modules: By path.
         run: What the names say that they are of.
-        measure: Where to note that the code compares one of them, or counts with it.
+        measures: Where to note by module and attribute that the code compares one of them, or counts with it.
         left_out: Classes of modules that keep plain numbers.
     """
     tuples: dict[int, tuple[Any, Any]] = {}
+
+    def told(value: Any, path: str, attribute: str) -> Any:
+        if type(value) is not int:
+            return value
+        measure = measures.setdefault((path, attribute), Measure())
+        return named(value, {Name(run, path, attribute, value, measure)})
+
     for path, module in modules.items():
         if isinstance(module, (*left_out, jit.ScriptModule)):
             continue
         own = vars(module)
         for name, value in list(own.items()):
             if type(value) is int:
-                own[name] = named(value, {Name(run, path, name, value)}, measure)
+                own[name] = told(value, path, name)
             elif type(value) in (tuple, list) and any(type(v) is int for v in value):
-                told = [_element(v, Name(run, path, f"{name}[{i}]", v), measure) for i, v in enumerate(value)]
+                parts = [told(v, path, f"{name}[{i}]") for i, v in enumerate(value)]
                 if type(value) is list:
-                    value[:] = told
+                    value[:] = parts
                 else:
-                    own[name] = tuple(told)
+                    own[name] = tuple(parts)
                     tuples[id(own[name])] = own[name], value
     try:
         yield
@@ -234,10 +254,6 @@ def _tells(values: Any) -> bool:
 
 def _plain(value: Any) -> Any:
     return int.__int__(value) if isinstance(value, (Named, Counted)) else value
-
-
-def _element(value: Any, name: Name, measure: Measure) -> Any:
-    return named(value, {name}, measure) if type(value) is int else value
 
 
 def used(frame: types.FrameType, ndim: int) -> set[int]:
