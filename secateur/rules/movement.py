@@ -53,10 +53,9 @@ def _split(flow: Flow, labels: Labels, shape: Sequence[int], dims: Sequence[int]
     rows = np.moveaxis(block, axis, 0).reshape(shape[axis], -1)
     flow.store.join(rows[:, :1], rows)
     left = np.ascontiguousarray(rows[:, 0])
-    if axis == heads:
-        for name in HEAD_COUNTS:
-            if getattr(flow.layer, name, None) == shape[axis]:
-                flow.follow(name, left, guessed=True)
+    counting = [n for n in HEAD_COUNTS if axis == heads and getattr(flow.layer, n, None) == shape[axis]]
+    for name in dict.fromkeys([*counting, *flow.counts(shape[axis])]):
+        flow.count(name, left)
     return {axis: left}
 
 
