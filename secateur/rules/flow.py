@@ -143,6 +143,8 @@ class Labelled:
         self.grid = grid
 
 
+VIEWS = {torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.expand}
+"""Functions that are given the sizes of what they make, in order."""
 _ATTRIBUTE = "_secateur_labels"
 _NOTHING: Axes = {}
 
@@ -397,15 +399,20 @@ class Flow:
         site.choice = len(site.options) - 1
         self.freeze_for(site.labels, site.cause)
 
-    def counts(self, *values: int) -> list[str]:
+    def counts(self, *values: int, at: int | None = None) -> list[str]:
         """Return the attributes of the module at work that hold one of these numbers, and that the call was given.
 
-        An element of a list or tuple is given as ``name[index]``.
+        An element of a list or tuple is given as ``name[index]``. ``at`` asks for the size of one dimension of a view
+        alone.
         """
-        given = dict.fromkeys(names_of((self.arguments,)))
+        asked: Any = self.arguments
+        if at is not None and self.arguments and self.called in VIEWS:
+            given = self.arguments[0][1:]
+            shape = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
+            asked = shape[at : at + 1]
         return [
             name.attribute
-            for name in given
+            for name in dict.fromkeys(names_of((asked,)))
             if name.run is self.token and name.module == self.module and name.value in values
         ]
 

@@ -54,14 +54,14 @@ def _split(flow: Flow, labels: Labels, shape: Sequence[int], dims: Sequence[int]
     flow.store.join(rows[:, :1], rows)
     left = np.ascontiguousarray(rows[:, 0])
     counting = [n for n in HEAD_COUNTS if axis == heads and getattr(flow.layer, n, None) == shape[axis]]
-    for name in dict.fromkeys([*counting, *flow.counts(shape[axis])]):
+    for name in dict.fromkeys([*counting, *flow.counts(shape[axis], at=dims[axis])]):
         flow.count(name, left)
     return {axis: left}
 
 
-def _count_width(flow: Flow, labels: Labels) -> None:
+def _count_width(flow: Flow, labels: Labels, dim: int) -> None:
     """Let an attribute of the module at work follow, where it is given as the number of these channels."""
-    for name in flow.counts(labels.size):
+    for name in flow.counts(labels.size, at=dim):
         flow.count(name, labels)
 
 
@@ -86,7 +86,7 @@ def reshaped(flow: Flow, axes: Axes, old: Sequence[int], new: Sequence[int], *, 
         vector = merged(axes[inside[0]], left, inside[0], old)
         if len(right) == 1:
             result[right[0]] = vector
-            _count_width(flow, vector)
+            _count_width(flow, vector, right[0])
             if not trusted:
                 flow.assume(axes[inside[0]], _HARD_CODED, "follow", along={right[0]: axes[inside[0]]})
         else:
@@ -113,16 +113,16 @@ def view(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor)
         return
     if tuple(x.shape) == tuple(out.shape):
         flow.assume(np.concatenate(list(axes.values())), _HARD_CODED, "follow", along=axes)
-        for labels in axes.values():
-            _count_width(flow, labels)
+        for dim, labels in axes.items():
+            _count_width(flow, labels, dim)
         flow.set(out, axes, weight=flow.is_weight(x))
         return
     untouched = {a[0]: b[0] for a, b in runs(x.shape, out.shape) if len(a) == len(b) == 1}
     fixed = {untouched[d]: labels for d, labels in axes.items() if d in untouched}
     if fixed and not flow.is_weight(x):
         flow.assume(np.concatenate(list(fixed.values())), _HARD_CODED, "follow", along=fixed)
-        for labels in fixed.values():
-            _count_width(flow, labels)
+        for dim, labels in fixed.items():
+            _count_width(flow, labels, dim)
     cut = _grid(flow, axes, x.shape, out.shape)
     if cut is not None and cut[1].key in flow.loose:
         axes = {d: labels for d, labels in axes.items() if d != cut[0]}

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from secateur.labels import Labels
-from secateur.rules.flow import COUNTS, LAYERS, Cause, Flow, shown
+from secateur.rules.flow import COUNTS, LAYERS, VIEWS, Cause, Flow, shown
 from secateur.rules.pointwise import batch_norm
 from secateur.rules.reach import Reached, computes_names, is_users_module, names_in
 from secateur.rules.registry import tensors_in
@@ -64,7 +64,6 @@ _NUMBERS = {
 """Functions that tell a number in which that of the channels is hidden."""
 _READS = {getattr(torch.Tensor, name) for name in _HANDED_OUT.split()}
 """Functions that hand values out of tensors."""
-_VIEWS = {torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.expand}
 _BATCH_NORMS = {
     torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var"),
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias"),
@@ -105,7 +104,7 @@ class Watch(TorchFunctionMode):
         flow.by_value = flow.by_value or func in _READS
         assumed = len(flow.sites)
         arguments, flow.arguments = flow.arguments, (args, *kwargs.values())
-        asked, flow.asked = flow.asked, _asked(args) if func in _VIEWS else _NONE
+        asked, flow.asked = flow.asked, _asked(args) if func in VIEWS else _NONE
         try:
             out = self._normed(func, args, kwargs) if func in _BATCH_NORMS else func(*args, **kwargs)
         finally:
@@ -160,7 +159,7 @@ class Watch(TorchFunctionMode):
         flow = self.flow
         if func in _TRUSTED:
             return func not in _CONVOLUTIONS or _owns_groups(flow.layer, args, kwargs)
-        if func in _VIEWS and isinstance(out, Tensor):
+        if func in VIEWS and isinstance(out, Tensor):
             shape = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
             # Where channels lie, the size is left open, so the sizes written out are of other dimensions.
             return all(

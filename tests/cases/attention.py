@@ -189,6 +189,17 @@ def attention_with_as_many_heads_in_the_batch() -> Net:
     )
 
 
+@case(inputs=image(3, 4, 3), prunable={"stem": 7, "attention.qkv": 36})
+def attention_of_as_many_heads_as_they_are_wide() -> Net:
+    """The heads' number and width are one: where a view is given both, each place tells which it is."""
+    return Net(
+        lambda m, x: m.head(m.attention(tokens(m.stem(x))).mean(1)),
+        stem=conv(3, 8),
+        attention=HeadsAttention(8, 4, 4),
+        head=nn.Linear(8, 4),
+    )
+
+
 class CausalAttention(nn.Module):
     """Attention as nanoGPT writes it."""
 
