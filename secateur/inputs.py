@@ -119,6 +119,6 @@ def left_as_found(*models: nn.Module) -> Iterator[None]:
             if tensor.shape != value.shape or tensor.dtype != value.dtype:  # resized, or given other memory
                 tensor.data = value
             # Norms write without counting.
-            elif version is None or tensor._version != version or not torch.equal(tensor, value):
+            elif version is None or tensor._version != version or not (tensor.is_meta or torch.equal(tensor, value)):
                 with torch.no_grad():
                     tensor.copy_(value)
