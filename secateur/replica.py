@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from secateur.errors import PlanError
+from secateur.rules.reach import is_set
 
 _ATOMS = frozenset({int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device})
 _TABLES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
@@ -48,9 +49,10 @@ def replica(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo.setdefault(id(value), value.detach().clone())
     copied = _Copier(model, memo).copy(model)
+    own = {id(module) for module in model.modules()}
     for name, module in copied.named_modules():
         for held, value in vars(module).items():
-            if held not in _TABLES and _holds(value, model):
+            if held not in _TABLES and _holds(value, own):
                 raise PlanError(
                     f"{f'{name}.{held}'.lstrip('.')}: this {type(value).__name__} holds a function that goes on to "
                     "call the unpruned network, also in a copy. Make it a method, or keep it in a list or dict."
@@ -58,11 +60,10 @@ def replica(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
     return copied
 
 
-def _holds(value: Any, model: nn.Module) -> bool:
-    """Tell whether what a copy holds beside modules and tensors leads to a module of the model that it is a copy of."""
+def _holds(value: Any, own: set[int]) -> bool:
+    """Tell whether what a copy holds beside modules and tensors leads to one of these modules, of what it copies."""
     if type(value) in _ATOMS or isinstance(value, (torch.Tensor, nn.Module)) or not gc.is_tracked(value):
         return False
-    own = {id(module) for module in model.modules()}
     waiting, seen = [value], {id(value)}
     while waiting and len(seen) < _MOST:
         holder = waiting.pop()
@@ -153,7 +154,7 @@ class _Copier:
         made.__defaults__ = self._held(function.__defaults__)
         made.__kwdefaults__ = self._held(function.__kwdefaults__)
         for cell, old in zip(cells, function.__closure__ or (), strict=True):
-            if _is_set(old):
+            if is_set(old):
                 cell.cell_contents = self._held(old.cell_contents)
         return made
 
@@ -170,7 +171,7 @@ class _Copier:
         if kind in _ATOMS or not depth:
             return False
         if kind is types.FunctionType:
-            held = [cell.cell_contents for cell in value.__closure__ or () if _is_set(cell)]
+            held = [cell.cell_contents for cell in value.__closure__ or () if is_set(cell)]
             given = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
             inside: Iterable[Any] = (*held, *given, *vars(value).values())
         elif id(value) in self.owned:
@@ -188,14 +189,6 @@ class _Copier:
         else:
             inside = vars(value).values()
         return self._reaches(inside, depth - 1)
-
-
-def _is_set(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018 - it raises where the variable has no value yet
-    except ValueError:
-        return False
-    return True
 
 
 @functools.lru_cache(maxsize=256)

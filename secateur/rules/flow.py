@@ -407,9 +407,7 @@ class Flow:
         """
         asked: Any = self.arguments
         if at is not None and self.arguments and self.called in VIEWS:
-            given = self.arguments[0][1:]
-            shape = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
-            asked = shape[at : at + 1]
+            asked = sizes_given(self.arguments[0])[at : at + 1]
         return [
             name.attribute
             for name in dict.fromkeys(names_of((asked,)))
@@ -477,6 +475,11 @@ class Flow:
         for dim in gone & axes.keys():
             self.mark_inexact(axes[dim], f"{what} over the channels themselves")
         return {d: labels for d, labels in axes.items() if d not in gone}
+
+
+def sizes_given(args: tuple[Any, ...]) -> Sequence[Any]:
+    """Return the sizes that a view is given, one by one or in a list."""
+    return args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
 
 
 def shown(path: str, line: int) -> str:

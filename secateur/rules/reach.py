@@ -121,7 +121,7 @@ def _held(value: Any, depth: int = 3) -> Iterator[types.FunctionType]:
         value = value.func if hasattr(value, "func") else value.__func__
     if isinstance(value, types.FunctionType):
         yield value
-        inside: Iterable[Any] = (cell.cell_contents for cell in value.__closure__ or () if _is_set(cell))
+        inside: Iterable[Any] = (cell.cell_contents for cell in value.__closure__ or () if is_set(cell))
         inside = (held for held in inside if isinstance(held, types.FunctionType))  # what a decorator wrapped
     elif isinstance(value, property):
         inside = (part for part in (value.fget, value.fset) if part is not None)
@@ -135,7 +135,8 @@ def _held(value: Any, depth: int = 3) -> Iterator[types.FunctionType]:
         yield from (function for part in inside for function in _held(part, depth - 1))
 
 
-def _is_set(cell: types.CellType) -> bool:
+def is_set(cell: types.CellType) -> bool:
+    """Tell whether a variable of a closure has a value yet."""
     try:
         cell.cell_contents  # noqa: B018 - it raises where the variable has no value yet
     except ValueError:

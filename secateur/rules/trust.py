@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from secateur.labels import Labels
-from secateur.rules.flow import COUNTS, LAYERS, VIEWS, Cause, Flow, shown
+from secateur.rules.flow import COUNTS, LAYERS, VIEWS, Cause, Flow, shown, sizes_given
 from secateur.rules.pointwise import batch_norm
 from secateur.rules.reach import Reached, computes_names, is_users_module, names_in
 from secateur.rules.registry import tensors_in
@@ -160,7 +160,7 @@ class Watch(TorchFunctionMode):
         if func in _TRUSTED:
             return func not in _CONVOLUTIONS or _owns_groups(flow.layer, args, kwargs)
         if func in VIEWS and isinstance(out, Tensor):
-            shape = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
+            shape = sizes_given(args)
             # Where channels lie, the size is left open, so the sizes written out are of other dimensions.
             return all(
                 len(shape) == out.ndim and type(shape[dim]) is int and shape[dim] == -1 for dim in flow.axes(out)
@@ -189,8 +189,7 @@ class Watch(TorchFunctionMode):
 
 def _asked(args: tuple[Any, ...]) -> dict[int, Labels]:
     """Return for a view the dimensions of its result whose sizes are numbers of channels, and these channels."""
-    shape = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
-    return {dim: size.labels for dim, size in enumerate(shape) if isinstance(size, Counted)}
+    return {dim: size.labels for dim, size in enumerate(sizes_given(args)) if isinstance(size, Counted)}
 
 
 def _told(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Any) -> Any:
