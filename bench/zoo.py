@@ -234,7 +234,7 @@ def _beside(results: dict[str, dict[str, Row]]) -> list[str]:
     lines += [
         "",
         f"Where extra memory of trace + plan + apply is over {SMALL / 2**20:.0f} MB, it is over twice what the network",
-        f"and one forward take on {many}",
+        f"and one forward (of it or its pruned copy, the larger) take on {many}",
         "",
     ]
     for ratio, name in sorted(large, reverse=True):

@@ -82,7 +82,7 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
 
     producing = {id(a): a for a in flow.produced}
     homes = [h for h in flow.store.homes if produced[classes[h.start : h.start + h.size]].any()]
-    made = _home_keys(flow, list(producing.values()))
+    made = _keys(flow.store.homes_of(list(producing.values())))
     signature = _signatures(count, classes, [h for h in homes if (h.tensor, h.dim, h.blocks) in made])
     group_of_signature = _linked(signature, flow, classes, produced)
 
@@ -296,12 +296,8 @@ def _first_cause(count: int, classes: Labels, found: list[tuple[Labels, Cause]])
     return index
 
 
-def _home_keys(flow: Flow, arrays: list[Labels]) -> set[tuple[str, int, int]]:
-    """Return the parameter dimensions for which the labels of these arrays were made."""
-    found = flow.store.homes_of(
-        np.concatenate([np.zeros(0, dtype=np.int64), *(labels.reshape(-1) for labels in arrays)])
-    )
-    return {(home.tensor, home.dim, home.blocks) for home in found}
+def _keys(homes: list[Home]) -> set[tuple[str, int, int]]:
+    return {(home.tensor, home.dim, home.blocks) for home in homes}
 
 
 def _signatures(count: int, classes: Labels, homes: list[Home]) -> Labels:
@@ -355,8 +351,7 @@ def _members(
     moved: _Shuffles,
     members: dict[int, list[Member]],
 ) -> None:
-    consumed = [labels.reshape(-1) for labels in flow.consumed]
-    read = _home_keys(flow, [flow.store.kin(np.concatenate(consumed))] if consumed else [])
+    read = _keys(flow.store.homes_of(flow.consumed, mixed=True))
     for home in homes:
         own = classes[home.start : home.start + home.size]
         ids = group_id[own]

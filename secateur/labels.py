@@ -12,17 +12,15 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-Labels = NDArray[np.int64]
+Labels = NDArray[np.signedinteger[Any]]
 Axes = dict[int, Labels]
 
 
@@ -59,7 +57,7 @@ class Moved:
     @property
     def labels(self) -> Labels:
         """The result's labels."""
-        return np.arange(self.start, self.start + self.size, dtype=np.int64)
+        return np.arange(self.start, self.start + self.size, dtype=np.int32)
 
 
 class LabelStore:
@@ -78,7 +76,7 @@ class LabelStore:
 
     def fresh(self, size: int) -> Labels:
         """Return ``size`` new labels in a row, joined to nothing."""
-        labels = np.arange(self.count, self.count + size, dtype=np.int64)
+        labels = np.arange(self.count, self.count + size, dtype=np.int32)
         self.count += size
         return labels
 
@@ -90,7 +88,7 @@ class LabelStore:
 
     def labels_of(self, home: Home) -> Labels:
         """Return the labels that were made for a parameter dimension."""
-        return np.arange(home.start, home.start + home.size, dtype=np.int64)
+        return np.arange(home.start, home.start + home.size, dtype=np.int32)
 
     def home(self, label: int) -> Home | None:
         """Return the parameter dimension for which a label was made, if it was made for one."""
@@ -100,14 +98,24 @@ class LabelStore:
         home = self.homes[index]
         return home if label < home.start + home.size else None
 
-    def homes_of(self, labels: Labels) -> list[Home]:
-        """Return every parameter dimension for which some of the labels were made."""
-        starts, sizes = np.array(self._starts, dtype=np.int64), np.array([home.size for home in self.homes])
-        labels = labels[labels >= starts[0]] if self.homes else labels[:0]
-        index = np.searchsorted(starts, labels, side="right") - 1
-        return (
-            [self.homes[i] for i in np.unique(index[labels < (starts + sizes)[index]]).tolist()] if index.size else []
-        )
+    def homes_of(self, vectors: Sequence[Labels], *, mixed: bool = False) -> list[Home]:
+        """Return every parameter dimension for which some of the labels in these arrays were made.
+
+        Args:
+            vectors: Arrays of labels.
+            mixed: Whether to take the dimensions, too, of what weights with these labels are computed from.
+        """
+        found = np.zeros(self.count + 1, dtype=bool)
+        for labels in vectors:
+            found[labels] = True
+        if mixed and self.mixed:
+            least = self._least(self.mixed)
+            roots = np.zeros(self.count, dtype=bool)
+            roots[least[found[:-1]]] = True
+            found[:-1] = _taken(roots, least)
+        bounds = [label for home in self.homes for label in (home.start, home.start + home.size)]
+        inside = np.logical_or.reduceat(found, bounds)[::2] if bounds else ()
+        return [home for home, held in zip(self.homes, inside, strict=True) if held]
 
     def are_apart(self, labels: Labels, at: int) -> bool:
         """Tell whether a vector holds something else from an index on: of another parameter, or of another place."""
@@ -123,7 +131,7 @@ class LabelStore:
         if left is right:
             return
         a, b = np.broadcast_arrays(left, right)
-        self.joins.append((a.reshape(-1), b.reshape(-1)))
+        self.joins.append((a, b))  # of what is broadcast, no copy
         if self.among_weights():
             self.mixed.append(self.joins[-1])
 
@@ -138,22 +146,63 @@ class LabelStore:
         laid = [(move.labels, move.source.reshape(move.rows, -1).T.reshape(-1)) for move in self.moves if moved]
         return self._components([*self.joins, *laid])
 
-    def kin(self, labels: Labels) -> Labels:
-        """Return every label of a parameter or buffer that weights with these labels are computed from."""
-        if not self.mixed:
-            return labels
-        classes = self._components(self.mixed)
-        wanted = np.zeros(self.count, dtype=bool)
-        wanted[classes[labels]] = True
-        return np.flatnonzero(wanted[classes])
-
     def _components(self, joins: list[tuple[Labels, Labels]]) -> Labels:
-        """Return for every label the number of the labels that these joins tie together."""
-        if not joins:
-            return np.arange(self.count, dtype=np.int64)
-        rows, columns = (np.concatenate(side, dtype=np.int32, casting="same_kind") for side in zip(*joins, strict=True))
-        graph = coo_matrix((np.ones(rows.size, dtype=np.int8), (rows, columns)), shape=(self.count, self.count))
-        return np.asarray(connected_components(graph, directed=False)[1], dtype=np.int64)
+        """Return for every label the number of the labels that these joins tie together, by the least of each."""
+        least = self._least(joins)
+        number = np.cumsum(least == np.arange(self.count, dtype=np.int32), dtype=np.int32) - 1
+        return _taken(number, least)
+
+    def _least(self, joins: list[tuple[Labels, Labels]]) -> NDArray[np.int32]:
+        """Return for every label the least of those that these joins tie it to."""
+        least = np.arange(self.count, dtype=np.int32)
+        for pairs in _batches(joins):
+            _tie(least, pairs)
+        return least
+
+
+_PAIRS = 1 << 19
+"""So many pairs of labels are tied together at once: more take more memory, fewer take longer."""
+
+
+def _batches(joins: Sequence[tuple[Labels, Labels]]) -> Iterator[NDArray[np.int32]]:
+    """Yield the pairs that joins are made of, one side in each row."""
+    ends = np.cumsum([left.size for left, _ in joins])
+    start = 0
+    while start < len(joins):
+        past = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, past + _PAIRS, side="right")))
+        pairs = np.empty((2, int(ends[stop - 1] - past)), dtype=np.int32)
+        for at, both in zip((ends - past).tolist()[start:stop], joins[start:stop], strict=True):
+            for side, labels in zip(pairs, both, strict=True):
+                side[at - labels.size : at].reshape(labels.shape)[...] = labels
+        yield pairs
+        start = stop
+
+
+def _tie(least: NDArray[np.int32], pairs: NDArray[np.int32]) -> None:
+    """Bring the least label of each component up to date for these pairs.
+
+    Of each pair the greater root is hung below the least that it meets, until all pairs have one root.
+    """
+    while True:
+        pairs = least[pairs]
+        pairs = pairs[:, pairs[0] != pairs[1]]
+        if not pairs.size:
+            return
+        np.minimum.at(least, pairs.max(0), pairs.min(0))
+        while not np.array_equal(above := _taken(least, least), least):
+            least[:] = above
+
+
+def _taken(values: NDArray[Any], places: NDArray[np.int32]) -> NDArray[Any]:
+    """Return ``values[places]``, part by part: NumPy makes a larger copy of the places on the way."""
+    if places.size <= _PAIRS:
+        return values[places]
+    taken = np.empty(places.shape, dtype=values.dtype)
+    for start in range(0, places.size, _PAIRS):
+        part = slice(start, start + _PAIRS)
+        taken[part] = values[places[part]]
+    return taken
 
 
 def runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:

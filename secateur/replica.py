@@ -43,16 +43,18 @@ def replica(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
         PlanError: If the copy would go on to call the model all the same.
     """
     memo = {} if memo is None else memo
-    for module in model.modules():
+    modules = list(model.modules())
+    for module in modules:
         for value in vars(module).values():
             # A tensor computed from parameters can't be deep-copied; it is computed anew at the next forward.
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo.setdefault(id(value), value.detach().clone())
     copied = _Copier(model, memo).copy(model)
-    own = {id(module) for module in model.modules()}
-    for name, module in copied.named_modules():
+    own = {id(module) for module in modules}
+    for module in copied.modules():
         for held, value in vars(module).items():
-            if held not in _TABLES and _holds(value, own):
+            if type(value) not in _ATOMS and held not in _TABLES and _holds(value, own):
+                name = next(name for name, found in copied.named_modules() if found is module)
                 raise PlanError(
                     f"{f'{name}.{held}'.lstrip('.')}: this {type(value).__name__} holds a function that goes on to "
                     "call the unpruned network, also in a copy. Make it a method, or keep it in a list or dict."
@@ -62,7 +64,7 @@ def replica(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
 
 def _holds(value: Any, own: set[int]) -> bool:
     """Tell whether what a copy holds beside modules and tensors leads to one of these modules, of what it copies."""
-    if type(value) in _ATOMS or isinstance(value, (torch.Tensor, nn.Module)) or not gc.is_tracked(value):
+    if isinstance(value, (torch.Tensor, nn.Module)) or not gc.is_tracked(value):
         return False
     waiting, seen = [value], {id(value)}
     while waiting and len(seen) < _MOST:

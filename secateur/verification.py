@@ -23,11 +23,14 @@ from torch import Tensor, nn
 from secateur.errors import UsageError
 from secateur.inputs import arguments, left_as_found, mapped, tensors_of, unwrapped
 from secateur.replica import replica
+from secateur.zeroing import zeroed
 
 if TYPE_CHECKING:
     from secateur.planning import PruningPlan
 
 _READERS = (nn.modules.conv._ConvNd, nn.Linear)
+_PART = 1 << 18
+"""So many values are compared at once."""
 _WHOLE: list[int] = []
 """In place of the channels that a layer keeps: it reads what it did."""
 Readings = dict[str, list[tuple[Tensor, int]]]
@@ -128,21 +131,20 @@ def _reading(name: str, readings: Readings) -> Callable[..., None]:
 
 
 @contextmanager
-def masked(model: nn.Module, plan: PruningPlan, readings: Readings) -> Iterator[nn.Module]:
-    """Give the original with removed channels zeroed where they are read, for as long as the context lasts.
+def masked(model: nn.Module, plan: PruningPlan, readings: Readings) -> Iterator[None]:
+    """Have removed channels zeroed where the original reads them, for as long as the context lasts.
 
-    Layers read through a hook, which is taken away again. Where code uses a weight without a layer of its own, a copy
-    of the model is given, in which that weight, or what it is computed from, has its removed columns zeroed; it shares
-    all other tensors.
+    Layers read through a hook, which is taken away again. Where code uses a weight without a layer of its own, that
+    weight, or what it is computed from, is read with its removed columns zeroed.
     """
-    reference = _zeroed_copy(model, plan) if plan.reads else model
-    modules = dict(reference.named_modules())
+    modules = dict(model.named_modules())
     hooks = [
         modules[name].register_forward_pre_hook(_masking(name, kept, readings), with_kwargs=True)
         for name, kept in plan.kept_inputs.items()
     ]
     try:
-        yield reference
+        with zeroed(model, plan):
+            yield
     finally:
         for hook in hooks:
             hook.remove()
@@ -158,33 +160,6 @@ def _watched(network: nn.Module, names: Iterable[str], readings: Readings) -> It
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _zeroed_copy(model: nn.Module, plan: PruningPlan) -> nn.Module:
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    memo: dict[int, Any] = {id(t): t for t in tensors.values()}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor):
-                memo[id(value)] = value
-    for name, dims in plan.reads.items():
-        value = tensors[name].detach().clone()
-        for dim, kept in dims.items():
-            value = _without_others(value, dim, kept, plan.blocks.get(name, 1) if dim == 1 else 1)
-        own = isinstance(tensors[name], nn.Parameter)
-        memo[id(tensors[name])] = nn.Parameter(value, requires_grad=tensors[name].requires_grad) if own else value
-    reference: nn.Module = replica(model, memo)
-    return reference
-
-
-def _without_others(value: Tensor, dim: int, kept: list[int], blocks: int) -> Tensor:
-    """Zero what is not kept along a dimension, which may hold a block of the channels for each block of rows."""
-    gone = torch.ones(value.shape[dim] * blocks, dtype=torch.bool, device=value.device)
-    gone[torch.tensor(kept, device=value.device)] = False
-    if blocks == 1:
-        return value.masked_fill(gone.view([-1 if d == dim else 1 for d in range(value.ndim)]), 0)
-    rows = gone.view(blocks, -1).repeat_interleave(value.shape[0] // blocks, 0)
-    return value.masked_fill(rows.view(*rows.shape, *[1] * (value.ndim - 2)), 0)
 
 
 def doubled(network: nn.Module) -> nn.Module:
@@ -221,8 +196,8 @@ def compare(model: nn.Module, small: nn.Module, plan: PruningPlan, example_input
     others = [name for name, m in small.named_modules() if isinstance(m, _READERS) and name not in plan.kept_inputs]
     with _watched(small, [*plan.kept_inputs, *others], pruned):
         found_outputs = outputs(small, example_inputs)
-    with masked(model, plan, original) as reference, _watched(reference, others, original):
-        wanted_outputs = outputs(reference, example_inputs)
+    with masked(model, plan, original), _watched(model, others, original):
+        wanted_outputs = outputs(model, example_inputs)
     _compare_outputs(wanted_outputs, found_outputs, difference)
     for name, kept in (plan.kept_inputs | dict.fromkeys(others, _WHOLE)).items():
         if len(original[name]) != len(pruned[name]):
@@ -261,16 +236,24 @@ def _compare_outputs(want: list[Tensor], found: list[Tensor], difference: Differ
             difference.notes.append(f"output {index}: shape {tuple(b.shape)} instead of {tuple(a.shape)}")
             continue
         difference.compared += 1
-        if not a.numel():
-            continue
-        kind = torch.complex128 if a.is_complex() else torch.float64
-        left, right = a.to(kind), b.to(kind)
-        same = left == right
-        gap = torch.where(same, torch.zeros_like(left.abs()), (left - right).abs())
-        finite = left.abs()[torch.isfinite(left.abs())].detach()
-        scale = max(float(finite.max()), 1e-30) if finite.numel() else 1.0
-        error = float(gap.max()) / scale
+        error = _gap(a, b) if a.numel() else 0.0
         difference.error = max(difference.error, error if error == error else float("inf"))
+
+
+def _gap(want: Tensor, found: Tensor) -> float:
+    """Return the largest absolute difference over the largest finite value; equal infinities do not differ.
+
+    Part by part: in fp64, a whole output would take many times its own memory.
+    """
+    kind = torch.complex128 if want.is_complex() else torch.float64
+    gaps, sizes = [], []
+    parts = (torch.split(tensor.flatten(), _PART) for tensor in (want, found))
+    for a, b in zip(*parts, strict=True):
+        left, right = a.to(kind), b.to(kind)
+        size = left.abs()
+        gaps.append(torch.where(left == right, 0.0, (left - right).abs()).max())
+        sizes.append(torch.where(torch.isfinite(size), size, 0.0).max())
+    return float(torch.stack(gaps).max()) / max(float(torch.stack(sizes).max()), 1e-30)
 
 
 def jumps(model: nn.Module, small: nn.Module, plan: PruningPlan, example_inputs: Any, tolerance: float) -> bool:
@@ -291,13 +274,13 @@ def jumps(model: nn.Module, small: nn.Module, plan: PruningPlan, example_inputs:
     """
     found = outputs(small, example_inputs)
     made = [_made_by(small, plan, example_inputs, {})]
-    with masked(model, plan, defaultdict(list)) as reference:
-        wanted = outputs(reference, example_inputs)
+    with masked(model, plan, defaultdict(list)):
+        wanted = outputs(model, example_inputs)
         steady = set(range(len(wanted)))
         for seed in range(_NUDGES):
             generator = torch.Generator().manual_seed(seed)
-            steady &= _agreeing(wanted, outputs(reference, _nudged(example_inputs, generator)), tolerance)
-        made.append(_made_by(reference, plan, example_inputs, plan.kept_outputs))
+            steady &= _agreeing(wanted, outputs(model, _nudged(example_inputs, generator)), tolerance)
+        made.append(_made_by(model, plan, example_inputs, plan.kept_outputs))
     if not steady <= _agreeing(wanted, found, tolerance) or made[0].keys() != made[1].keys():
         return False
     same = Difference()

@@ -33,14 +33,14 @@ class Written:
         """The names of the tensors whose values lie at an address."""
         found: dict[int, list[str]] = {}
         for name, tensor in self.named.items():
-            found.setdefault(_address(tensor), []).append(name)
+            found.setdefault(address(tensor), []).append(name)
         return found
 
     def before(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Remember the values of what an operator is about to write into."""
         given = [args[i] if i < len(args) else kwargs.get(name) for i, name in targets(func)]
         for tensor in tensors_in(given):
-            for name in self._owners.get(_address(tensor), ()):
+            for name in self._owners.get(address(tensor), ()):
                 if name not in self.values:
                     self.values[name] = self.named[name].detach().clone()
 
@@ -55,7 +55,10 @@ class Written:
                 self.named[name].data.copy_(value)
 
 
-def _address(tensor: Tensor) -> int:
+def address(tensor: Tensor) -> int:
+    """Return where a tensor's memory lies; of one without memory that can be looked at, what tells it apart."""
+    if tensor.layout is not torch.strided:
+        return id(tensor)
     return tensor.untyped_storage().data_ptr() or id(tensor)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from secateur import labels
 from secateur.labels import LabelStore, merged, runs, varying
 
 
@@ -37,11 +39,11 @@ def test_runs_have_equal_products_and_cover_every_dimension(shapes: tuple[tuple[
 @given(st.lists(st.integers(2, 4), min_size=1, max_size=4), st.data())
 def test_merged_is_the_reshape_of_the_laid_out_labels(shape: list[int], data: st.DataObject) -> None:
     dim = data.draw(st.integers(0, len(shape) - 1))
-    labels = np.arange(shape[dim])
+    vector = np.arange(shape[dim])
     full = np.empty(shape, dtype=np.int64)
     for index in np.ndindex(*shape):
-        full[index] = labels[index[dim]]
-    assert merged(labels, range(len(shape)), dim, shape).tolist() == full.reshape(-1).tolist()
+        full[index] = vector[index[dim]]
+    assert merged(vector, range(len(shape)), dim, shape).tolist() == full.reshape(-1).tolist()
 
 
 def test_varying_names_the_axes_along_which_labels_differ() -> None:
@@ -51,8 +53,17 @@ def test_varying_names_the_axes_along_which_labels_differ() -> None:
     assert varying(np.zeros((2, 3), dtype=np.int64)) == []
 
 
-@given(st.integers(1, 30), st.lists(st.tuples(st.integers(0, 29), st.integers(0, 29)), max_size=40))
-def test_classes_are_the_connected_components_of_the_joins(count: int, pairs: list[tuple[int, int]]) -> None:
+@given(st.integers(1, 30), st.lists(st.tuples(st.integers(0, 29), st.integers(0, 29)), max_size=40), st.integers(1, 50))
+def test_classes_are_the_connected_components_of_the_joins(
+    count: int, pairs: list[tuple[int, int]], at_once: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(labels, "_PAIRS", at_once)
+        check_components(count, pairs)
+
+
+def check_components(count: int, pairs: list[tuple[int, int]]) -> None:
+    """Compare with components that are united one join after another."""
     store = LabelStore()
     store.fresh(count)
     pairs = [(a % count, b % count) for a, b in pairs]
@@ -65,6 +76,30 @@ def test_classes_are_the_connected_components_of_the_joins(count: int, pairs: li
     for a in range(count):
         for b in range(count):
             assert (classes[a] == classes[b]) == (parent[a] == parent[b])
+    first = [int(np.flatnonzero(classes == number)[0]) for number in range(int(classes.max()) + 1)]
+    assert first == sorted(first)
+
+
+def test_arrays_are_joined_label_by_label_broadcasting() -> None:
+    store = LabelStore()
+    rows, columns = store.fresh(3)[:, None], store.fresh(6).reshape(3, 2)
+    store.join(rows, columns)
+    assert store.classes().tolist() == [0, 1, 2, 0, 0, 1, 1, 2, 2]
+
+
+def test_of_labels_the_parameters_are_found_and_what_they_are_computed_from() -> None:
+    weights = True
+    store = LabelStore(lambda: weights)
+    a, b, c, d = (store.fresh_for(name, 0, 3) for name in "abcd")
+    store.fresh(2)
+    store.join(a[:2], b[1:])
+    weights = False
+    store.join(c, d)
+    names = [
+        [h.tensor for h in store.homes_of(v, mixed=mixed)] for v in ([a[:1]], [b[:1]], [c]) for mixed in (False, True)
+    ]
+    assert names == [["a"], ["a", "b"], ["b"], ["b"], ["c"], ["c"]]
+    assert store.homes_of([np.array([12, 13])]) == store.homes_of([]) == LabelStore().homes_of([]) == []
 
 
 def test_a_label_finds_the_parameter_it_was_made_for() -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import scipy.sparse  # noqa: F401 - it changes the warning filters when it is first imported
 import torch
 from torch import Tensor, nn
 

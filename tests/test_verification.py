@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import secateur as sc
+from secateur import verification
 from secateur.precision import in_double
-from secateur.verification import _sums, _weights, doubled, outputs
+from secateur.verification import Difference, _compare_outputs, _sums, _weights, doubled, outputs
 
 
 class Tied(nn.Module):
@@ -125,3 +126,29 @@ def test_operators_in_fp64_keep_what_fp32_can_not_hold() -> None:
     assert torch.allclose(found[1], network.lstm.double()(rows)[0], atol=1e-13, rtol=0)
     assert torch.allclose(found[2], network.attend.double()(rows, rows, rows)[0], atol=1e-13, rtol=0)
     assert torch.equal(found[3][:, 1:], rows[:, :-1])
+
+
+@pytest.mark.parametrize("at_once", [3, 1 << 18])
+@pytest.mark.parametrize(
+    ("want", "found", "error"),
+    [
+        ([1.0, -4.0, 2.0, 0.0], [1.0, -4.0, 2.0, 0.0], 0.0),
+        ([1.0, -4.0, 2.0, 0.0], [1.5, -4.0, 2.0, 0.25], 0.125),
+        ([math.inf, -4.0, 2.0, 0.0], [math.inf, -4.0, 3.0, 0.0], 0.25),
+        ([math.inf, 1.0, 1.0, 1.0], [-math.inf, 1.0, 1.0, 1.0], math.inf),
+        ([math.nan, 1.0, 1.0, 2.0], [math.nan, 1.0, 1.0, 3.0], math.inf),
+        ([1.0, 1.0, 1.0, 2.0], [math.nan, 1.0, 1.0, 3.0], math.inf),
+        ([0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1e-40], 0.0),
+        ([3 + 4j, 0, 0, 0], [3 + 4j, 0, 1j, 0], 0.2),
+        ([True, False, True, True], [True, True, True, True], 1.0),
+        ([], [], 0.0),
+    ],
+)
+def test_outputs_differ_by_the_largest_gap_over_the_largest_value(
+    want: list[complex], found: list[complex], error: float, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification, "_PART", at_once)
+    difference = Difference()
+    _compare_outputs([torch.tensor(want)], [torch.tensor(found)], difference)
+    assert difference.error == pytest.approx(error, abs=1e-9)
+    assert difference.compared == 1

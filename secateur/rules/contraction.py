@@ -292,7 +292,7 @@ def _parts(flow: Flow, weight: Tensor, kind: type[nn.Module]) -> tuple[str, ...]
     axes = list(flow.axes(weight).values())
     if not axes or _owns(flow, weight, kind):
         return ()
-    found = flow.store.homes_of(flow.store.kin(np.concatenate(axes)))
+    found = flow.store.homes_of(axes, mixed=True)
     return tuple(dict.fromkeys(home.tensor for home in found))
 
 
