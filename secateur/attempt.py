@@ -95,7 +95,7 @@ class Trials:
 def key_of(group: ChannelGroup) -> tuple[object, ...]:
     """Return what tells a group apart from one grouping to the next: its name and its constraints."""
     schedule = group.schedule.tobytes() if group.schedule is not None else b""
-    return group.name, group.blocks.tobytes(), group.removable.tobytes(), schedule
+    return group.name, group.blocks.tobytes(), group.removable.tobytes(), schedule, group.multiple
 
 
 @dataclass(frozen=True)

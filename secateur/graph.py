@@ -6,6 +6,7 @@ the model, so it can be printed, compared and stored.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -129,6 +130,15 @@ class ChannelGroup:
     """Sets of channels some of which have to stay."""
     least: int = 1
     """How many channels have to stay: with fewer, code that counts with their number fails or does something else."""
+    multiple: int = 1
+    """Channels go in multiples of so many: code asks for the remainder of their number."""
+
+    @property
+    def quota(self) -> IndexArray:
+        """How many channels each block loses in one step, where no schedule says otherwise."""
+        smallest = quotas(self.blocks)
+        together = int(smallest.sum())
+        return smallest * (math.lcm(together, self.multiple) // together)
 
     @property
     def producers(self) -> tuple[Member, ...]:
@@ -154,6 +164,8 @@ class ChannelGroup:
         least = max(self.least, *(s.least for s in self.staying if len(s.channels) == self.size), 0)
         if least > 2:
             rules.append(f"at least {least} channels stay")
+        if self.multiple > 1:
+            rules.append(f"channels go in multiples of {self.multiple}")
         return ", ".join(rules)
 
 

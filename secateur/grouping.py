@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -116,6 +117,7 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
     cells, uneven = _cells(flow, classes, group_id, channel_of, by_group)
     schedules = _schedules(flow, moved, classes, group_id, channel_of, by_group, free)
     staying = _staying(flow, classes, group_id, channel_of)
+    multiples = _multiples(flow, classes, group_id, channel_of, by_group)
     order.sort(key=lambda g: int(first[by_group[g]].min()))
     groups: list[ChannelGroup] = []
     index_of: dict[int, int] = {}
@@ -126,13 +128,14 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
         removable = free[own].copy()
         cell = cells[g]
         schedule = None
+        multiple = multiples.get(g, 1)
         if g in schedules:
             found = schedules[g]
             reason = "" if found is not None else "no smaller width keeps the rows of all its shuffles equal"
-            reason = "is shuffled, and a number of channels has to stay" if staying.get(g) else reason
+            reason = "is shuffled, and a number of channels has to stay" if staying.get(g) or multiple > 1 else reason
             cell, schedule = found if found is not None else (cell, None)
         else:
-            reason = uneven.get(g) or _unsplittable(cell, removable)
+            reason = uneven.get(g) or _unsplittable(cell, removable, multiple)
         if reason:
             lost[g] = reason
             continue
@@ -142,7 +145,10 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
         name = _group_name(members[g], names)
         index_of[g] = len(groups)
         sets = tuple(staying.get(g, ()))
-        groups.append(ChannelGroup(name, own.size, tuple(members[g]), cell, removable, exact, why, schedule, sets))
+        made_of = tuple(members[g])
+        groups.append(
+            ChannelGroup(name, own.size, made_of, cell, removable, exact, why, schedule, sets, multiple=multiple)
+        )
     final = np.full(sizes.size + 1, -1, dtype=np.int64)
     for g, index in index_of.items():
         final[g] = index
@@ -266,6 +272,27 @@ def _staying(flow: Flow, classes: Labels, group_id: Labels, channel_of: Labels) 
             known = found[g].get(channels.tobytes())
             found[g][channels.tobytes()] = Staying(channels, max(count, known.least if known is not None else 0))
     return {g: [s for s in sets.values() if s.least > 1] for g, sets in found.items()}
+
+
+def _multiples(
+    flow: Flow, classes: Labels, group_id: Labels, channel_of: Labels, by_group: dict[int, Labels]
+) -> dict[int, int]:
+    """Return for every group of how many channels a multiple has to go: then no remainder changes that code asks for.
+
+    Where only some of a group's channels are counted, or some more often than others, as many as there are: none go.
+    """
+    found: dict[int, int] = {}
+    for labels, divisor in flow.multiples:
+        own = classes[labels]
+        groups = group_id[own]
+        for g in np.unique(groups[groups >= 0]).tolist():
+            counts = np.bincount(channel_of[own[groups == g]], minlength=by_group[g].size)
+            if (counts % divisor == 0).all():
+                continue
+            alike = bool((counts == counts[0]).all())
+            needed = divisor // math.gcd(divisor, int(counts[0])) if alike else by_group[g].size
+            found[g] = math.lcm(found.get(g, 1), needed)
+    return found
 
 
 def _counted(held: Labels, sizes: Labels, g: int, group_id: Labels, channel_of: Labels, width: int) -> Labels:
@@ -401,11 +428,15 @@ def _cells(
     return cells, uneven
 
 
-def _unsplittable(cells: Labels, removable: np.ndarray) -> str:
+def _unsplittable(cells: Labels, removable: np.ndarray, multiple: int) -> str:
     """Say why no step can be taken at all; empty where one can."""
     sizes = np.bincount(cells)
     quota = quotas(cells)
-    if (sizes == quota).any():
+    together = math.lcm(int(quota.sum()), multiple)
+    if multiple > 1 and together >= cells.size:
+        return f"the remainder of their number by {multiple} is asked for"
+    quota *= together // quota.sum()
+    if (sizes <= quota).any():
         return "its channels only go together" if sizes.size == 1 else "its blocks can't lose equal fractions"
     if (np.bincount(cells, weights=removable) < quota).any():
         return "every block has to lose channels, and one has none that can go"

@@ -8,7 +8,6 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from secateur.errors import UsageError
-from secateur.graph import quotas
 
 if TYPE_CHECKING:
     from secateur.graph import ChannelGraph, ChannelGroup
@@ -221,7 +220,7 @@ def totals(group: ChannelGroup) -> list[int]:
     """Return the numbers of channels that a group can have lost as far as its constraint goes, ascending."""
     if group.schedule is not None:
         return [int(n) for n in group.schedule.sum(1) if n <= group.size - group.least]
-    step = int(quotas(group.blocks).sum())
+    step = int(group.quota.sum())
     return list(range(step, group.size - group.least + 1, step))
 
 

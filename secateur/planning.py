@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secateur import cost, ordering
 from secateur.errors import PlanError, UsageError
-from secateur.graph import Order, quotas
+from secateur.graph import Order
 from secateur.limits import Limits, totals
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def steps(group: ChannelGroup, order: Sequence[int]) -> list[list[int]]:
 
 def _steps(group: ChannelGroup, order: Sequence[int]) -> list[list[int]]:
     sizes = np.bincount(group.blocks)
-    quota = quotas(group.blocks)
+    quota = group.quota
     ordered = np.asarray(order, dtype=np.int64).reshape(-1)
     place = np.full(group.size, -1, dtype=np.int64)
     place[ordered] = np.arange(ordered.size)
@@ -239,6 +239,11 @@ def plan_removal(graph: ChannelGraph, removed: Mapping[str, Sequence[int]]) -> P
                     f"{name}: of {len(some.channels)} channels {some.least} have to stay, and {left} would: the code "
                     "squeezes away a dimension of one index, or compares their number with another."
                 )
+        if len(channels) % group.multiple:
+            raise PlanError(
+                f"{name}: cannot remove {len(channels)} channels: they go in multiples of {group.multiple}, since the "
+                "network's own code asks for the remainder of their number."
+            )
         sizes = np.bincount(group.blocks)
         gone = np.bincount(group.blocks[channels], minlength=sizes.size)
         if group.schedule is not None:

@@ -250,7 +250,7 @@ def record(
             # Costs are those of inference.
             del flow.calls[calls:]
             idle = _idle(model, flow)
-        flow.keep_apart()
+        flow.keep_numbers()
         flow.doubt = flow.doubt or executed.counting() or naming(model, functions)
         notes.extend(f"{name}: never runs, so it is left as it is" for name in idle)
     notes.extend(_without_elements(flow))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.errors import PlanError
+from secateur.errors import PlanError, SecateurError
 from secateur.rules.reach import is_set
 
 _ATOMS = frozenset({int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device})
@@ -40,7 +40,8 @@ def replica(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
     what they hold.
 
     Raises:
-        PlanError: If the copy would go on to call the model all the same.
+        PlanError: If the copy would go on to call the model all the same, or a value that a module holds can't be
+            copied.
     """
     memo = {} if memo is None else memo
     modules = list(model.modules())
@@ -142,9 +143,22 @@ class _Copier:
             elif name in _TABLES and type(item) in (dict, set, OrderedDict) and not item:
                 copied[name] = type(item)()
             else:
-                copied[name] = self.copy(item)
+                copied[name] = self._attribute(module, name, item)
         small.__setstate__(copied)
         return small
+
+    def _attribute(self, module: nn.Module, name: str, value: Any) -> Any:
+        try:
+            return self.copy(value)
+        except SecateurError:
+            raise
+        except Exception as error:  # whatever the value's own code raises
+            path = next((path for path, found in self.model.named_modules() if found is module), type(module).__name__)
+            text = f"{type(error).__name__}: {error}".rstrip(".")
+            raise PlanError(
+                f"{f'{path}.{name}'.lstrip('.')}: this {type(value).__name__} can't be copied ({text}), so neither can "
+                "the network. Take it off the module, and put it back on the pruned one."
+            ) from error
 
     def _function(self, function: types.FunctionType) -> types.FunctionType:
         cells = tuple(types.CellType() for _ in function.__closure__ or ())

@@ -81,13 +81,13 @@ def constant_of_width(m: Net, x: Tensor) -> Tensor:
 
 def moved_by_width(m: Net, x: Tensor) -> Tensor:
     y = m.one(x)
-    out: Tensor = m.head(y) * x[..., y.shape[1] % 2 : y.shape[1] % 2 + 1]
+    out: Tensor = m.head(y) * x[..., y.shape[1] // 8 : y.shape[1] // 8 + 1]
     return out
 
 
 def picked_by_width(m: Net, x: Tensor) -> Tensor:
     y = m.one(x)
-    out: Tensor = m.head(y) * x.select(3, y.shape[1] % 2).unsqueeze(3)
+    out: Tensor = m.head(y) * x.select(3, y.shape[1] // 8).unsqueeze(3)
     return out
 
 

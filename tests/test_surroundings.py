@@ -1,10 +1,11 @@
-"""What goes on around a network's operators: functions that hold it, numbers of its own, tensors from elsewhere."""
+"""What goes on around a network's operators: functions that hold it, tensors from elsewhere, what is left behind."""
 
 from __future__ import annotations
 
 import collections
 import copy
 import functools
+import threading
 import types
 import weakref
 from collections.abc import Callable
@@ -18,28 +19,7 @@ import secateur as sc
 from secateur import attempt
 from secateur.replica import replica
 from tests.cases.table import Net, conv
-
-X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-class Base(nn.Module):
-    """A convolution of 16 channels, one more, and a head that is the output."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b, self.head = conv(3, 16), conv(16, 12), conv(12, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.b(self.a(x).relu()))
-
-
-def pruned(model: nn.Module, inputs: Tensor = X) -> tuple[sc.ChannelGraph, sc.PruningPlan, nn.Module]:
-    """Remove half of every exact group."""
-    graph = sc.trace(model.eval(), inputs)
-    plan = sc.plan_removal(graph, {g.name: list(range(g.size // 2)) for g in graph.groups if g.exact})
-    return graph, plan, sc.apply(model, plan)
-
+from tests.surroundings import Base, X, pruned
 
 # Functions that hold the network
 
@@ -130,6 +110,15 @@ def test_copies_that_would_call_the_unpruned_network_are_refused(kind: object) -
         sc.apply(model, plan)
 
 
+def test_what_can_not_be_copied_is_named() -> None:
+    model = Base()
+    model.b.guards = [threading.Lock()]  # type: ignore[assignment]
+    graph = sc.trace(model.eval(), X)
+    plan = sc.plan_removal(graph, {"a": [0]})
+    with pytest.raises(sc.PlanError, match=r"^b\.guards: this list can't be copied \(TypeError: cannot pickle"):
+        sc.apply(model, plan)
+
+
 class Forgetful(nn.Conv2d):
     """Drops its cache where it is copied."""
 
@@ -170,233 +159,6 @@ class ByGlobal(nn.Module):
 def test_layers_called_through_a_global_variable_are_kept() -> None:
     graph = sc.trace(ByGlobal().eval(), X)
     assert not graph.groups
-
-
-# Numbers of the network's own
-
-
-class Cropped(Base):
-    """Crops to a number of tokens which is equal to the width by chance."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens = 16
-        self.head = nn.Linear(16, 4)  # type: ignore[assignment]
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.a(x)
-        n, c, h, w = x.shape
-        return self.head(x.view(n, c, h * w)[:, :, : 4 * self.tokens].mean(2))
-
-
-def test_a_number_equal_to_the_width_by_chance_stays() -> None:
-    model = Cropped()
-    _, plan, small = pruned(model, torch.randn(2, 3, 4, 4))
-    assert small.a.out_channels == 8
-    assert small.tokens == 16
-    assert sc.verify(model, small, plan, torch.randn(2, 3, 12, 12)).exact
-
-
-class Counting(Base):
-    """Holds numbers in every way, and counts on in one of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls, self.sizes, self.pair = 0, [16, 12], (8, "same")
-        self.kept: object = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        self.sizes.append(3)
-        self.kept = (self.sizes[1] * 2, x.shape[1], [self.calls])
-        x = self.a(x).view(len(x), self.sizes[0], *x.shape[2:])
-        return self.head(self.b(x))
-
-
-def test_numbers_are_plain_again_after_a_trace() -> None:
-    model = Counting()
-    _, plan, small = pruned(model)
-    assert type(model.calls) is int
-    assert {type(size) for size in model.sizes} == {int}
-    assert [type(part) for part in model.pair] == [int, str]
-    assert [type(part) for part in model.kept[:2]] == [int, int]  # type: ignore[index]
-    assert small.sizes[:2] == [8, 12]
-    assert sc.verify(model, small, plan, X).exact
-
-
-def test_sizes_listed_at_a_split_follow_their_parts() -> None:
-    model = Net(
-        lambda m, x: m.head(m.cut(m.a(x))),
-        a=conv(3, 16),
-        cut=SplitParts(10, 6),
-        head=conv(12, 4),
-    )
-    graph, plan, small = pruned(model)
-    assert "a" in {g.name for g in graph.groups}
-    assert small.cut.first + small.cut.second == small.a.out_channels < 16
-    assert sc.verify(model, small, plan, X).exact
-
-
-class SplitParts(nn.Module):
-    """Two parts, each read by a layer of its own, whose widths are numbers of the module."""
-
-    def __init__(self, first: int, second: int) -> None:
-        super().__init__()
-        self.first, self.second = first, second
-        self.b, self.c = conv(first, 12), conv(second, 12)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = torch.split(x, [self.first, self.second], 1)
-        return self.b(a) + self.c(b)
-
-
-class EqualParts(nn.Module):
-    """Two parts of one width, twice the same number of the module."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-        self.b, self.c = conv(width, 12), conv(width, 12)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = x.split((self.width, self.width), 1)
-        return self.b(a) + self.c(b)
-
-
-def test_one_number_given_twice_at_a_split_follows_equal_parts() -> None:
-    model = Net(lambda m, x: m.head(m.cut(m.a(x))), a=conv(3, 16), cut=EqualParts(8), head=conv(12, 4))
-    graph = sc.trace(model.eval(), X)
-    assert [(g.name, g.size, int(g.blocks.max()) + 1) for g in graph.groups if g.name == "a"] == [("a", 16, 2)]
-
-
-class AsksForTheType(Base):
-    """Takes a number or a pair, and looks at its type."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.size = 2
-
-    def forward(self, x: Tensor) -> Tensor:
-        size = (self.size, self.size) if type(self.size) is int else self.size
-        return self.head(self.b(F.avg_pool2d(self.a(x), (size[0], size[1]))))
-
-
-def test_code_that_asks_for_the_type_of_a_number_is_traced() -> None:
-    model = AsksForTheType()
-    graph, plan, small = pruned(model)
-    assert {g.name for g in graph.groups} == {"a", "b"}
-    assert type(model.size) is int
-    assert sc.verify(model, small, plan, X).exact
-
-
-# What depends on the width
-
-
-def test_a_dimension_that_would_be_squeezed_away_keeps_two() -> None:
-    model = Net(
-        lambda m, x: m.head(F.adaptive_avg_pool2d(m.a(x), 1).squeeze()), a=conv(3, 16), head=nn.Linear(16, 4)
-    ).eval()
-    graph = sc.trace(model, X)
-    (group,) = graph.groups
-    with pytest.raises(sc.PlanError, match="2 have to stay, and 1 would"):
-        sc.plan_removal(graph, {"a": list(range(15))})
-    plan = sc.plan_removal(graph, {"a": list(range(14))})
-    assert sc.verify(model, sc.apply(model, plan), plan, X).exact
-    assert sum(map(len, sc.planning.steps(group, range(16)))) == 14
-
-
-FORMULAS = {
-    "takes the larger": lambda x: x * max(x.shape[1] // 4, 2),
-    "counts in small steps": lambda x: x + 2e-5 * x.shape[1],
-    "divides by it": lambda x: x / (x.shape[1] + 10000),
-    "scales": lambda x: x * x.shape[1] ** -0.5,
-}
-
-
-@pytest.mark.parametrize("name", FORMULAS)
-def test_what_is_computed_with_the_width_is_refused(name: str) -> None:
-    model = Net(lambda m, x: m.head(FORMULAS[name](m.a(x))), a=conv(3, 16), head=conv(16, 4))
-    graph = sc.trace(model.eval(), X)
-    assert not graph.groups
-    assert any("a.weight" in refusal.tensors for refusal in graph.refused)
-
-
-@pytest.mark.parametrize("below", [lambda c: c > 4, lambda c: c + 1 > 5, lambda c: min(c, 5) == 5])
-def test_where_code_does_otherwise_below_a_width_as_many_stay_as_were_tried(below: Callable[[int], bool]) -> None:
-    model = Net(lambda m, x: m.head(y.relu() if below((y := m.a(x)).shape[1]) else -y), a=conv(3, 16), head=conv(16, 4))
-    graph = sc.trace(model.eval(), X)
-    (group,) = graph.groups
-    assert group.least == 9
-    assert group.constraint == "at least 9 channels stay"
-    with pytest.raises(sc.PlanError, match="at least 9 have to stay"):
-        sc.plan_removal(graph, {"a": list(range(8))})
-    plan = sc.plan(graph, sc.score(model, graph, "l1"), sc.Target(channels=0.4))
-    assert sc.verify(model, sc.apply(model, plan), plan, X).exact
-
-
-class Standardised(nn.Conv2d):
-    """Weights standardised by batch norm, which takes more than one value (NFNet)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = self.weight.reshape(1, len(self.weight), -1)
-        rows = F.batch_norm(rows, None, None, training=True) * (1 if x.shape[1] + 1 else 2)
-        return F.conv2d(x, rows.reshape_as(self.weight), self.bias)
-
-
-def test_what_fails_with_one_channel_alone_keeps_two() -> None:
-    model = Net(lambda m, x: m.head(m.b(m.a(x))), a=conv(3, 16), b=Standardised(16, 12, 1), head=conv(12, 4))
-    graph = sc.trace(model.eval(), X)
-    assert {(group.name, group.least) for group in graph.groups} == {("a", 2), ("b", 2)}
-
-
-class WhereShapesAgree(Base):
-    """A shortcut where the shapes agree, which those of the unpruned network do not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.b, self.head = conv(16, 24), conv(24, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.a(x)
-        y = self.b(x)
-        return self.head(x + y if x.shape == y.shape else y)
-
-
-def test_widths_that_code_found_to_differ_do_not_come_to_agree() -> None:
-    model = WhereShapesAgree().eval()
-    graph = sc.trace(model, X)
-    assert [g.name for g in graph.groups] == ["a"]
-    assert any("b.weight" in refusal.tensors and "come to equal" in refusal.reason for refusal in graph.refused)
-    assert all("test_surroundings.py" in r.source for r in graph.refused if "b.weight" in r.tensors)
-
-
-def test_more_channels_stay_than_the_number_that_they_are_compared_with() -> None:
-    def forward(m: Net, x: Tensor) -> Tensor:
-        y = m.a(x)
-        return m.head(y if y.shape != x.shape else y + x)
-
-    inputs = torch.randn(2, 5, 8, 8)
-    (group,) = sc.trace(Net(forward, a=conv(5, 16), head=conv(16, 4)).eval(), inputs).groups
-    assert group.constraint == "at least 6 channels stay"
-    assert len(sc.planning.steps(group, range(16))) == 10
-
-
-HIDDEN = {
-    "the number of elements": lambda y: y.numel() > 4 * 2 * 64,
-    "the length": lambda y: len(y[0]) > 4,
-    "a stride": lambda y: y.stride(0) > 4 * 64,
-    "a shift": lambda y: y.shape[1] >> 2,
-    "a division": lambda y: divmod(y.shape[1], 5)[0],
-    "its square": lambda y: y.shape[1] * y.shape[1] > 16,
-    "truth": lambda y: bool(y.shape[1] // 5),
-}
-
-
-@pytest.mark.parametrize("name", HIDDEN)
-def test_widths_are_tried_however_code_asks_for_them(name: str) -> None:
-    model = Net(lambda m, x: m.head(y if HIDDEN[name](y := m.a(x)) else -y), a=conv(3, 16), head=conv(16, 4))
-    (group,) = sc.trace(model.eval(), X).groups
-    assert group.least > 4
 
 
 # Tensors and modules from elsewhere

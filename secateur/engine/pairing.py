@@ -14,7 +14,7 @@ from secateur import cost
 from secateur.criteria import singh2020cfp as cfp
 from secateur.engine.settings import Share
 from secateur.errors import CriterionError, PlanError
-from secateur.graph import ChannelGraph, ChannelGroup, Member, quotas
+from secateur.graph import ChannelGraph, ChannelGroup, Member
 from secateur.limits import matches, names
 from secateur.planning import steps
 
@@ -148,7 +148,7 @@ def step_size(group: ChannelGroup) -> int:
     """Return the smallest number of channels that a group can lose at once, so that it keeps its constraint."""
     if group.schedule is not None:
         return int(group.schedule[0].sum())
-    return int(quotas(group.blocks).sum())
+    return int(group.quota.sum())
 
 
 def _totals(group: ChannelGroup, min_width: int) -> list[int]:

@@ -175,6 +175,8 @@ class Flow:
         self.magnitudes: dict[Magnitude, None] = {}
         self.staying: list[tuple[Labels, int]] = []
         """Dimensions of channels and how many have to stay: two, where code would drop a dimension of one index."""
+        self.multiples: list[tuple[Labels, int]] = []
+        """Dimensions of channels and by what the code divides their number and asks for the remainder."""
         self.produced: list[Labels] = []
         self.consumed: list[Labels] = []
         self.module = ""
@@ -382,10 +384,11 @@ class Flow:
         self.measures.append((labels, Measure()))
         return self.measures[-1][1]
 
-    def keep_apart(self) -> None:
-        """Keep so many channels that their number does not come to equal a smaller one, which the code found to differ.
+    def keep_numbers(self) -> None:
+        """Keep what the code found out about numbers of channels: that two differ, and what remains of a division.
 
-        Those that are more than other channels all stay, as the others may lose some, or none.
+        Those that are more than other channels all stay, as the others may lose some, or none; of those that are more
+        than a given number, one more than that stays.
         """
         for labels, measure in self.measures:
             if measure.met is not None:
@@ -393,6 +396,10 @@ class Flow:
                 self.freeze_for(labels, Cause("comparison", "", shown(*measure.met), reason))
             elif measure.above > 1:
                 self.staying.append((labels, measure.above + 1))
+        followed = [(a.labels, self.numbers.get((a.module, a.name))) for a in self.attributes]
+        for labels, number in [*self.measures, *followed]:
+            if number is not None and number.divisor > 1:
+                self.multiples.append((labels, number.divisor))
 
     def give_up(self, site: Site) -> None:
         """Keep the channels of a site whose assumption does not hold."""

@@ -13,6 +13,7 @@ from secateur.labels import Axes, Labels, merged, runs, varying
 from secateur.rules.flow import Flow, Grid
 from secateur.rules.registry import rule
 from secateur.rules.shuffle import cut_into_rows, is_loose, loosely
+from secateur.rules.sizes import plain
 
 HEAD_COUNTS = (
     "num_heads", "n_heads", "nhead", "heads", "num_attention_heads", "n_head", "num_head", "nheads", "head_num",
@@ -25,7 +26,7 @@ _HARD_CODED = "sizes written in the code do not follow the removed channels"
 def _along_heads(flow: Flow, shape: Sequence[int], labels: Labels) -> int | None:
     """Return the axis that counts the heads of the module at work, if it says how many it has."""
     for name in HEAD_COUNTS:
-        heads = getattr(flow.layer, name, None)
+        heads = plain(getattr(flow.layer, name, None))  # what is asked here is not asked by the code
         if isinstance(heads, int) and not isinstance(heads, bool) and heads > 1:
             # Of (3, heads, size) and (heads, size), the last but one.
             found = [a for a in varying(labels) if shape[a] == heads]

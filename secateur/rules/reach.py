@@ -86,17 +86,20 @@ def _methods(model: nn.Module) -> dict[str, list[Reached]]:
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             for function in _held(hook):
                 found.setdefault("forward", []).append((function, kind))
+    of_base: dict[type, list[tuple[str, types.FunctionType]]] = {}
     for kind in kinds:
-        for name, function in _of_class(kind):
-            if name not in _SILENT:
+        for base in kind.__mro__:
+            if base not in of_base:  # which many classes may have
+                of_base[base] = list(_of_class(base))
+            for name, function in of_base[base]:
                 found.setdefault(name, []).append((function, kind))
     return found
 
 
-def _of_class(kind: type) -> Iterator[tuple[str, types.FunctionType]]:
-    for base in kind.__mro__:
-        if _is_users(base):
-            for name, value in vars(base).items():
+def _of_class(base: type) -> Iterator[tuple[str, types.FunctionType]]:
+    if _is_users(base):
+        for name, value in vars(base).items():
+            if name not in _SILENT and type(value) not in _PLAIN:
                 for function in _held(value):
                     yield name, function
 

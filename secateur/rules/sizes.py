@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import math
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,8 @@ class Measure:
     """Where it was found to differ from the smaller number of other channels, which it must not come to equal."""
     above = 1
     """The largest of the smaller numbers that it was found to differ from: more have to stay."""
+    divisor = 1
+    """What it was divided by to ask for the remainder: it has to lose a multiple of that."""
 
 
 def _measuring(operate: Callable[..., Any], computes: bool) -> Any:
@@ -46,7 +49,25 @@ def _measuring(operate: Callable[..., Any], computes: bool) -> Any:
     return method
 
 
-_COMPARING = "lt le gt ge mod rmod rshift lshift and rand divmod rdivmod bool round trunc int format str"
+def _remaining(operate: Callable[..., Any]) -> Any:
+    """Return a way to ask for the remainder of a number, or of a fraction of it."""
+
+    @functools.wraps(operate)
+    def method(self: Any, other: Any) -> Any:
+        for measure in self.measures:
+            measure.taken = True
+            if isinstance(other, int):
+                divisor = _divisor(other)
+                divisor = 1 << divisor.bit_length() if operate is int.__and__ else divisor  # C & 3 is C % 4
+                measure.divisor = math.lcm(measure.divisor, divisor * self.part)
+        return operate(self, other)
+
+    return method
+
+
+_REMAINING = "mod divmod and"
+"""Ways to ask for a remainder."""
+_COMPARING = "lt le gt ge rmod rshift lshift rand rdivmod bool round trunc int format str"
 _COMPUTING = "add radd sub rsub truediv rtruediv pow rpow rfloordiv neg abs float"
 """Ways to compare a number, and to count with it."""
 
@@ -63,6 +84,8 @@ class Counted(int):
 
     labels: Labels
     measure: Measure
+    part = 1
+    """Of how many of the channels it counts one."""
     __hash__ = int.__hash__
 
     def __eq__(self, other: object) -> bool:
@@ -83,19 +106,19 @@ class Counted(int):
 
     def __floordiv__(self, other: Any) -> Any:
         """Return a fraction."""
-        return self._part(int.__floordiv__(self, other), other)
+        return self._derived(int.__floordiv__(self, other), other, self.part * _divisor(other))
 
     def __mul__(self, other: Any) -> Any:
         """Return a multiple."""
-        return self._part(int.__mul__(self, other), other)
+        return self._derived(int.__mul__(self, other), other, self.part)
 
     __rmul__ = __mul__
 
-    def _part(self, result: Any, other: Any) -> Any:
+    def _derived(self, result: Any, other: Any, part: int) -> Any:
         if isinstance(other, Counted):
             self.measure.taken = self.measure.computed = True
         plain = type(result) is int and isinstance(other, int) and not isinstance(other, Counted)
-        return counted(result, self.labels, self.measure) if plain else result
+        return counted(result, self.labels, self.measure, part) if plain else result
 
     def __reduce__(self) -> Any:
         """Be copied and stored as a plain number."""
@@ -110,13 +133,19 @@ class Counted(int):
 for _names in (_COMPARING, _COMPUTING):
     for _name in _names.split():
         setattr(Counted, f"__{_name}__", _measuring(getattr(int, f"__{_name}__"), _names is _COMPUTING))
+for _name in _REMAINING.split():
+    setattr(Counted, f"__{_name}__", _remaining(getattr(int, f"__{_name}__")))
 
 
-def counted(size: int, labels: Labels, measure: Measure) -> Counted:
-    """Return a size so that it knows of which channels it is the number."""
+def counted(size: int, labels: Labels, measure: Measure, part: int = 1) -> Counted:
+    """Return a size so that it knows of which channels it is the number, or which part of that."""
     result = Counted(size)
-    result.labels, result.measure = labels, measure
+    result.labels, result.measure, result.part = labels, measure, part
     return result
+
+
+def _divisor(value: Any) -> int:
+    return abs(int.__int__(value)) or 1 if isinstance(value, int) else 1
 
 
 class Name(NamedTuple):
@@ -139,7 +168,10 @@ def _keeping(operate: Callable[[int, Any], Any]) -> Callable[[Named, Any], Any]:
         result = operate(self, other)
         if type(result) is not int:
             return result
-        return named(result, self.names | (other.names if isinstance(other, Named) else frozenset()))
+        names, part = self.names, self.part
+        if isinstance(other, Named):
+            names, part = names | other.names, part * other.part
+        return named(result, names, part * _divisor(other) if operate is int.__floordiv__ else part)
 
     return method
 
@@ -156,6 +188,8 @@ class Named(int):
     """
 
     names: frozenset[Name]
+    part = 1
+    """By how much the numbers that it was computed from were divided on the way."""
     __add__ = __radd__ = _keeping(int.__add__)
     __mul__ = __rmul__ = _keeping(int.__mul__)
     __sub__ = _keeping(int.__sub__)
@@ -165,7 +199,7 @@ class Named(int):
 
     def __neg__(self) -> int:
         """Return the number counted from the end."""
-        return named(int.__neg__(self), self.names)
+        return named(int.__neg__(self), self.names, self.part)
 
     def __reduce__(self) -> Any:
         """Be copied and stored as a plain number."""
@@ -177,14 +211,16 @@ class Named(int):
         return tuple(name.measure for name in self.names)
 
 
-for _name in "lt le gt ge mod rmod truediv rtruediv pow rpow rshift lshift divmod rdivmod float bool round".split():  # noqa: SIM905
+for _name in "lt le gt ge rmod truediv rtruediv pow rpow rshift lshift rdivmod float bool round".split():  # noqa: SIM905
     setattr(Named, f"__{_name}__", _measuring(getattr(int, f"__{_name}__"), _name in _COMPUTING.split()))
+for _name in _REMAINING.split():
+    setattr(Named, f"__{_name}__", _remaining(getattr(int, f"__{_name}__")))
 
 
-def named(number: int, names: Any) -> Named:
-    """Return a number so that it knows of which attributes it is made."""
+def named(number: int, names: Any, part: int = 1) -> Named:
+    """Return a number so that it knows of which attributes it is made, and by what these were divided."""
     result = Named(number)
-    result.names = frozenset(names)
+    result.names, result.part = frozenset(names), part
     return result
 
 
@@ -243,16 +279,17 @@ def told_apart(
                     own[name] = int.__int__(value)
                 elif type(value) is tuple:
                     told_of = tuples.get(id(value))
-                    own[name] = told_of[1] if told_of else tuple(map(_plain, value)) if _tells(value) else value
+                    own[name] = told_of[1] if told_of else tuple(map(plain, value)) if _tells(value) else value
                 elif type(value) is list and _tells(value):
-                    value[:] = map(_plain, value)
+                    value[:] = map(plain, value)
 
 
 def _tells(values: Any) -> bool:
     return any(isinstance(value, (Named, Counted)) for value in values)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a value, of a number that knows where it is from the number alone."""
     return int.__int__(value) if isinstance(value, (Named, Counted)) else value
 
 

@@ -26,7 +26,7 @@ from secateur.rules.flow import COUNTS, LAYERS, VIEWS, Cause, Flow, shown, sizes
 from secateur.rules.pointwise import batch_norm
 from secateur.rules.reach import Reached, computes_names, is_users_module, names_in
 from secateur.rules.registry import tensors_in
-from secateur.rules.sizes import Counted, Named, counted, used
+from secateur.rules.sizes import Counted, Named, counted, plain, used
 
 _FREE = """
     relu relu_ relu6 gelu silu silu_ mish hardswish hardsigmoid hardtanh sigmoid sigmoid_ logsigmoid tanh tanh_ elu
@@ -171,7 +171,7 @@ class Watch(TorchFunctionMode):
             caller = sys._getframe(2)
             if caller.f_code is _INSTANCE_NORM:  # it compares with its own count, which a cut sees to
                 return True
-            dim = args[1] if len(args) > 1 else kwargs.get("dim")
+            dim = plain(args[1] if len(args) > 1 else kwargs.get("dim"))
             read = {dim % args[0].ndim} if isinstance(dim, int) else used(caller, args[0].ndim)
             return read.isdisjoint(flow.axes(args[0]))
         if func in _PADS and isinstance(out, Tensor):
@@ -202,7 +202,7 @@ def _told(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Any)
         return counted(size, axes[dim], flow.measure(axes[dim])) if dim in axes else size
 
     if isinstance(sizes, int):
-        return told(sizes, (args[1] if len(args) > 1 else kwargs["dim"]) % args[0].ndim)
+        return told(sizes, plain(args[1] if len(args) > 1 else kwargs["dim"]) % args[0].ndim)
     return torch.Size([told(size, dim) for dim, size in enumerate(sizes)])
 
 
