@@ -116,6 +116,7 @@ def measured(trials: Trials, grouping: Grouping) -> tuple[bool, bool]:
     for labels, measure in flow.measures:
         if measure.taken and (grouping.group_of[grouping.classes[labels]] >= 0).any():
             taken.append(measure)
+    taken += [measure for measure in flow.widths.values() if measure.taken]
     return bool(taken), any(measure.computed for measure in taken)
 
 

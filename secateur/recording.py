@@ -18,7 +18,7 @@ from secateur.inputs import arguments, left_as_found, mapped, tensors_of
 from secateur.layers import layer_rule
 from secateur.program import Program
 from secateur.rules import RULES, Flow
-from secateur.rules.flow import LAYERS, Cause
+from secateur.rules.flow import LAYERS, WIDTHS, Cause
 from secateur.rules.pointwise import is_pointwise, pointwise
 from secateur.rules.reach import Reached
 from secateur.rules.registry import tensors_in
@@ -29,8 +29,8 @@ from secateur.written import Written, targets
 
 _RESHAPING = ("aten::squeeze_", "aten::unsqueeze_", "aten::as_strided_", "aten::as_strided")
 """Operators whose rule has to know the shape that their input had before."""
-_PLAIN = (*LAYERS, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
-"""Layers that PyTorch gives their own numbers, which follow by rules."""
+_PLAIN = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+"""Layers whose numbers PyTorch itself compares, which follow by rules."""
 _LIGHT = Cause("", "", "", "is not asked for")
 
 
@@ -154,6 +154,15 @@ def _keep_embedding(flow: Flow, attention: nn.MultiheadAttention, inputs: Any) -
             flow.freeze(axes[dim], "its embedding dimension is a number that it checks")
 
 
+@contextmanager
+def _numbers(modules: Mapping[str, nn.Module], flow: Flow) -> Iterator[None]:
+    """Have the numbers that modules hold told apart; of layers, those that count channels and follow by rules."""
+    layers = {path: module for path, module in modules.items() if isinstance(module, LAYERS)}
+    others = {p: module for p, module in modules.items() if p not in layers and not isinstance(module, _PLAIN)}
+    with told_apart(others, flow.token, flow.numbers), told_apart(layers, flow.token, flow.widths, WIDTHS):
+        yield
+
+
 def _run(
     model: nn.Module, flow: Flow, program: Program, example_inputs: Any, light: bool, written: Written, plain: bool
 ) -> None:
@@ -161,8 +170,7 @@ def _run(
     program.begin(tensors_of((positional, keyword)))
     try:
         watch = Watch(flow)
-        modules = {} if plain else dict(model.named_modules())
-        numbers = told_apart(modules, flow.token, flow.numbers, _PLAIN)
+        numbers = _numbers({} if plain else dict(model.named_modules()), flow)
         with numbers, _module_paths(model, flow, watch), watch, _LabelMode(flow, program, light, written):
             outputs = model(*positional, **keyword)
     except Exception as error:

@@ -54,6 +54,8 @@ class VerificationReport:
     """Layers that read something else than in the original, in execution order."""
     refused: tuple[str, ...] = ()
     """What could not be checked, and why."""
+    trains: bool = True
+    """False where the pruned network fails in train mode, and the original does not."""
 
 
 @dataclass(eq=False)
@@ -352,13 +354,31 @@ def _repeats(model: nn.Module, example_inputs: Any) -> bool:
     )
 
 
+def _failure_in_training(model: nn.Module, small: nn.Module, example_inputs: Any) -> str:
+    """Return how a pruned network fails in train mode where the original runs, and an empty text where it does not.
+
+    Its numbers are no matter here: there the networks draw other random numbers. Both may be left changed.
+    """
+    for network in (model, small):
+        with left_as_found(network):
+            network.train()
+            positional, keyword = arguments(mapped(example_inputs, lambda t: t.clone()))
+            try:
+                network(*positional, **keyword)
+            except Exception as error:  # noqa: BLE001 - whatever the model's own code raises; it is the finding
+                text = str(error).splitlines()[0] if str(error) else type(error).__name__
+                return text if network is small else ""
+    return ""
+
+
 def verify(
     model: nn.Module, small: nn.Module, plan: PruningPlan, example_inputs: Any, *, tolerance: float | None = None
 ) -> VerificationReport:
     """Check that a pruned network computes what the original does with the removed channels zeroed where they are read.
 
-    Both run in eval mode on the example inputs, in fp64 where the model and its inputs allow it. The check is of
-    structure: run it before fine-tuning or compensation, which change what is computed on purpose.
+    Both run in eval mode on the example inputs, in fp64 where the model and its inputs allow it; where the original
+    runs in train mode, too, the pruned network has to run there. The check is of structure: run it before fine-tuning
+    or compensation, which change what is computed on purpose.
 
     Args:
         model: The original; left as found.
@@ -380,6 +400,7 @@ def verify(
     refused: list[str] = []
     result: Difference | None = None
     limit = 0.0
+    failure = ""
     dtype = "float64"
     try:
         # The magnitudes of weight norm were computed anew, and rounded to the model's own precision.
@@ -394,6 +415,7 @@ def verify(
                 "outputs: the original's own jump where its inputs change by rounding (a sort, a threshold, "
                 "non-maximum suppression); what the plan's layers make was compared in their stead"
             )
+        failure = _failure_in_training(whole, left, inputs)
     except Exception as error:  # noqa: BLE001 - whatever the model's own code raises in fp64; it is reported
         dtype, limit = "float32", 1e-3 if tolerance is None else tolerance
         try:
@@ -403,12 +425,21 @@ def verify(
             return VerificationReport(False, float("inf"), limit, dtype, 0, (), (f"the pruned network fails: {text}",))
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         refused.append(f"fp64: the model does not run in it ({text}); compared in fp32")
-    exact = result.error <= limit and not result.mismatched
-    if not exact and not _repeats(model, example_inputs):
+    agrees = result.error <= limit and not result.mismatched
+    if failure:
+        refused.append(f"train mode: the pruned network fails, and the original does not: {failure}")
+    if not agrees and not _repeats(model, example_inputs):
         refused.append(
             "outputs: the original's own differ from run to run, as where a network keeps state between runs"
         )
     notes = [n for n in result.notes if n not in refused]
     return VerificationReport(
-        exact, result.error, limit, dtype, result.compared, tuple(result.mismatched), (*refused, *notes)
+        agrees and not failure,
+        result.error,
+        limit,
+        dtype,
+        result.compared,
+        tuple(result.mismatched),
+        (*refused, *notes),
+        not failure,
     )

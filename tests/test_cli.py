@@ -44,6 +44,14 @@ class Broken(nn.Module):
 def broken():
     return Broken()
 
+class TwoModes(nn.Sequential):
+    def forward(self, x):
+        x = self[0](x)
+        return self[1](x.view(len(x), 4, -1, 6) if self.training else x)
+
+def two_modes():
+    return TwoModes(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 2, 3))
+
 def crash():
     import os
     os.abort_nothing()
@@ -437,6 +445,7 @@ ERRORS: list[tuple[list[str], int, str]] = [
     (["trace", "lenet5", "--input", "1,1,28,28"], 2, "not a shape"),
     (["trace", "lenet5", "--input", "1x3x28x28"], 1, "fails on the example inputs"),
     (["trace", "network.py:broken", "--input", "1x3"], 1, "AttributeError"),
+    (["prune", "network.py:two_modes", "--input", "1x1x8x8", "--channels", "0.5"], 1, "train mode: the pruned network"),
     (["trace", "lenet5", "--figure", "graph.png"], 2, "--figure graph.png: the figure is an HTML file"),
     (["trace", "lenet5", "--figure", "folder.html"], 2, "folder.html: is a folder"),
     (["trace", "lenet5", "--figure", "bad.yaml/graph.html"], 2, "bad.yaml/graph.html: can't be written"),

@@ -240,6 +240,26 @@ def test_widths_are_tried_however_code_asks_for_them(name: str) -> None:
     assert group.size - sum(map(len, sc.planning.steps(group, range(group.size)))) > 4
 
 
+def test_where_code_does_otherwise_below_a_layers_own_count_as_many_stay() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        y = m.a(x)
+        return m.head(y.relu() if m.a.out_channels > 4 else -y)
+
+    (group,) = sc.trace(Net(forward, a=conv(3, 16), head=conv(16, 4)).eval(), X).groups
+    assert group.least > 4
+
+
+def test_of_a_layers_own_count_remainders_are_kept_too() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        y = m.b(m.a(x))
+        assert m.a.out_channels % 4 == m.b.in_channels % 2 == m.norm.num_features % 3 == 0
+        return m.head(m.norm(y))
+
+    model = Net(forward, a=conv(3, 16), b=conv(16, 12), norm=nn.BatchNorm2d(12), head=conv(12, 4)).eval()
+    assert {group.name: group.multiple for group in sc.trace(model, X).groups} == {"a": 4, "b": 3}
+    assert type(model.a.out_channels) is type(model.norm.num_features) is int
+
+
 class Heads(Base):
     """Channels that are cut into heads, and a number of dimensions kept as an attribute."""
 

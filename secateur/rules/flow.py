@@ -35,6 +35,10 @@ LAYERS = (
 """Layers whose attributes follow their weights, whatever else they are equal to."""
 
 
+WIDTHS = frozenset(COUNTS - {"groups", "normalized_shape"})
+"""Those of them that count channels, and that no forward of PyTorch's own reads."""
+
+
 @dataclass(frozen=True)
 class Cause:
     """An operator call that fixed channels, or assumed something of the code around it."""
@@ -197,6 +201,8 @@ class Flow:
         """The torch function that the model's code has called; None where code in no Python called the operator."""
         self.numbers: dict[tuple[str, str], Measure] = {}
         """Module and attribute -> whether the code compares that number, or counts with it."""
+        self.widths: dict[tuple[str, str], Measure] = {}
+        """The same of layers, whose numbers of channels follow by rules."""
         self.measures: list[tuple[Labels, Measure]] = []
         """Channels whose number the code was told, and whether it went on to count with it."""
         self.by_value = False
@@ -397,9 +403,20 @@ class Flow:
             elif measure.above > 1:
                 self.staying.append((labels, measure.above + 1))
         followed = [(a.labels, self.numbers.get((a.module, a.name))) for a in self.attributes]
+        followed += [(labels, width) for key, width in self.widths.items() for labels in self._counted_by(*key)]
         for labels, number in [*self.measures, *followed]:
             if number is not None and number.divisor > 1:
                 self.multiples.append((labels, number.divisor))
+
+    def _counted_by(self, path: str, attribute: str) -> list[Labels]:
+        """Return the channels that an attribute of a layer counts."""
+        calls = [call for call in self.calls if call.module == path]
+        if attribute.startswith(("in_", "out_")):
+            found = [call.inputs if attribute.startswith("in_") else call.outputs for call in calls]
+        else:
+            weight = self.named.get(f"{path}.weight".lstrip("."))
+            found = [self.axes(weight).get(int(attribute == "embedding_dim")) if weight is not None else None]
+        return [labels.reshape(-1) for labels in found if labels is not None]
 
     def give_up(self, site: Site) -> None:
         """Keep the channels of a site whose assumption does not hold."""
@@ -418,7 +435,10 @@ class Flow:
         return [
             name.attribute
             for name in dict.fromkeys(names_of((asked,)))
-            if name.run is self.token and name.module == self.module and name.value in values
+            if name.run is self.token
+            and name.module == self.module
+            and name.value in values
+            and (name.module, name.attribute) not in self.widths
         ]
 
     def follow(self, name: str, labels: Labels, *, guessed: bool = False) -> None:

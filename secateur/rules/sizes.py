@@ -12,7 +12,7 @@ import functools
 import math
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -237,7 +237,10 @@ def names_of(values: Any) -> Iterator[Name]:
 
 @contextmanager
 def told_apart(
-    modules: Mapping[str, nn.Module], run: object, measures: dict[tuple[str, str], Measure], left_out: tuple[type, ...]
+    modules: Mapping[str, nn.Module],
+    run: object,
+    measures: dict[tuple[str, str], Measure],
+    only: Collection[str] | None = None,
 ) -> Iterator[None]:
     """Let the numbers that modules hold know which they are, while the code runs.
 
@@ -245,7 +248,7 @@ def told_apart(
         modules: By path.
         run: What the names say that they are of.
         measures: Where to note by module and attribute that the code compares one of them, or counts with it.
-        left_out: Classes of modules that keep plain numbers.
+        only: Names of the attributes to tell apart, if not all.
     """
     tuples: dict[int, tuple[Any, Any]] = {}
 
@@ -256,10 +259,12 @@ def told_apart(
         return named(value, {Name(run, path, attribute, value, measure)})
 
     for path, module in modules.items():
-        if isinstance(module, (*left_out, jit.ScriptModule)):
+        if isinstance(module, jit.ScriptModule):
             continue
         own = vars(module)
         for name, value in list(own.items()):
+            if only is not None and name not in only:
+                continue
             if type(value) is int:
                 own[name] = told(value, path, name)
             elif type(value) in (tuple, list) and any(type(v) is int for v in value):
