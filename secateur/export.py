@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from secateur.errors import DataError, ExportError, UsageError
-from secateur.inputs import are_images, arguments
+from secateur.inputs import are_images, arguments, set_modes
 
 FORMATS = {".pt2": "pt2", ".onnx": "onnx"}
 
@@ -482,8 +482,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        set_modes(modes)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any, cast
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -87,6 +88,21 @@ def _version(tensor: Tensor | None) -> int | None:
     return None if tensor is None or tensor.is_inference() else tensor._version
 
 
+def switches(module: nn.Module) -> bool:
+    """Tell whether a module does something of its own where its mode is set, such as to merge or to swap weights."""
+    return type(module).train is not nn.Module.train
+
+
+def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    """Put modules into train mode or eval mode, each by itself; those that do something of their own then, do it."""
+    modes = list(modes)
+    for module, training in modes:
+        if module.training != training and switches(module):
+            module.train(training)
+    for module, training in modes:  # which the above set for all modules inside
+        module.training = training
+
+
 @contextmanager
 def left_as_found(*models: nn.Module) -> Iterator[None]:
     """Run forwards inside, and leave no mark: modes, buffers, random states and backend flags are put back."""
@@ -96,6 +112,14 @@ def left_as_found(*models: nn.Module) -> Iterator[None]:
         for model in models
         for m in model.modules()
         for key, tensor in m._buffers.items()
+    ]
+    # What is added to a weight and subtracted again is not what it was, to the last bit.
+    switched = [
+        (p, p.data, p.detach().clone())
+        for module, _ in modes
+        if switches(module)
+        for p in module.parameters(recurse=False)
+        if not is_lazy(p)
     ]
     fast = torch.backends.mha.get_fastpath_enabled()
     cuda = sorted({t.device.index for model in models for t in model.parameters() if t.device.type == "cuda"})
@@ -110,8 +134,12 @@ def left_as_found(*models: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
-        for module, training in modes:
-            module.training = training
+        set_modes(modes)
+        for parameter, place, was in switched:
+            if parameter.data_ptr() != place.data_ptr():
+                parameter.data = place
+            if not (place.is_meta or torch.equal(place, was)):
+                place.copy_(was)
         for module, key, tensor, value, version in buffers:
             module._buffers[key] = tensor
             if tensor is None or value is None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from secateur.errors import CriterionError, DataError, SecateurError, UsageError
 from secateur.graph import ChannelGraph, ChannelGroup, Member
-from secateur.inputs import are_images
+from secateur.inputs import are_images, set_modes
 from secateur.moments import Moments, all_reduce
 
 POSITIONS = 32
@@ -111,8 +111,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        set_modes(modes.items())
 
 
 def forward(model: nn.Module, batch: Batch, number: int) -> Any:

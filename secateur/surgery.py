@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import PlanError
-from secateur.inputs import tensors_of, unwrapped
+from secateur.inputs import set_modes, switches, tensors_of, unwrapped
 from secateur.layers import layer_rule
 from secateur.replica import replica
 
@@ -54,18 +54,21 @@ def cut(model: nn.Module, plan: PruningPlan, *, share: bool = False) -> nn.Modul
     memo |= _cut_tensors(model, plan, tensors)
     small: nn.Module = replica(model, memo)
     _set_attributes(small, plan)
-    _forget(small)
+    _forget(small, model)
     return small
 
 
-def _forget(copied: nn.Module) -> None:
-    """Let modules drop what they computed from their weights and kept, as they do when their mode is set."""
-    modes = [(module, module.training) for module in copied.modules()]
+def _forget(copied: nn.Module, model: nn.Module) -> None:
+    """Let modules drop what they computed from their weights and kept, as they do when their mode is set.
+
+    The modes are the model's: a module that says itself how it is copied may leave its own behind.
+    """
+    whole = {name: module.training for name, module in model.named_modules()}
+    modes = [(module, whole.get(name, module.training)) for name, module in copied.named_modules()]
     for module, training in modes:
-        if type(module).train is not nn.Module.train:
+        if switches(module):
             module.train(training)
-    for module, training in modes:
-        module.training = training
+    set_modes(modes)
 
 
 def _cut_tensors(model: nn.Module, plan: PruningPlan, tensors: dict[str, Tensor]) -> dict[int, Any]:

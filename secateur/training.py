@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.errors import DataError, RunError, UsageError
-from secateur.inputs import are_images
+from secateur.inputs import are_images, set_modes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -334,8 +334,7 @@ class Stage:
                 if self.stop is not None and self.stop():
                     stopped = True
                     break
-        for module, mode in modes.items():
-            module.training = mode
+        set_modes(modes.items())
         if not seen:
             raise DataError(f"{where}: the training data is empty; give at least one batch.")
         mean = float(total) / seen
@@ -485,8 +484,7 @@ def evaluate(
                     f"metric: is a torchmetrics.Metric or a function (model, batches) -> float, found {_kind(metric)}."
                 )
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        set_modes(modes.items())
     if not math.isfinite(value):
         raise RunError(f"evaluation: the metric is {value}; the model's outputs or the metric are at fault.")
     return value

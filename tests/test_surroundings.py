@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import secateur as sc
 from secateur import attempt
@@ -287,6 +288,56 @@ def test_memory_sizes_and_statistics_are_as_before() -> None:
     found = model.state_dict()
     assert {name: (t.shape, t.dtype) for name, t in found.items()} == {n: (t.shape, t.dtype) for n, t in before.items()}
     assert [name for name, value in found.items() if not torch.equal(value, before[name])] == []
+
+
+class Merging(nn.Conv2d):
+    """Adds an update to its weight for evaluation, and takes it away for training (LoRA)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 1)
+        self.update, self.merged = nn.Parameter(torch.randn(outputs, inputs, 1, 1)), False
+
+    def train(self, mode: bool = True) -> Merging:
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += self.update.data * (-1 if mode else 1)
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight if self.merged else self.weight + self.update, self.bias)
+
+
+def test_weights_merged_for_evaluation_are_as_before_to_the_last_bit() -> None:
+    model = nn.Sequential(Merging(3, 16), nn.ReLU(), Merging(16, 12), nn.ReLU(), conv(12, 4))
+    before = copy.deepcopy(model.state_dict())
+    graph = sc.trace(model, X)
+    plan = sc.plan_removal(graph, {group.name: [0, 3] for group in graph.groups})
+    small = sc.apply(model, plan)
+    assert sc.verify(model, small, plan, X).exact
+    for each in (model, small):
+        assert {(m.training, m.merged) for m in each.modules() if isinstance(m, Merging)} == {(True, False)}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Dropping(Base):
+    """Drops values in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.dropout(self.b(self.a(x).relu()), 0.5, self.training))
+
+
+def test_programs_of_two_modes_are_left_in_theirs_and_so_are_their_copies() -> None:
+    model = create_feature_extractor(Dropping(), {"head": "out"})
+    _, plan, small = pruned(model)  # in eval mode, whose program a copy has to run, too
+    assert not any(module.training for module in small.modules())
+    assert torch.equal(small(X)["out"], small(X)["out"])
+    graph = sc.trace(model.train(), X)
+    assert sc.verify(model, sc.apply(model, plan), plan, X).exact
+    assert {group.name for group in graph.groups} == {"a", "b"}
+    for program in (model, sc.apply(model, plan)):
+        assert all(module.training for module in program.modules())
+        assert not torch.equal(program(X)["out"], program(X)["out"])
 
 
 def test_failures_without_a_line_to_show_are_not_found_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
