@@ -230,6 +230,9 @@ HIDDEN = {
     "a division": lambda y: divmod(y.shape[1], 5)[0],
     "its square": lambda y: y.shape[1] * y.shape[1] > 16,
     "truth": lambda y: bool(y.shape[1] // 5),
+    "its odd neighbour": lambda y: (y.shape[1] | 1) - 4 > 0,
+    "its complement": lambda y: ~y.shape[1] < -5,
+    "a look into a table": lambda y: {2: 0, 3: 0}.get(y.shape[1], 1),
 }
 
 

@@ -67,7 +67,9 @@ def _remaining(operate: Callable[..., Any]) -> Any:
 
 _REMAINING = "mod divmod and"
 """Ways to ask for a remainder."""
-_COMPARING = "lt le gt ge rmod rshift lshift rand rdivmod bool round trunc int format str"
+_COMPARING = (
+    "lt le gt ge rmod rshift lshift rand or ror xor rxor invert rdivmod bool round trunc ceil floor int format str hash"
+)
 _COMPUTING = "add radd sub rsub truediv rtruediv pow rpow rfloordiv neg abs float"
 """Ways to compare a number, and to count with it."""
 
@@ -211,7 +213,11 @@ class Named(int):
         return tuple(name.measure for name in self.names)
 
 
-for _name in "lt le gt ge rmod truediv rtruediv pow rpow rshift lshift rdivmod float bool round".split():  # noqa: SIM905
+_OF_ATTRIBUTES = (
+    "lt le gt ge rmod truediv rtruediv pow rpow rshift lshift rand or ror xor rxor invert rdivmod float bool round "
+    "ceil floor"
+)
+for _name in _OF_ATTRIBUTES.split():
     setattr(Named, f"__{_name}__", _measuring(getattr(int, f"__{_name}__"), _name in _COMPUTING.split()))
 for _name in _REMAINING.split():
     setattr(Named, f"__{_name}__", _remaining(getattr(int, f"__{_name}__")))
