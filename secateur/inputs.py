@@ -103,10 +103,35 @@ def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
         module.training = training
 
 
+_TABLES = frozenset(vars(nn.Module()))
+"""Every module's own: its mode, and its tables of parameters, submodules and hooks."""
+
+
+def _keeps(value: Any) -> bool:
+    """Tell whether an attribute is a tensor, or a tuple or list with some: what code keeps from one run to the next."""
+    return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(map(_keeps, value)))
+
+
+def _put_back(module: nn.Module, before: Mapping[str, Any]) -> None:
+    """Give a module the attributes again in which a run left tensors: its state, which has the run's sizes."""
+    own = vars(module)
+    for name, value in list(own.items()):
+        if name in _TABLES or value is before.get(name) or not _keeps(value):
+            continue
+        if name in before:
+            own[name] = before[name]
+        else:
+            del own[name]
+
+
 @contextmanager
 def left_as_found(*models: nn.Module) -> Iterator[None]:
-    """Run forwards inside, and leave no mark: modes, buffers, random states and backend flags are put back."""
+    """Run forwards inside, and leave no mark: modes, buffers, random states and backend flags are put back.
+
+    So are attributes in which code keeps tensors from one run to the next.
+    """
     modes = [(m, m.training) for model in models for m in model.modules()]
+    attributes = [(m, dict(vars(m))) for m, _ in modes]
     buffers = [
         (m, key, tensor, tensor.clone() if tensor is not None else None, _version(tensor))
         for model in models
@@ -135,6 +160,8 @@ def left_as_found(*models: nn.Module) -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
         set_modes(modes)
+        for module, before in attributes:
+            _put_back(module, before)
         for parameter, place, was in switched:
             if parameter.data_ptr() != place.data_ptr():
                 parameter.data = place

@@ -290,6 +290,36 @@ def test_memory_sizes_and_statistics_are_as_before() -> None:
     assert [name for name, value in found.items() if not torch.equal(value, before[name])] == []
 
 
+class Spiking(nn.Module):
+    """Integrates what it reads, from one call to the next, and fires above a threshold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.potential: float | Tensor = 0.0
+        self.traces: tuple[Tensor, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        raised = self.potential + (x - self.potential) / 2
+        fires = (raised > 0.5).to(x.dtype)
+        self.potential, self.traces, self.last = raised * (1 - fires), (raised, fires), x
+        return fires
+
+
+def test_state_that_a_forward_leaves_in_attributes_is_put_back() -> None:
+    model = nn.Sequential(conv(3, 16), Spiking(), conv(16, 12), Spiking(), conv(12, 4))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        inputs = 3 * torch.randn(2, 3, 8, 8)
+    graph = sc.trace(model.eval(), inputs)
+    assert {group.name for group in graph.groups} == {"0", "2"}
+    plan = sc.plan_removal(graph, {"0": list(range(15)), "2": [0, 5]})
+    small = sc.apply(model, plan)
+    assert sc.verify(model, small, plan, inputs).exact
+    for each in (model, small):
+        assert [(m.potential, m.traces, hasattr(m, "last")) for m in (each[1], each[3])] == [(0.0, (), False)] * 2
+    assert small(inputs).shape == small(inputs).shape == (2, 4, 8, 8)
+
+
 class Merging(nn.Conv2d):
     """Adds an update to its weight for evaluation, and takes it away for training (LoRA)."""
 
