@@ -24,6 +24,7 @@ from secateur.rules.reach import is_set
 _ATOMS = frozenset({int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device})
 _TABLES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
 """Every module's own tables of parameters, submodules and hooks: nobody shares them."""
+_VIEWS: Any = (type({}.keys()), type({}.values()), type({}.items()))
 _DEPTH = 6
 _MOST = 20_000
 """So many objects are looked at in search of the model."""
@@ -37,7 +38,7 @@ def replica(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
     left to the general copy.
 
     Functions that reach the model through their closure or defaults are made anew, around what stands in the copy for
-    what they hold.
+    what they hold. Python modules that a network holds, as its backend, are shared with it.
 
     Raises:
         PlanError: If the copy would go on to call the model all the same, or a value that a module holds can't be
@@ -126,6 +127,11 @@ class _Copier:
             return types.MethodType(self.copy(value.__func__), self.copy(value.__self__))
         if kind is functools.partial:
             return functools.partial(self.copy(value.func), *map(self.copy, value.args), **self.copy(value.keywords))
+        if kind is types.ModuleType:
+            return value
+        if kind in _VIEWS:  # of the keys of a ModuleDict, say: there is no other way to the dict that it views
+            (table,) = gc.get_referents(value)
+            return getattr(self.copy(table), kind.__name__.removeprefix("dict_"))()
         if not isinstance(value, nn.Module) or not _is_plain(kind):
             return copy.deepcopy(value, self.memo)
         return self._module(value, kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import functools
+import sys
 import threading
 import types
 import weakref
@@ -111,6 +112,19 @@ def test_copies_that_would_call_the_unpruned_network_are_refused(kind: object) -
         sc.apply(model, plan)
 
 
+def test_a_view_of_the_keys_of_a_module_dict_is_of_the_copys() -> None:
+    model = Base()
+    model.layers = nn.ModuleDict({"first": nn.Identity(), "second": nn.Identity()})
+    model.names, model.backend = model.layers.keys(), F
+    copied = replica(model)
+    copied.layers["third"] = nn.Identity()
+    assert list(copied.names) == ["first", "second", "third"]
+    assert list(model.names) == ["first", "second"]
+    assert copied.backend is F
+    _, plan, small = pruned(model)
+    assert sc.verify(model, small, plan, X).exact
+
+
 def test_what_can_not_be_copied_is_named() -> None:
     model = Base()
     model.b.guards = [threading.Lock()]  # type: ignore[assignment]
@@ -157,8 +171,20 @@ class ByGlobal(nn.Module):
         return self.net.head(outer.b(self.net.a(x).relu()))
 
 
-def test_layers_called_through_a_global_variable_are_kept() -> None:
-    graph = sc.trace(ByGlobal().eval(), X)
+class ByModule(ByGlobal):
+    """The global variable is reached through the Python module, which the network holds and its copy shares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.here = sys.modules[__name__]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net.head(self.here.outer.b(self.net.a(x).relu()))
+
+
+@pytest.mark.parametrize("kind", [ByGlobal, ByModule])
+def test_layers_called_through_a_global_variable_are_kept(kind: type[nn.Module]) -> None:
+    graph = sc.trace(kind().eval(), X)
     assert not graph.groups
 
 
