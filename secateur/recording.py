@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules import module as module_registry
@@ -214,7 +215,7 @@ def record(
     light: Program | None = None,
     plain: bool = False,
 ) -> Recording:
-    """Let labels flow through one forward in eval mode, and one in train mode where that runs further layers.
+    """Let labels flow through one forward in eval mode, and one in train mode where that may run or return more.
 
     Args:
         model: The network; left as found.
@@ -244,7 +245,7 @@ def record(
         with watched:
             _run(model, flow, program, example_inputs, light is not None, written, plain)
         idle = _idle(model, flow)
-        if (idle or _unread(model, flow)) and knows_its_mode(model, functions):
+        if knows_its_mode(model, functions) and (idle or _unread(model, flow) or _dropped(flow)):
             model.train()
             for module in model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -311,6 +312,16 @@ def _unread(model: nn.Module, flow: Flow) -> bool:
             if any(t.ndim and not flow.took_part(t) for t in own):
                 return True
     return False
+
+
+def _dropped(flow: Flow) -> bool:
+    """Tell whether nothing reads or returns what some layer makes: heads whose outputs are for train mode, say."""
+    classes = flow.store.classes()
+    used = np.zeros(len(classes), dtype=bool)
+    for labels in (*flow.consumed, *(labels for labels, _ in flow.frozen)):
+        used[classes[labels.reshape(-1)]] = True
+    made = (call.outputs.reshape(-1) for call in flow.calls if call.outputs is not None)
+    return any(labels.size and not used[classes[labels]].any() for labels in made)
 
 
 def _idle(model: nn.Module, flow: Flow) -> list[str]:

@@ -30,10 +30,10 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     """Find the coupled channels of a network by running it once, with whatever control flow it has.
 
     Labels flow through every operator of one forward in eval mode (and of one in train mode where that runs further
-    layers, as auxiliary heads). Where the network's own code may depend on the number of channels, a trial pruning is
-    run and compared with the masked original: by the values of outputs and of what layers read, or, where a network is
-    large, by its operators, operands and labels one by one. What does not hold is given up and listed in
-    ``graph.refused``.
+    layers, as auxiliary heads, or returns what eval mode drops). Where the network's own code may depend on the number
+    of channels, a trial pruning is run and compared with the masked original: by the values of outputs and of what
+    layers read, or, where a network is large, by its operators, operands and labels one by one. What does not hold is
+    given up and listed in ``graph.refused``.
 
     Args:
         model: The network; left as found: parameters, buffers, modes, hooks, random state. Data parallel and compiled

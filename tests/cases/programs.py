@@ -234,6 +234,19 @@ def auxiliary_head_in_training() -> Net:
     return Net(forward, conv1=conv(3, 8), conv2=conv(8, 6), head=conv(6, 4), aux=conv(8, 4, 1))
 
 
+@case(prunable={"conv1": 8, "conv2": 6}, outputs=("head", "deep"), modes=("eval", "train"))
+def deep_supervision() -> Net:
+    """A second head that runs in eval mode, too, but is returned only in training."""
+
+    def forward(m: Net, x: Tensor) -> Any:
+        x = m.conv1(x).relu()
+        deep = m.deep(x)
+        out = m.head(m.conv2(x).relu())
+        return (out, deep) if m.training else out
+
+    return Net(forward, conv1=conv(3, 8), conv2=conv(8, 6), head=conv(6, 4), deep=conv(8, 4, 1))
+
+
 @case(prunable={"conv1": 8})
 def unused_layer() -> Net:
     """A layer that never runs stays as it is."""
