@@ -238,6 +238,18 @@ def _like(old: Tensor, value: Tensor) -> Tensor:
     return value.contiguous()
 
 
+def _count_weight(layer: nn.Linear | nn.modules.conv._ConvNd) -> None:
+    """Let a layer's numbers of channels be those of its weight."""
+    first, second = layer.weight.shape[:2]
+    if isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = first, second
+    else:
+        if is_depthwise(layer):
+            layer.groups = first * layer.in_channels // (layer.in_channels if layer.transposed else layer.out_channels)
+        second *= layer.groups
+        layer.in_channels, layer.out_channels = (first, second) if layer.transposed else (second, first)
+
+
 def _set_attributes(model: nn.Module, plan: PruningPlan) -> None:
     modules: dict[str, Any] = dict(model.named_modules())
     for name in plan.kept_outputs.keys() | plan.kept_inputs.keys():
@@ -255,8 +267,11 @@ def _set_attributes(model: nn.Module, plan: PruningPlan) -> None:
         layer.in_channels = len(kept_in) if kept_in is not None else layer.in_channels
         layer.out_channels = len(kept_out) if kept_out is not None else layer.out_channels
     for name in plan.kept_tensors:
-        owner = modules.get(name.rpartition(".")[0])
-        if isinstance(owner, nn.PReLU):
+        path, _, own = name.rpartition(".")
+        owner = modules.get(path)
+        if isinstance(owner, (nn.Linear, nn.modules.conv._ConvNd)) and own == "weight":
+            _count_weight(owner)  # of a layer that runs in train mode alone, or whose weight the code uses elsewhere
+        elif isinstance(owner, nn.PReLU):
             owner.num_parameters = owner.weight.numel()
         elif isinstance(owner, nn.Embedding):
             owner.num_embeddings, owner.embedding_dim = owner.weight.shape

@@ -226,3 +226,37 @@ def test_what_was_computed_from_the_whole_weights_is_not_kept() -> None:
     assert [m.training for m in small.modules()] == [m.training for m in model.modules()]
     assert small(x).shape == model(x).shape
     assert sc.verify(model, small, plan, x).exact
+
+
+class TrainOnly(nn.Module):
+    """A head of layers of all kinds that train mode alone runs, whose code asks the last for its width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 1)
+        self.conv, self.each = nn.Conv2d(16, 12, 1), nn.Conv2d(12, 24, 3, padding=1, groups=12)
+        self.up, self.each_up = nn.ConvTranspose2d(24, 8, 1), nn.ConvTranspose2d(8, 8, 1, groups=8)
+        self.fc = nn.Linear(8 * 36, 5)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.a(x).relu()
+        if not self.training:
+            out: Tensor = self.head(x)
+            return out
+        y = self.each_up(self.up(self.each(self.conv(x))))
+        return self.head(x), self.fc(y.view(-1, self.fc.in_features))
+
+
+def test_layers_of_train_mode_alone_count_the_channels_that_they_have() -> None:
+    model, x = TrainOnly().eval(), torch.randn(2, 3, 8, 8)
+    graph = sc.trace(model, x)
+    assert {"a", "conv", "up"} <= {group.name for group in graph.groups}
+    plan = sc.plan_removal(graph, {g.name: list(range(g.size // 2)) for g in graph.groups})
+    small = sc.apply(model, plan)
+    assert (small.conv.in_channels, small.conv.out_channels) == (8, 6)
+    assert (small.each.in_channels, small.each.out_channels, small.each.groups) == (6, 12, 6)
+    assert (small.up.in_channels, small.up.out_channels) == (12, 4)
+    assert (small.each_up.in_channels, small.each_up.out_channels, small.each_up.groups) == (4, 4, 4)
+    assert small.fc.in_features == 4 * 36
+    assert [t.shape for t in small.train()(x)] == [(2, 4, 6, 6), (2, 5)]
+    assert sc.verify(model, small, plan, x).exact
