@@ -84,7 +84,7 @@ def group_channels(flow: Flow, module_types: Mapping[str, str], notes: tuple[str
     producing = {id(a): a for a in flow.produced}
     homes = [h for h in flow.store.homes if produced[classes[h.start : h.start + h.size]].any()]
     made = _keys(flow.store.homes_of(list(producing.values())))
-    signature = _signatures(count, classes, [h for h in homes if (h.tensor, h.dim, h.blocks) in made])
+    signature = _signatures(count, classes, [h for h in homes if h.key in made])
     group_of_signature = _linked(signature, flow, classes, produced)
 
     free = produced & ~frozen
@@ -324,7 +324,7 @@ def _first_cause(count: int, classes: Labels, found: list[tuple[Labels, Cause]])
 
 
 def _keys(homes: list[Home]) -> set[tuple[str, int, int]]:
-    return {(home.tensor, home.dim, home.blocks) for home in homes}
+    return {home.key for home in homes}
 
 
 def _signatures(count: int, classes: Labels, homes: list[Home]) -> Labels:
@@ -362,7 +362,7 @@ def _first_position(homes: list[Home], made: set[tuple[str, int, int]], classes:
     """Return for every class the first label that makes it, which gives channels and groups their order."""
     first = np.full(count, np.iinfo(np.int64).max, dtype=np.int64)
     for home in homes:
-        if (home.tensor, home.dim, home.blocks) in made:
+        if home.key in made:
             labels = np.arange(home.start, home.start + home.size)
             np.minimum.at(first, classes[labels], labels)
     return first
@@ -382,15 +382,14 @@ def _members(
     for home in homes:
         own = classes[home.start : home.start + home.size]
         ids = group_id[own]
-        key = (home.tensor, home.dim, home.blocks)
-        role = Role.PRODUCER if key in made else Role.CONSUMER if key in read else Role.FOLLOWER
+        role = Role.PRODUCER if home.key in made else Role.CONSUMER if home.key in read else Role.FOLLOWER
         module = home.tensor.rpartition(".")[0]
         for g in np.unique(ids[ids >= 0]).tolist():
             positions = np.flatnonzero(ids == g)
             order = moved.order(home.start + positions)
             channels = channel_of[own[positions]]
             members[g].append(
-                Member(home.tensor, module, home.dim, role, positions, channels, home.blocks, key in read, order)
+                Member(home.tensor, module, home.dim, role, positions, channels, home.blocks, home.key in read, order)
             )
 
 
@@ -488,7 +487,7 @@ def _refusals(
     # A layer that never applies its own weight (it is quantized on the way, say) makes channels by another name.
     idle = flow.kernels - {call.weight for call in flow.calls}
     for home in flow.store.homes:
-        asked = (home.tensor, home.dim, home.blocks) in shown
+        asked = home.key in shown
         if not asked and (home.tensor not in idle or home.dim):
             continue
         own = classes[home.start : home.start + home.size]

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from secateur.walk import modules_of
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the network itself, out of data parallel and compiled wrappers, which put a prefix before every name."""
@@ -100,7 +102,8 @@ def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
         if module.training != training and switches(module):
             module.train(training)
     for module, training in modes:  # which the above set for all modules inside
-        module.training = training
+        if module.training != training:
+            module.training = training
 
 
 _TABLES = frozenset(vars(nn.Module()))
@@ -116,7 +119,7 @@ def _put_back(module: nn.Module, before: Mapping[str, Any]) -> None:
     """Give a module the attributes again in which a run left tensors: its state, which has the run's sizes."""
     own = vars(module)
     for name, value in list(own.items()):
-        if name in _TABLES or value is before.get(name) or not _keeps(value):
+        if value is before.get(name) or name in _TABLES or not _keeps(value):
             continue
         if name in before:
             own[name] = before[name]
@@ -130,18 +133,18 @@ def left_as_found(*models: nn.Module) -> Iterator[None]:
 
     So are attributes in which code keeps tensors from one run to the next.
     """
-    modes = [(m, m.training) for model in models for m in model.modules()]
-    attributes = [(m, dict(vars(m))) for m, _ in modes]
+    modules = [m for model in models for m in modules_of(model).values()]
+    modes = [(m, m.training) for m in modules]
+    attributes = [(m, dict(vars(m))) for m in modules]
     buffers = [
         (m, key, tensor, tensor.clone() if tensor is not None else None, _version(tensor))
-        for model in models
-        for m in model.modules()
+        for m in modules
         for key, tensor in m._buffers.items()
     ]
     # What is added to a weight and subtracted again is not what it was, to the last bit.
     switched = [
         (p, p.data, p.detach().clone())
-        for module, _ in modes
+        for module in modules
         if switches(module)
         for p in module.parameters(recurse=False)
         if not is_lazy(p)

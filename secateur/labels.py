@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +35,11 @@ class Home:
     size: int
     blocks: int = 1
     """More than 1 for the channels of a grouped convolution, of which its weight holds one block; see ``Member``."""
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """What tells it apart from the others, whatever is left of the channels."""
+        return self.tensor, self.dim, self.blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +79,8 @@ class LabelStore:
         self.mixed: list[tuple[Labels, Labels]] = []
         """Those of the joins that stem from operators on parameters and buffers alone."""
         self.moves: list[Moved] = []
+        self._found: tuple[object, Labels] = None, np.zeros(0, dtype=np.int32)
+        """The classes last asked for, and after how many labels and joins that was."""
 
     def fresh(self, size: int) -> Labels:
         """Return ``size`` new labels in a row, joined to nothing."""
@@ -144,7 +152,11 @@ class LabelStore:
     def classes(self, *, moved: bool = True) -> Labels:
         """Return the class of every label, numbered from 0; without what moved, of labels at one and the same place."""
         laid = [(move.labels, move.source.reshape(move.rows, -1).T.reshape(-1)) for move in self.moves if moved]
-        return self._components([*self.joins, *laid])
+        state = self.count, len(self.joins), len(laid)
+        if self._found[0] != state:
+            self._found = state, self._components([*self.joins, *laid])
+            self._found[1].flags.writeable = False
+        return self._found[1]
 
     def _components(self, joins: list[tuple[Labels, Labels]]) -> Labels:
         """Return for every label the number of the labels that these joins tie together, by the least of each."""
@@ -162,6 +174,10 @@ class LabelStore:
 
 _PAIRS = 1 << 19
 """So many pairs of labels are tied together at once: more take more memory, fewer take longer."""
+
+
+_TURNS = 3
+"""So often the first of several roots is taken for the least."""
 
 
 def _batches(joins: Sequence[tuple[Labels, Labels]]) -> Iterator[NDArray[np.int32]]:
@@ -182,14 +198,21 @@ def _batches(joins: Sequence[tuple[Labels, Labels]]) -> Iterator[NDArray[np.int3
 def _tie(least: NDArray[np.int32], pairs: NDArray[np.int32]) -> None:
     """Bring the least label of each component up to date for these pairs.
 
-    Of each pair the greater root is hung below the least that it meets, until all pairs have one root.
+    Of each pair the greater root is hung below the lesser, until all pairs have one root. Where a root meets several,
+    the first is taken, which mostly is the least; if that takes long, the least of them is looked for.
     """
-    while True:
-        pairs = least[pairs]
-        pairs = pairs[:, pairs[0] != pairs[1]]
-        if not pairs.size:
+    left, right = pairs
+    for turn in count():
+        left, right = least.take(left), least.take(right)
+        apart = np.flatnonzero(left != right)
+        if not apart.size:
             return
-        np.minimum.at(least, pairs.max(0), pairs.min(0))
+        left, right = left.take(apart), right.take(apart)
+        high, low = np.maximum(left, right), np.minimum(left, right)
+        if turn < _TURNS:
+            least[high[::-1]] = low[::-1]
+        else:
+            np.minimum.at(least, high, low)
         while not np.array_equal(above := _taken(least, least), least):
             least[:] = above
 
@@ -197,11 +220,11 @@ def _tie(least: NDArray[np.int32], pairs: NDArray[np.int32]) -> None:
 def _taken(values: NDArray[Any], places: NDArray[np.int32]) -> NDArray[Any]:
     """Return ``values[places]``, part by part: NumPy makes a larger copy of the places on the way."""
     if places.size <= _PAIRS:
-        return values[places]
+        return values.take(places)
     taken = np.empty(places.shape, dtype=values.dtype)
     for start in range(0, places.size, _PAIRS):
         part = slice(start, start + _PAIRS)
-        taken[part] = values[places[part]]
+        taken[part] = values.take(places[part])
     return taken
 
 

@@ -26,6 +26,7 @@ from secateur.rules.registry import tensors_in
 from secateur.rules.shuffle import carry
 from secateur.rules.sizes import told_apart
 from secateur.rules.trust import Executed, Watch, counting, knows_its_mode, naming
+from secateur.walk import modules_of, tensors_named
 from secateur.written import Written, targets
 
 _RESHAPING = ("aten::squeeze_", "aten::unsqueeze_", "aten::as_strided_", "aten::as_strided")
@@ -105,7 +106,7 @@ def _plain_kernels() -> Iterator[None]:
 @contextmanager
 def _module_paths(model: nn.Module, flow: Flow, watch: Watch) -> Iterator[None]:
     """Keep the flow told which module's forward is running."""
-    names = {id(m): name for name, m in model.named_modules()}
+    names = {id(m): name for name, m in modules_of(model).items()}
     stack: list[tuple[str, nn.Module | None, bool]] = [("", None, False)]
     fused = ExitStack()
 
@@ -171,7 +172,7 @@ def _run(
     program.begin(tensors_of((positional, keyword)))
     try:
         watch = Watch(flow)
-        numbers = _numbers({} if plain else dict(model.named_modules()), flow)
+        numbers = _numbers({} if plain else modules_of(model), flow)
         with numbers, _module_paths(model, flow, watch), watch, _LabelMode(flow, program, light, written):
             outputs = model(*positional, **keyword)
     except Exception as error:
@@ -230,12 +231,12 @@ def record(
         TraceError: If the model fails on the example inputs.
     """
     notes: list[str] = []
-    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    named = tensors_named(model)
     written = Written(named)
     with left_as_found(model), _put_back(written):
         _evaluate(model)
         layers = (nn.modules.conv._ConvNd, nn.Linear)
-        kernels = {f"{name}.weight".lstrip(".") for name, m in model.named_modules() if isinstance(m, layers)}
+        kernels = {f"{name}.weight".lstrip(".") for name, m in modules_of(model).items() if isinstance(m, layers)}
         program = light or Program()
         flow = Flow(named, dict(decisions), kernels, set(loose))
         executed = Executed()
@@ -306,7 +307,7 @@ def _evaluate(model: nn.Module) -> None:
 
 def _unread(model: nn.Module, flow: Flow) -> bool:
     """Tell whether a module has a parameter, or a buffer of its own kind, that took no part in the run."""
-    for module in model.modules():
+    for module in modules_of(model).values():
         if not isinstance(module, nn.modules.batchnorm._NormBase):  # it counts batches
             own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
             if any(t.ndim and not flow.took_part(t) for t in own):
@@ -328,7 +329,7 @@ def _idle(model: nn.Module, flow: Flow) -> list[str]:
     """Return the modules none of whose parameters took part in the run."""
     return [
         name
-        for name, module in model.named_modules()
+        for name, module in modules_of(model).items()
         if any(True for _ in module.parameters(recurse=False))
         and not any(flow.took_part(p) for p in module.parameters(recurse=False))
     ]

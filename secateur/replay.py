@@ -45,6 +45,8 @@ class _Match:
 
     kept: np.ndarray
     """For every label of the original, whether it stays."""
+    tied: np.ndarray
+    """For every label of the original, whether it goes together with another."""
     found: list[Labels] = field(default_factory=list)
     wanted: list[Labels] = field(default_factory=list)
     seen: set[tuple[int, int]] = field(default_factory=set)
@@ -61,9 +63,12 @@ class _Match:
 
     def stores(self, whole: LabelStore, left: LabelStore) -> bool:
         """Note the labels of parameters, and of what goes together."""
-        homes = {(h.tensor, h.dim, h.blocks): whole.labels_of(h) for h in whole.homes}
+        homes = {home.key: whole.labels_of(home) for home in whole.homes}
+        grouped = {(tensor, dim) for tensor, dim, blocks in homes if blocks > 1}
         for home in left.homes:
-            labels = homes.get((home.tensor, home.dim, home.blocks))
+            if home.blocks == 1 and (home.tensor, home.dim) in grouped and not self.tied[homes[home.key]].any():
+                continue  # of the block that a grouped weight holds, beside those that stand for all its blocks
+            labels = homes.get(home.key)
             if labels is None or not self.labels(labels, left.labels_of(home)):
                 return False
         if len(whole.joins) != len(left.joins):
@@ -113,7 +118,7 @@ def is_same(whole: Recording, left: Recording, classes: Labels, gone: np.ndarray
         classes: The class of each of the original's labels.
         gone: For every class, whether the plan removes it.
     """
-    match = _Match(~gone[classes])
+    match = _Match(~gone[classes], np.bincount(classes)[classes] > 1)
     steps, others = whole.program.steps, left.program.steps
     return (
         len(steps) == len(others)

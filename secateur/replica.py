@@ -20,6 +20,7 @@ from torch import nn
 
 from secateur.errors import PlanError, SecateurError
 from secateur.rules.reach import is_set
+from secateur.walk import modules_of
 
 _ATOMS = frozenset({int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device})
 _TABLES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
@@ -45,7 +46,7 @@ def replica(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
             copied.
     """
     memo = {} if memo is None else memo
-    modules = list(model.modules())
+    modules = modules_of(model).values()
     for module in modules:
         for value in vars(module).values():
             # A tensor computed from parameters can't be deep-copied; it is computed anew at the next forward.
@@ -53,12 +54,11 @@ def replica(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
                 memo.setdefault(id(value), value.detach().clone())
     copied = _Copier(model, memo).copy(model)
     own = {id(module) for module in modules}
-    for module in copied.modules():
+    for path, module in modules_of(copied).items():
         for held, value in vars(module).items():
             if type(value) not in _ATOMS and held not in _TABLES and _holds(value, own):
-                name = next(name for name, found in copied.named_modules() if found is module)
                 raise PlanError(
-                    f"{f'{name}.{held}'.lstrip('.')}: this {type(value).__name__} holds a function that goes on to "
+                    f"{f'{path}.{held}'.lstrip('.')}: this {type(value).__name__} holds a function that goes on to "
                     "call the unpruned network, also in a copy. Make it a method, or keep it in a list or dict."
                 )
     return copied
@@ -95,7 +95,7 @@ class _Copier:
     def owned(self) -> set[int]:
         """The identities of what is the model's own: modules, tensors, and the containers that modules hold."""
         found = {id(t) for t in (*self.model.parameters(), *self.model.buffers())}
-        for module in self.model.modules():
+        for module in modules_of(self.model).values():
             found.add(id(module))
             held = (v for name, v in vars(module).items() if name not in _TABLES)
             found |= {id(v) for v in held if isinstance(v, (list, dict, set))}
@@ -159,7 +159,9 @@ class _Copier:
         except SecateurError:
             raise
         except Exception as error:  # whatever the value's own code raises
-            path = next((path for path, found in self.model.named_modules() if found is module), type(module).__name__)
+            path = next(
+                (path for path, found in modules_of(self.model).items() if found is module), type(module).__name__
+            )
             text = f"{type(error).__name__}: {error}".rstrip(".")
             raise PlanError(
                 f"{f'{path}.{name}'.lstrip('.')}: this {type(value).__name__} can't be copied ({text}), so neither can "

@@ -16,6 +16,7 @@ from secateur.errors import PlanError
 from secateur.inputs import set_modes, switches, tensors_of, unwrapped
 from secateur.layers import layer_rule
 from secateur.replica import replica
+from secateur.walk import modules_of, tensors_named
 
 if TYPE_CHECKING:
     from secateur.planning import PruningPlan
@@ -41,7 +42,7 @@ def cut(model: nn.Module, plan: PruningPlan, *, share: bool = False) -> nn.Modul
         PlanError: If the plan names a module or tensor that the model lacks, or that has another shape.
     """
     model = unwrapped(model)
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors = tensors_named(model)
     for name, shape in plan.shapes.items():
         if name not in tensors:
             raise PlanError(f"{name}: the plan prunes it, but the model has no such tensor. Is this the right model?")
@@ -63,8 +64,8 @@ def _forget(copied: nn.Module, model: nn.Module) -> None:
 
     The modes are the model's: a module that says itself how it is copied may leave its own behind.
     """
-    whole = {name: module.training for name, module in model.named_modules()}
-    modes = [(module, whole.get(name, module.training)) for name, module in copied.named_modules()]
+    whole = {name: module.training for name, module in modules_of(model).items()}
+    modes = [(module, whole.get(name, module.training)) for name, module in modules_of(copied).items()]
     for module, training in modes:
         if switches(module):
             module.train(training)
@@ -74,7 +75,7 @@ def _forget(copied: nn.Module, model: nn.Module) -> None:
 def _cut_tensors(model: nn.Module, plan: PruningPlan, tensors: dict[str, Tensor]) -> dict[int, Any]:
     """Return what every tensor that the plan touches becomes, by the identity of the old one."""
     memo: dict[int, Any] = {}
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     for name in plan.kept_outputs.keys() | plan.kept_inputs.keys():
         layer = modules.get(name)
         if layer_rule(layer) is not None:
@@ -251,7 +252,7 @@ def _count_weight(layer: nn.Linear | nn.modules.conv._ConvNd) -> None:
 
 
 def _set_attributes(model: nn.Module, plan: PruningPlan) -> None:
-    modules: dict[str, Any] = dict(model.named_modules())
+    modules: dict[str, Any] = modules_of(model)
     for name in plan.kept_outputs.keys() | plan.kept_inputs.keys():
         layer = modules[name]
         kept_in, kept_out = plan.kept_inputs.get(name), plan.kept_outputs.get(name)

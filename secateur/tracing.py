@@ -17,6 +17,7 @@ from secateur.recording import record
 from secateur.rules.flow import Cause
 from secateur.rules.reach import Reached, reachable
 from secateur.rules.trust import MOST_FUNCTIONS
+from secateur.walk import modules_of
 
 _MOST_TRIALS = 12
 
@@ -53,7 +54,7 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     banned: dict[tuple[str, int], Cause] = {}
     """Dimensions of parameters that were seen not to be prunable, and why."""
     loose: set[int] = set()
-    types = {name: type(module).__name__ for name, module in model.named_modules()}
+    types = {name: type(module).__name__ for name, module in modules_of(model).items()}
     batch = batch_size(example_inputs)
     functions = _functions(model)
     plain = False

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from secateur.errors import UsageError
 from secateur.inputs import arguments, left_as_found, mapped, tensors_of, unwrapped
 from secateur.replica import replica
+from secateur.walk import modules_of
 from secateur.zeroing import zeroed
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def masked(model: nn.Module, plan: PruningPlan, readings: Readings) -> Iterator[
     Layers read through a hook, which is taken away again. Where code uses a weight without a layer of its own, that
     weight, or what it is computed from, is read with its removed columns zeroed.
     """
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     hooks = [
         modules[name].register_forward_pre_hook(_masking(name, kept, readings), with_kwargs=True)
         for name, kept in plan.kept_inputs.items()
@@ -155,7 +156,7 @@ def masked(model: nn.Module, plan: PruningPlan, readings: Readings) -> Iterator[
 @contextmanager
 def _watched(network: nn.Module, names: Iterable[str], readings: Readings) -> Iterator[None]:
     """Note what layers read, for as long as the context lasts."""
-    modules = dict(network.named_modules())
+    modules = modules_of(network)
     hooks = [modules[n].register_forward_pre_hook(_reading(n, readings), with_kwargs=True) for n in names]
     try:
         yield
@@ -181,7 +182,8 @@ def outputs(network: nn.Module, example_inputs: Any) -> list[Tensor]:
     """Run a network in eval mode, with the same random numbers every time, and return its output tensors."""
     with left_as_found(network):
         torch.manual_seed(0)
-        network.eval()
+        if any(module.training for module in modules_of(network).values()):  # setting modes takes long
+            network.eval()
         positional, keyword = arguments(mapped(example_inputs, lambda t: t.clone()))
         return [t.detach() for t in tensors_of(network(*positional, **keyword))]
 
@@ -195,7 +197,8 @@ def compare(model: nn.Module, small: nn.Module, plan: PruningPlan, example_input
     difference = Difference()
     original: Readings = defaultdict(list)
     pruned: Readings = defaultdict(list)
-    others = [name for name, m in small.named_modules() if isinstance(m, _READERS) and name not in plan.kept_inputs]
+    readers = [name for name, m in modules_of(small).items() if isinstance(m, _READERS)]
+    others = [name for name in readers if name not in plan.kept_inputs]
     with _watched(small, [*plan.kept_inputs, *others], pruned):
         found_outputs = outputs(small, example_inputs)
     with masked(model, plan, original), _watched(model, others, original):
@@ -332,7 +335,7 @@ def _made_by(network: nn.Module, plan: PruningPlan, example_inputs: Any, kept: M
 
         return hook
 
-    modules = dict(network.named_modules())
+    modules = modules_of(network)
     hooks = [modules[n].register_forward_hook(reading(n)) for n in plan.kept_inputs.keys() | plan.kept_outputs.keys()]
     try:
         outputs(network, example_inputs)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+from secateur.walk import tensors_named
 from secateur.written import address, targets
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def zeroed(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
     if not plan.reads:
         yield
         return
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors = tensors_named(model)
     with _Zeroing({name: tensors[name] for name in plan.reads}, plan):
         yield
 
