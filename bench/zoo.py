@@ -192,10 +192,6 @@ def _reasons(row: Row, theirs: Row) -> str:
 
 LARGE = {
     "ssdlite320_mobilenet_v3_large": "rounding tips its choice of boxes, so that its trial is compared in fp64 too",
-    "rtdetr-l": "rounding tips its choice of queries, so that its trials are compared in fp64 too",
-    "maskrcnn_resnet50_fpn": "in its trial it finds 100 objects, and draws a mask of the whole image for each",
-    "maskrcnn_resnet50_fpn_v2": "in its trial it finds 100 objects, and draws a mask of the whole image for each",
-    "efficientnet_cc_b0_4e": "its kernels are mixed of experts laid out flat, each of whose elements has a label",
 }
 """What takes the memory where it is much, as measured step by step."""
 
@@ -341,6 +337,8 @@ def main() -> None:
     torch.set_num_threads(1)
     results = _read(options.json)
     part, parts = (int(n) for n in options.part.split("/"))
+    if not 1 <= part <= parts:
+        parser.error(f"--part {options.part}: K is 1 to N")
     seconds = {"secateur": options.timeout, "peer": options.peer_timeout}
     tools = [t for t, wanted in (("secateur", options.secateur), ("peer", options.peer)) if wanted]
     chosen = [
