@@ -284,10 +284,10 @@ def prune(
         with steps.step("verifying"):
             check = sc.verify(found.model, small, plan, found.inputs)
         if not check.trains:
-            failure = next(text for text in check.refused if text.startswith("train mode:"))
             raise VerificationError(
-                f"{found.name}: {failure}; nothing was saved. A size is written in code that runs in train mode alone: "
-                "leave out the layers whose channels it counts (--skip)."
+                f"{found.name}: train mode: the pruned network fails, and the original does not: "
+                f"{check.training_failure}; nothing was saved. A size is written in code that runs in train mode "
+                "alone: leave out the layers whose channels it counts (--skip)."
             )
         if not check.exact and not inexact:
             raise VerificationError(

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from secateur.errors import DataError, ExportError, UsageError
-from secateur.inputs import are_images, arguments, set_modes
+from secateur.inputs import are_images, arguments
+from secateur.observe import evaluating
 
 FORMATS = {".pt2": "pt2", ".onnx": "onnx"}
 
@@ -110,7 +111,7 @@ def export(
     if dynamic_batch and batch == 1:
         # torch.export takes a dimension of 1 for a constant, so it is shown two.
         args, kwargs = _resized((args, kwargs), 1, 2)
-    with _evaluating(model):
+    with evaluating(model):
         sizes = (batch,) if not dynamic_batch else tuple(sorted({1, batch, max(batch, 2) + 1}))
         program = _program(model, args, kwargs, dynamic_batch)
         with replacing(target) as part:
@@ -472,17 +473,6 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a network in eval mode, and every module back into the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        set_modes(modes)
 
 
 @contextmanager

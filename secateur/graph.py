@@ -136,9 +136,7 @@ class ChannelGroup:
     @property
     def quota(self) -> IndexArray:
         """How many channels each block loses in one step, where no schedule says otherwise."""
-        smallest = quotas(self.blocks)
-        together = int(smallest.sum())
-        return smallest * (math.lcm(together, self.multiple) // together)
+        return quotas(self.blocks, self.multiple)
 
     @property
     def producers(self) -> tuple[Member, ...]:
@@ -169,14 +167,18 @@ class ChannelGroup:
         return ", ".join(rules)
 
 
-def quotas(blocks: IndexArray) -> IndexArray:
+def quotas(blocks: IndexArray, multiple: int = 1) -> IndexArray:
     """Return how many channels each block loses in one step: the smallest counts in proportion to the blocks' sizes.
 
-    >>> quotas(np.array([0, 0, 1, 1, 1, 1]))
-    array([1, 2])
+    Together they are a multiple of the number given.
+
+    >>> quotas(np.array([0, 0, 1, 1, 1, 1])), quotas(np.array([0, 0, 1, 1, 1, 1]), multiple=2)
+    (array([1, 2]), array([2, 4]))
     """
     sizes = np.bincount(blocks)
-    return np.asarray(sizes // np.gcd.reduce(sizes), dtype=np.int64)
+    smallest = np.asarray(sizes // np.gcd.reduce(sizes), dtype=np.int64)
+    together = int(smallest.sum())
+    return smallest * (math.lcm(together, multiple) // together)
 
 
 @dataclass(frozen=True)

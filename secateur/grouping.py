@@ -430,11 +430,9 @@ def _cells(
 def _unsplittable(cells: Labels, removable: np.ndarray, multiple: int) -> str:
     """Say why no step can be taken at all; empty where one can."""
     sizes = np.bincount(cells)
-    quota = quotas(cells)
-    together = math.lcm(int(quota.sum()), multiple)
-    if multiple > 1 and together >= cells.size:
+    quota = quotas(cells, multiple)
+    if multiple > 1 and quota.sum() >= cells.size:
         return f"the remainder of their number by {multiple} is asked for"
-    quota *= together // quota.sum()
     if (sizes <= quota).any():
         return "its channels only go together" if sizes.size == 1 else "its blocks can't lose equal fractions"
     if (np.bincount(cells, weights=removable) < quota).any():

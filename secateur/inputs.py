@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from secateur.walk import modules_of
+from secateur.walk import BOOKS, modules_of
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -106,10 +106,6 @@ def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
             module.training = training
 
 
-_TABLES = frozenset(vars(nn.Module()))
-"""Every module's own: its mode, and its tables of parameters, submodules and hooks."""
-
-
 def _keeps(value: Any) -> bool:
     """Tell whether an attribute is a tensor, or a tuple or list with some: what code keeps from one run to the next."""
     return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(map(_keeps, value)))
@@ -119,7 +115,7 @@ def _put_back(module: nn.Module, before: Mapping[str, Any]) -> None:
     """Give a module the attributes again in which a run left tensors: its state, which has the run's sizes."""
     own = vars(module)
     for name, value in list(own.items()):
-        if value is before.get(name) or name in _TABLES or not _keeps(value):
+        if value is before.get(name) or name in BOOKS or not _keeps(value):
             continue
         if name in before:
             own[name] = before[name]

@@ -66,10 +66,12 @@ class _Match:
         homes = {home.key: whole.labels_of(home) for home in whole.homes}
         grouped = {(tensor, dim) for tensor, dim, blocks in homes if blocks > 1}
         for home in left.homes:
-            if home.blocks == 1 and (home.tensor, home.dim) in grouped and not self.tied[homes[home.key]].any():
-                continue  # of the block that a grouped weight holds, beside those that stand for all its blocks
             labels = homes.get(home.key)
-            if labels is None or not self.labels(labels, left.labels_of(home)):
+            if labels is None:
+                return False
+            if home.blocks == 1 and (home.tensor, home.dim) in grouped and not self.tied[labels].any():
+                continue  # of the block that a grouped weight holds, beside those that stand for all its blocks
+            if not self.labels(labels, left.labels_of(home)):
                 return False
         if len(whole.joins) != len(left.joins):
             return False

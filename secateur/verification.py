@@ -55,8 +55,13 @@ class VerificationReport:
     """Layers that read something else than in the original, in execution order."""
     refused: tuple[str, ...] = ()
     """What could not be checked, and why."""
-    trains: bool = True
-    """False where the pruned network fails in train mode, and the original does not."""
+    training_failure: str = ""
+    """How the pruned network fails in train mode, where the original does not."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether the pruned network runs in train mode, if the original does."""
+        return not self.training_failure
 
 
 @dataclass(eq=False)
@@ -379,8 +384,8 @@ def verify(
 ) -> VerificationReport:
     """Check that a pruned network computes what the original does with the removed channels zeroed where they are read.
 
-    Both run in eval mode on the example inputs, in fp64 where the model and its inputs allow it; where the original
-    runs in train mode, too, the pruned network has to run there. The check is of structure: run it before fine-tuning
+    Both run in eval mode on the example inputs, in fp64 where the model and its inputs allow it; there, the pruned
+    network has to run in train mode, too, if the original does. The check is of structure: run it before fine-tuning
     or compensation, which change what is computed on purpose.
 
     Args:
@@ -444,5 +449,5 @@ def verify(
         result.compared,
         tuple(result.mismatched),
         (*refused, *notes),
-        not failure,
+        failure,
     )

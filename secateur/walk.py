@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+BOOKS = frozenset(vars(nn.Module()))
+"""Where a module keeps its parameters, modules, hooks and mode."""
+
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """Return ``dict(model.named_modules())``.

@@ -73,7 +73,7 @@ def by_list() -> nn.Module:
     """Functions over layers stand in a list."""
     model = Base()
     model.path = [lambda x, layer=layer: layer(x).relu() for layer in (model.a, model.b)]  # type: ignore[assignment]
-    model.forward = lambda x: model.head(model.path[1](model.path[0](x)))  # type: ignore
+    model.forward = lambda x: model.head(model.path[1](model.path[0](x)))  # type: ignore[method-assign, index, operator]
     return model
 
 
@@ -105,7 +105,7 @@ def test_copies_that_would_call_the_unpruned_network_are_refused(kind: object) -
         weakref.ref: weakref.ref(model),
         functools.lru_cache: functools.lru_cache(encode),
     }
-    model.held = held[kind]  # type: ignore
+    model.held = held[kind]  # type: ignore[assignment, index]
     graph = sc.trace(model.eval(), X)
     plan = sc.plan_removal(graph, {"a": [0]})
     with pytest.raises(sc.PlanError, match=r"held: this .* holds a function that goes on to call the unpruned network"):

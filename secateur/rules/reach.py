@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.walk import BOOKS
+
 _SILENT = frozenset(
     {
         "__init__", "__new__", "__init_subclass__", "__class_getitem__", "__post_init__", "__del__", "__dir__",
@@ -32,8 +34,6 @@ _ASIDE = frozenset({"reset_parameters", "_load_from_state_dict"})
 _WRAPPERS = (types.MethodType, classmethod, staticmethod, functools.partial, functools.cached_property)
 _LOOKUPS = frozenset({"getattr", "eval", "exec", "methodcaller", "attrgetter"})
 _PLAIN = frozenset({bool, int, float, str, type(None), torch.Size, torch.dtype, torch.device})
-_BOOKS = frozenset(vars(nn.Module()))
-"""Where a module keeps its parameters, modules and hooks."""
 _STANDARD = sysconfig.get_path("stdlib")
 
 Reached = tuple[types.FunctionType, type]
@@ -77,7 +77,7 @@ def _methods(model: nn.Module) -> dict[str, list[Reached]]:
         kind = type(module)
         kinds.add(kind)
         for name, value in vars(module).items():
-            if type(value) in _PLAIN or name in _BOOKS:
+            if type(value) in _PLAIN or name in BOOKS:
                 continue
             for function in _held(value):
                 found.setdefault(name, []).append((function, kind))
