@@ -6,6 +6,7 @@ groups: on those that the failing line handles, or on those whose channels a lay
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -23,7 +24,8 @@ from secateur.program import Program
 from secateur.recording import Recording, record
 from secateur.replay import can_tell, is_same
 from secateur.rules.flow import Site, shown
-from secateur.rules.reach import Reached
+from secateur.rules.reach import Reached, names_in
+from secateur.rules.sizes import counts_unseen
 from secateur.surgery import cut
 from secateur.verification import Difference, compare, doubled, jumps, outputs
 
@@ -83,13 +85,28 @@ class Trials:
         if key not in self.removed:
             order = np.random.default_rng(index).permutation(group.size).tolist()
             found = steps(group, order)
-            taken = found[: max(1, int(len(found) * _FRACTIONS[index % len(_FRACTIONS)]))]
-            self.removed[key] = sorted(chain(*taken))
+            self.removed[key] = sorted(chain(*found[: _odd(group, found, _FRACTIONS[index % len(_FRACTIONS)])]))
         return self.removed[key]
 
     def floored(self, graph: ChannelGraph) -> ChannelGraph:
         """Return a graph whose groups say how many of their channels have to stay."""
         return replace(graph, groups=tuple(replace(g, least=self.least.get(key_of(g), 1)) for g in graph.groups))
+
+
+def _odd(group: ChannelGroup, found: list[list[int]], fraction: float) -> int:
+    """Return how many steps to take, near a fraction of them, for what is left to be a multiple of nothing.
+
+    Code may ask in many ways whether a number can be divided by another. A prime number can't, nor has it a root.
+    """
+    left = group.size - np.cumsum([0, *map(len, found)])
+    unit = math.gcd(group.size, *map(len, found))
+    wanted = max(1, int(len(found) * fraction))
+    primes = [taken for taken in range(1, len(left)) if _is_prime(int(left[taken]) // unit)]
+    return min(primes, key=lambda taken: (abs(taken - wanted), -taken), default=wanted)
+
+
+def _is_prime(number: int) -> bool:
+    return number > 1 and all(number % divisor for divisor in range(2, math.isqrt(number) + 1))
 
 
 def key_of(group: ChannelGroup) -> tuple[object, ...]:
@@ -112,6 +129,10 @@ def measured(trials: Trials, grouping: Grouping) -> tuple[bool, bool]:
     """Tell whether the code compares the number of channels that can go, and whether it counts with it."""
     flow = trials.recording.flow
     followed = [(a.module, a.name) for a in flow.attributes if a.guessed]
+    unseen = set().union(*(names_in(f.__code__) for f, _ in trials.functions if counts_unseen(f.__code__)))
+    for key in followed:
+        if key in flow.numbers and key[1].partition("[")[0] in unseen:
+            flow.numbers[key].taken = flow.numbers[key].computed = True
     taken = [flow.numbers[key] for key in followed if key in flow.numbers and flow.numbers[key].taken]
     for labels, measure in flow.measures:
         if measure.taken and (grouping.group_of[grouping.classes[labels]] >= 0).any():
@@ -138,11 +159,11 @@ def attempt(trials: Trials, grouping: Grouping, chosen: list[int], picked: Picke
 def _run(trials: Trials, grouping: Grouping, chosen: list[int], plan: PruningPlan, compared: bool) -> Outcome | None:
     """Cut the network and run it, and compare values where asked; None: all is well."""
     model, example_inputs = trials.model, trials.example_inputs
-    small = cut(model, plan, share=True)
-    program = Program()
-    if _tells(trials, grouping, plan, small, program):
-        return None
+    small, program = model, Program()
     try:
+        small = cut(model, plan, share=True)
+        if _tells(trials, grouping, plan, small, program):
+            return None
         if program.failed is not None:
             raise program.failed
         if not compared:

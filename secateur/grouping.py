@@ -384,8 +384,10 @@ def _members(
         ids = group_id[own]
         role = Role.PRODUCER if home.key in made else Role.CONSUMER if home.key in read else Role.FOLLOWER
         module = home.tensor.rpartition(".")[0]
-        for g in np.unique(ids[ids >= 0]).tolist():
-            positions = np.flatnonzero(ids == g)
+        first = int(ids[0])
+        alike = bool((ids == first).all())  # as mostly
+        for g in ([first] if first >= 0 else []) if alike else np.unique(ids[ids >= 0]).tolist():
+            positions = np.arange(ids.size) if alike else np.flatnonzero(ids == g)
             order = moved.order(home.start + positions)
             channels = channel_of[own[positions]]
             members[g].append(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import is_dataclass
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, MappingView
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import ModuleType
 from typing import Any, cast
 
 import numpy as np
@@ -56,24 +58,53 @@ def mapped(value: Any, change: Any) -> Any:
     return copy.copy(value)
 
 
-def tensors_of(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Yield every tensor in nested containers, data classes and plain objects, in a fixed order."""
-    seen = set() if seen is None else seen
-    if isinstance(value, Tensor):
+def varied(example_inputs: Any) -> Any:
+    """Replace inputs that hold one value throughout by random ones: what is made of zeros tells little."""
+    generator = torch.Generator().manual_seed(0)
+
+    def vary(tensor: Tensor) -> Tensor:
+        constant = tensor.is_floating_point() and tensor.numel() > 1 and not tensor.is_meta
+        if not constant or bool((tensor != tensor.flatten()[0]).any()):
+            return tensor
+        return tensor + torch.rand(tensor.shape, generator=generator).to(tensor)
+
+    return mapped(example_inputs, vary)
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Yield every tensor in nested containers, iterators, data classes and plain objects, in a fixed order."""
+    return (leaf for leaf in leaves_of(value, {}) if isinstance(leaf, Tensor))
+
+
+_HOLDING = (list, tuple, set, frozenset, deque, MappingView, Iterator)
+"""Containers but for mappings. Other things that can be gone through may have no end, as text has none."""
+
+
+def leaves_of(value: Any, seen: dict[int, Any]) -> Iterator[Any]:
+    """Yield everything in nested containers that is none itself: tensors, numbers, arrays; each object once."""
+    if isinstance(value, (Tensor, str, bytes, bool, int, float, type(None), type, ModuleType)):
         yield value
         return
-    if id(value) in seen or isinstance(value, (str, bytes, int, float, type(None), nn.Module, type)):
+    if id(value) in seen:
         return
-    seen.add(id(value))
+    seen[id(value)] = value  # which has to live for its identity to be its own
+    inside: Any
     if isinstance(value, Mapping):
-        for key in value:
-            yield from tensors_of(value[key], seen)
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        for item in value:
-            yield from tensors_of(item, seen)
-    elif is_dataclass(value) or hasattr(value, "__dict__"):
-        for item in vars(value).values():
-            yield from tensors_of(item, seen)
+        inside = value.values()
+    elif isinstance(value, (nn.ParameterList, nn.ParameterDict)):
+        inside = value.parameters()
+    elif isinstance(value, np.ndarray) and value.dtype.hasobject:
+        inside = value.flat
+    elif isinstance(value, _HOLDING):
+        inside = value
+    elif isinstance(value, nn.Module) or not (hasattr(value, "__dict__") or hasattr(value, "__slots__")):
+        yield value
+        return
+    else:
+        slots = (name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()))
+        inside = (*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in slots))
+    for item in inside:
+        yield from leaves_of(item, seen)
 
 
 def batch_size(example_inputs: Any) -> int:
@@ -106,32 +137,75 @@ def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
             module.training = training
 
 
-def _keeps(value: Any) -> bool:
-    """Tell whether an attribute is a tensor, or a tuple or list with some: what code keeps from one run to the next."""
-    return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(map(_keeps, value)))
-
-
 def _put_back(module: nn.Module, before: Mapping[str, Any]) -> None:
-    """Give a module the attributes again in which a run left tensors: its state, which has the run's sizes."""
+    """Give a module the attributes again that it had: what a run left there may have the run's sizes, or count runs."""
     own = vars(module)
-    for name, value in list(own.items()):
-        if value is before.get(name) or name in BOOKS or not _keeps(value):
-            continue
+    for name in [name for name, value in own.items() if value is not before.get(name) and name not in BOOKS]:
         if name in before:
             own[name] = before[name]
         else:
             del own[name]
+    for name in before.keys() - own.keys():
+        own[name] = before[name]
+
+
+def _as_written() -> AbstractContextManager[Any]:
+    """Have compiled parts of a network run as they are written: no kernel stands for several operators."""
+    # Its own import takes seconds, and where nothing has imported it, nothing is compiled.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+_FIXED = frozenset({bool, int, float, str, tuple, type(None)})
+"""What most attributes of modules are: nothing can be put into it."""
+_State = tuple[Any, list[Any]]
+"""A container in which code may keep something from one run to the next, and what it holds."""
+
+
+def _contents(value: Any, depth: int = 3) -> Iterator[_State]:
+    """Yield the dicts, lists and sets that an attribute of a module is or holds, with what they hold now."""
+    if isinstance(value, dict):
+        held: list[Any] = list(value.items())
+        inside: Iterable[Any] = value.values()
+    elif isinstance(value, (list, set, deque)):
+        held = inside = list(value)
+    else:
+        return
+    yield value, held
+    if depth > 1:
+        for item in inside:
+            yield from _contents(item, depth - 1)
+
+
+def _refill(value: Any, held: list[Any]) -> None:
+    """Give a container what it held again, the same objects in the same order, where it holds something else."""
+    now = list(value.items()) if isinstance(value, dict) else list(value)
+    if len(now) == len(held) and all(map(_is_same, now, held)):
+        return
+    value.clear()
+    if isinstance(value, (dict, set)):
+        value.update(held)
+    else:
+        value.extend(held)
+
+
+def _is_same(now: Any, before: Any) -> bool:
+    """Tell whether a container holds the same object, or under the same key the same one."""
+    pairs = isinstance(now, tuple) and isinstance(before, tuple) and len(now) == len(before) == 2
+    return now is before or (pairs and now[0] is before[0] and now[1] is before[1])
 
 
 @contextmanager
 def left_as_found(*models: nn.Module) -> Iterator[None]:
     """Run forwards inside, and leave no mark: modes, buffers, random states and backend flags are put back.
 
-    So are attributes in which code keeps tensors from one run to the next.
+    So are the attributes of modules, and what the dicts, lists and sets among them hold.
     """
     modules = [m for model in models for m in modules_of(model).values()]
     modes = [(m, m.training) for m in modules]
-    attributes = [(m, dict(vars(m))) for m in modules]
+    # A lazy layer counts its channels when it first sees them, and keeps that.
+    attributes = [(m, dict(vars(m))) for m in modules if not any(map(is_lazy, m._parameters.values()))]  # type: ignore[arg-type]
+    held_by = (v for _, own in attributes for n, v in own.items() if type(v) not in _FIXED and n not in BOOKS)
+    kept = [state for value in held_by for state in _contents(value)]
     buffers = [
         (m, key, tensor, tensor.clone() if tensor is not None else None, _version(tensor))
         for m in modules
@@ -142,15 +216,16 @@ def left_as_found(*models: nn.Module) -> Iterator[None]:
         (p, p.data, p.detach().clone())
         for module in modules
         if switches(module)
-        for p in module.parameters(recurse=False)
-        if not is_lazy(p)
+        for p in module._parameters.values()
+        if p is not None and not is_lazy(p)
     ]
     fast = torch.backends.mha.get_fastpath_enabled()
-    cuda = sorted({t.device.index for model in models for t in model.parameters() if t.device.type == "cuda"})
+    devices = {p.device for m in modules for p in m._parameters.values() if p is not None}
+    cuda = sorted(device.index for device in devices if device.type == "cuda")
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the model's own code may draw from it
     try:
         # In inference mode operators reach the labels whole, and what is made there can never be trained.
-        with torch.inference_mode(False), torch.random.fork_rng(devices=cuda), torch.no_grad():
+        with torch.inference_mode(False), torch.random.fork_rng(devices=cuda), torch.no_grad(), _as_written():
             # The fused attention kernel is one opaque operator; the plain path is made of those that have rules.
             torch.backends.mha.set_fastpath_enabled(False)
             yield
@@ -161,6 +236,8 @@ def left_as_found(*models: nn.Module) -> Iterator[None]:
         set_modes(modes)
         for module, before in attributes:
             _put_back(module, before)
+        for container, held in kept:
+            _refill(container, held)
         for parameter, place, was in switched:
             if parameter.data_ptr() != place.data_ptr():
                 parameter.data = place

@@ -180,7 +180,8 @@ def _steps(group: ChannelGroup, order: Sequence[int]) -> list[list[int]]:
     free = group.removable.copy()
     # The most important channel of every layer stays: a layer may make only some of the group's channels.
     if group.schedule is None:
-        free[[int(m.channels[place[m.channels].argmax()]) for m in group.members if m.channels.size]] = False
+        partial = [m.channels for m in group.members if 0 < m.channels.size < group.size]
+        free[[int(place.argmax()), *(int(channels[place[channels].argmax()]) for channels in partial)]] = False
     for some in group.staying:
         free[some.channels[np.argsort(place[some.channels])[-some.least :]]] = False
     queue = ordered[free[ordered]]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from secateur.labels import Axes
-from secateur.rules.registry import tensors_in
+from secateur.rules.registry import ATOMS, tensors_in
 
 if TYPE_CHECKING:
     from secateur.rules.flow import Flow
@@ -47,7 +47,7 @@ _AS_IT_IS = ("aten::_unsafe_view", "aten::native_batch_norm")
 """Operators that are run whatever they read: one is a view; the other, asked for shapes, tells those of training."""
 
 
-Made = tuple[tuple[int, ...], Axes]
+Made = tuple[torch.Size, Axes]
 """Shape and labels of a tensor that an operator made."""
 
 
@@ -89,11 +89,12 @@ class Program:
         if name == "aten::slice" and len(args) > 2:
             along = args[1] % args[0].ndim in flow.axes(args[0])
             args, bounds = args[:2], tuple(args[2:])
-        arguments = [self._plain(flow, a) for i, a in enumerate(args) if i != free]
-        arguments += [(key, self._plain(flow, value)) for key, value in kwargs.items()]
+        arguments = [a if type(a) in ATOMS else self._plain(flow, a) for i, a in enumerate(args) if i != free]
+        for key, value in kwargs.items():
+            arguments.append((key, self._plain(flow, value)))
         made = []
         for index, tensor in enumerate(tensors_in((out,))):
-            made.append((tuple(tensor.shape), dict(flow.axes(tensor))))
+            made.append((tensor.shape, dict(flow.axes(tensor))))
             if not flow.name(tensor):
                 self._mark(tensor, (len(self.steps), index))
         self.steps.append(Step(name, tuple(arguments), tuple(made), bounds, along))
@@ -141,7 +142,7 @@ class Program:
                 flow.doubt = flow.cause("is given a tensor that no operator made")
             return _content(value)
         if isinstance(value, (list, tuple)):
-            return tuple(self._plain(flow, v) for v in value)
+            return tuple([v if type(v) in ATOMS else self._plain(flow, v) for v in value])
         return value
 
 

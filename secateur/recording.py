@@ -10,21 +10,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as module_registry
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.errors import TraceError
-from secateur.inputs import arguments, left_as_found, mapped, tensors_of
+from secateur.inputs import arguments, leaves_of, left_as_found, mapped, tensors_of
 from secateur.layers import layer_rule
 from secateur.program import Program
 from secateur.rules import RULES, Flow
 from secateur.rules.flow import LAYERS, WIDTHS, Cause
 from secateur.rules.pointwise import is_pointwise, pointwise
 from secateur.rules.reach import Reached
-from secateur.rules.registry import tensors_in
+from secateur.rules.registry import Rule, tensors_in
 from secateur.rules.shuffle import carry
-from secateur.rules.sizes import told_apart
+from secateur.rules.sizes import Counted, told_apart
 from secateur.rules.trust import Executed, Watch, counting, knows_its_mode, naming
 from secateur.walk import modules_of, tensors_named
 from secateur.written import Written, targets
@@ -42,21 +42,27 @@ class _LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     With ``light``, of operators that take long only the shapes of what they make are right.
     """
 
-    def __init__(self, flow: Flow, program: Program, light: bool, written: Written) -> None:
+    def __init__(
+        self, flow: Flow, program: Program, light: bool, written: Written, executed: Executed | None = None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flow, self.program, self.light, self.written = flow, program, light, written
+        self.executed = executed
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Be called as it is: the wrapper that PyTorch puts around modes imports its compiler, which takes seconds."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         flow = self.flow
-        if targets(func):
+        name, text, writes, elementwise = _known(func)
+        if writes:
             self.written.before(func, args, kwargs)
         if flow.paused:
             return func(*args, **kwargs)
-        name, text = _names(func)
-        rule = RULES.get(name)
-        if rule is None and is_pointwise(func):
-            rule = pointwise
+        rule = RULES.get(name) or (pointwise if elementwise else None)
         if rule is None:
             # In inference mode an operator made of others arrives whole.
             with self:
@@ -70,7 +76,20 @@ class _LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         flow.shape_before = tuple(args[0].shape) if name in _RESHAPING else ()
         flow.stride_before = args[0].stride() if name in _RESHAPING else ()
         out = self.program.shaped(func, args, kwargs) if self.light else func(*args, **kwargs)
-        flow.operands = tensors_in((*args, *kwargs.values()))
+        if self.executed is None:
+            self._carry(rule, name, args, kwargs, out)
+            return out
+        self.executed.rest()
+        try:
+            self._carry(rule, name, args, kwargs, out)
+        finally:
+            self.executed.go_on()
+        return out
+
+    def _carry(self, rule: Rule | None, name: str, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        """Let the labels flow through an operator that has run, and note the call."""
+        flow = self.flow
+        flow.operands = tensors_in((*args, *kwargs.values()) if kwargs else args)
         if rule is not None:
             rule(flow, args, kwargs, out)
         else:
@@ -82,13 +101,12 @@ class _LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             carry(flow, name, args, out)
         flow.operands = ()
         self.program.note(flow, name, args, kwargs, out)
-        return out
 
 
 @functools.lru_cache(maxsize=4096)
-def _names(func: Any) -> tuple[str, str]:
-    """Return the name of an operator that its rule has, and the one that it is shown by: both take long to make."""
-    return func._schema.name, str(func)
+def _known(func: Any) -> tuple[str, str, bool, bool]:
+    """Return the name of an operator that its rule has, the one shown, whether it writes, and is element-wise."""
+    return func._schema.name, str(func), bool(targets(func)), is_pointwise(func)
 
 
 @contextmanager
@@ -104,9 +122,9 @@ def _plain_kernels() -> Iterator[None]:
 
 
 @contextmanager
-def _module_paths(model: nn.Module, flow: Flow, watch: Watch) -> Iterator[None]:
+def _module_paths(modules: Mapping[str, nn.Module], flow: Flow, watch: Watch) -> Iterator[None]:
     """Keep the flow told which module's forward is running."""
-    names = {id(m): name for name, m in modules_of(model).items()}
+    names = {id(module): name for name, module in modules.items()}
     stack: list[tuple[str, nn.Module | None, bool]] = [("", None, False)]
     fused = ExitStack()
 
@@ -166,15 +184,25 @@ def _numbers(modules: Mapping[str, nn.Module], flow: Flow) -> Iterator[None]:
 
 
 def _run(
-    model: nn.Module, flow: Flow, program: Program, example_inputs: Any, light: bool, written: Written, plain: bool
+    model: nn.Module,
+    flow: Flow,
+    program: Program,
+    example_inputs: Any,
+    light: bool,
+    written: Written,
+    plain: bool,
+    executed: Executed | None,
 ) -> None:
     positional, keyword = arguments(mapped(example_inputs, lambda t: t.clone()))
     program.begin(tensors_of((positional, keyword)))
     try:
         watch = Watch(flow)
-        numbers = _numbers({} if plain else modules_of(model), flow)
-        with numbers, _module_paths(model, flow, watch), watch, _LabelMode(flow, program, light, written):
-            outputs = model(*positional, **keyword)
+        modules = modules_of(model)
+        numbers = _numbers({} if plain else modules, flow)
+        labelling = _LabelMode(flow, program, light, written, executed)
+        with numbers, _module_paths(modules, flow, watch), watch, labelling, executed or nullcontext():
+            # Taken out here, as what an iterator yields may be computed only now.
+            returned = list(leaves_of(model(*positional, **keyword), {}))
     except Exception as error:
         where = f" in {flow.module}" if flow.module else ""
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -183,13 +211,24 @@ def _run(
             "Check their shapes, types and device."
         ) from error
     flow.operator, flow.module = "model output", ""
-    returned = list(tensors_of(outputs))
-    program.end(flow, returned)
-    for tensor in returned:
-        grid = flow.grid(tensor)
+    _keep_returned(flow, returned)
+    program.end(flow, (leaf for leaf in returned if isinstance(leaf, Tensor)))
+
+
+def _keep_returned(flow: Flow, returned: list[Any]) -> None:
+    """Keep the channels of what a model returns, and those whose number it returns; all where it returns no tensor."""
+    for leaf in returned:
+        if isinstance(leaf, Counted):
+            flow.freeze_for(leaf.labels, Cause("model output", "", "", "are counted, and their number is returned"))
+        if not isinstance(leaf, Tensor):
+            continue
+        grid = flow.grid(leaf)
         loose = [grid.labels] if grid is not None and grid.key in flow.loose else []
-        for labels in (*flow.axes(tensor).values(), *loose):
+        for labels in (*flow.axes(leaf).values(), *loose):
             flow.freeze_for(labels, Cause("model output", "", "", "is returned by the model"))
+    if not any(isinstance(leaf, Tensor) for leaf in returned):
+        for labels in flow.produced:
+            flow.freeze_for(labels, Cause("model output", "", "", "no tensor is returned that would tell what is made"))
 
 
 @dataclass(frozen=True)
@@ -231,30 +270,29 @@ def record(
         TraceError: If the model fails on the example inputs.
     """
     notes: list[str] = []
-    named = tensors_named(model)
+    modules = modules_of(model)
+    named = tensors_named(model, modules)
     written = Written(named)
     with left_as_found(model), _put_back(written):
         _evaluate(model)
         layers = (nn.modules.conv._ConvNd, nn.Linear)
-        kernels = {f"{name}.weight".lstrip(".") for name, m in modules_of(model).items() if isinstance(m, layers)}
+        kernels = {f"{name}.weight".lstrip(".") for name, m in modules.items() if isinstance(m, layers)}
         program = light or Program()
         flow = Flow(named, dict(decisions), kernels, set(loose))
         executed = Executed()
         suspect = _LIGHT if light is not None else counting(functions)
-        watched = executed if suspect is not None and executed.at_hand and light is None else nullcontext()
+        watched = executed if suspect is not None and executed.at_hand and light is None else None
         flow.doubt = None if watched is executed else suspect
-        with watched:
-            _run(model, flow, program, example_inputs, light is not None, written, plain)
+        _run(model, flow, program, example_inputs, light is not None, written, plain, watched)
         idle = _idle(model, flow)
         if knows_its_mode(model, functions) and (idle or _unread(model, flow) or _dropped(flow)):
             model.train()
-            for module in model.modules():
+            for module in modules_of(model).values():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
             calls = len(flow.calls)
             try:
-                with watched:
-                    _run(model, flow, program, example_inputs, light is not None, written, plain)
+                _run(model, flow, program, example_inputs, light is not None, written, plain, watched)
             except TraceError as error:
                 notes.append(f"in train mode {error}")
             # Costs are those of inference.
@@ -309,8 +347,8 @@ def _unread(model: nn.Module, flow: Flow) -> bool:
     """Tell whether a module has a parameter, or a buffer of its own kind, that took no part in the run."""
     for module in modules_of(model).values():
         if not isinstance(module, nn.modules.batchnorm._NormBase):  # it counts batches
-            own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-            if any(t.ndim and not flow.took_part(t) for t in own):
+            own = (*module._parameters.values(), *module._buffers.values())
+            if any(t is not None and t.ndim and not flow.took_part(t) for t in own):
                 return True
     return False
 
@@ -327,9 +365,5 @@ def _dropped(flow: Flow) -> bool:
 
 def _idle(model: nn.Module, flow: Flow) -> list[str]:
     """Return the modules none of whose parameters took part in the run."""
-    return [
-        name
-        for name, module in modules_of(model).items()
-        if any(True for _ in module.parameters(recurse=False))
-        and not any(flow.took_part(p) for p in module.parameters(recurse=False))
-    ]
+    held = {name: [p for p in m._parameters.values() if p is not None] for name, m in modules_of(model).items()}
+    return [name for name, parameters in held.items() if parameters and not any(map(flow.took_part, parameters))]

@@ -56,7 +56,7 @@ def replica(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
     own = {id(module) for module in modules}
     for path, module in modules_of(copied).items():
         for held, value in vars(module).items():
-            if type(value) not in _ATOMS and held not in _TABLES and _holds(value, own):
+            if not _is_atomic(value) and held not in _TABLES and _holds(value, own):
                 raise PlanError(
                     f"{f'{path}.{held}'.lstrip('.')}: this {type(value).__name__} holds a function that goes on to "
                     "call the unpruned network, also in a copy. Make it a method, or keep it in a list or dict."
@@ -84,6 +84,11 @@ def _holds(value: Any, own: set[int]) -> bool:
 def _is_namespace(value: Any) -> bool:
     """Tell whether a dict holds the global variables of a Python module."""
     return type(value) is dict and "__builtins__" in value
+
+
+def _is_atomic(value: Any) -> bool:
+    """Tell whether a value is a number or the like, or a tuple of such, which copies share."""
+    return type(value) in _ATOMS or (type(value) is tuple and _ATOMS.issuperset(map(type, value)))
 
 
 class _Copier:
@@ -117,10 +122,10 @@ class _Copier:
             items = self.memo[id(value)] = []
             items.extend(map(self.copy, value))
             return items
-        if (kind is tuple or kind is set) and all(type(item) in _ATOMS for item in value):
-            return value if kind is tuple else self.memo.setdefault(id(value), set(value))
         if kind is tuple:
-            return tuple(map(self.copy, value))
+            return value if _is_atomic(value) else tuple(map(self.copy, value))
+        if kind is set and _ATOMS.issuperset(map(type, value)):
+            return self.memo.setdefault(id(value), set(value))
         if kind is types.FunctionType:
             return self._function(value) if self._reaches((value,)) else value
         if kind is types.MethodType:
@@ -144,10 +149,11 @@ class _Copier:
         self.memo.setdefault(id(self.memo), []).append(state)
         copied = {}
         for name, item in state.items():
-            if type(item) in _ATOMS:
+            if _is_atomic(item):
                 copied[name] = item
             elif name in _TABLES and type(item) in (dict, set, OrderedDict) and not item:
-                copied[name] = type(item)()
+                # A handle of a hook, which a module may hold, refers to the table that held the hook.
+                copied[name] = self.memo.setdefault(id(item), type(item)())
             else:
                 copied[name] = self._attribute(module, name, item)
         small.__setstate__(copied)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,8 @@ def cut(model: nn.Module, plan: PruningPlan, *, share: bool = False) -> nn.Modul
         PlanError: If the plan names a module or tensor that the model lacks, or that has another shape.
     """
     model = unwrapped(model)
-    tensors = tensors_named(model)
+    modules = modules_of(model)
+    tensors = tensors_named(model, modules)
     for name, shape in plan.shapes.items():
         if name not in tensors:
             raise PlanError(f"{name}: the plan prunes it, but the model has no such tensor. Is this the right model?")
@@ -52,19 +53,19 @@ def cut(model: nn.Module, plan: PruningPlan, *, share: bool = False) -> nn.Modul
                 "Apply it to the unpruned model."
             )
     memo = {id(t): t for t in tensors.values()} if share else {}
-    memo |= _cut_tensors(model, plan, tensors)
+    memo |= _cut_tensors(modules, plan, tensors)
     small: nn.Module = replica(model, memo)
-    _set_attributes(small, plan)
-    _forget(small, model)
+    _set_attributes(modules_of(small), plan)
+    _forget(small, modules)
     return small
 
 
-def _forget(copied: nn.Module, model: nn.Module) -> None:
+def _forget(copied: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     """Let modules drop what they computed from their weights and kept, as they do when their mode is set.
 
     The modes are the model's: a module that says itself how it is copied may leave its own behind.
     """
-    whole = {name: module.training for name, module in modules_of(model).items()}
+    whole = {name: module.training for name, module in modules.items()}
     modes = [(module, whole.get(name, module.training)) for name, module in modules_of(copied).items()]
     for module, training in modes:
         if switches(module):
@@ -72,10 +73,9 @@ def _forget(copied: nn.Module, model: nn.Module) -> None:
     set_modes(modes)
 
 
-def _cut_tensors(model: nn.Module, plan: PruningPlan, tensors: dict[str, Tensor]) -> dict[int, Any]:
+def _cut_tensors(modules: Mapping[str, nn.Module], plan: PruningPlan, tensors: Mapping[str, Tensor]) -> dict[int, Any]:
     """Return what every tensor that the plan touches becomes, by the identity of the old one."""
     memo: dict[int, Any] = {}
-    modules = modules_of(model)
     for name in plan.kept_outputs.keys() | plan.kept_inputs.keys():
         layer = modules.get(name)
         if layer_rule(layer) is not None:
@@ -146,7 +146,7 @@ def carry_optimizer(
         stand_ins: dict[str, Tensor] = {name: held.get(name, p) for name, p in old.items()}
         # What an optimizer holds for a magnitude is no magnitude itself.
         sliced = replace(plan, magnitudes={})
-        cut_state = _cut_tensors(model, sliced, {**dict(model.named_buffers()), **stand_ins})
+        cut_state = _cut_tensors(modules_of(model), sliced, {**dict(model.named_buffers()), **stand_ins})
         for name, value in states.items():
             if name in held:
                 whole = cut_state.get(id(held[name]), held[name]).detach()
@@ -176,7 +176,7 @@ def _cut_layer(
     name: str,
     layer: nn.Linear | nn.modules.conv._ConvNd,
     plan: PruningPlan,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor],
     memo: dict[int, Any],
 ) -> None:
     prefix = f"{name}." if name else ""
@@ -251,8 +251,7 @@ def _count_weight(layer: nn.Linear | nn.modules.conv._ConvNd) -> None:
         layer.in_channels, layer.out_channels = (first, second) if layer.transposed else (second, first)
 
 
-def _set_attributes(model: nn.Module, plan: PruningPlan) -> None:
-    modules: dict[str, Any] = modules_of(model)
+def _set_attributes(modules: Mapping[str, Any], plan: PruningPlan) -> None:
     for name in plan.kept_outputs.keys() | plan.kept_inputs.keys():
         layer = modules[name]
         kept_in, kept_out = plan.kept_inputs.get(name), plan.kept_outputs.get(name)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -12,7 +15,7 @@ from secateur.attempt import Trials
 from secateur.errors import TraceError
 from secateur.graph import ChannelGraph
 from secateur.grouping import group_channels
-from secateur.inputs import batch_size, unwrapped
+from secateur.inputs import batch_size, unwrapped, varied
 from secateur.recording import record
 from secateur.rules.flow import Cause
 from secateur.rules.reach import Reached, reachable
@@ -27,6 +30,20 @@ def _functions(model: nn.Module) -> list[Reached]:
     return list(islice(reachable(model), MOST_FUNCTIONS + 1))
 
 
+@contextmanager
+def _rest_aside() -> Iterator[None]:
+    """Keep Python's collector to what is made here: it would go through all that the program holds, several times."""
+    aside = not gc.get_freeze_count()  # or the program has put it aside itself, and does not want it back
+    if aside:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if aside:
+            gc.unfreeze()
+
+
+@_rest_aside()
 def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     """Find the coupled channels of a network by running it once, with whatever control flow it has.
 
@@ -63,7 +80,7 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     except TraceError:  # of code that asks for the type of its numbers, say
         plain = True
         first = record(model, example_inputs, functions, decisions, loose, plain=True)
-    trials = Trials(model, example_inputs, functions, first)
+    trials = Trials(model, varied(example_inputs), functions, first)
     for _ in range(_MOST_TRIALS):
         flow, notes = trials.recording.flow, trials.recording.notes
         grouping = group_channels(flow, types, notes, batch)

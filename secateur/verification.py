@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import UsageError
-from secateur.inputs import arguments, left_as_found, mapped, tensors_of, unwrapped
+from secateur.inputs import arguments, left_as_found, mapped, tensors_of, unwrapped, varied
 from secateur.replica import replica
 from secateur.walk import modules_of
 from secateur.zeroing import zeroed
@@ -392,7 +392,8 @@ def verify(
         model: The original; left as found.
         small: What :func:`secateur.apply` made of it; left as found.
         plan: The plan applied.
-        example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments.
+        example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments. Random values take the
+            place of those that are all the same.
         tolerance: Largest difference allowed, relative to the largest value of each output and of what each layer
             reads; by default 1e-9 in fp64 (1e-6 where weight norm's magnitudes follow) and 1e-3 in fp32.
 
@@ -405,6 +406,7 @@ def verify(
     model, small = unwrapped(model), unwrapped(small)
     if any(t.is_meta for t in (*model.parameters(), *small.parameters(), *tensors_of(example_inputs))):
         raise UsageError("verify: tensors on the meta device have no values to compare. Give the model its weights.")
+    example_inputs = varied(example_inputs)
     refused: list[str] = []
     result: Difference | None = None
     limit = 0.0
@@ -433,7 +435,9 @@ def verify(
             return VerificationReport(False, float("inf"), limit, dtype, 0, (), (f"the pruned network fails: {text}",))
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         refused.append(f"fp64: the model does not run in it ({text}); compared in fp32")
-    agrees = result.error <= limit and not result.mismatched
+    agrees = result.error <= limit and not result.mismatched and result.compared > 0
+    if not result.compared:
+        refused.append("outputs: the model returns no tensor that could be compared")
     if failure:
         refused.append(f"train mode: the pruned network fails, and the original does not: {failure}")
     if not agrees and not _repeats(model, example_inputs):

@@ -26,20 +26,19 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
             continue
         seen.add(id(module))
         found[path] = module
-        inside = [(name, child) for name, child in module._modules.items() if child is not None]
-        if inside:
+        if module._modules:  # most have none
             start = f"{path}." if path else ""
-            waiting += [(start + name, child) for name, child in reversed(inside)]
+            waiting += [(start + name, child) for name, child in reversed(module._modules.items()) if child is not None]
     return found
 
 
-def tensors_named(model: nn.Module) -> dict[str, Tensor]:
-    """Return ``dict(model.named_parameters()) | dict(model.named_buffers())``.
+def tensors_named(model: nn.Module, modules: dict[str, nn.Module] | None = None) -> dict[str, Tensor]:
+    """Return ``dict(model.named_parameters()) | dict(model.named_buffers())``; of modules listed before, if given.
 
     >>> list(tensors_named(nn.BatchNorm2d(2)))
     ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
     """
-    modules = modules_of(model)
+    modules = modules_of(model) if modules is None else modules
     parameters = ((path, module._parameters) for path, module in modules.items())
     buffers = ((path, module._buffers) for path, module in modules.items())
     found: dict[str, Tensor] = {}

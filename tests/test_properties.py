@@ -136,8 +136,9 @@ def twice_is_once_with_the_union(network: Network, seed: int) -> None:
                     group, channel = where[member.tensor, member.dim, position]
                     both.setdefault(group, set()).add(channel)
         # A grouped convolution left with one channel a block is depthwise, a shuffle left with one channel a row moves
-        # nothing: it has lost the rule of the first graph.
-        if all(_balanced(graph.group(n), c) for n, c in both.items()):
+        # nothing: it has lost the rule of the first graph. Where code counts, as many stay as were tried to.
+        enough = all(graph.group(n).size - len(c) >= graph.group(n).least for n, c in both.items())
+        if enough and all(_balanced(graph.group(n), c) for n, c in both.items()):
             union, second[name] = both, channels
     smaller = sc.apply(small, sc.plan_removal(again, second))
     once = sc.apply(model, sc.plan_removal(graph, {n: sorted(c) for n, c in union.items()}))

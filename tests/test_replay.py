@@ -81,7 +81,8 @@ def constant_of_width(m: Net, x: Tensor) -> Tensor:
 
 def moved_by_width(m: Net, x: Tensor) -> Tensor:
     y = m.one(x)
-    out: Tensor = m.head(y) * x[..., y.shape[1] // 8 : y.shape[1] // 8 + 1]
+    at = int(y.shape[1]) // 8  # a plain number, which tells nobody that it was a width
+    out: Tensor = m.head(y) * x[..., at : at + 1]
     return out
 
 

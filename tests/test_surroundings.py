@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
 import functools
 import sys
 import threading
@@ -194,6 +195,8 @@ ELSEWHERE: dict[str, Callable[[Tensor], Tensor]] = {
     "a parameter made of it": lambda x: nn.Parameter(x, requires_grad=False),
     "another class's view of it": lambda x: x.as_subclass(torch.Tensor),
     "another library's view of it": lambda x: torch.from_dlpack(x.detach()),
+    "a list of numbers": lambda x: torch.tensor(x.tolist()),
+    "an array": lambda x: torch.tensor(x.detach().numpy()[..., ::-1].copy()),
 }
 
 
@@ -344,6 +347,151 @@ def test_state_that_a_forward_leaves_in_attributes_is_put_back() -> None:
     for each in (model, small):
         assert [(m.potential, m.traces, hasattr(m, "last")) for m in (each[1], each[3])] == [(0.0, (), False)] * 2
     assert small(inputs).shape == small(inputs).shape == (2, 4, 8, 8)
+
+
+class Accumulating(Base):
+    """Keeps features in containers of its own, numbers under numbers, and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features: dict[str, Tensor] = {}
+        self.nested = {"past": [torch.zeros(1)], "shapes": set[int]()}
+        self.last: collections.deque[Tensor] = collections.deque(maxlen=2)
+        self.calls, self.ran = 0, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        key = str(tuple(y.shape[2:]))
+        if key not in self.features:
+            self.features[key] = torch.ones(1, y.shape[1], *y.shape[2:])
+        self.nested["past"].append(y)  # type: ignore[attr-defined]
+        self.nested["shapes"].add(y.shape[1])  # type: ignore[attr-defined]
+        self.last.append(y)
+        self.calls, self.ran = self.calls + 1, True
+        return self.head(self.b(y * self.features[key]))
+
+
+def test_containers_and_counts_of_a_network_are_as_before() -> None:
+    model = Accumulating()
+    first = model.nested["past"][0]  # type: ignore[index]
+    graph, plan, small = pruned(model)
+    assert {group.name for group in graph.groups} == {"a", "b"}, "nothing is left that has the unpruned size"
+    assert sc.verify(model, small, plan, X).exact
+    for each in (model, small):
+        assert (each.features, each.nested["shapes"], list(each.last)) == ({}, set(), [])  # type: ignore[index]
+        assert len(each.nested["past"]) == 1  # type: ignore[index, arg-type]
+        assert (each.calls, each.ran) == (0, False)
+    assert model.nested["past"][0] is first  # type: ignore[index]
+
+
+class HoldsItsHandle(Base):
+    """Keeps the handle of a hook, by which it can be taken away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.handle = self.a.register_forward_hook(lambda module, args, out: out * 2)
+
+
+def test_a_pruned_network_that_holds_a_hooks_handle_can_be_copied_again() -> None:
+    model = HoldsItsHandle()
+    _, plan, small = pruned(model)
+    assert sc.verify(model, small, plan, X).dtype == "float64"
+    again = copy.deepcopy(small)
+    again.handle.remove()  # type: ignore[operator, union-attr]
+    assert [len(each.a._forward_hooks) for each in (model, small, again)] == [1, 1, 0]
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    """What a network returns, without a dict of attributes."""
+
+    features: Tensor
+    result: Tensor
+
+
+RETURNED: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "values": lambda y, o: {"y": y, "o": o}.values(),
+    "items": lambda y, o: {"y": y, "o": o}.items(),
+    "a queue": lambda y, o: collections.deque([y, o]),
+    "a generator": lambda y, o: (t for t in (y, o)),
+    "a map": lambda y, o: map(torch.relu, (y, o)),
+    "slots": Slots,
+    "an array": lambda y, o: (y.detach().numpy(), o),
+    "a list of numbers": lambda y, o: (y.tolist(), o),
+    "a shape": lambda y, o: (y.shape, o),
+    "a number": lambda y, o: {"width": y.shape[1], "o": o},
+    "parameters": lambda y, o: nn.ParameterList([nn.Parameter(y), nn.Parameter(o)]),
+}
+
+
+@pytest.mark.parametrize("name", RETURNED)
+def test_channels_that_are_returned_are_kept_whatever_holds_them(name: str) -> None:
+    def forward(m: Net, x: Tensor) -> object:
+        y = m.a(x)
+        return RETURNED[name](y, m.head(m.b(y)))
+
+    model = Net(forward, a=conv(3, 16), b=conv(16, 12), head=conv(12, 4)).eval()  # type: ignore[arg-type]
+    graph = sc.trace(model, X)
+    assert [group.name for group in graph.groups] == ["b"]
+    plan = sc.plan_removal(graph, {"b": [0, 3, 5]})
+    report = sc.verify(model, sc.apply(model, plan), plan, X)
+    assert report.exact, report
+
+
+def test_where_nothing_is_returned_that_tells_nothing_is_pruned() -> None:
+    def forward(m: Net, x: Tensor) -> object:
+        y = m.head(m.a(x))
+        return lambda: y
+
+    model = Net(forward, a=conv(3, 16), head=conv(16, 4)).eval()  # type: ignore[arg-type]
+    graph = sc.trace(model, X)
+    assert not graph.groups
+    assert any("no tensor is returned" in refusal.reason for refusal in graph.refused)
+    plan = sc.plan_removal(graph, {})
+    report = sc.verify(model, sc.apply(model, plan), plan, X)
+    assert not report.exact
+    assert any("no tensor" in reason for reason in report.refused)
+
+
+class Compiled(Base):
+    """A part is compiled; as it is written, it gives a size in its code."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.encode = torch.compile(lambda x: self.b(x).view(-1, 12, 64).relu().view(-1, 12, 8, 8), backend=backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encode(self.a(x)))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_parts_are_traced_as_they_are_written(backend: str) -> None:
+    model = Compiled(backend).eval()
+    with torch.no_grad():
+        model(X)
+    torch._dynamo.utils.counters.clear()
+    graph = pruned(model)[0]
+    assert not torch._dynamo.utils.counters, "nothing was compiled for the trace"
+    assert {group.name for group in graph.groups} == {"a"}
+    assert any("b.weight" in r.tensors and "test_surroundings.py" in r.source for r in graph.refused)
+
+
+def test_layers_that_do_not_let_their_numbers_be_changed_are_kept() -> None:
+    class Closed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.width = conv(3, 16), 16
+
+        def __setattr__(self, name: str, value: object) -> None:
+            if name == "width" and name in vars(self):
+                raise AttributeError("the width is given once")
+            super().__setattr__(name, value)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).view(-1, self.width, 8, 8)
+
+    graph = sc.trace(nn.Sequential(Closed(), conv(16, 12), conv(12, 4)).eval(), X)
+    assert {group.name for group in graph.groups} == {"1"}
 
 
 class Merging(nn.Conv2d):

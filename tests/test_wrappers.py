@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,13 +118,13 @@ class Remembering(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
-        self.kept: dict[str, Tensor] = {}
+        self.kept = SimpleNamespace(last=None)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x).relu()
-        last = self.kept.get("last")
-        self.kept["last"] = y if last is None or last.shape != y.shape else last * 0.5 + y
-        return self.head(self.kept["last"])
+        last = self.kept.last
+        self.kept.last = y if last is None or last.shape != y.shape else last * 0.5 + y
+        return self.head(self.kept.last)
 
 
 def test_a_network_that_keeps_state_between_runs_is_said_to_do_so() -> None:

@@ -35,7 +35,7 @@ LAYERS = (
 """Layers whose attributes follow their weights, whatever else they are equal to."""
 
 
-WIDTHS = frozenset(COUNTS - {"groups", "normalized_shape"})
+WIDTHS = tuple(sorted(COUNTS - {"groups", "normalized_shape"}))
 """Those of them that count channels, and that no forward of PyTorch's own reads."""
 
 

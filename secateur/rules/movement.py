@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -255,6 +255,8 @@ def slice_(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tenso
     dim = (args[1] if len(args) > 1 else 0) % x.ndim
     axes = dict(flow.axes(x))
     labels = axes.get(dim)
+    if labels is None and dim in flow.asked and x.shape[dim] > 1:
+        flow.freeze(flow.asked[dim], "give their number as a bound of a dimension that loses nothing")
     if labels is not None:
         size = x.shape[dim]
         start = args[2] if len(args) > 2 and args[2] is not None else 0
@@ -263,9 +265,9 @@ def slice_(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tenso
         index = np.arange(start, start + out.shape[dim] * step, step)
         axes[dim] = labels[index]
         if index.size == size:
-            flow.assume(labels, _HARD_CODED, "follow")
+            flow.assume(labels, _HARD_CODED, "follow", along={dim: labels})
         elif step == 1:
-            _cut(flow, labels, [start, start + index.size])
+            _cut(flow, labels, [start, start + index.size], along={dim: labels})
         elif size % step == 0 and start < step and index.size == size // step:
             rows = labels.reshape(-1, step)
             flow.store.join(rows[:, :1], rows)
@@ -276,7 +278,9 @@ def slice_(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tenso
     flow.set(out, axes, weight=flow.is_weight(x))
 
 
-def _cut(flow: Flow, labels: Labels, bounds: Sequence[int], told: str = "bounds") -> None:
+def _cut(
+    flow: Flow, labels: Labels, bounds: Sequence[int], told: str = "bounds", along: Mapping[int, Labels] | None = None
+) -> None:
     """Cut a dimension at indices; the code is taken to cut it at the same channels once some are gone.
 
     Where attributes of the module hold the width of each block, they follow and the blocks are free. Where one holds
@@ -289,6 +293,7 @@ def _cut(flow: Flow, labels: Labels, bounds: Sequence[int], told: str = "bounds"
         labels: Labels of the dimension.
         bounds: Where it is cut.
         told: What the code gives: ``bounds``, the ``widths`` of all blocks, one ``width`` for all, or their ``number``.
+        along: Where the labels lie, for sizes and bounds that are numbers of other channels.
     """
     blocks = [b for b in np.split(labels, bounds) if b.size]
     if len(blocks) < 2:
@@ -304,7 +309,7 @@ def _cut(flow: Flow, labels: Labels, bounds: Sequence[int], told: str = "bounds"
     inner = [b for b in bounds if 0 < b < labels.size]
     if told in ("bounds", "widths") and all(flow.store.are_apart(labels, b) for b in inner):
         options.append("parts")
-    option = flow.assume(labels, "is cut at indices written in the code", *options, blocks=blocks)
+    option = flow.assume(labels, "is cut at indices written in the code", *options, blocks=blocks, along=along)
     if option == "widths":
         for name, counted in known["widths"]:
             flow.count(name, counted)
@@ -358,6 +363,8 @@ def split(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Sequen
         else:
             number = getattr(flow.called, "__name__", "") in ("chunk", "unsafe_chunk", "tensor_split")
             told = "number" if number else "widths" if isinstance(args[1], (list, tuple)) else "width"
+            if told == "width":  # as many pieces as there are channels for
+                flow.measure(labels).taken = True
             _cut(flow, labels, np.cumsum([b.size for b in blocks[:-1]]).tolist(), told)
 
 

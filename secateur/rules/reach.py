@@ -11,13 +11,13 @@ import functools
 import sys
 import sysconfig
 import types
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from secateur.walk import BOOKS
+from secateur.walk import BOOKS, modules_of
 
 _SILENT = frozenset(
     {
@@ -38,6 +38,25 @@ _STANDARD = sysconfig.get_path("stdlib")
 
 Reached = tuple[types.FunctionType, type]
 """A function, and the class that it is a method of (``type(None)`` for a plain function)."""
+Found = TypeVar("Found")
+_MOST_KNOWN = 65536
+"""So much code is remembered: what a program writes and runs itself, again and again, has no end."""
+
+
+def remembered(look: Callable[[types.CodeType], Found]) -> Callable[[types.CodeType], Found]:
+    """Remember what is found in code by its identity: a hash of code is one of all its instructions, every time."""
+    known: dict[int, tuple[types.CodeType, Found]] = {}
+
+    @functools.wraps(look)
+    def found(code: types.CodeType) -> Found:
+        entry = known.get(id(code))
+        if entry is None:
+            if len(known) >= _MOST_KNOWN:
+                known.clear()
+            entry = known[id(code)] = code, look(code)  # which has to live for its identity to be its own
+        return entry[1]
+
+    return found
 
 
 def reachable(model: nn.Module) -> Iterator[Reached]:
@@ -73,11 +92,11 @@ def _methods(model: nn.Module) -> dict[str, list[Reached]]:
     """Return all functions that the classes of a network, or its modules themselves, hold: by name."""
     found: dict[str, list[Reached]] = {}
     kinds: set[type] = set()
-    for module in model.modules():
+    for module in modules_of(model).values():
         kind = type(module)
         kinds.add(kind)
         for name, value in vars(module).items():
-            if type(value) in _PLAIN or name in BOOKS:
+            if type(value) in _PLAIN or name in BOOKS or (type(value) is tuple and _PLAIN.issuperset(map(type, value))):
                 continue
             for function in _held(value):
                 found.setdefault(name, []).append((function, kind))
@@ -164,7 +183,7 @@ def _functions(function: types.FunctionType, names: frozenset[str]) -> Iterator[
                 yield from (f for f in _held(value) if is_users_module(f.__module__ or ""))
 
 
-@functools.lru_cache(maxsize=65536)
+@remembered
 def names_in(code: types.CodeType) -> frozenset[str]:
     """Return all names, and all strings that may be names, that code says."""
     found = set(code.co_names)
@@ -176,7 +195,7 @@ def names_in(code: types.CodeType) -> frozenset[str]:
     return frozenset(found)
 
 
-@functools.lru_cache(maxsize=65536)
+@remembered
 def computes_names(code: types.CodeType) -> bool:
     """Tell whether code may look up an attribute by a name that it does not say."""
     if any(isinstance(constant, types.CodeType) and computes_names(constant) for constant in code.co_consts):

@@ -16,6 +16,10 @@ RULES: dict[str, Rule] = {}
 """Qualified operator name without overload, e.g. ``aten::convolution``, -> its rule."""
 
 
+ATOMS = frozenset({int, float, bool, type(None), str})
+"""What most arguments beside tensors are, seen at once."""
+
+
 def rule(*names: str) -> Callable[[Rule], Rule]:
     """Register a rule under one or more operator names.
 
@@ -38,6 +42,8 @@ def tensors_in(values: Any) -> list[Tensor]:
     """Return the tensors among arguments, in lists too."""
     found: list[Tensor] = []
     for value in values:
+        if type(value) in ATOMS:
+            continue
         if isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, (list, tuple)):

@@ -12,13 +12,15 @@ import functools
 import math
 import sys
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import jit, nn
 
 from secateur.labels import Labels
+from secateur.rules.reach import remembered
+from secateur.walk import BOOKS
 
 _CONSTANTS = ("LOAD_CONST", "LOAD_SMALL_INT")
 _SUBSCRIPTS = ("BINARY_SUBSCR", "BINARY_SLICE", "BINARY_OP")
@@ -92,14 +94,23 @@ class Counted(int):
 
     def __eq__(self, other: object) -> bool:
         """Compare; where the larger of two is a number of channels, note that it must not come to equal the other."""
-        if not isinstance(other, int) or int.__eq__(self, other):
-            return bool(int.__eq__(self, other)) if isinstance(other, int) else False
+        if not isinstance(other, int):
+            self.measure.taken = True
+            return isinstance(other, float) and int.__float__(self) == other
+        if int.__eq__(self, other):
+            if isinstance(other, Counted) and other.labels is self.labels and other.part != self.part:
+                # C // 4 * 4 == C asks for a remainder.
+                self.measure.taken = True
+                self.measure.divisor = math.lcm(self.measure.divisor, self.part, other.part)
+            return True
         larger, smaller = (self, other) if int.__gt__(self, other) else (other, self)
         if isinstance(larger, Counted) and isinstance(smaller, Counted):
             frame = sys._getframe(1)
             larger.measure.met = (frame.f_code.co_filename, frame.f_lineno)
         elif isinstance(larger, Counted):
-            larger.measure.above = max(larger.measure.above, int.__int__(smaller))
+            # Of a part, one more is that many more channels.
+            above = (int.__int__(smaller) + 1) * larger.part - 1
+            larger.measure.above = max(larger.measure.above, above)
         return False
 
     def __ne__(self, other: object) -> bool:
@@ -117,7 +128,7 @@ class Counted(int):
     __rmul__ = __mul__
 
     def _derived(self, result: Any, other: Any, part: int) -> Any:
-        if isinstance(other, Counted):
+        if isinstance(other, Counted) or result is NotImplemented:  # as by a fraction, or by a tensor
             self.measure.taken = self.measure.computed = True
         plain = type(result) is int and isinstance(other, int) and not isinstance(other, Counted)
         return counted(result, self.labels, self.measure, part) if plain else result
@@ -169,6 +180,8 @@ def _keeping(operate: Callable[[int, Any], Any]) -> Callable[[Named, Any], Any]:
             return NotImplemented
         result = operate(self, other)
         if type(result) is not int:
+            for measure in self.measures:
+                measure.taken = measure.computed = True
             return result
         names, part = self.names, self.part
         if isinstance(other, Named):
@@ -246,7 +259,7 @@ def told_apart(
     modules: Mapping[str, nn.Module],
     run: object,
     measures: dict[tuple[str, str], Measure],
-    only: Collection[str] | None = None,
+    only: Sequence[str] | None = None,
 ) -> Iterator[None]:
     """Let the numbers that modules hold know which they are, while the code runs.
 
@@ -256,7 +269,8 @@ def told_apart(
         measures: Where to note by module and attribute that the code compares one of them, or counts with it.
         only: Names of the attributes to tell apart, if not all.
     """
-    tuples: dict[int, tuple[Any, Any]] = {}
+    changed: list[tuple[dict[str, Any], str, Any, Any]] = []
+    """Of every attribute that holds numbers: the module's own dict, its name, what it is meanwhile, and what it was."""
 
     def told(value: Any, path: str, attribute: str) -> Any:
         if type(value) is not int:
@@ -265,34 +279,31 @@ def told_apart(
         return named(value, {Name(run, path, attribute, value, measure)})
 
     for path, module in modules.items():
-        if isinstance(module, jit.ScriptModule):
-            continue
         own = vars(module)
-        for name, value in list(own.items()):
-            if only is not None and name not in only:
-                continue
-            if type(value) is int:
-                own[name] = told(value, path, name)
-            elif type(value) in (tuple, list) and any(type(v) is int for v in value):
+        if len(own) == len(BOOKS) or isinstance(module, jit.ScriptModule):  # a container, say
+            continue
+        for name, value in own.items() if only is None else ((name, own[name]) for name in only if name in own):
+            kind = type(value)
+            if kind is int:
+                changed.append((own, name, told(value, path, name), value))
+            elif (kind is tuple or kind is list) and int in map(type, value):
                 parts = [told(v, path, f"{name}[{i}]") for i, v in enumerate(value)]
-                if type(value) is list:
+                if kind is list:
                     value[:] = parts
-                else:
-                    own[name] = tuple(parts)
-                    tuples[id(own[name])] = own[name], value
+                changed.append((own, name, value if kind is list else tuple(parts), value))
+    for own, name, now, _ in changed:
+        own[name] = now
     try:
         yield
     finally:
-        for module in modules.values():
-            own = vars(module)
-            for name, value in list(own.items()):
-                if isinstance(value, (Named, Counted)):  # the module's own, or one that the code keeps now
-                    own[name] = int.__int__(value)
-                elif type(value) is tuple:
-                    told_of = tuples.get(id(value))
-                    own[name] = told_of[1] if told_of else tuple(map(plain, value)) if _tells(value) else value
-                elif type(value) is list and _tells(value):
-                    value[:] = map(plain, value)
+        for own, name, meanwhile, was in changed:
+            value = own.get(name)
+            if type(value) is list:
+                value[:] = map(plain, value)
+            elif value is meanwhile:
+                own[name] = was
+            elif name in own:  # what the code keeps there now
+                own[name] = tuple(map(plain, value)) if type(value) is tuple and _tells(value) else plain(value)
 
 
 def _tells(values: Any) -> bool:
@@ -302,6 +313,27 @@ def _tells(values: Any) -> bool:
 def plain(value: Any) -> Any:
     """Return a value, of a number that knows where it is from the number alone."""
     return int.__int__(value) if isinstance(value, (Named, Counted)) else value
+
+
+_UNSEEN = frozenset(
+    {
+        "math", "numpy", "np", "operator", "gcd", "lcm", "isqrt", "log2", "log10", "comb", "perm", "factorial", "fmod",
+        "bit_length", "bit_count", "numerator", "denominator", "as_integer_ratio", "bin", "hex", "oct",
+    }
+)  # fmt: skip
+"""Names of what takes a number as it is, past all that a class of numbers could notice."""
+
+
+@remembered
+def counts_unseen(code: types.CodeType) -> bool:
+    """Tell whether code may count with numbers in a way that they don't notice: by a fraction on their left, say.
+
+    >>> counts_unseen((lambda c: 0.25 * c > 1).__code__), counts_unseen((lambda c: c // 4 > 1).__code__)
+    (True, False)
+    """
+    inside = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    said = any(isinstance(constant, float) for constant in code.co_consts) or not _UNSEEN.isdisjoint(code.co_names)
+    return said or any(map(counts_unseen, inside))
 
 
 def used(frame: types.FrameType, ndim: int) -> set[int]:
@@ -320,9 +352,23 @@ def used(frame: types.FrameType, ndim: int) -> set[int]:
     [0, 1, 2, 3]
     (1, 2, 3, 4)
     """
+    known = _known(frame.f_code)
+    asked = frame.f_lasti, ndim
+    if asked not in known:
+        known[asked] = _used(frame.f_code, *asked)
+    return known[asked]
+
+
+@remembered
+def _known(code: types.CodeType) -> dict[tuple[int, int], set[int]]:
+    """Return the dimensions that instructions of code use of shapes, by offset and number of sizes, as far as known."""
+    return {}
+
+
+def _used(code: types.CodeType, offset: int, ndim: int) -> set[int]:
     every = set(range(ndim))
-    steps = _steps(frame.f_code)
-    place = next((i for i, step in enumerate(steps) if step.offset == frame.f_lasti), None)
+    steps = _steps(code)
+    place = next((i for i, step in enumerate(steps) if step.offset == offset), None)
     if place is None:
         return every
     following = steps[place + 1 :]
@@ -330,7 +376,7 @@ def used(frame: types.FrameType, ndim: int) -> set[int]:
         names = list(_stored(following[1:], ndim))
         if following[0].arg != ndim or len(names) != ndim:
             return every
-        return {dim for dim, name in enumerate(names) if _loads(frame.f_code, name)}
+        return {dim for dim, name in enumerate(names) if _loads(code, name)}
     constants = []
     for step in following:
         if step.opname in _CONSTANTS:

@@ -26,7 +26,8 @@ from secateur.rules.flow import COUNTS, LAYERS, VIEWS, Cause, Flow, shown, sizes
 from secateur.rules.pointwise import batch_norm
 from secateur.rules.reach import Reached, computes_names, is_users_module, names_in
 from secateur.rules.registry import tensors_in
-from secateur.rules.sizes import Counted, Named, counted, plain, used
+from secateur.rules.sizes import Counted, Named, counted, counts_unseen, plain, used
+from secateur.walk import modules_of
 
 _FREE = """
     relu relu_ relu6 gelu silu silu_ mish hardswish hardsigmoid hardtanh sigmoid sigmoid_ logsigmoid tanh tanh_ elu
@@ -64,6 +65,8 @@ _NUMBERS = {
 """Functions that tell a number in which that of the channels is hidden."""
 _READS = {getattr(torch.Tensor, name) for name in _HANDED_OUT.split()}
 """Functions that hand values out of tensors."""
+_LEAVING = {getattr(torch.Tensor, name) for name in ("numpy", "tolist", "__array__", "__dlpack__")}
+"""Functions that hand whole tensors out of PyTorch, where nothing sees what is done with their channels."""
 _BATCH_NORMS = {
     torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var"),
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias"),
@@ -85,6 +88,7 @@ MOST_FUNCTIONS = 200
 _PACKAGE = f"{__name__.partition('.')[0]}."
 _COUNTING = "reads an attribute that counts channels"
 _NONE: dict[int, Labels] = {}
+_INDEXING = torch.Tensor.__getitem__
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 
 
@@ -95,7 +99,8 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.flow = flow
         self._base = sys._getframe(1).f_code
-        self._seen: set[types.CodeType] = set()
+        self._seen: dict[int, types.CodeType] = {}
+        """By identity, as a hash of code takes long."""
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -104,7 +109,11 @@ class Watch(TorchFunctionMode):
         flow.by_value = flow.by_value or func in _READS
         assumed = len(flow.sites)
         arguments, flow.arguments = flow.arguments, (args, *kwargs.values())
-        asked, flow.asked = flow.asked, _asked(args) if func in VIEWS else _NONE
+        asked, flow.asked = flow.asked, _NONE
+        if func in VIEWS:
+            flow.asked = _asked(args)
+        elif func is _INDEXING:
+            flow.asked = _bounding(args[1], args[0].ndim)
         try:
             out = self._normed(func, args, kwargs) if func in _BATCH_NORMS else func(*args, **kwargs)
         finally:
@@ -114,11 +123,14 @@ class Watch(TorchFunctionMode):
         if func in _NUMBERS:
             for labels in flow.axes(args[0]).values():
                 flow.measure(labels).taken = True
+        if func in _LEAVING:
+            flow.operator = func.__name__
+            flow.freeze_tensor(args[0], "is handed out of PyTorch")
         if flow.doubt is None:
             self.look_at_callers()
             if not self._safe(func, args, kwargs, out, len(flow.sites) > assumed):
                 flow.doubt = flow.cause(f"{getattr(func, '__name__', func)} may depend on the number of channels")
-        return _told(flow, args, kwargs, out) if func in _SHAPES else out
+        return _told(flow, args, kwargs, out, sys._getframe(1)) if func in _SHAPES else out
 
     def _normed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Normalise by the batch: without elements PyTorch multiplies all channels by the first one's scale alone."""
@@ -143,14 +155,15 @@ class Watch(TorchFunctionMode):
         """
         if self.flow.doubt is not None or self.flow.paused:
             return
+        seen, base = self._seen, self._base
         frame: types.FrameType | None = sys._getframe(1)
-        while frame is not None and (code := frame.f_code) is not self._base:
+        while frame is not None and (code := frame.f_code) is not base:
             if code is _CALL:
                 if not of_module:
                     return
                 of_module = False
-            elif code not in self._seen:
-                self._seen.add(code)
+            elif id(code) not in seen:
+                seen[id(code)] = code
                 if not code.co_filename.startswith(_TORCH) and _counts(code, type(frame.f_locals.get("self"))):
                     self.flow.doubt = Cause("", self.flow.module, shown(code.co_filename, frame.f_lineno), _COUNTING)
             frame = frame.f_back
@@ -177,7 +190,7 @@ class Watch(TorchFunctionMode):
         if func in _PADS and isinstance(out, Tensor):
             padded = _bound(("input", "pad"), args, kwargs)
             return out.ndim - len(padded["pad"]) // 2 > max(flow.axes(padded["input"]), default=-1)
-        if func is torch.Tensor.__getitem__:
+        if func is _INDEXING:
             return _whole(args[1], args[0].ndim).issuperset(flow.axes(args[0]))
         if func in _GROUP_NORMS:
             return isinstance(flow.layer, nn.GroupNorm) and len(args) > 1 and args[1] is flow.layer.num_groups
@@ -192,14 +205,38 @@ def _asked(args: tuple[Any, ...]) -> dict[int, Labels]:
     return {dim: size.labels for dim, size in enumerate(sizes_given(args)) if isinstance(size, Counted)}
 
 
-def _told(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Any) -> Any:
+def _bounding(index: Any, ndim: int) -> dict[int, Labels]:
+    """Return for an index the dimensions, of those that are left, whose bounds are numbers of channels, and these."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if not any(isinstance(b, Counted) for part in parts if isinstance(part, slice) for b in (part.start, part.stop)):
+        return _NONE
+    if Ellipsis in [part for part in parts if not isinstance(part, Tensor)]:
+        place = next(i for i, part in enumerate(parts) if part is Ellipsis)
+        taken = sum(part is not None and part is not Ellipsis for part in parts)
+        parts[place : place + 1] = [slice(None)] * (ndim - taken)
+    found: dict[int, Labels] = {}
+    dim = 0
+    for part in parts:
+        for bound in (part.start, part.stop) if isinstance(part, slice) else ():
+            if isinstance(bound, Counted):
+                found[dim] = bound.labels
+        dim += not isinstance(part, int)
+    return found
+
+
+def _told(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Any, caller: types.FrameType) -> Any:
     """Return the sizes that the code reads of a shape, so that they know of which channels they are the numbers."""
     axes = flow.axes(args[0])
     if not axes:
         return sizes
+    unseen = counts_unseen(caller.f_code) and caller.f_code is not _INSTANCE_NORM
 
     def told(size: int, dim: int) -> int:
-        return counted(size, axes[dim], flow.measure(axes[dim])) if dim in axes else size
+        if dim not in axes:
+            return size
+        measure = flow.measure(axes[dim])
+        measure.taken = measure.computed = unseen
+        return counted(size, axes[dim], measure)
 
     if isinstance(sizes, int):
         return told(sizes, plain(args[1] if len(args) > 1 else kwargs["dim"]) % args[0].ndim)
@@ -241,7 +278,7 @@ def counting(functions: Sequence[Reached]) -> Cause | None:
 
 def naming(model: nn.Module, functions: Sequence[Reached]) -> Cause | None:
     """Return a doubt where a function names a module of the network by a global variable: a copy's does, too."""
-    own = {id(module) for module in model.modules()}
+    own = {id(module) for module in modules_of(model).values()}
     for function, kind in functions:
         code, space = function.__code__, function.__globals__
         for name in names_in(code):
@@ -262,7 +299,7 @@ class Executed:
     """Sees every function that Python runs, where so many may run that reading them all finds what none runs."""
 
     def __init__(self) -> None:
-        self._kinds: dict[types.CodeType, tuple[type, str]] = {}
+        self._kinds: dict[int, tuple[types.CodeType, type, str]] = {}
 
     @property
     def at_hand(self) -> bool:
@@ -270,19 +307,27 @@ class Executed:
         return sys.getprofile() is None
 
     def __enter__(self) -> Executed:
-        sys.setprofile(self._see)
+        self.go_on()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.rest()
+
+    def go_on(self) -> None:
+        """See what Python runs from here on."""
+        sys.setprofile(self._see)
+
+    def rest(self) -> None:
+        """See nothing for a while: what runs is not the user's, and to be told of each call takes longer than it."""
         sys.setprofile(None)
 
     def _see(self, frame: types.FrameType, event: str, arg: Any) -> None:
-        if event == "call" and frame.f_code not in self._kinds:
-            self._kinds[frame.f_code] = type(frame.f_locals.get("self")), frame.f_globals.get("__name__", "")
+        if event == "call" and id(code := frame.f_code) not in self._kinds:
+            self._kinds[id(code)] = code, type(frame.f_locals.get("self")), frame.f_globals.get("__name__", "")
 
     def counting(self) -> Cause | None:
         """Return a doubt where a function of the user's that ran reads an attribute which a cut changes."""
-        for code, (kind, module) in self._kinds.items():
+        for code, kind, module in self._kinds.values():
             own = module.startswith(_PACKAGE) and not module.startswith(f"{_PACKAGE}models.")
             if not own and code.co_filename != "<string>" and is_users_module(module) and _counts(code, kind):
                 return Cause("", kind.__name__, shown(code.co_filename, code.co_firstlineno), _COUNTING)
@@ -292,7 +337,7 @@ class Executed:
 def knows_its_mode(model: nn.Module, functions: Sequence[Reached]) -> bool:
     """Tell whether the functions that a forward may run can run other layers in train mode than in eval mode."""
     told = {"training"}
-    for kind in {type(module) for module in model.modules()}:
+    for kind in {type(module) for module in modules_of(model).values()}:
         for switch in (kind.train, kind.eval):
             if switch not in (nn.Module.train, nn.Module.eval):
                 told.update(step.argval for step in dis.get_instructions(switch) if step.opname == "STORE_ATTR")
