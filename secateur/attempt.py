@@ -24,8 +24,7 @@ from secateur.program import Program
 from secateur.recording import Recording, record
 from secateur.replay import can_tell, is_same
 from secateur.rules.flow import Site, shown
-from secateur.rules.reach import Reached, names_in
-from secateur.rules.sizes import counts_unseen
+from secateur.rules.reach import Reached
 from secateur.surgery import cut
 from secateur.verification import Difference, compare, doubled, jumps, outputs
 
@@ -129,10 +128,6 @@ def measured(trials: Trials, grouping: Grouping) -> tuple[bool, bool]:
     """Tell whether the code compares the number of channels that can go, and whether it counts with it."""
     flow = trials.recording.flow
     followed = [(a.module, a.name) for a in flow.attributes if a.guessed]
-    unseen = set().union(*(names_in(f.__code__) for f, _ in trials.functions if counts_unseen(f.__code__)))
-    for key in followed:
-        if key in flow.numbers and key[1].partition("[")[0] in unseen:
-            flow.numbers[key].taken = flow.numbers[key].computed = True
     taken = [flow.numbers[key] for key in followed if key in flow.numbers and flow.numbers[key].taken]
     for labels, measure in flow.measures:
         if measure.taken and (grouping.group_of[grouping.classes[labels]] >= 0).any():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, MappingView
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
@@ -63,8 +63,10 @@ def varied(example_inputs: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
 
     def vary(tensor: Tensor) -> Tensor:
-        constant = tensor.is_floating_point() and tensor.numel() > 1 and not tensor.is_meta
-        if not constant or bool((tensor != tensor.flatten()[0]).any()):
+        dense = tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_meta)
+        if not (dense and tensor.is_floating_point() and tensor.numel() > 1):
+            return tensor
+        if bool((tensor != tensor.flatten()[0]).any()):
             return tensor
         return tensor + torch.rand(tensor.shape, generator=generator).to(tensor)
 
@@ -72,16 +74,19 @@ def varied(example_inputs: Any) -> Any:
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Yield every tensor in nested containers, iterators, data classes and plain objects, in a fixed order."""
-    return (leaf for leaf in leaves_of(value, {}) if isinstance(leaf, Tensor))
+    """Yield every tensor in nested containers, data classes and plain objects, in a fixed order."""
+    return (leaf for leaf in leaves_of(value, {}, taking=False) if isinstance(leaf, Tensor))
 
 
-_HOLDING = (list, tuple, set, frozenset, deque, MappingView, Iterator)
+_HOLDING = (list, tuple, set, frozenset, deque, MappingView)
 """Containers but for mappings. Other things that can be gone through may have no end, as text has none."""
 
 
-def leaves_of(value: Any, seen: dict[int, Any]) -> Iterator[Any]:
-    """Yield everything in nested containers that is none itself: tensors, numbers, arrays; each object once."""
+def leaves_of(value: Any, seen: dict[int, Any], *, taking: bool = True) -> Iterator[Any]:
+    """Yield everything in nested containers that is none itself: tensors, numbers, arrays; each object once.
+
+    Iterators are used up if ``taking``, but for those within an object, which may be its own: a file that it reads.
+    """
     if isinstance(value, (Tensor, str, bytes, bool, int, float, type(None), type, ModuleType)):
         yield value
         return
@@ -95,7 +100,7 @@ def leaves_of(value: Any, seen: dict[int, Any]) -> Iterator[Any]:
         inside = value.parameters()
     elif isinstance(value, np.ndarray) and value.dtype.hasobject:
         inside = value.flat
-    elif isinstance(value, _HOLDING):
+    elif isinstance(value, _HOLDING) or (isinstance(value, Iterator) and taking):
         inside = value
     elif isinstance(value, nn.Module) or not (hasattr(value, "__dict__") or hasattr(value, "__slots__")):
         yield value
@@ -103,8 +108,9 @@ def leaves_of(value: Any, seen: dict[int, Any]) -> Iterator[Any]:
     else:
         slots = (name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()))
         inside = (*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in slots))
+        taking = False
     for item in inside:
-        yield from leaves_of(item, seen)
+        yield from leaves_of(item, seen, taking=taking)
 
 
 def batch_size(example_inputs: Any) -> int:
@@ -173,7 +179,8 @@ def _contents(value: Any, depth: int = 3) -> Iterator[_State]:
     yield value, held
     if depth > 1:
         for item in inside:
-            yield from _contents(item, depth - 1)
+            if type(item) not in _FIXED:
+                yield from _contents(item, depth - 1)
 
 
 def _refill(value: Any, held: list[Any]) -> None:
@@ -181,11 +188,16 @@ def _refill(value: Any, held: list[Any]) -> None:
     now = list(value.items()) if isinstance(value, dict) else list(value)
     if len(now) == len(held) and all(map(_is_same, now, held)):
         return
-    value.clear()
-    if isinstance(value, (dict, set)):
-        value.update(held)
-    else:
-        value.extend(held)
+    # The plain container's own ways: a class of its own may allow them to nobody.
+    kind: Any = next(kind for kind in (OrderedDict, dict, list, set, deque) if isinstance(value, kind))
+    kind.clear(value)
+    for item in held:
+        if isinstance(value, dict):
+            kind.__setitem__(value, *item)
+        elif isinstance(value, set):
+            kind.add(value, item)
+        else:
+            kind.append(value, item)
 
 
 def _is_same(now: Any, before: Any) -> bool:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import UsageError
-from secateur.inputs import arguments, left_as_found, mapped, tensors_of, unwrapped, varied
+from secateur.inputs import arguments, leaves_of, left_as_found, mapped, tensors_of, unwrapped, varied
 from secateur.replica import replica
 from secateur.walk import modules_of
 from secateur.zeroing import zeroed
@@ -190,7 +190,8 @@ def outputs(network: nn.Module, example_inputs: Any) -> list[Tensor]:
         if any(module.training for module in modules_of(network).values()):  # setting modes takes long
             network.eval()
         positional, keyword = arguments(mapped(example_inputs, lambda t: t.clone()))
-        return [t.detach() for t in tensors_of(network(*positional, **keyword))]
+        returned = leaves_of(network(*positional, **keyword), {})
+        return [leaf.detach() for leaf in returned if isinstance(leaf, Tensor)]
 
 
 def compare(model: nn.Module, small: nn.Module, plan: PruningPlan, example_inputs: Any, tolerance: float) -> Difference:

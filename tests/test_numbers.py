@@ -256,6 +256,17 @@ def test_widths_are_tried_however_code_asks_for_them(name: str) -> None:
     assert group.size - sum(map(len, sc.planning.steps(group, range(group.size)))) > 4
 
 
+def test_numbers_of_modules_are_tried_however_code_asks_for_them() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        y = m.a(x).view(-1, m.width, 8, 8)  # type: ignore[arg-type]
+        return m.head(y.relu() if math.log2(m.width) > 2.5 else -y)  # type: ignore[arg-type]
+
+    model = Net(forward, a=conv(3, 16), head=conv(16, 4))
+    model.width = 16  # type: ignore[assignment]
+    (group,) = sc.trace(model.eval(), X).groups
+    assert group.least > 5
+
+
 def test_where_code_does_otherwise_below_a_layers_own_count_as_many_stay() -> None:
     def forward(m: Net, x: Tensor) -> Tensor:
         y = m.a(x)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from secateur.graph import Magnitude
 from secateur.labels import Axes, Labels, LabelStore
-from secateur.rules.sizes import Measure, names_of
+from secateur.rules.sizes import Measure, counts_unseen, names_of
 
 _SKIPPED = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}", "<")
 _STDLIB = sysconfig.get_path("stdlib")
@@ -450,6 +450,10 @@ class Flow:
             self.doubt = self.doubt or self.cause("is run by a module that is not registered in the model")
         else:
             self.attributes.append(Attribute(self.module, name, labels, labels.size, guessed))
+            number = self.numbers.get((self.module, name)) if guessed else None
+            giving = next(_user_frames(), None)
+            if number is not None and giving is not None and counts_unseen(giving.f_code):
+                number.taken = number.computed = True
 
     def count(self, name: str, labels: Labels) -> None:
         """Let an attribute of the module at work follow the number of these channels.

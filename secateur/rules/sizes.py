@@ -263,6 +263,8 @@ def told_apart(
 ) -> Iterator[None]:
     """Let the numbers that modules hold know which they are, while the code runs.
 
+    Afterwards they are plain again. What the code puts into further attributes is for the caller to put back.
+
     Args:
         modules: By path.
         run: What the names say that they are of.
@@ -317,8 +319,8 @@ def plain(value: Any) -> Any:
 
 _UNSEEN = frozenset(
     {
-        "math", "numpy", "np", "operator", "gcd", "lcm", "isqrt", "log2", "log10", "comb", "perm", "factorial", "fmod",
-        "bit_length", "bit_count", "numerator", "denominator", "as_integer_ratio", "bin", "hex", "oct",
+        "numpy", "np", "gcd", "lcm", "isqrt", "log2", "log10", "comb", "perm", "factorial", "fmod", "bit_length",
+        "bit_count", "numerator", "denominator", "as_integer_ratio", "bin", "hex", "oct",
     }
 )  # fmt: skip
 """Names of what takes a number as it is, past all that a class of numbers could notice."""
@@ -330,10 +332,32 @@ def counts_unseen(code: types.CodeType) -> bool:
 
     >>> counts_unseen((lambda c: 0.25 * c > 1).__code__), counts_unseen((lambda c: c // 4 > 1).__code__)
     (True, False)
+    >>> counts_unseen((lambda c: c * 0.25).__code__), counts_unseen((lambda c: 4.5 < c[1]).__code__)
+    (False, True)
     """
     inside = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
-    said = any(isinstance(constant, float) for constant in code.co_consts) or not _UNSEEN.isdisjoint(code.co_names)
-    return said or any(map(counts_unseen, inside))
+    named = not _UNSEEN.isdisjoint(code.co_names) or {"math", "log"} <= set(code.co_names)
+    return named or _begins_with_fraction(code) or any(map(counts_unseen, inside))
+
+
+def _begins_with_fraction(code: types.CodeType) -> bool:
+    """Tell whether a fraction is the left side of a comparison or a calculation, which then asks the fraction."""
+    if not any(isinstance(constant, float) for constant in code.co_consts):
+        return False
+    steps = _steps(code)
+    for place, step in enumerate(steps):
+        above = 0  # so many values lie on top of the fraction
+        for following in steps[place + 1 :] if step.opname in _CONSTANTS and isinstance(step.argval, float) else ():
+            if following.opname in ("BINARY_OP", "COMPARE_OP") and above <= 1:
+                if above:
+                    return True
+                break
+            if following.opcode in dis.hasjrel or following.opcode in dis.hasjabs:
+                break
+            above += dis.stack_effect(following.opcode, following.arg, jump=False)
+            if above < 0:  # something else has taken it
+                break
+    return False
 
 
 def used(frame: types.FrameType, ndim: int) -> set[int]:
