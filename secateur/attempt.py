@@ -173,10 +173,14 @@ def _run(trials: Trials, grouping: Grouping, chosen: list[int], plan: PruningPla
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         reason = f"with fewer channels the model's own code fails: {text}"
         frames = _frames(error, small)
+        # What was looked at in its frames holds it, and it holds them, with all that the network had made.
+        error.__traceback__ = None
         sources = tuple(source for source, _ in frames)
         if len(chosen) == 1:
             return Outcome([Failure(chosen[0], reason, sources)])
         return Outcome(_blamed(grouping, chosen, frames, reason), _handled(grouping, chosen, frames), reason, sources)
+    finally:
+        program.failed = None  # by its traceback it holds this very call, and the network that was cut
     if finely is None and not _agrees(difference, _TOLERANCE):
         difference = _in_double(model, small, plan, example_inputs, 1e-6) or difference
     if _agrees(difference, limit if finely is not None else _TOLERANCE):

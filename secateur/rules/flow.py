@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 import sysconfig
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,7 +168,9 @@ class Flow:
     """Ordinals of the operator calls that shuffle channels whose rows may lose different indices; see ``Shuffled``."""
 
     def __post_init__(self) -> None:
-        self.store = LabelStore(self.among_weights)
+        # Each other's own, they would be kept, with every tensor of a cut network, until the collector comes by.
+        among_weights = weakref.WeakMethod(self.among_weights)
+        self.store = LabelStore(lambda: bool((ask := among_weights()) and ask()))
         # Labels outlive the run on tensors that the model keeps; a token tells whose they are and holds nothing.
         self.token = object()
         self.frozen: list[tuple[Labels, Cause]] = []
