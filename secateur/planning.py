@@ -180,8 +180,10 @@ def _steps(group: ChannelGroup, order: Sequence[int]) -> list[list[int]]:
     free = group.removable.copy()
     # The most important channel of every layer stays: a layer may make only some of the group's channels.
     if group.schedule is None:
-        partial = [m.channels for m in group.members if 0 < m.channels.size < group.size]
-        free[[int(place.argmax()), *(int(channels[place[channels].argmax()]) for channels in partial)]] = False
+        # Of layers that make all of them it is the same one.
+        made = {m.channels.size: m.channels for m in group.members if m.channels.size == group.size}
+        partial = (m.channels for m in group.members if 0 < m.channels.size < group.size)
+        free[[int(channels[place[channels].argmax()]) for channels in (*made.values(), *partial)]] = False
     for some in group.staying:
         free[some.channels[np.argsort(place[some.channels])[-some.least :]]] = False
     queue = ordered[free[ordered]]
