@@ -192,7 +192,6 @@ def _reasons(row: Row, theirs: Row) -> str:
 
 LARGE = {
     "ssdlite320_mobilenet_v3_large": "rounding tips its choice of boxes, so that its trial is compared in fp64 too",
-    "maskrcnn_resnet50_fpn": "the same; it finds a hundred objects, whose masks are as large as the image",
 }
 """What takes the memory where it is much, as measured step by step."""
 
