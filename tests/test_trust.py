@@ -366,7 +366,7 @@ def test_what_code_keeps_of_a_shape_is_a_plain_number_to_others() -> None:
 
     tracing.trace(Keeps(), torch.zeros(1, 3, 2, 2))
     assert kept == [8, 4, 24, 9, 32]
-    for other in (copy.deepcopy(kept), pickle.loads(pickle.dumps(kept))):
+    for other in (copy.deepcopy(kept), pickle.loads(pickle.dumps(kept))):  # dumped on this very line
         assert [type(value) for value in other] == [int] * 5
         assert other == kept
 

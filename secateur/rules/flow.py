@@ -9,6 +9,7 @@ import sysconfig
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -454,8 +455,7 @@ class Flow:
         else:
             self.attributes.append(Attribute(self.module, name, labels, labels.size, guessed))
             number = self.numbers.get((self.module, name)) if guessed else None
-            giving = next(_user_frames(), None)
-            if number is not None and giving is not None and counts_unseen(giving.f_code):
+            if number is not None and any(counts_unseen(frame.f_code) for frame in islice(_user_frames(), 1)):
                 number.taken = number.computed = True
 
     def count(self, name: str, labels: Labels) -> None:
