@@ -166,7 +166,7 @@ def _run(trials: Trials, grouping: Grouping, chosen: list[int], plan: PruningPla
             return None
         limit = (1e-6 if plan.magnitudes else _FINE) if measured(trials, grouping)[1] else _TOLERANCE
         finely = _in_double(model, small, plan, example_inputs, limit) if limit < _TOLERANCE else None
-        difference = finely or compare(model, small, plan, example_inputs, _COARSE)
+        difference = finely or _settled(model, small, plan, example_inputs, _COARSE)
     except SecateurError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever the model's own code raises; it is the finding
@@ -232,9 +232,9 @@ def _in_double(
 
 
 def _settled(model: nn.Module, small: nn.Module, plan: PruningPlan, inputs: Any, limit: float) -> Difference:
-    """Compare in fp64; outputs that jump tell nothing, and what layers make is compared in their stead."""
+    """Compare; outputs that jump tell nothing, and what layers make is compared in their stead."""
     found = compare(model, small, plan, inputs, limit)
-    if not found.mismatched and found.error > limit and jumps(model, small, plan, inputs, limit):
+    if not found.mismatched and found.error > limit and jumps(model, small, plan, inputs, found, limit):
         found.error = 0.0
     return found
 

@@ -342,6 +342,47 @@ def judge(
     return worst
 
 
+def ties(model: nn.Module, small: nn.Module, plan: Plan, inputs: Any) -> bool:
+    """Tell whether two networks' outputs differ only because rounding decides what comes first.
+
+    A detector sorts boxes by scores; where scores tie, sums in another order choose other boxes. Then the original's
+    own outputs change about as much where its weights change by a part in 10^14, and outputs tell nothing. What every
+    layer makes has to agree in their stead, value by value.
+    """
+    shaken = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in shaken.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.mul_(1 + 1e-14 * noise.to(parameter.dtype))
+    whole, ran = masked(model, plan)
+    expected, wanted = _made(whole, inputs, plan.kept_outputs)
+    returned, found = _made(small, inputs, {})
+    if set(plan.kept_inputs) - ran or wanted.keys() != found.keys():
+        return False
+    gap, jump = difference(expected, returned).error, difference(expected, reference(shaken, plan, inputs)).error
+    return jump >= gap / 10 and all(difference(wanted[name], found[name]).exact for name in wanted)
+
+
+def _made(network: nn.Module, inputs: Any, kept: Mapping[str, Sequence[int]]) -> tuple[list[Any], dict[str, list[Any]]]:
+    """Run a network; return its outputs, and what every convolution and linear layer made of the channels kept."""
+    made: dict[str, list[Any]] = {}
+    hooks = []
+    for name, layer in network.named_modules():
+        if isinstance(layer, (*CONVOLUTIONS, nn.Linear)):
+
+            def note(layer: nn.Module, arguments: Any, output: Tensor, *, name: str = name) -> None:
+                dim = _channel_dim(layer, output)
+                index = torch.tensor(kept.get(name, range(output.shape[dim])))
+                made.setdefault(name, []).append(output.index_select(dim, index))
+
+            hooks.append(layer.register_forward_hook(note))
+    outputs = run(network, inputs)
+    for hook in hooks:
+        hook.remove()
+    return outputs, made
+
+
 def select(group: Group, ratio: float, rng: np.random.Generator) -> list[int]:
     """Choose random channels of a group that its blocks and fixed channels allow.
 

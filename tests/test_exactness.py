@@ -219,6 +219,37 @@ def test_outputs_that_jump_under_rounding_ban_nothing() -> None:
         assert not sc.verify(model, wrong, plan, inputs).exact, layer
 
 
+def ties(m: Net, x: torch.Tensor) -> torch.Tensor:
+    """Return features in the order of scores that come in equal pairs, of which rounding decides the first.
+
+    The features that scores are made of are saturated: no small change of the inputs shows.
+    """
+    x = m.norm((m.conv1(x) * 1e6).clamp(0, 1).amax((2, 3)))
+    order = torch.cat([m.head(x), m.mirrored(x.flip(1))], 1).argsort(1)
+    return torch.cat([m.conv2(x), -m.conv2(x)], 1).gather(1, order)
+
+
+def test_ties_that_no_change_of_the_inputs_shows_ban_nothing() -> None:
+    layers = {"head": nn.Linear(37, 20), "mirrored": nn.Linear(37, 20), "conv2": nn.Linear(37, 20)}
+    net = Net(ties, conv1=conv(3, 37), norm=nn.BatchNorm1d(37), **layers)
+    model, inputs = oracle.randomise(net), oracle.doubled(torch.rand(2, 3, 8, 6))
+    with torch.no_grad():
+        model.mirrored.weight.copy_(model.head.weight.flip(1))
+        model.mirrored.bias.copy_(model.head.bias)
+    graph = sc.trace(model, inputs)
+    assert offered(graph, "conv1") == 37
+    plan = sc.plan_removal(graph, selection(graph, 0.5, 0))
+    small = sc.apply(model, plan)
+    fresh = oracle.fresh(inputs, 1)
+    assert oracle.judge(model, small, plan, fresh).kind == "wrong-channel"
+    assert oracle.ties(model, small, plan, fresh)
+    assert sc.verify(model, small, plan, fresh).exact
+    with torch.no_grad():
+        small.conv2.weight[0] = small.conv2.weight[1]
+    assert not oracle.ties(model, small, plan, fresh)
+    assert not sc.verify(model, small, plan, fresh).exact
+
+
 def test_outputs_that_jump_excuse_no_others() -> None:
     def divided(m: Net, x: torch.Tensor) -> list[torch.Tensor]:
         order, other = near_ties(m, x)
