@@ -190,9 +190,7 @@ def _reasons(row: Row, theirs: Row) -> str:
     return "; ".join(shown) or "other channels were chosen, and constraints round down"
 
 
-LARGE = {
-    "ssdlite320_mobilenet_v3_large": "rounding tips its choice of boxes, so that its trial is compared in fp64 too",
-}
+LARGE: dict[str, str] = {}
 """What takes the memory where it is much, as measured step by step."""
 
 
@@ -230,7 +228,7 @@ def _beside(results: dict[str, dict[str, Row]]) -> list[str]:
     lines += [
         "",
         f"Where extra memory of trace + plan + apply is over {SMALL / 2**20:.0f} MB, it is over twice what the network",
-        f"and one forward (of it or its pruned copy, the larger) take on {many}",
+        f"and one forward (of it, its pruned copy or its masked one, the largest) take on {many}",
         "",
     ]
     for ratio, name in sorted(large, reverse=True):

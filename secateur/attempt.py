@@ -72,7 +72,7 @@ class Trials:
     removed: dict[tuple[object, ...], list[int]] = field(default_factory=dict)
     """What a group of this name and these constraints loses."""
     passed: list[tuple[PruningPlan, bool]] = field(default_factory=list)
-    """Plans that passed, and whether values were compared."""
+    """Plans that passed, and whether it was compared what they compute, or only seen that they run."""
     least: dict[tuple[object, ...], int] = field(default_factory=dict)
     """Of a group of this name and these constraints, how many channels have to stay."""
     struck: dict[tuple[object, ...], int] = field(default_factory=lambda: defaultdict(int))
@@ -87,6 +87,10 @@ class Trials:
             self.removed[key] = sorted(chain(*found[: _odd(group, found, _FRACTIONS[index % len(_FRACTIONS)])]))
         return self.removed[key]
 
+    def passed_as(self, plan: PruningPlan, compared: bool) -> bool:
+        """Tell whether a plan passed; with ``compared``, by what it computes."""
+        return any(other == plan and (how or not compared) for other, how in self.passed)
+
     def floored(self, graph: ChannelGraph) -> ChannelGraph:
         """Return a graph whose groups say how many of their channels have to stay."""
         return replace(graph, groups=tuple(replace(g, least=self.least.get(key_of(g), 1)) for g in graph.groups))
@@ -100,8 +104,8 @@ def _odd(group: ChannelGroup, found: list[list[int]], fraction: float) -> int:
     left = group.size - np.cumsum([0, *map(len, found)])
     unit = math.gcd(group.size, *map(len, found))
     wanted = max(1, int(len(found) * fraction))
-    primes = [taken for taken in range(1, len(left)) if _is_prime(int(left[taken]) // unit)]
-    return min(primes, key=lambda taken: (abs(taken - wanted), -taken), default=wanted)
+    near = sorted(range(1, len(left)), key=lambda taken: (abs(taken - wanted), -taken))
+    return next((taken for taken in near if _is_prime(int(left[taken]) // unit)), wanted)
 
 
 def _is_prime(number: int) -> bool:
@@ -142,13 +146,13 @@ def attempt(trials: Trials, grouping: Grouping, chosen: list[int], picked: Picke
     plan = plan_removal(graph, {graph.groups[i].name: picked[i] for i in chosen})
     exact = [i for i in chosen if graph.groups[i].exact]
     compared = len(exact) == len(chosen)  # inexact groups change values, so it has to run, and no more
-    if (plan, compared) not in trials.passed:
+    if not trials.passed_as(plan, compared):
         outcome = _run(trials, grouping, chosen, plan, compared)
         if outcome is not None:
             return outcome
         trials.passed.append((plan, compared))
-    # Values are compared without the inexact groups.
-    return attempt(trials, grouping, exact, picked) if exact and not compared else None
+    # Values are compared without the inexact groups; a program tells of these, too.
+    return attempt(trials, grouping, exact, picked) if exact and not trials.passed_as(plan, True) else None
 
 
 def _run(trials: Trials, grouping: Grouping, chosen: list[int], plan: PruningPlan, compared: bool) -> Outcome | None:
@@ -158,6 +162,7 @@ def _run(trials: Trials, grouping: Grouping, chosen: list[int], plan: PruningPla
     try:
         small = cut(model, plan, share=True)
         if _tells(trials, grouping, plan, small, program):
+            trials.passed.append((plan, True))
             return None
         if program.failed is not None:
             raise program.failed
