@@ -30,14 +30,21 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def verdicts(monkeypatch: pytest.MonkeyPatch, model: nn.Module, inputs: Any) -> list[tuple[bool, bool]]:
-    """Trace; return of every trial whether the programs are the same, and whether the pruned network held."""
+    """Trace; return of every trial whether the programs are the same, and whether the pruned network held.
+
+    Where they are the same for a plan with inexact groups, that tells of the exact ones alone, which are tried next.
+    """
     found: list[tuple[bool, bool]] = []
     run, tells = attempt._run, attempt._tells
+    told_of: tuple[Any, list[int]] | None = None
 
     def both(trials: Any, grouping: Any, chosen: Any, plan: Any, compared: bool) -> Any:
+        nonlocal told_of
         told = tells(trials, grouping, plan, attempt.cut(trials.model, plan, share=True), Program())
         outcome = run(trials, grouping, chosen, plan, compared)
-        found.append((told, outcome is None))
+        found.append((told or told_of == (grouping, chosen), outcome is None))
+        exact = [i for i in chosen if grouping.graph.groups[i].exact]
+        told_of = (grouping, exact) if told and not compared else None
         return outcome
 
     with monkeypatch.context() as patch, warnings.catch_warnings():
@@ -148,6 +155,33 @@ def test_large_networks_are_tried_without_values(monkeypatch: pytest.MonkeyPatch
         graph = sc.trace(model, images)
     assert {g.name: g.size for g in graph.groups} == {"stem": 64, "hidden": 32}
     plan = sc.plan_removal(graph, {"stem": list(range(0, 64, 3)), "hidden": list(range(9))})
+    assert sc.verify(model, sc.apply(model, plan), plan, images).exact
+
+
+def test_a_program_tells_of_inexact_groups_and_exact_ones_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def normed(m: Net, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        n, c, h, w = x.shape
+        x = m.norm(x.reshape(n, c, h * w).transpose(1, 2))
+        out: Tensor = m.head(m.hidden(x).relu().mean(1))
+        return out
+
+    layers = {"norm": nn.LayerNorm(64), "hidden": nn.Linear(64, 56), "head": nn.Linear(56, 4)}
+    model = Net(normed, stem=conv(3, 64), **layers).eval()
+    images = torch.randn(2, 3, 256, 192)
+    cut, plans = attempt.cut, []
+
+    def counted(model: nn.Module, plan: Any, **options: Any) -> Any:
+        plans.append(plan)
+        return cut(model, plan, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attempt, "cut", counted)
+        patch.setattr(attempt, "compare", never)
+        graph = sc.trace(model, images)
+    assert sorted((g.size, g.exact) for g in graph.groups) == [(56, True), (64, False)]
+    assert len(plans) == 1
+    plan = sc.plan_removal(graph, {g.name: list(range(19)) for g in graph.groups if g.exact})
     assert sc.verify(model, sc.apply(model, plan), plan, images).exact
 
 
