@@ -183,24 +183,16 @@ def _numbers(modules: Mapping[str, nn.Module], flow: Flow) -> Iterator[None]:
         yield
 
 
-def _run(
-    model: nn.Module,
-    flow: Flow,
-    program: Program,
-    example_inputs: Any,
-    light: bool,
-    written: Written,
-    plain: bool,
-    executed: Executed | None,
-) -> None:
+def _run(model: nn.Module, labelling: _LabelMode, example_inputs: Any, plain: bool) -> None:
+    """Run a network once; its labels are in the flow of ``labelling`` then, its calls in the program."""
+    flow, program = labelling.flow, labelling.program
     positional, keyword = arguments(mapped(example_inputs, lambda t: t.clone()))
     program.begin(tensors_of((positional, keyword)))
     try:
         watch = Watch(flow)
         modules = modules_of(model)
         numbers = _numbers({} if plain else modules, flow)
-        labelling = _LabelMode(flow, program, light, written, executed)
-        with numbers, _module_paths(modules, flow, watch), watch, labelling, executed or nullcontext():
+        with numbers, _module_paths(modules, flow, watch), watch, labelling, labelling.executed or nullcontext():
             # Taken out here, as what an iterator yields may be computed only now.
             returned = list(leaves_of(model(*positional, **keyword), {}))
     except Exception as error:
@@ -283,7 +275,8 @@ def record(
         suspect = _LIGHT if light is not None else counting(functions)
         watched = executed if suspect is not None and executed.at_hand and light is None else None
         flow.doubt = None if watched is executed else suspect
-        _run(model, flow, program, example_inputs, light is not None, written, plain, watched)
+        labelling = _LabelMode(flow, program, light is not None, written, watched)
+        _run(model, labelling, example_inputs, plain)
         idle = _idle(model, flow)
         if knows_its_mode(model, functions) and (idle or _unread(model, flow) or _dropped(flow)):
             model.train()
@@ -292,7 +285,7 @@ def record(
                     module.eval()
             calls = len(flow.calls)
             try:
-                _run(model, flow, program, example_inputs, light is not None, written, plain, watched)
+                _run(model, labelling, example_inputs, plain)
             except TraceError as error:
                 notes.append(f"in train mode {error}")
             # Costs are those of inference.

@@ -447,8 +447,8 @@ def verify(
         if wrong and jumps(whole, left, plan, inputs, result, limit):
             result.error = 0.0
             refused.append(
-                "outputs: the original's own jump where its inputs change by rounding (a sort, a threshold, "
-                "non-maximum suppression); what the plan's layers make was compared in their stead"
+                "outputs: the original's own jump where its inputs, or what its layers make, change by rounding (a "
+                "sort, a threshold, non-maximum suppression); what the plan's layers make was compared in their stead"
             )
         failure = _failure_in_training(whole, left, inputs)
     except Exception as error:  # noqa: BLE001 - whatever the model's own code raises in fp64; it is reported
