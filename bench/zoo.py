@@ -1,10 +1,12 @@
 """Sweep torchvision's and timm's networks with Secateur, and beside it with Torch-Pruning.
 
-Usage: ``python -m bench.zoo [--only PATTERN ...] [--again PATTERN ...] [--limit N] [--part K/N] [--no-peer]``.
+Usage: ``python -m bench.zoo [--only PATTERN ...] [--again PATTERN ...] [--limit N] [--part K/N] [--no-peer]
+[--pairs RATIO]``.
 
 Every network is measured in a process of its own, on one thread, within limits of time and memory. Results are kept in
 a JSON file that later runs continue, and ``docs/benchmarks.md`` is written from it; ``--again`` measures matching
-networks anew, and sweeps of different parts can share the file.
+networks anew, and sweeps of different parts can share the file. With ``--pairs``, what is in the file is timed anew, in
+turn in one process, on the networks where Secateur took over ``RATIO`` times as long as the peer.
 """
 
 from __future__ import annotations
@@ -205,7 +207,7 @@ def _beside(results: dict[str, dict[str, Row]]) -> list[str]:
                     f"| {name} | {_percent(ours, 'macs_removed')} | {_percent(theirs, 'macs_removed')} "
                     f"| {theirs['verdict']} | {_reasons(ours, theirs)} |"
                 )
-            if "seconds" in ours and ours["seconds"] > theirs["seconds"]:
+            if _near(rows, 1.0):
                 slower.append((ours["seconds"] / theirs["seconds"], name))
         if "peak_bytes" in ours:
             ratio = ours["peak_bytes"] / (ours["bytes"] + ours["forward_peak_bytes"])
@@ -255,7 +257,8 @@ def report(results: dict[str, dict[str, Row]], patterns: Path) -> str:
         "Torch-Pruning is told which layers make a network's outputs; of the further libraries' networks, which layers",
         "Secateur leaves alone. Seconds are of processor time for trace + plan + apply (for Torch-Pruning: building",
         "its graph, choosing by magnitude and cutting a copy: it cuts in place, and Secateur leaves the network as it",
-        "is), and for one plain forward beside it. *Peak* is the extra memory of trace + plan + apply, in MB, beside",
+        "is), and for one plain forward beside it; where the two are near, they are timed in turn in one process",
+        "(`--pairs`). *Peak* is the extra memory of trace + plan + apply, in MB, beside",
         "the model's own size.",
         "",
         *_summary(results),
@@ -310,6 +313,31 @@ def _keep(path: Path, name: str, tool: str, row: Row) -> dict[str, dict[str, Row
     return results
 
 
+def _near(rows: dict[str, Row], ratio: float) -> bool:
+    """Tell whether Secateur took over so many times as long as the peer, on a network that the peer handles."""
+    ours, theirs = rows.get("secateur", {}), rows.get("peer", {})
+    both = theirs.get("verdict") in HANDLED and "seconds" in ours and "seconds" in theirs
+    return both and ours["seconds"] > ratio * theirs["seconds"]
+
+
+def _pair(
+    path: Path, results: dict[str, dict[str, Row]], ratio: float, measure: Measure, timeout: float
+) -> dict[str, dict[str, Row]]:
+    """Time both tools in turn on the networks where they are near, or Secateur is slower."""
+    for entry in entries():
+        rows = results.get(entry.name, {})
+        if not (entry.installed and _near(rows, ratio)):
+            continue
+        found = limited(measure, entry, timeout)
+        if found["verdict"] != "paired":
+            print(f"{entry.name:55s} {found['verdict']} {found.get('detail', '')}", flush=True)
+            continue
+        for tool in ("secateur", "peer"):
+            results = _keep(path, entry.name, tool, {**rows[tool], "seconds": found[tool], "paired": True})
+        print(f"{entry.name:55s} {found['secateur']:.3f} s, {found['peer']:.3f} s", flush=True)
+    return results
+
+
 def main() -> None:
     """Sweep."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -319,6 +347,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=300, help="processor seconds for a network")
     parser.add_argument("--peer-timeout", type=float, default=120, help="the same for Torch-Pruning")
     parser.add_argument("--part", default="1/1", metavar="K/N", help="every Nth network from the Kth: N sweeps at once")
+    parser.add_argument("--pairs", type=float, default=None, metavar="RATIO", help="time near ones in turn; see above")
     parser.add_argument("--secateur", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path, default=Path("docs/zoo.json"))
@@ -334,6 +363,10 @@ def main() -> None:
 
     torch.set_num_threads(1)
     results = _read(options.json)
+    if options.pairs is not None:
+        results = _pair(options.json, results, options.pairs, measure.paired, options.timeout)
+        options.markdown.write_text(report(results, options.patterns))
+        return
     part, parts = (int(n) for n in options.part.split("/"))
     if not 1 <= part <= parts:
         parser.error(f"--part {options.part}: K is 1 to N")
