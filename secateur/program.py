@@ -19,6 +19,13 @@ from secateur.rules.registry import ATOMS, tensors_in
 if TYPE_CHECKING:
     from secateur.rules.flow import Flow
 
+BY_VALUE = frozenset({
+    "aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero", "aten::masked_select",
+    "aten::bincount", "aten::_unique", "aten::_unique2", "aten::unique_dim", "torchvision::nms",
+})  # fmt: skip
+"""Operators that hand out values, or of whose result values decide the shape."""
+WORTH = 2_000_000
+"""From so many multiply-accumulate operations a call, running them takes longer than looking at labels."""
 _ORIGIN = "_secateur_origin"
 _SIZES = {
     "aten::view": 1, "aten::_unsafe_view": 1, "aten::reshape": 1, "aten::expand": 1, "aten::repeat": 1,

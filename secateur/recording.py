@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from secateur.errors import TraceError
 from secateur.inputs import arguments, leaves_of, left_as_found, mapped, tensors_of
 from secateur.layers import layer_rule
-from secateur.program import Program
+from secateur.program import BY_VALUE, WORTH, Program
 from secateur.rules import RULES, Flow
-from secateur.rules.flow import LAYERS, WIDTHS, Cause
+from secateur.rules.flow import LAYERS, WIDTHS, Cause, ValueNeeded
 from secateur.rules.pointwise import is_pointwise, pointwise
 from secateur.rules.reach import Reached
 from secateur.rules.registry import Rule, tensors_in
@@ -58,6 +58,8 @@ class _LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         flow = self.flow
         name, text, writes, elementwise = _known(func)
+        if flow.spared and name in BY_VALUE:
+            raise ValueNeeded
         if writes:
             self.written.before(func, args, kwargs)
         if flow.paused:
@@ -285,7 +287,11 @@ def record(
                     module.eval()
             calls = len(flow.calls)
             try:
-                _run(model, labelling, example_inputs, plain)
+                # What eval mode computes has been seen; here it matters which layers run.
+                if light is not None or not (
+                    _worth_sparing(flow, program) and _spared(model, labelling, example_inputs, plain)
+                ):
+                    _run(model, labelling, example_inputs, plain)
             except TraceError as error:
                 notes.append(f"in train mode {error}")
             # Costs are those of inference.
@@ -298,6 +304,26 @@ def record(
     if not flow.calls:
         notes.append("no convolution or linear layer with a weight of its own was seen; quantize after pruning")
     return Recording(flow, program, tuple(notes), written)
+
+
+def _worth_sparing(flow: Flow, program: Program) -> bool:
+    """Tell whether running a network's products once more takes long, and nothing was seen to go by their values."""
+    products = sum(c.positions * c.kernel * c.in_channels * c.out_channels // c.groups for c in flow.calls)
+    return not flow.by_value and not program.random and products > WORTH * len(program.steps)
+
+
+def _spared(model: nn.Module, labelling: _LabelMode, example_inputs: Any, plain: bool) -> bool:
+    """Run a network once more without its products' values; tell whether it did without them."""
+    flow = labelling.flow
+    labelling.light = flow.spared = True
+    try:
+        _run(model, labelling, example_inputs, plain)
+        return not labelling.program.kept()
+    except ValueNeeded:
+        flow.paused = 0
+        return False
+    finally:
+        labelling.light = flow.spared = False
 
 
 @contextmanager

@@ -13,16 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from secateur.labels import Labels, LabelStore
-from secateur.program import Made, Step
+from secateur.program import BY_VALUE, WORTH, Made, Step
 from secateur.recording import Recording
-
-_BY_VALUE = frozenset({
-    "aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero", "aten::masked_select",
-    "aten::bincount", "aten::_unique", "aten::_unique2", "aten::unique_dim", "torchvision::nms",
-})  # fmt: skip
-"""Operators that hand out values, or of whose result values decide the shape."""
-_WORTH = 2_000_000
-"""From so many multiply-accumulate operations a call, running them takes longer than looking at labels."""
 
 
 def can_tell(whole: Recording, macs: int) -> bool:
@@ -35,8 +27,8 @@ def can_tell(whole: Recording, macs: int) -> bool:
         or any(call.kind == "registered" for call in flow.calls)
     ):
         return False
-    by_value = flow.by_value or any(step.name in _BY_VALUE for step in steps)
-    return not by_value and macs > _WORTH * len(steps)
+    by_value = flow.by_value or any(step.name in BY_VALUE for step in steps)
+    return not by_value and macs > WORTH * len(steps)
 
 
 @dataclass(eq=False)

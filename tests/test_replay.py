@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import secateur as sc
-from secateur import attempt, replay, trial
+from secateur import attempt, recording, replay, trial
 from secateur.program import Program
 from secateur.recording import record
 from secateur.rules.flow import Flow
@@ -26,7 +26,7 @@ from tests.cases.table import Net, conv
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have every network tried, and its program compared however small it is."""
     monkeypatch.setattr(Flow, "certain", property(lambda self: False))
-    monkeypatch.setattr(replay, "_WORTH", -1)
+    monkeypatch.setattr(replay, "WORTH", -1)
 
 
 def verdicts(monkeypatch: pytest.MonkeyPatch, model: nn.Module, inputs: Any) -> list[tuple[bool, bool]]:
@@ -307,3 +307,49 @@ def test_features_that_the_code_keeps_are_spoilt_and_tell_nothing() -> None:
     plan = sc.plan_removal(graph, {g.name: [0, 5, 9] for g in graph.groups})
     CACHE.clear()
     assert sc.verify(model, sc.apply(model, plan), plan, images).exact
+
+
+class Supervised(nn.Module):
+    """Large, with a head for train mode alone; ``before`` is done there with the features."""
+
+    def __init__(self, before: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.before = before
+        self.a, self.b = conv(3, 64), conv(64, 8)
+        self.aux, self.top = conv(64, 32), conv(32, 8)
+
+    def forward(self, x: Tensor) -> object:
+        x = self.a(x).relu()
+        return (self.b(x), self.top(self.aux(self.before(x)))) if self.training else self.b(x)
+
+
+def until_any(x: Tensor) -> Tensor:
+    """Wait for a value that is not zero."""
+    rounds = 0
+    while not (x + 0).abs().max().item():
+        rounds += 1
+        assert rounds < 10, "values are needed"
+    return x
+
+
+def kept_for_later(x: Tensor) -> Tensor:
+    CACHE["features"] = x
+    return x
+
+
+@pytest.mark.parametrize(("before", "spared"), [(torch.relu, True), (until_any, False), (kept_for_later, False)])
+def test_layers_of_train_mode_are_seen_without_values_where_none_is_read(
+    before: Callable[[Tensor], Tensor], spared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    CACHE.clear()
+    found: list[bool] = []
+    spare = recording._spared
+    monkeypatch.setattr(recording, "_spared", lambda *given: found.append(spare(*given)) or found[-1])
+    model, images = Supervised(before).eval(), torch.randn(1, 3, 192, 192)
+    graph = sc.trace(model, images)
+    assert found[0] is spared
+    assert {group.name: group.size for group in graph.groups} == {"a": 64, "aux": 32}
+    assert all(not kept.isnan().any() and kept.any() for kept in CACHE.values())
+    plan = sc.plan_removal(graph, {"a": list(range(0, 64, 3)), "aux": list(range(5))})
+    small = sc.apply(model, plan).train()
+    assert [tuple(out.shape) for out in small(images)] == [(1, 8, 192, 192)] * 2

@@ -41,6 +41,10 @@ WIDTHS = tuple(sorted(COUNTS - {"groups", "normalized_shape"}))
 """Those of them that count channels, and that no forward of PyTorch's own reads."""
 
 
+class ValueNeeded(BaseException):
+    """The code reads a value where there are none; no ``Exception``, which the code itself may catch."""
+
+
 @dataclass(frozen=True)
 class Cause:
     """An operator call that fixed channels, or assumed something of the code around it."""
@@ -211,6 +215,8 @@ class Flow:
         """Channels whose number the code was told, and whether it went on to count with it."""
         self.by_value = False
         """Whether the code read a tensor's values, on which what it does next may depend."""
+        self.spared = False
+        """Whether products are without values now, so that none may be read."""
         self.doubt: Cause | None = None
         """The first call that may depend on the number of channels in a way that labels don't show."""
         self.ordinal = 0

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from secateur.labels import Labels
-from secateur.rules.flow import COUNTS, LAYERS, VIEWS, Cause, Flow, shown, sizes_given
+from secateur.rules.flow import COUNTS, LAYERS, VIEWS, Cause, Flow, ValueNeeded, shown, sizes_given
 from secateur.rules.pointwise import batch_norm
 from secateur.rules.reach import Reached, computes_names, is_users_module, names_in
 from secateur.rules.registry import tensors_in
@@ -105,8 +105,11 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         flow = self.flow
+        if func in _READS:
+            flow.by_value = True
+            if flow.spared:
+                raise ValueNeeded
         outer, flow.called = flow.called, func
-        flow.by_value = flow.by_value or func in _READS
         assumed = len(flow.sites)
         arguments, flow.arguments = flow.arguments, (args, *kwargs.values())
         asked, flow.asked = flow.asked, _NONE
