@@ -314,16 +314,19 @@ def _worth_sparing(flow: Flow, program: Program) -> bool:
 
 def _spared(model: nn.Module, labelling: _LabelMode, example_inputs: Any, plain: bool) -> bool:
     """Run a network once more without its products' values; tell whether it did without them."""
-    flow = labelling.flow
+    flow, program = labelling.flow, labelling.program
     labelling.light = flow.spared = True
     try:
         _run(model, labelling, example_inputs, plain)
-        return not labelling.program.kept()
+        return not program.kept()
     except ValueNeeded:
         flow.paused = 0
         return False
+    except TraceError:  # which zeros may be the reason for
+        return False
     finally:
         labelling.light = flow.spared = False
+        program.failed = None
 
 
 @contextmanager
