@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from secateur.errors import UsageError
 from secateur.inputs import arguments, leaves_of, left_as_found, mapped, tensors_of, unwrapped, varied
@@ -143,6 +144,16 @@ def _reading(name: str, readings: Readings) -> Callable[..., None]:
 
 
 @contextmanager
+def _held(hooks: list[RemovableHandle]) -> Iterator[None]:
+    """Keep hooks for as long as the context lasts, and take them away."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
 def masked(model: nn.Module, plan: PruningPlan, readings: Readings) -> Iterator[None]:
     """Have removed channels zeroed where the original reads them, for as long as the context lasts.
 
@@ -154,24 +165,16 @@ def masked(model: nn.Module, plan: PruningPlan, readings: Readings) -> Iterator[
         modules[name].register_forward_pre_hook(_masking(name, kept, readings), with_kwargs=True)
         for name, kept in plan.kept_inputs.items()
     ]
-    try:
-        with zeroed(model, plan):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with _held(hooks), zeroed(model, plan):
+        yield
 
 
 @contextmanager
 def _watched(network: nn.Module, names: Iterable[str], readings: Readings) -> Iterator[None]:
     """Note what layers read, for as long as the context lasts."""
     modules = modules_of(network)
-    hooks = [modules[n].register_forward_pre_hook(_reading(n, readings), with_kwargs=True) for n in names]
-    try:
+    with _held([modules[n].register_forward_pre_hook(_reading(n, readings), with_kwargs=True) for n in names]):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def doubled(network: nn.Module) -> nn.Module:
@@ -343,12 +346,8 @@ def _nudged(values: Any, generator: torch.Generator) -> Any:
 def _rounding(network: nn.Module, generator: torch.Generator) -> Iterator[None]:
     """Have every convolution and linear layer make what another order of its sums might, while the context lasts."""
     layers = [m for m in modules_of(network).values() if isinstance(m, _READERS)]
-    hooks = [layer.register_forward_hook(lambda _, args, out: _nudged(out, generator)) for layer in layers]
-    try:
+    with _held([layer.register_forward_hook(lambda _, args, out: _nudged(out, generator)) for layer in layers]):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _made_by(network: nn.Module, plan: PruningPlan, example_inputs: Any, kept: Mapping[str, list[int]]) -> Readings:
@@ -367,11 +366,8 @@ def _made_by(network: nn.Module, plan: PruningPlan, example_inputs: Any, kept: M
 
     modules = modules_of(network)
     hooks = [modules[n].register_forward_hook(reading(n)) for n in plan.kept_inputs.keys() | plan.kept_outputs.keys()]
-    try:
+    with _held(hooks):
         outputs(network, example_inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return made
 
 

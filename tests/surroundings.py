@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 import secateur as sc
-from tests.cases.table import conv
+from tests.cases.table import Net, conv
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -28,3 +30,9 @@ def pruned(model: nn.Module, inputs: Tensor = X) -> tuple[sc.ChannelGraph, sc.Pr
     graph = sc.trace(model.eval(), inputs)
     plan = sc.plan_removal(graph, {g.name: list(range(g.size // 2)) for g in graph.groups if g.exact})
     return graph, plan, sc.apply(model, plan)
+
+
+def around(code: Callable[[Tensor], Tensor]) -> sc.ChannelGraph:
+    """Trace a convolution of 16 channels whose features the code handles before a head reads them."""
+    model = Net(lambda m, x: m.head(code(m.a(x))), a=conv(3, 16), head=conv(16, 4))
+    return sc.trace(model.eval(), X)

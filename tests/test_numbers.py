@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import secateur as sc
 from tests.cases.table import Net, conv
-from tests.surroundings import Base, X, pruned
+from tests.surroundings import Base, X, around, pruned
 
 # Numbers of the network's own
 
@@ -160,8 +160,7 @@ FORMULAS = {
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_what_is_computed_with_the_width_is_refused(name: str) -> None:
-    model = Net(lambda m, x: m.head(FORMULAS[name](m.a(x))), a=conv(3, 16), head=conv(16, 4))
-    graph = sc.trace(model.eval(), X)
+    graph = around(FORMULAS[name])
     assert not graph.groups
     assert any("a.weight" in refusal.tensors for refusal in graph.refused)
 
