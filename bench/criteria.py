@@ -27,15 +27,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bench.sections import write_section
-from secateur import scoring
-from secateur.compensate import compensate
-from secateur.criteria import Returns, get
+from secateur.compensation import compensate
+from secateur.criteria import Returns, get, scoring
 from secateur.errors import RunError
-from secateur.graph import ChannelGraph
+from secateur.graph.channels import ChannelGraph
+from secateur.graph.plan import PruningPlan
 from secateur.models import MODELS
-from secateur.planning import PruningPlan, plan_removal
-from secateur.surgery import cut
-from secateur.tracing import trace
+from secateur.pruning.planning import plan_removal
+from secateur.pruning.surgery import cut
+from secateur.tracing.tracing import trace
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("SECATEUR_SHARED", ROOT.parent / "shared"))

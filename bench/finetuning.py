@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from bench import criteria
 from bench.sections import write_section
 from secateur.checkpoint import write_atomic
-from secateur.compensate import compensate
+from secateur.compensation import compensate
 from secateur.data import Batches, DataBundle, load
-from secateur.graph import ChannelGraph
-from secateur.surgery import cut
-from secateur.tracing import trace
-from secateur.training import TrainingSettings, accelerator, evaluate, fit
+from secateur.graph.channels import ChannelGraph
+from secateur.pruning.surgery import cut
+from secateur.tracing.tracing import trace
+from secateur.training.stages import TrainingSettings, accelerator, evaluate, fit
 
 RATIO, BATCH = 0.5, 128
 REPORTED = (1, 3)

@@ -26,9 +26,9 @@ from bench.sections import write_section
 from secateur import checkpoint
 from secateur.data import Batches, load
 from secateur.engine import compress, resume
+from secateur.graph.plan import PruningPlan
 from secateur.models import lenet5
-from secateur.planning import PruningPlan
-from secateur.training import TrainingSettings, evaluate, fit
+from secateur.training.stages import TrainingSettings, evaluate, fit
 
 GOALS = ({"conv1": 4, "conv2": 5}, {"conv1": 3, "conv2": 5}, {"conv1": 3, "conv2": 4}, {"conv1": 2, "conv2": 3})
 PAPER = {"with optimisation": (0.91, 0.95, 1.20, 1.77), "without": (None, None, 1.81, 2.32)}

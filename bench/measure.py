@@ -159,7 +159,7 @@ def _prepare(entry: Entry, fill: Callable[[nn.Module], nn.Module]) -> tuple[nn.M
 
 def half(group: Any, rng: np.random.Generator) -> list[int]:
     """Choose at random as many channels of a group as its constraint allows, half at most."""
-    from secateur.planning import steps
+    from secateur.graph.steps import steps
 
     order = steps(group, rng.permutation(group.size).tolist())
     taken = np.cumsum([len(step) for step in order]) <= RATIO * group.size
@@ -213,7 +213,7 @@ Stage = Callable[[dict[str, Any]], None]
 def secateur(entry: Entry, stage: Stage) -> dict[str, Any]:
     """Trace, plan, apply and compare with Secateur: first the exact groups, then all."""
     import secateur as sc
-    from secateur.verification import masked
+    from secateur.pruning.verification import masked
 
     model, inputs, row = _prepare(entry, scattered)
     stage(row)

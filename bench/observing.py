@@ -15,8 +15,8 @@ import torch
 import torchvision
 
 from bench.sections import write_section
-from secateur.observe import POSITIONS, observe
-from secateur.tracing import trace
+from secateur.criteria.feature_maps import POSITIONS, observe
+from secateur.tracing.tracing import trace
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bench.sections import write_section
-from secateur.benchmark import environment
+from secateur.deploy.timing import environment
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 

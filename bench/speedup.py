@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import secateur as sc
 from bench.sections import write_section
-from secateur.benchmark import BenchmarkResult, benchmark, choose_round_to, environment
-from secateur.export import ParityReport, export
+from secateur.deploy.export import ParityReport, export
+from secateur.deploy.timing import BenchmarkResult, benchmark, choose_round_to, environment
 from secateur.models import lenet5, resnet20, resnet56, vgg16
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results.md"

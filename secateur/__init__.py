@@ -10,11 +10,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from secateur.checkpoint import load as load
     from secateur.checkpoint import save as save
-    from secateur.compensate import apply as apply
-    from secateur.cost import macs as macs
-    from secateur.cost import parameters as parameters
+    from secateur.compensation import apply as apply
     from secateur.criteria import Criterion as Criterion
     from secateur.criteria import criterion as criterion
+    from secateur.criteria.scoring import score as score
+    from secateur.criteria.scoring import select as select
     from secateur.engine import Settings as Settings
     from secateur.engine import compress as compress
     from secateur.engine import resume as resume
@@ -29,61 +29,61 @@ if TYPE_CHECKING:
     from secateur.errors import TraceError as TraceError
     from secateur.errors import UsageError as UsageError
     from secateur.errors import VerificationError as VerificationError
-    from secateur.graph import ChannelGraph as ChannelGraph
-    from secateur.graph import ChannelGroup as ChannelGroup
-    from secateur.graph import Member as Member
-    from secateur.graph import Refusal as Refusal
-    from secateur.graph import Role as Role
-    from secateur.layers import register_layer as register_layer
-    from secateur.planning import PruningPlan as PruningPlan
-    from secateur.planning import Target as Target
-    from secateur.planning import plan as plan
-    from secateur.planning import plan_removal as plan_removal
-    from secateur.scoring import score as score
-    from secateur.scoring import select as select
-    from secateur.surgery import carry_optimizer as carry_optimizer
-    from secateur.tracing import trace as trace
-    from secateur.verification import VerificationReport as VerificationReport
-    from secateur.verification import verify as verify
+    from secateur.graph.channels import ChannelGraph as ChannelGraph
+    from secateur.graph.channels import ChannelGroup as ChannelGroup
+    from secateur.graph.channels import Member as Member
+    from secateur.graph.channels import Refusal as Refusal
+    from secateur.graph.channels import Role as Role
+    from secateur.graph.cost import macs as macs
+    from secateur.graph.cost import parameters as parameters
+    from secateur.graph.plan import PruningPlan as PruningPlan
+    from secateur.network.custom_layers import register_layer as register_layer
+    from secateur.pruning.planning import Target as Target
+    from secateur.pruning.planning import plan as plan
+    from secateur.pruning.planning import plan_removal as plan_removal
+    from secateur.pruning.surgery import carry_optimizer as carry_optimizer
+    from secateur.pruning.verification import VerificationReport as VerificationReport
+    from secateur.pruning.verification import verify as verify
+    from secateur.tracing.tracing import trace as trace
 
 _HOME = {
-    "ChannelGraph": "graph",
-    "ChannelGroup": "graph",
+    "ChannelGraph": "graph.channels",
+    "ChannelGroup": "graph.channels",
     "CheckpointError": "errors",
     "CompressResult": "engine.result",
     "Criterion": "criteria",
     "CriterionError": "errors",
     "DataError": "errors",
     "ExportError": "errors",
-    "Member": "graph",
+    "Member": "graph.channels",
     "PlanError": "errors",
-    "PruningPlan": "planning",
-    "Refusal": "graph",
-    "Role": "graph",
+    "PruningPlan": "graph.plan",
+    "Refusal": "graph.channels",
+    "Role": "graph.channels",
     "RunError": "errors",
     "SecateurError": "errors",
     "Settings": "engine",
-    "Target": "planning",
+    "Target": "pruning.planning",
     "TraceError": "errors",
     "UsageError": "errors",
     "VerificationError": "errors",
-    "VerificationReport": "verification",
-    "apply": "compensate",
-    "carry_optimizer": "surgery",
+    "VerificationReport": "pruning.verification",
+    "apply": "compensation",
+    "carry_optimizer": "pruning.surgery",
     "compress": "engine",
     "criterion": "criteria",
     "load": "checkpoint",
-    "macs": "cost",
-    "parameters": "cost",
-    "plan": "planning",
-    "plan_removal": "planning",
-    "register_layer": "layers",
+    "macs": "graph.cost",
+    "parameters": "graph.cost",
+    "plan": "pruning.planning",
+    "plan_removal": "pruning.planning",
+    "register_layer": "network.custom_layers",
     "resume": "engine",
     "save": "checkpoint",
-    "score": "scoring",
-    "select": "scoring",
-    "trace": "tracing",
-    "verify": "verification",
+    "score": "criteria.scoring",
+    "select": "criteria.scoring",
+    "trace": "tracing.tracing",
+    "verify": "pruning.verification",
 }
 """Public name -> module that defines it. Nothing is imported before it is asked for: torch alone takes seconds."""
 

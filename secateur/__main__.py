@@ -2,6 +2,6 @@
 
 import sys
 
-from secateur.cli import main
+from secateur.cli.commands import main
 
 sys.exit(main())

@@ -9,8 +9,9 @@ import pytest
 import typer
 
 import secateur as sc
-from secateur import config, console
-from secateur.cli import app
+from secateur.cli import console
+from secateur.cli.commands import app
+from secateur.runfile import config
 from tests import detectors
 
 ROOT = Path(__file__).parents[1]

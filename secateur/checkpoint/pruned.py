@@ -17,14 +17,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from secateur import planning
 from secateur.checkpoint.atomic import write_atomic
 from secateur.checkpoint.weights import looks_like_safetensors, read_bytes, why_unreadable
 from secateur.errors import CheckpointError, PlanError, UsageError
-from secateur.inputs import unwrapped
-from secateur.planning import PruningPlan
-from secateur.replica import replica
-from secateur.surgery import cut
+from secateur.graph import plan as plan_form
+from secateur.graph.plan import PruningPlan
+from secateur.network.copies import replica
+from secateur.network.inputs import unwrapped
+from secateur.pruning.surgery import cut
 
 FORMAT_VERSION = 1
 """Version of the file's layout; raised when an older reader could misread a newer file."""
@@ -232,7 +232,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
         version = int(stored["format_version"])
         _require_known(version, FORMAT_VERSION, "file format", path)
         for plan in stored["plans"]:
-            _require_known(int(plan["version"]), planning.FORMAT_VERSION, "plan format", path)
+            _require_known(int(plan["version"]), plan_form.FORMAT_VERSION, "plan format", path)
         header = Header(
             str(stored["model"]),
             tuple(PruningPlan.from_dict(plan) for plan in stored["plans"]),

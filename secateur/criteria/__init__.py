@@ -3,17 +3,7 @@
 Importing this package registers the built-in criteria; see :mod:`secateur.criteria.registry` for how to add one.
 """
 
-from secateur.criteria import (
-    he2019fpgm,
-    kumar2022corrnet,
-    li2017l1,
-    lin2020hrank,
-    molchanov2019taylor,
-    redundancy,
-    shao2022cshe,
-    singh2020cfp,
-    sui2021chip,
-)
+from secateur.criteria import papers
 from secateur.criteria.registry import (
     Criterion,
     Need,
@@ -35,16 +25,8 @@ __all__ = [
     "Selection",
     "criterion",
     "get",
-    "he2019fpgm",
-    "kumar2022corrnet",
-    "li2017l1",
-    "lin2020hrank",
-    "molchanov2019taylor",
     "names",
-    "redundancy",
+    "papers",
     "register",
-    "shao2022cshe",
-    "singh2020cfp",
-    "sui2021chip",
     "unregister",
 ]

@@ -43,7 +43,7 @@ class Need(StrEnum):
     CONSUMERS = "consumers"
     """Tuple with one ``(C_out, C, K)`` tensor a consumer: the weights that read each channel, K positions apiece."""
     MOMENTS = "moments"
-    """:class:`secateur.moments.Moments` of the feature maps at the inputs of the group's consumers."""
+    """:class:`secateur.criteria.moments.Moments` of the feature maps at the inputs of the group's consumers."""
     MAPS = "maps"
     """Feature maps of one batch, ``(N, c, H, W)`` (any number of spatial dimensions, or none). Streamed: the function
     is called once a batch, returns ``(N, c)`` or ``(c,)``, and its results are averaged over the samples."""

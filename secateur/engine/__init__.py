@@ -16,13 +16,14 @@ from torch import nn
 from secateur.engine.events import Event, Progress
 from secateur.engine.loop import Engine
 from secateur.engine.pairing import CorrelationRegulariser, largest_correlations
-from secateur.engine.result import CompressResult, summarise
+from secateur.engine.result import CompressResult
 from secateur.engine.rundir import RunDirectory
 from secateur.engine.settings import Settings
 from secateur.engine.state import State
+from secateur.engine.summary import summarise
 from secateur.errors import UsageError
-from secateur.planning import Target
-from secateur.training import Batches, Loss, Metric
+from secateur.pruning.planning import Target
+from secateur.training.stages import Batches, Loss, Metric
 
 __all__ = [
     "CompressResult",
@@ -78,7 +79,7 @@ def compress(
         run_dir: Folder for the run's files: its configuration, history, result, models, and the state from which
             :func:`resume` goes on. Nothing is written when None.
         seed: Seed of everything that is drawn.
-        loss: ``loss(output, target)``; cross entropy when None. :mod:`secateur.detection` has a detector's.
+        loss: ``loss(output, target)``; cross entropy when None. :mod:`secateur.training.detection` has a detector's.
         metric: None for accuracy; a ``torchmetrics.Metric``; or ``metric(model, batches) -> float``, higher is better.
             Reports call it by its ``name``, else by that of its function or class.
         progress: Called with an :class:`Event` at each stage, batch and episode.

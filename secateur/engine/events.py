@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 
 @dataclass(frozen=True)
@@ -28,3 +29,13 @@ class Event:
 
 
 Progress = Callable[[Event], None]
+
+
+class Steps(Protocol):
+    """Where a command shows which of its steps is running, and how far it is."""
+
+    def __call__(self, step: str, done: int, total: int | None = None, note: str = "") -> None:
+        """Show that ``done`` of ``total`` units of ``step`` are finished; None: their number is not known."""
+
+    def step(self, name: str) -> AbstractContextManager[None]:
+        """Show ``name`` as running until the block ends."""

@@ -13,21 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from secateur import cost, training
-from secateur.compensate import compensate, parse
+from secateur.compensation import compensate, parse
 from secateur.engine import pairing
 from secateur.engine.events import Event, Progress
 from secateur.engine.selection import Selection, Some, union
 from secateur.engine.settings import Settings
 from secateur.engine.state import Removed, State
 from secateur.errors import RunError, UsageError
-from secateur.graph import ChannelGraph
-from secateur.inputs import unwrapped
-from secateur.planning import PruningPlan, Target, plan_removal
-from secateur.replica import replica
-from secateur.surgery import cut
-from secateur.tracing import trace
-from secateur.training import Batches, Distillation, Loss, Metric, Stage
+from secateur.graph import cost
+from secateur.graph.channels import ChannelGraph
+from secateur.graph.plan import PruningPlan
+from secateur.network.copies import replica
+from secateur.network.inputs import unwrapped
+from secateur.pruning.planning import Target, plan_removal
+from secateur.pruning.surgery import cut
+from secateur.tracing.tracing import trace
+from secateur.training import stages
+from secateur.training.stages import Batches, Distillation, Loss, Metric, Stage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -48,7 +50,7 @@ class Engine:
         seed: Seed of everything that is drawn.
         settings: The rest.
         loss: ``loss(output, target)``; cross entropy when None.
-        metric: See :func:`secateur.training.evaluate`.
+        metric: See :func:`secateur.training.stages.evaluate`.
         progress: Called with an :class:`Event` now and then.
     """
 
@@ -75,7 +77,7 @@ class Engine:
         self.loss, self.metric = loss, metric
         self.progress: Progress = progress or (lambda _event: None)
         self._check_request()
-        self.runtime: Accelerator = training.accelerator(self.settings.device, self.settings.precision)
+        self.runtime: Accelerator = stages.accelerator(self.settings.device, self.settings.precision)
         self.original = replica(unwrapped(model)).to(self.runtime.device)
         self.example_inputs = self._example(example_inputs)
         self.graph: ChannelGraph = trace(self.original, self.example_inputs)
@@ -101,7 +103,7 @@ class Engine:
             # What a network is called on may be less than what it is trained on: a detector takes boxes, too.
             given = getattr(self.validation, "example_inputs", None)
         if given is None:
-            given = send_to_device(training.first_inputs(self.validation, "validation"), self.runtime.device)
+            given = send_to_device(stages.first_inputs(self.validation, "validation"), self.runtime.device)
             given = _first_example(given)
         return send_to_device(given, self.runtime.device)
 
@@ -303,7 +305,7 @@ class Engine:
         if not methods:
             return small
         partners = {name: dict(chosen) for name, chosen in self._local_pairs(state).items()}
-        with training.seeded(self.seed, state.round, 2):
+        with stages.seeded(self.seed, state.round, 2):
             report = compensate(
                 state.network, small, plan, methods, Some(self.train, self.settings.criterion_batches),
                 graph=graph, example_inputs=self.example_inputs, pairs=partners or None,
@@ -385,7 +387,7 @@ class Engine:
 
     # Means
 
-    def _train(self, state: State, name: str, epochs: int, settings: training.TrainingSettings, **options: Any) -> bool:
+    def _train(self, state: State, name: str, epochs: int, settings: stages.TrainingSettings, **options: Any) -> bool:
         """Run the next epoch of a stage; True when it was the stage's last."""
         if state.epoch == 0:
             state.stages += 1
@@ -430,7 +432,7 @@ class Engine:
         return over
 
     def _measure(self, model: nn.Module, batches: Batches | None = None) -> float:
-        return training.evaluate(
+        return stages.evaluate(
             model, self.validation if batches is None else batches, self.metric, runtime=self.runtime
         )
 

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur import cost
-from secateur.criteria import singh2020cfp as cfp
+from secateur.criteria.papers import singh2020cfp as cfp
 from secateur.engine.settings import Share
 from secateur.errors import CriterionError, PlanError
-from secateur.graph import ChannelGraph, ChannelGroup, Member
-from secateur.limits import matches, names
-from secateur.planning import steps
+from secateur.graph import cost
+from secateur.graph.channels import ChannelGraph, ChannelGroup, Member
+from secateur.graph.steps import steps
+from secateur.pruning.limits import matches, names
 
 Pairs = dict[str, list[tuple[int, int]]]
 """Group name -> (dropped, kept) channels."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from secateur import checkpoint
 from secateur.engine.state import State
 from secateur.errors import CheckpointError, RunError, UsageError
-from secateur.planning import PruningPlan
+from secateur.graph.plan import PruningPlan
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -8,16 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur import criteria, training
-from secateur.criteria import singh2020cfp as cfp
+from secateur import criteria
+from secateur.criteria.papers import singh2020cfp as cfp
 from secateur.engine import pairing
 from secateur.engine.settings import Settings
 from secateur.engine.state import Removed, State
 from secateur.errors import RunError, UsageError
-from secateur.graph import ChannelGraph, ChannelGroup
-from secateur.limits import Limits
-from secateur.planning import PruningPlan, Target, plan_removal
-from secateur.training import Batches, Loss
+from secateur.graph.channels import ChannelGraph, ChannelGroup
+from secateur.graph.plan import PruningPlan
+from secateur.pruning.limits import Limits
+from secateur.pruning.planning import Target, plan_removal
+from secateur.training import stages
+from secateur.training.stages import Batches, Loss
 
 
 class Selection:
@@ -235,9 +237,9 @@ class Selection:
         return True
 
     def _criterion_scores(self, state: State, graph: ChannelGraph, groups: list[str]) -> dict[str, Tensor]:
-        from secateur.scoring import score
+        from secateur.criteria.scoring import score
 
-        with training.seeded(self.seed, state.round, 1):
+        with stages.seeded(self.seed, state.round, 1):
             data = Some(self.train, self.settings.criterion_batches)
             return score(
                 state.network, graph, self.method, data=data, groups=groups, loss=self.loss, seed=self.seed,
@@ -245,10 +247,10 @@ class Selection:
             )  # fmt: skip
 
     def _criterion_selection(self, state: State, graph: ChannelGraph, wanted: Mapping[str, int]) -> Removed:
-        from secateur.scoring import select
+        from secateur.criteria.scoring import select
 
         counts = {name: pairing.whole(graph.group(name), n, self.floors[name]) for name, n in wanted.items()}
-        with training.seeded(self.seed, state.round, 1):
+        with stages.seeded(self.seed, state.round, 1):
             data = Some(self.train, self.settings.criterion_batches)
             found = select(
                 state.network, graph, self.method, counts, data, loss=self.loss, seed=self.seed,

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from secateur.compensate import parse
-from secateur.compensate.least_squares import refit
-from secateur.criteria.singh2020cfp import Form, Order
+from secateur.compensation import parse
+from secateur.compensation.least_squares import refit
+from secateur.criteria.papers.singh2020cfp import Form, Order
 from secateur.errors import UsageError
-from secateur.training import Distillation, TrainingSettings
+from secateur.training.stages import Distillation, TrainingSettings
 
 Share = Literal["mean", "macs", "first"]
 """How the producers of a coupled group share in the score of its pairs."""
@@ -23,7 +23,7 @@ class Settings:
     """Settings of :func:`secateur.compress`; every field is a keyword of it and a key of ``settings:`` in a run file.
 
     The defaults are the method of Singh et al. 2020 as far as the paper states it; see
-    :mod:`secateur.criteria.singh2020cfp` for what it leaves open.
+    :mod:`secateur.criteria.papers.singh2020cfp` for what it leaves open.
     """
 
     # What goes in one episode
@@ -41,7 +41,7 @@ class Settings:
     """Pair by ρ instead of |ρ|: a negative pair can't be merged through a ReLU."""
     order: Order = "correlation"
     """Which pairs go first: ``correlation``, those of the largest |ρ|, as in the paper; ``residual``, those of which
-    the least is lost, ‖w_p‖²(1 - ρ²) (see :func:`secateur.criteria.singh2020cfp.residual`)."""
+    the least is lost, ‖w_p‖²(1 - ρ²) (see :func:`secateur.criteria.papers.singh2020cfp.residual`)."""
     internal_only: bool = False
     """Leave alone the groups that several layers produce together, the residual streams."""
     linear: bool = False

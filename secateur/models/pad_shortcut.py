@@ -9,14 +9,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from secateur.errors import UsageError
-from secateur.layers import register_layer
+from secateur.network.custom_layers import register_layer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    from secateur.rules.flow import Flow
+    from secateur.tracing.flow import Flow
 
 
 class PadShortcut(nn.Module):

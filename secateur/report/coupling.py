@@ -10,12 +10,12 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from secateur.graph import Role
+from secateur.graph.channels import Role
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from secateur.graph import ChannelGraph, Member
+    from secateur.graph.channels import ChannelGraph, Member
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from secateur import cost
-from secateur.graph import Role
+from secateur.graph import cost
+from secateur.graph.channels import Role
 from secateur.report import html
 from secateur.report.coupling import Coupling, Mark, Row, Strand, height, lay_out
 from secateur.report.figures import Cell, Table, percent, quantity
@@ -17,7 +17,7 @@ from secateur.report.figures import Cell, Table, percent, quantity
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from secateur.graph import ChannelGraph, ChannelGroup, Member
+    from secateur.graph.channels import ChannelGraph, ChannelGroup, Member
 
 ROW = 20
 """Pixels from one row to the next; the style sheet has the same number."""

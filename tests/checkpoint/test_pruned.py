@@ -14,12 +14,14 @@ from safetensors.torch import load as parse
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from secateur import checkpoint, planning
+from secateur import checkpoint
 from secateur.errors import CheckpointError, UsageError
+from secateur.graph import plan as plan_form
+from secateur.graph.plan import PruningPlan
 from secateur.models import lenet5, resnet20
-from secateur.planning import PruningPlan, plan_removal
-from secateur.surgery import cut
-from secateur.tracing import trace
+from secateur.pruning.planning import plan_removal
+from secateur.pruning.surgery import cut
+from secateur.tracing.tracing import trace
 
 
 class Net(nn.Module):
@@ -352,14 +354,14 @@ def test_newer_versions_are_refused_with_both_versions(stored):
 
     def newer_plan(header, tensors):
         header["format_version"] = checkpoint.pruned.FORMAT_VERSION
-        header["plans"][0]["version"] = planning.FORMAT_VERSION + 3
+        header["plans"][0]["version"] = plan_form.FORMAT_VERSION + 3
         header["plans"][0]["unheard_of"] = {}
 
     rewrite(stored, newer_file)
     with pytest.raises(CheckpointError, match=r"newer Secateur \(file format 2; this one reads up to 1\); upgrade"):
         checkpoint.load(Net(), stored)
     rewrite(stored, newer_plan)
-    with pytest.raises(CheckpointError, match=rf"plan format {planning.FORMAT_VERSION + 3}; this one reads up to"):
+    with pytest.raises(CheckpointError, match=rf"plan format {plan_form.FORMAT_VERSION + 3}; this one reads up to"):
         checkpoint.load(Net(), stored)
 
 

@@ -8,10 +8,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secateur import scoring
-from secateur.criteria import Criterion, Need, Returns, Selection, criterion, get, names, register, registry, unregister
+from secateur.criteria import (
+    Criterion,
+    Need,
+    Returns,
+    Selection,
+    criterion,
+    get,
+    names,
+    register,
+    registry,
+    scoring,
+    unregister,
+)
 from secateur.errors import CriterionError, UsageError
-from secateur.tracing import trace
+from secateur.tracing.tracing import trace
 
 
 @pytest.fixture(autouse=True)

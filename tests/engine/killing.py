@@ -21,9 +21,9 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from secateur.detection import DetectionLoss, MeanAveragePrecision
 from secateur.engine import Event, compress, resume
-from secateur.planning import Target
+from secateur.pruning.planning import Target
+from secateur.training.detection import DetectionLoss, MeanAveragePrecision
 from tests import detectors
 from tests.engine.nets import Small, digits, trained
 

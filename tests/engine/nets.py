@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur.training import TrainingSettings, fit
+from secateur.training.stages import TrainingSettings, fit
 
 
 class Small(nn.Module):

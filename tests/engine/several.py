@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from secateur import training
 from secateur.engine import compress, resume
+from secateur.training import stages
 from tests.engine.nets import Small, digits, trained
 
 
@@ -18,7 +18,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     train, validation, test = digits(200)
     validation.size = 30
-    runtime = training.accelerator("cpu")
+    runtime = stages.accelerator("cpu")
     torch.manual_seed(0)
     model = trained(epochs=1)
     result = compress(
@@ -28,7 +28,7 @@ def main(folder: Path) -> None:
     runtime.wait_for_everyone()
     again = resume(folder, Small(), train=train, validation=validation, test=test)
     total = sum(float(p.detach().double().sum()) for p in result.model.parameters())
-    alone = training.evaluate(result.model, test)
+    alone = stages.evaluate(result.model, test)
     line = {
         "rank": runtime.process_index, "sum": total,
         "again": sum(float(p.detach().double().sum()) for p in again.model.parameters()),

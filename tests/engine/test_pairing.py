@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import secateur as sc
-from secateur import cost
-from secateur.criteria import singh2020cfp as cfp
+from secateur.criteria.papers import singh2020cfp as cfp
 from secateur.engine import CorrelationRegulariser, largest_correlations, pairing
 from secateur.engine.settings import Share
 from secateur.errors import CriterionError
+from secateur.graph import cost
 from tests.cases import CASES, Case
 from tests.engine.nets import Residual, Small
 

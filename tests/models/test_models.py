@@ -17,11 +17,12 @@ from torch.nn import functional as F
 
 from secateur.checkpoint import load, save
 from secateur.errors import UsageError
+from secateur.graph.plan import PruningPlan
 from secateur.models import MODELS, CifarResNet, PadShortcut, lenet5, resnet20, resnet56, resnet110, vgg16
 from secateur.models.pad_shortcut import centred
-from secateur.planning import PruningPlan, plan_removal
-from secateur.surgery import cut
-from secateur.tracing import trace
+from secateur.pruning.planning import plan_removal
+from secateur.pruning.surgery import cut
+from secateur.tracing.tracing import trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from secateur import compress
-from secateur.benchmark import benchmark
+from secateur.deploy.timing import benchmark
 from secateur.models import lenet5, resnet20
 
 SHARED = Path(os.environ.get("SECATEUR_SHARED", Path(__file__).resolve().parents[3] / "shared"))

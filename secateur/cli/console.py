@@ -1,0 +1,376 @@
+"""What people see in the terminal: tables, numbers with units, progress bars, and errors of one line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich._export_format import CONSOLE_SVG_FORMAT
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from secateur.graph.channels import ChannelGraph, Member
+    from secateur.graph.plan import PruningPlan
+
+WIDTH = 120
+"""Columns of what is written to a file or a pipe, where there is no terminal to ask."""
+
+PICTURE_WIDTH = 100
+"""Columns of a picture of the terminal."""
+
+
+def output(*, record: bool = False) -> Console:
+    """Return the console for results, on standard output; ``record`` keeps what is printed, for a picture."""
+    width = PICTURE_WIDTH if record else None if sys.stdout.isatty() else WIDTH
+    return Console(width=width, record=record, highlight=False, emoji=False)
+
+
+def error_line(text: str, kind: str = "error") -> None:
+    """Write one line to standard error, whatever line breaks the text holds."""
+    colour = "red" if kind == "error" else "yellow"
+    line = Text.assemble((f"{kind}:", f"bold {colour}"), " ", " ".join(text.split()))
+    Console(stderr=True, highlight=False, emoji=False).print(line, soft_wrap=True)
+
+
+def write_json(value: Any) -> None:
+    """Write ``value`` as the one JSON document of a command."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+class Steps:
+    """Progress of a command's steps on standard error; silent when that is no terminal.
+
+    A step is a line with a spinner until its length is known, and with a bar from then on.
+    """
+
+    def __init__(self) -> None:
+        console = Console(stderr=True, highlight=False, emoji=False)
+        self._progress = Progress(
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=21)),
+            BarColumn(bar_width=12, table_column=Column(min_width=12)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=7)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
+            # A narrow terminal cuts the note, and nothing else.
+            TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+            console=console,
+            expand=True,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Steps:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, step: str, done: int, total: int | None = None, note: str = "") -> None:
+        """Show that ``done`` of ``total`` units of ``step`` are finished."""
+        if step not in self._tasks:
+            self._tasks[step] = self._progress.add_task(step, total=total, note=note)
+        self._progress.update(self._tasks[step], completed=done, total=total, note=note)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Show ``name`` as running until the block ends."""
+        self(name, 0)
+        yield
+        self(name, 1, 1)
+
+
+class _OneLine(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        error_line(record.getMessage(), "warning" if record.levelno < logging.ERROR else "error")
+
+
+@contextmanager
+def log_lines() -> Iterator[None]:
+    """Show the package's own log messages from WARNING up as lines on standard error."""
+    logger, handler = logging.getLogger("secateur"), _OneLine(logging.WARNING)
+    logger.addHandler(handler)
+    propagate, logger.propagate = logger.propagate, False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+
+
+def quantity(value: float) -> str:
+    """Write a count with three digits and the SI prefix that people say it with.
+
+    Example:
+        >>> quantity(2293000), quantity(980), quantity(0)
+        ('2.29 M', '980', '0')
+    """
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g} {prefix}"
+    return f"{value:.3g}"
+
+
+def size(count: float) -> str:
+    """Write a number of bytes with a decimal prefix.
+
+    Example:
+        >>> size(1728000)
+        '1.73 MB'
+    """
+    return f"{quantity(count)}{'' if abs(count) >= 1e3 else ' '}B"
+
+
+def change(before: float, after: float) -> str:
+    """Write how a quantity changed, in percent of what it was.
+
+    Example:
+        >>> change(200, 13), change(4, 5), change(0, 1)
+        ('−93.5%', '+25.0%', '')
+    """
+    if before == 0:
+        return ""
+    percent = 100 * (after - before) / before
+    return f"{'−' if percent < 0 else '+'}{abs(percent):.1f}%"
+
+
+def comparison(before: Mapping[str, Any], after: Mapping[str, Any], metric: str = "accuracy") -> Table:
+    """Tabulate a network before and after pruning; what was not measured is left out.
+
+    Args:
+        before: Any of ``test``, ``validation`` (fractions), ``macs``, ``parameters``, ``file_bytes``, ``latency_ms``.
+        after: The same of the pruned network.
+        metric: Name of what ``test`` and ``validation`` hold.
+    """
+    table = _table("", "before>", "after>", "change>")
+    for key, name in (("test", f"{metric}, test set"), ("validation", f"{metric}, validation set")):
+        if before.get(key) is not None and after.get(key) is not None:
+            points = 100 * (after[key] - before[key])
+            sign = "−" if points < 0 else "+"
+            table.add_row(name, f"{before[key]:.2%}", f"{after[key]:.2%}", f"{sign}{abs(points):.2f} points")
+    for key, name, write in (
+        ("macs", "MACs", quantity),
+        ("parameters", "parameters", quantity),
+        ("file_bytes", "file size", size),
+        ("latency_ms", "CPU latency", lambda ms: f"{ms:.3g} ms"),
+    ):
+        if before.get(key) is not None and after.get(key) is not None:
+            table.add_row(name, write(before[key]), write(after[key]), change(before[key], after[key]))
+    return table
+
+
+def widths(before: Mapping[str, int], after: Mapping[str, int]) -> Table:
+    """Tabulate the number of filters of every layer before and after, narrower layers marked by a bar."""
+    table = _table("layer", "before>", "after>", "kept")
+    for name, old in before.items():
+        new = after.get(name, old)
+        full = max(1, round(24 * new / old)) if new else 0
+        table.add_row(name, str(old), str(new), "[green]" + "█" * full + "[/][dim]" + "░" * (24 - full) + "[/]")
+    return table
+
+
+def graph_values(graph: ChannelGraph) -> dict[str, Any]:
+    """Return a channel graph as JSON values: its groups, what can't be pruned, and what it costs."""
+    from secateur.graph import cost
+
+    return {
+        "macs": cost.macs(graph),
+        "parameters": cost.parameters(graph),
+        "prunable_channels": _prunable(graph),
+        "groups": [
+            {
+                "name": group.name,
+                "channels": group.size,
+                "prunable_channels": int(group.removable.sum()),
+                "producers": _layers(graph, group.producers),
+                "consumers": _layers(graph, group.consumers),
+                "constraint": group.constraint,
+                "exact": group.exact,
+                "reason": group.reason,
+                "macs": macs,
+            }
+            for group, macs in zip(graph.groups, _group_macs(graph), strict=True)
+        ],
+        "refused": [asdict(refusal) for refusal in graph.refused],
+        "notes": list(graph.notes),
+    }
+
+
+def show_graph(graph: ChannelGraph, name: str, seconds: float, figure: Path | None = None) -> None:
+    """Print the groups of a network, what can't be pruned, a line that sums it up, and where the figure is."""
+    from secateur.graph import cost
+
+    out = output()
+    table = _table("group", "channels>", "written by", "read by", "constraint", "MACs>")
+    total = cost.macs(graph) or 1
+    for group, macs in zip(graph.groups, _group_macs(graph), strict=True):
+        rules = [group.constraint] if group.constraint else []
+        rules += [] if group.exact else [f"inexact: {group.reason}"]
+        table.add_row(
+            escape(group.name),
+            str(group.size),
+            escape(_some(_layers(graph, group.producers))),
+            escape(_some(_layers(graph, group.consumers))),
+            escape(", ".join(rules)),
+            f"{macs / total:.1%}",
+        )
+    out.print(table)
+    if graph.refused:
+        refused = _table("not pruned", "in module", "at", "because")
+        for refusal in graph.refused:
+            row = (refusal.operator, refusal.module, refusal.source, refusal.reason)
+            refused.add_row(*map(escape, row))
+        out.print()
+        out.print(refused)
+    for note in graph.notes:
+        out.print(f"note: {note}", markup=False)
+    out.print(
+        f"\n{name}: {len(graph.groups)} groups, {_prunable(graph)} prunable channels, {quantity(total)} MACs, "
+        f"{quantity(cost.parameters(graph))} parameters, traced in {seconds:.2f} s",
+        style="bold",
+        markup=False,
+    )
+    if figure is not None:
+        out.print(f"drawn: {figure}", markup=False, soft_wrap=True)
+
+
+def graph_widths(graph: ChannelGraph, plan: PruningPlan | None = None) -> dict[str, int]:
+    """Return the output channels of every layer, by module name, after a plan if one is given."""
+    from secateur.graph import cost
+
+    return {layer.module: layer.out_channels for layer in cost.layer_costs(graph, plan)}
+
+
+def show_pruned(values: Mapping[str, Any]) -> None:
+    """Print what pruning once came to."""
+    out = output()
+    out.print(widths(values["widths"]["before"], values["widths"]["after"]))
+    out.print()
+    out.print(comparison(values["before"], values["after"], values["metric"]))
+    out.print()
+    out.print(verdict(values["verification"]), markup=False)
+    for layer in (values["compensation"] or {}).get("layers", ()):
+        if layer["reason"]:
+            out.print(f"not compensated: {layer['module']}: {layer['reason']}", markup=False)
+    if values["file"]:
+        out.print(f"saved: {values['file']}, {size(values['after']['file_bytes'])}", markup=False, soft_wrap=True)
+
+
+def show_run(values: Mapping[str, Any], out: Console | None = None) -> None:
+    """Print what a compression run came to."""
+    out = out or output()
+    before, after = values["baseline"], values["final"]
+    out.print(comparison(before, after, values["metric"]))
+    out.print()
+    out.print(widths(before["widths"], after["widths"]))
+    out.print()
+    out.print(verdict(values["verification"], tuned=True), markup=False)
+    out.print(f"files: {values['run_dir']}", markup=False, soft_wrap=True)
+
+
+def show_demo(values: Mapping[str, Any], picture: Path | None = None) -> None:
+    """Print the demo's result, with what to try next; and draw it as an SVG file if asked for."""
+    out = output(record=picture is not None)
+    parts = values["examples"]
+    out.print(
+        f"[bold]LeNet-5 on {sum(parts.values()):,} handwritten digits[/] ({parts['train']:,} to train on, "
+        f"{parts['validation']} to decide on, {parts['test']} to test on): trained, then compressed by filter "
+        f"correlation in {values['rounds']} rounds, {values['seconds']:.0f} s.\n"
+    )
+    show_run(values, out)
+    model = f"{values['run_dir']}/model.safetensors"
+    out.print(
+        f"saved and loaded again: {model}, {values['reloaded']:.2%} on the test set", markup=False, soft_wrap=True
+    )
+    out.print("\nNext, a network of yours:", style="bold")
+    out.print("  secateur trace torchvision:resnet18", markup=False)
+    out.print(
+        "  secateur prune path/to/network.py:build --weights trained.pth --macs 0.5 --out small.safetensors",
+        markup=False,
+    )
+    if picture is not None:
+        from secateur.checkpoint import write_atomic
+
+        # Rich's own frame fetches its font from a foreign host; any monospaced font does.
+        frame = re.sub(r"@font-face \{\{.*?\}\}\s*|<!--.*?-->\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
+        write_atomic(picture, out.export_svg(title="secateur demo", code_format=frame).encode())
+
+
+def show_values(values: Mapping[str, Any]) -> None:
+    """Print figures, one a line."""
+    out, table = output(), _table("", ">")
+    table.show_header = False
+    for name, value in values.items():
+        if isinstance(value, float):
+            table.add_row(name, f"{value:.2%}")
+        elif value is not None:
+            table.add_row(name, f"{value:,}" if isinstance(value, int) else escape(str(value)))
+    out.print(table)
+
+
+def verdict(check: Mapping[str, Any], *, tuned: bool = False) -> str:
+    """Say in a line how the pruned network compares with the original whose removed channels are zeroed.
+
+    Args:
+        check: Fields of a :class:`secateur.pruning.verification.VerificationReport`.
+        tuned: Whether the network was trained since; then it is the cut alone that was compared.
+    """
+    bits = {"float64": "fp64", "float32": "fp32"}.get(check["dtype"], check["dtype"])
+    what = "the network as it was cut, before fine-tuning," if tuned else "it"
+    unchecked = f"; unchecked: {'; '.join(check['refused'])}" if check["refused"] else ""
+    return (
+        f"verified {'exact' if check['exact'] else 'not exact'}: {what} differs from the original with the removed "
+        f"channels zeroed by at most {check['max_error']:.1e} of the output ({bits}){unchecked}"
+    )
+
+
+def _group_macs(graph: ChannelGraph) -> list[int]:
+    """MACs, for one example, of the layers that write each group's channels."""
+    from secateur.graph import cost
+
+    spent: dict[str, int] = {}
+    for layer in cost.layer_costs(graph):
+        spent[layer.module] = spent.get(layer.module, 0) + layer.macs
+    return [sum(spent.get(module, 0) for module in _layers(graph, group.producers)) for group in graph.groups]
+
+
+def _prunable(graph: ChannelGraph) -> int:
+    return sum(int(group.removable.sum()) for group in graph.groups)
+
+
+def _layers(graph: ChannelGraph, members: Iterable[Member]) -> list[str]:
+    return list(dict.fromkeys(graph.layer_of(member) for member in members))
+
+
+def _table(*columns: str) -> Table:
+    """Make a plain table; a column whose name ends in ``>`` holds numbers, set to the right."""
+    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    for column in columns:
+        if column.endswith(">"):
+            table.add_column(column[:-1], justify="right", no_wrap=True)
+        else:
+            table.add_column(column, overflow="fold")
+    return table
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+@contextmanager
+def running(as_json: bool) -> Iterator[Steps]:
+    """Show progress; with ``--json``, keep what the user's own code prints off standard output."""
+    with Steps() as steps, redirect_stdout(sys.stderr) if as_json else nullcontext():
+        yield steps

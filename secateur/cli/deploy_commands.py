@@ -1,0 +1,419 @@
+"""The commands that show and ship a network: report, benchmark, export."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from secateur.cli import console, options
+from secateur.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from secateur.deploy.timing import BenchmarkResult, RoundToChoice
+    from secateur.runfile.sources import SourceModel
+
+RunDirs = Annotated[
+    list[Path] | None,
+    typer.Argument(metavar="RUN_DIR...", help="Directories that `secateur compress` wrote.", show_default=False),
+]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="Hold it against another model, or the same one with the weights of a file; 'original': unpruned.",
+    ),
+]
+REPORT_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+"""Batch sizes that a report shows, up to the first that takes too long."""
+
+Out = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Where to write; a missing folder is made.", show_default=False)
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the program."""
+    app.command()(report)
+    app.command()(benchmark)
+    app.command()(export)
+
+
+def report(
+    run_dir: RunDirs = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The HTML file; its JSON goes beside it; a missing folder is made. RUN_DIR/report.html unless given.",
+        ),
+    ] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write every figure here as PNG and SVG, for a paper; the folder is made."),
+    ] = None,
+    layer: Annotated[
+        list[str] | None, typer.Option(metavar="MODULE", help="Draw the correlation of this layer; repeatable.")
+    ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure/--no-measure",
+            help="Measure time and memory of a run that has not been measured yet (RUN_DIR/benchmark.json).",
+        ),
+    ] = True,
+    as_json: options.Json = False,
+) -> None:
+    """Write the report of a run as one HTML page that needs no network; of several runs, side by side."""
+    with console.running(as_json) as steps:
+        from secateur.report import read_run, write_report
+        from secateur.runfile import config
+
+        for folder in run_dir or ():
+            read_run(folder)
+            if measure and (folder / config.FILE).is_file() and not (folder / "benchmark.json").exists():
+                _measure_run(folder, steps)
+        with steps.step("writing the report"):
+            files = write_report([*(run_dir or ())], out, figures, layer)
+    if as_json:
+        console.write_json(json.loads(files.json.read_text(encoding="utf-8")))
+        return
+    screen = console.output()
+    for run in files.runs:
+        screen.print(f"\n[bold]{run.name}[/]  {run.path}")
+        before, after = run.result.baseline.model_dump(), run.result.final.model_dump()
+        screen.print(console.comparison(before, after, run.result.metric))
+    screen.print(f"\nReport: {files.html}\nNumbers: {files.json}")
+    if files.figures:
+        screen.print(f"Figures: {len(files.figures)} files in {figures}")
+
+
+def benchmark(
+    model: options.ModelArgument = None,
+    model_flag: options.ModelFlag = None,
+    model_option: options.ModelOptions = None,
+    weights: options.Weights = None,
+    against: Against = None,
+    input_shape: options.InputShapes = None,
+    batch_size: Annotated[
+        list[int] | None, typer.Option("--batch-size", metavar="N", min=1, help="Batch size; repeatable.")
+    ] = None,
+    threads: Annotated[list[int] | None, typer.Option(metavar="N", min=1, help="CPU threads; repeatable.")] = None,
+    device: Annotated[list[str] | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; repeatable.")] = None,
+    precision: Annotated[list[str] | None, typer.Option(metavar="NAME", help="fp32, bf16; repeatable.")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="eager, compile, onnxruntime; repeatable.")
+    ] = None,
+    memory_format: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="contiguous, channels_last; repeatable.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(metavar="N", min=2, help="Measurements of each setting.")] = 9,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN_DIR", help="Measure this run's network against its original, for its report."),
+    ] = None,
+    out: Out = None,
+    as_json: options.Json = False,
+) -> None:
+    """Measure time and peak memory of a network, or of two in turns: theoretical against measured speed-up."""
+    with console.running(as_json) as steps, ExitStack() as files:
+        from secateur.deploy.export import replacing
+        from secateur.runfile.sources import open_model
+
+        names = ("pruned", "original")
+        if run_dir is not None:
+            if model or model_flag or weights or against or out:
+                raise UsageError(
+                    "benchmark: --run-dir names both networks and the file; leave out MODEL, --weights, "
+                    "--against and --out."
+                )
+            out = run_dir / "benchmark.json"
+            first, other = _of_run(run_dir, steps)
+        else:
+            name = options.one(model, model_flag)
+            built = options.values("--model-option", model_option)
+            if against not in (None, "original"):
+                names = (Path(weights).name if weights else name, Path(against).name if "/" in against else against)
+                names = names if names[0] != names[1] else (names[0], f"{names[1]} (against)")
+            with steps.step("building the model"):
+                first = open_model(name, built, weights, input_shape or ())
+                other = None
+                if against is not None:
+                    if against == "original":
+                        other = open_model(name, built, None, input_shape or ())
+                    elif Path(against).is_file() and ":" not in against:
+                        other = open_model(name, built, against, input_shape or ())
+                    else:
+                        other = open_model(against, None, None, input_shape or ())
+        # Opened before anything is measured: minutes of work are not lost to a wrong path.
+        part = None if out is None else files.enter_context(replacing(out))
+        result = _measure(
+            first,
+            other,
+            steps,
+            names=names,
+            batch_sizes=batch_size or (1, 8),
+            threads=threads or (1,),
+            devices=device or ("cpu",),
+            precisions=precision or ("fp32",),
+            backends=backend or ("eager",),
+            memory_formats=memory_format or ("contiguous",),
+            rounds=rounds,
+        )
+        if part is not None:
+            part.write_text(json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    console.write_json(result.to_dict()) if as_json else _show(result, out)
+
+
+def export(
+    model: options.ModelArgument = None,
+    model_flag: options.ModelFlag = None,
+    model_option: options.ModelOptions = None,
+    weights: options.Weights = None,
+    data: options.Data = None,
+    data_option: options.DataOptions = None,
+    input_shape: options.InputShapes = None,
+    out: Out = None,
+    fixed_batch: Annotated[
+        bool, typer.Option("--fixed-batch", help="Export for the example's batch size only.")
+    ] = False,
+    tolerance: Annotated[
+        float, typer.Option(metavar="FRACTION", min=0, help="Largest difference allowed, relative to the output.")
+    ] = 1e-5,
+    int8: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write an int8 ONNX file too, calibrated and measured on --data; as --out."),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Export a network to .pt2 (torch.export) or .onnx, load the file again and compare before saying done."""
+    with console.running(as_json) as steps:
+        from secateur.deploy.export import export as write
+        from secateur.runfile import sources
+
+        if out is None:
+            raise UsageError("export: where to? Give --out FILE.pt2 or --out FILE.onnx.")
+        if int8 is not None and (data is None or out.suffix != ".onnx"):
+            raise UsageError("export: --int8 quantises an .onnx file on data; give --out FILE.onnx and --data.")
+        bundle = None
+        if data is not None:
+            with steps.step("loading the data"):
+                bundle = sources.data(data, options.values("--data-option", data_option))
+            if int8 is not None and bundle.task != "classification":
+                raise UsageError(f"export: --int8 is held to the accuracy of classes, and {bundle.name} holds boxes.")
+        with steps.step("building the model"):
+            found = sources.open_model(
+                options.one(model, model_flag),
+                options.values("--model-option", model_option),
+                weights,
+                input_shape or (),
+                bundle,
+            )
+        with steps.step("exporting and comparing"):
+            parity = write(found.model, out, found.inputs, dynamic_batch=not fixed_batch, tolerance=tolerance)
+        values: dict[str, Any] = {"model": found.name, **dataclasses.asdict(parity), "path": str(out), "int8": None}
+        if int8 is not None:
+            with steps.step("quantising to int8"):
+                values["int8"] = _quantized(out, int8, bundle)
+    if as_json:
+        console.write_json(values)
+        return
+    screen = console.output()
+    screen.print(f"{out}: {console.size(parity.file_bytes)}, batch {'any' if not fixed_batch else 'fixed'}")
+    screen.print(
+        f"largest difference {parity.relative_error:.1e} of the output (allowed {tolerance:.0e}), "
+        f"at batch sizes {', '.join(map(str, parity.batch_sizes))}"
+    )
+    screen.print(f"one forward pass {parity.latency_ms:.3g} ms, in eager PyTorch {parity.eager_latency_ms:.3g} ms")
+    if values["int8"]:
+        q = values["int8"]
+        screen.print(
+            f"{int8}: {console.size(q['file_bytes'])}, accuracy {q['metric']:.2%} (fp32 {q['metric_before']:.2%}), "
+            f"{q['latency_ms']:.3g} ms (fp32 {q['latency_ms_before']:.3g} ms)"
+        )
+
+
+def round_to(text: str) -> int | None:
+    """Read ``--round-to``: a number, or None for ``auto``.
+
+    Raises:
+        UsageError: If it is neither ``auto`` nor a positive whole number.
+    """
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"--round-to {text}: give a whole number from 1 up, or auto.")
+    return int(text)
+
+
+def fastest(prune: Callable[[int], nn.Module], inputs: Any, steps: console.Steps, batch_size: int = 8) -> RoundToChoice:
+    """Measure which multiple of channels, and which memory format, runs fastest here; see ``--round-to auto``."""
+    from secateur.deploy.export import quiet
+
+    with quiet():  # as in _measure
+        from secateur.deploy.timing import choose_round_to
+    with steps.step("measuring multiples of channels"):
+        return choose_round_to(prune, inputs, batch_size=batch_size)
+
+
+def choice_values(choice: RoundToChoice) -> dict[str, Any]:
+    """The measured choice as JSON values."""
+    times = [
+        {"round_to": multiple, "memory_format": layout, "ms": 1000 * seconds}
+        for (multiple, layout), seconds in choice.seconds.items()
+    ]
+    infeasible = {str(multiple): reason for multiple, reason in choice.infeasible.items()}
+    return {"memory_format": choice.memory_format, "times": times, "infeasible": infeasible}
+
+
+def show_choice(choice: RoundToChoice) -> None:
+    """Tabulate what was measured, and say how the network runs fastest."""
+    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    for name in ("round_to", "contiguous, ms", "channels-last, ms"):
+        table.add_column(name, justify="right")
+    for multiple in sorted({key[0] for key in choice.seconds}):
+        times = [choice.seconds.get((multiple, layout)) for layout in ("contiguous", "channels_last")]
+        table.add_row(str(multiple), *("–" if t is None else f"{1000 * t:.3g}" for t in times))
+    screen = console.output()
+    screen.print()
+    screen.print(table)
+    how = ", in channels-last memory format" if choice.memory_format == "channels_last" else ""
+    screen.print(f"fastest here: channels in multiples of {choice.round_to}{how}")
+    for multiple, reason in choice.infeasible.items():
+        console.error_line(f"--round-to {multiple}: not possible: {reason}", "warning")
+
+
+def _measure(first: SourceModel, other: SourceModel | None, steps: console.Steps, **given: Any) -> BenchmarkResult:
+    from secateur.deploy.export import quiet
+
+    with quiet():  # torch's benchmark tools look for a CUDA compiler and say so when there is none
+        from secateur.deploy.timing import benchmark as measure
+    done = 0
+
+    def progress(setting: str) -> None:
+        nonlocal done
+        steps("measuring", done, note=setting)
+        done += 1
+
+    return measure(
+        first.model,
+        None if other is None else other.model,
+        example_inputs=first.inputs,
+        progress=progress,
+        **given,
+    )
+
+
+def _of_run(folder: Path, steps: console.Steps) -> tuple[SourceModel, SourceModel]:
+    """Rebuild a run's network, pruned and as it began, from what its folder holds."""
+    from secateur.runfile import config, sources
+
+    if not (folder / config.FILE).is_file():
+        raise UsageError(
+            f"{folder}: no {config.FILE}, so the model can't be built from it; name MODEL, --weights and --against."
+        )
+    run = config.load(folder / config.FILE, {"run_dir": str(folder.absolute())})
+    with steps.step("building the model"):
+        bundle = sources.data(run.data, run.data_options)
+        found = [
+            sources.open_model(run.model, run.model_options, str(folder / name), run.input, bundle)
+            for name in ("model.safetensors", "baseline.safetensors")
+        ]
+    return found[0], found[1]
+
+
+def _measure_run(folder: Path, steps: console.Steps) -> None:
+    """Measure a run's two networks for its report, on every device at hand."""
+    import importlib.util
+
+    import torch
+
+    from secateur.deploy.export import replacing
+
+    first, other = _of_run(folder, steps)
+    with replacing(folder / "benchmark.json") as part:
+        result = _measure(
+            first,
+            other,
+            steps,
+            names=("pruned", "original"),
+            batch_sizes=REPORT_BATCH_SIZES,
+            devices=("cpu", "cuda") if torch.cuda.is_available() else ("cpu",),
+            backends=("eager", "onnxruntime") if importlib.util.find_spec("onnxruntime") else ("eager",),
+            rounds=5,
+            longest=1.0,
+        )
+        part.write_text(json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _quantized(source: Path, target: Path, bundle: Any, calibration: int = 8) -> dict[str, Any]:
+    import torch
+    from torch.utils.data import DataLoader
+
+    from secateur.deploy.export import OnnxModel, quantize
+
+    def accuracy(network: OnnxModel) -> float:
+        right = total = 0
+        for images, labels in DataLoader(bundle.test, batch_size=64):
+            right += int((network(images).argmax(1) == labels).sum())
+            total += len(labels)
+        return right / total
+
+    loader = DataLoader(bundle.train, batch_size=64, shuffle=True, generator=torch.Generator().manual_seed(0))
+    ranges = [images for (images, _), _ in zip(loader, range(calibration), strict=False)]
+    found = dataclasses.asdict(quantize(source, target, ranges, accuracy))
+    return {**found, "path": str(target)}
+
+
+def _show(result: BenchmarkResult, out: Path | None) -> None:
+    screen = console.output()
+    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    for name, justify in (
+        ("network", "left"),
+        ("setting", "left"),
+        ("batch", "right"),
+        ("ms", "right"),
+        ("± IQR", "right"),
+        ("images/s", "right"),
+        ("peak memory", "right"),
+    ):
+        table.add_column(name, justify="right" if justify == "right" else "left")
+    for row in result.rows:
+        setting = f"{row.device}, {row.backend}, {row.precision}, {row.memory_format}, {row.threads} threads"
+        table.add_row(
+            row.variant,
+            setting,
+            str(row.batch_size),
+            f"{1000 * row.seconds:.3g}",
+            f"{1000 * row.iqr:.2g}",
+            f"{row.batch_size / row.seconds:.4g}",
+            "–" if row.peak_bytes is None else console.size(row.peak_bytes),
+        )
+    screen.print(table)
+    if result.speed_ups:
+        table = Table(show_edge=False, pad_edge=False, header_style="bold", title="Speed-up", title_justify="left")
+        table.add_column("setting")
+        for name in ("batch", "theoretical", "measured", "quartiles"):
+            table.add_column(name, justify="right")
+        for s in result.speed_ups:
+            table.add_row(
+                f"{s.device}, {s.backend}, {s.precision}, {s.memory_format}, {s.threads} threads",
+                str(s.batch_size),
+                "–" if s.theoretical is None else f"{s.theoretical:.2f}×",
+                f"{s.measured:.2f}×",
+                f"{s.low:.2f}–{s.high:.2f}",
+            )
+        screen.print()
+        screen.print(table)
+    for skipped in result.skipped:
+        console.error_line(f"{skipped.variant}, {skipped.setting}: not measured: {skipped.reason}", "warning")
+    if out is not None:
+        screen.print(f"\nWritten to {out}")

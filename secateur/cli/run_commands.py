@@ -1,0 +1,192 @@
+"""The commands of a run: compress, resume, and evaluate, which measures what a run starts from or ends in."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from secateur.cli import console, options
+from secateur.errors import SecateurError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from secateur.engine import CompressResult
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the program."""
+    app.command(cls=options.NamingCriteria)(compress)
+    app.command()(resume)
+    app.command()(evaluate)
+
+
+def compress(
+    model: options.ModelArgument = None,
+    model_flag: options.ModelFlag = None,
+    config_file: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="YAML file of the run; options given beside it go before it."),
+    ] = None,
+    model_option: options.ModelOptions = None,
+    weights: options.Weights = None,
+    data: options.Data = None,
+    data_option: options.DataOptions = None,
+    input_shape: options.InputShapes = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"What chooses the channels: {options.CRITERIA}; or a criterion of yours, path/to/file.py:FUNCTION or "
+            "package.module:FUNCTION; cfp unless given.",
+        ),
+    ] = None,
+    compensate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Adjust what stays as filters go, before fine-tuning: merge, least_squares, bn; several with commas.",
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="POINTS",
+            help="Points of accuracy, or of mAP, that may be lost on the validation set; 0.5 unless given. Unused with "
+            "a target.",
+        ),
+    ] = None,
+    macs: options.Macs = None,
+    params: options.Params = None,
+    channels: options.Channels = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Setting of the method, e.g. finetune_epochs=4; repeatable; 'secateur config --schema' lists them.",
+        ),
+    ] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="How to train the network first, where no weights are given, e.g. epochs=20; repeatable.",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Images a training step; 128 unless given, 8 where they have boxes.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Seed of everything that is drawn; 0 unless given.")
+    ] = None,
+    run_dir: options.RunDir = None,
+    as_json: options.Json = False,
+) -> None:
+    """Prune and fine-tune a trained network round by round, as far as its accuracy allows or to a target."""
+    with console.running(as_json) as steps:
+        from secateur.runfile import config, configured_run
+
+        given = {
+            "model": options.one(model, model_flag) if config_file is None or model or model_flag else None,
+            "model_options": options.values("--model-option", model_option),
+            "weights": weights,
+            "data": data,
+            "data_options": options.values("--data-option", data_option),
+            "input": input_shape,
+            "method": method,
+            "tolerance": tolerance,
+            "target": options.target(macs, params, channels),
+            "settings": options.values("--set", settings) | ({} if compensate is None else {"compensate": compensate}),
+            "baseline": options.values("--baseline", baseline),
+            "batch_size": batch_size,
+            "seed": seed,
+            "run_dir": None if run_dir is None else str(run_dir),
+        }
+        chosen = {name: value for name, value in given.items() if value not in (None, {}, [])}
+        configured = config.build(chosen) if config_file is None else config.load(config_file, chosen)
+        grounded = configured_run.grounded(configured)
+        with _resumable(grounded.run_dir or ""):
+            result = configured_run.start(grounded, steps)
+    _show_run(result, as_json)
+
+
+def resume(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of the interrupted run.")],
+    as_json: options.Json = False,
+) -> None:
+    """Go on with a run that was interrupted, from its last whole epoch."""
+    with console.running(as_json) as steps:
+        from secateur.runfile import configured_run
+
+        with _resumable(run_dir):
+            result = configured_run.go_on(run_dir, steps)
+    _show_run(result, as_json)
+
+
+def evaluate(
+    model: options.ModelArgument = None,
+    model_flag: options.ModelFlag = None,
+    model_option: options.ModelOptions = None,
+    weights: options.Weights = None,
+    data: options.Data = None,
+    data_option: options.DataOptions = None,
+    input_shape: options.InputShapes = None,
+    split: Annotated[Literal["test", "validation"], typer.Option(help="Part of the data to measure on.")] = "test",
+    as_json: options.Json = False,
+) -> None:
+    """Measure a network, pruned or not: accuracy, or mAP of a detector, MACs, parameters."""
+    with console.running(as_json) as steps:
+        import secateur as sc
+        from secateur.runfile import sources
+        from secateur.training import stages, tasks
+
+        if data is None:
+            raise UsageError("evaluate: --data is missing; name what to measure on, e.g. --data digits.")
+        with steps.step("loading the data"):
+            bundle = sources.data(data, options.values("--data-option", data_option))
+        metric = tasks.metric(bundle)
+        with steps.step("building the model"):
+            found = sources.open_model(
+                options.one(model, model_flag),
+                options.values("--model-option", model_option),
+                weights,
+                input_shape or (),
+                bundle,
+            )
+        with steps.step("evaluating"):
+            value = stages.evaluate(found.model, tasks.evaluation_batches(bundle, split), metric)
+        graph = sc.trace(found.model, found.inputs)
+    values = {
+        "model": found.name,
+        "weights": weights,
+        "data": data,
+        "split": split,
+        "examples": len(getattr(bundle, split)),
+        stages.metric_name(metric): value,
+        **({} if metric is None else metric.details),
+        "macs": sc.macs(graph),
+        "parameters": sc.parameters(graph),
+    }
+    console.write_json(values) if as_json else console.show_values(values)
+
+
+class RunInterruptedError(SecateurError):
+    """Ctrl-C, with what to do next."""
+
+
+@contextmanager
+def _resumable(run_dir: str | Path) -> Iterator[None]:
+    """Say, when a run is interrupted, how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise RunInterruptedError(f"interrupted; go on with: secateur resume {run_dir}") from None
+
+
+def _show_run(result: CompressResult, as_json: bool) -> None:
+    values = {**result.report, "history": result.history, "run_dir": str(result.run_dir)}
+    console.write_json(values) if as_json else console.show_run(values)

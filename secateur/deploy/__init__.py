@@ -1,0 +1,1 @@
+"""Out into use: exported files, and the time a network takes on this machine."""

@@ -1,0 +1,373 @@
+"""How fast and how large a network runs, measured in pairs so that both have the same machine."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.benchmark import Measurement, Timer
+from torch.utils.benchmark import timer as benchmark_timer
+
+from secateur.deploy.export import OnnxModel, _batch_size, _resized, export, quiet
+from secateur.deploy.timing.machine import (
+    ExampleInputs,
+    NotAtHandError,
+    cpu_peak_bytes,
+    cuda_peak,
+    environment,
+    weight_bytes,
+)
+from secateur.deploy.timing.result import BenchmarkResult, RoundToChoice, Row, Setting, Skipped, SpeedUp
+from secateur.errors import PlanError, SecateurError, UsageError
+from secateur.network.copies import replica
+from secateur.network.inputs import arguments
+
+__all__ = [
+    "BACKENDS", "CANDIDATES", "MEMORY_FORMATS", "PRECISIONS", "BenchmarkResult", "RoundToChoice", "Row", "Setting",
+    "Skipped", "SpeedUp", "benchmark", "choose_round_to", "cpu_peak_bytes", "environment",
+]  # fmt: skip
+
+BACKENDS = ("eager", "compile", "onnxruntime")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+CANDIDATES = (1, 4, 8, 16, 32)
+"""Multiples of channels that vector units and their libraries like."""
+
+
+def benchmark(
+    model: nn.Module,
+    against: nn.Module | None = None,
+    *,
+    example_inputs: ExampleInputs,
+    batch_sizes: Sequence[int] = (1, 8),
+    threads: Sequence[int] = (1,),
+    devices: Sequence[str] = ("cpu",),
+    precisions: Sequence[str] = ("fp32",),
+    backends: Sequence[str] = ("eager",),
+    memory_formats: Sequence[str] = ("contiguous",),
+    names: tuple[str, str] = ("model", "against"),
+    macs: tuple[int, int] | None = None,
+    memory: bool = True,
+    rounds: int = 9,
+    min_seconds: float = 0.05,
+    longest: float = math.inf,
+    clock: str = "wall",
+    progress: Callable[[str], None] = lambda _: None,
+) -> BenchmarkResult:
+    """Measure a network, or two in turns.
+
+    With two networks every round times one, then the other, in alternating order, and the speed-up is the median of
+    the rounds' ratios: what else the machine does falls on both. Warm-up passes (compilation among them) are apart.
+
+    Args:
+        model: The network; for a speed-up, the pruned one.
+        against: The network it is held against, the original.
+        example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        batch_sizes: Batch sizes; the example's tensors are repeated or cut to them.
+        threads: Threads of one operator, on a CPU.
+        devices: ``cpu``, ``cuda``, ``cuda:1`` …
+        precisions: ``fp32``, ``bf16``.
+        backends: ``eager``, ``compile`` (torch.compile), ``onnxruntime`` (CPU, fp32).
+        memory_formats: ``contiguous``, ``channels_last``.
+        names: What the two networks are called in the rows.
+        macs: MACs of one example of ``model`` and ``against``; counted by tracing where not given.
+        memory: Whether to measure peak memory (on a CPU, in a process of its own).
+        rounds: Measurements of each network under each setting.
+        min_seconds: Least duration of one measurement; short passes are repeated within it.
+        longest: Seconds; once a forward pass takes longer, larger batch sizes of that setting are skipped.
+        clock: ``wall``, or ``cpu`` for the processor's time: on a machine that others use, what one thread would take
+            alone.
+        progress: Is told of each setting before it is measured.
+
+    Returns:
+        The rows, the speed-ups, and what could not be measured with its reason.
+
+    Raises:
+        UsageError: If a backend, device, precision or memory format is unknown or not at hand, or a number is not
+            positive.
+    """
+    _check(batch_sizes, threads, devices, precisions, backends, memory_formats)
+    _check_clock(clock, threads, devices)
+    models = {names[0]: model} if against is None else {names[0]: model, names[1]: against}
+    counted = dict(zip(names, macs, strict=True)) if macs is not None else _count(models, example_inputs)
+    rows: list[Row] = []
+    speed_ups: list[SpeedUp] = []
+    skipped: list[Skipped] = []
+    combinations = [
+        (device, precision, layout, backend, number)
+        for device in devices
+        for precision in precisions
+        for layout in memory_formats
+        for backend in backends
+        for number in (threads if device == "cpu" else threads[:1])
+    ]
+    for device, precision, layout, backend, number in combinations:
+        setting = ", ".join((device, backend, precision, layout, f"{number} threads"))
+        progress(setting)
+        calls: dict[str, Callable[[int], Callable[[], Any]]] = {}
+        for name, network in models.items():
+            try:
+                calls[name] = _prepare(network, example_inputs, device, precision, layout, backend, number)
+            except (SecateurError, NotAtHandError) as error:
+                skipped.append(Skipped(name, setting, str(error)))
+        slowest = 0.0
+        for size in sorted(batch_sizes):
+            if slowest > longest:
+                reason = f"a smaller batch takes {slowest:.1f} s already, and the limit is {longest:g} s"
+                skipped += [Skipped(name, f"{setting}, batch {size}", reason) for name in calls]
+                continue
+            timed, failed = _interleaved(
+                {name: make(size) for name, make in calls.items()}, number, rounds, min_seconds, clock
+            )
+            skipped += [Skipped(name, f"{setting}, batch {size}", reason) for name, reason in failed.items()]
+            slowest = max([slowest, *(measured.median for measured in timed.values())])
+            for name, measured in timed.items():
+                peak = cuda_peak(calls[name](size), device) if memory and device != "cpu" else None
+                rows.append(
+                    Row(
+                        name,
+                        backend,
+                        device,
+                        precision,
+                        layout,
+                        number,
+                        size,
+                        measured.median,
+                        measured.iqr,
+                        peak,
+                        weight_bytes(models[name], precision),
+                    )
+                )
+            if len(timed) == 2:
+                first, last = counted.get(names[1]), counted.get(names[0])
+                speed_ups.append(
+                    _speed_up(
+                        timed[names[1]],
+                        timed[names[0]],
+                        first / last if first and last else None,
+                        (backend, device, precision, layout, number, size),
+                    )
+                )
+    if memory and "cpu" in devices and "eager" in backends:
+        done = sorted({row.batch_size for row in rows})
+        rows, missing = _with_cpu_peaks(rows, models, example_inputs, done) if done else (rows, [])
+        skipped += missing
+    return BenchmarkResult(rows, speed_ups, skipped, environment(), counted)
+
+
+def choose_round_to(
+    prune: Callable[[int], nn.Module],
+    example_inputs: ExampleInputs,
+    candidates: Sequence[int] = CANDIDATES,
+    batch_size: int | None = None,
+    threads: int | None = None,
+    memory_formats: Sequence[str] = ("contiguous", "channels_last"),
+    rounds: int = 7,
+    clock: str = "wall",
+    margin: float = 0.03,
+) -> RoundToChoice:
+    """Measure the network pruned to multiples of each candidate, and choose: ``--round-to auto``.
+
+    Args:
+        prune: Gives the network pruned with ``round_to`` of its argument, to the same target.
+        example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        candidates: Multiples to try.
+        batch_size: Batch size to run at; default the example's.
+        threads: Threads of one operator; default torch's number.
+        memory_formats: Formats to try with each.
+        rounds: Measurements of each, all candidates in turns.
+        clock: As in :func:`benchmark`.
+        margin: A smaller multiple, which follows the scores more closely, and the contiguous format are taken
+            unless another is faster by more than this share.
+
+    Returns:
+        The choice and every time measured.
+
+    Raises:
+        UsageError: If there is no candidate, one is not positive, or the request contradicts itself without rounding.
+        PlanError: If the target can't be met with any of them.
+    """
+    if not candidates or min(candidates) < 1:
+        raise UsageError(f"round_to auto: candidates are positive multiples of channels; got {list(candidates)}.")
+    size = batch_size or _batch_size(arguments(example_inputs))
+    number = threads or torch.get_num_threads()
+    calls: dict[Any, Callable[[], Any]] = {}
+    infeasible = {}
+    for candidate in sorted(candidates):
+        try:
+            network = prune(candidate)
+        except (PlanError, UsageError) as error:
+            if candidate == 1 and isinstance(error, UsageError):
+                raise  # a wrong request whatever the multiple
+            infeasible[candidate] = str(error)
+            continue
+        for layout in memory_formats:
+            calls[candidate, layout] = _prepare(network, example_inputs, "cpu", "fp32", layout, "eager", number)(size)
+    if not calls:
+        raise PlanError(
+            f"round_to auto: no candidate of {list(candidates)} can meet the target: {next(iter(infeasible.values()))}"
+        )
+    timed, failed = _interleaved(calls, number, rounds, 0.02, clock)
+    if failed:
+        raise UsageError(f"round_to auto: the pruned network does not run ({next(iter(failed.values()))}).")
+    seconds = {key: measured.median for key, measured in timed.items()}
+    fastest = min(seconds.values())
+    chosen = next(key for key, value in seconds.items() if value <= fastest * (1 + margin))
+    return RoundToChoice(chosen[0], chosen[1], seconds, infeasible)
+
+
+_CLOCKS = {"wall": benchmark_timer, "cpu": time.process_time}
+
+
+def _check(
+    batch_sizes: Sequence[int],
+    threads: Sequence[int],
+    devices: Sequence[str],
+    precisions: Sequence[str],
+    backends: Sequence[str],
+    memory_formats: Sequence[str],
+) -> None:
+    for what, given, known in (
+        ("backend", backends, BACKENDS),
+        ("precision", precisions, PRECISIONS),
+        ("memory format", memory_formats, MEMORY_FORMATS),
+    ):
+        for value in given:
+            if value not in known:
+                raise UsageError(f"benchmark: unknown {what} {value!r}; choose from {', '.join(known)}.")
+    for what, numbers in (("batch size", batch_sizes), ("number of threads", threads)):
+        if not numbers or min(numbers) < 1:
+            raise UsageError(f"benchmark: a {what} is at least 1; got {list(numbers)}.")
+    for device in devices:
+        try:
+            kind = torch.device(device).type
+        except RuntimeError as error:
+            raise UsageError(f"benchmark: unknown device {device!r}; use cpu or cuda.") from error
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise UsageError(f"benchmark: no CUDA device on this machine, so {device!r} can't be measured.")
+
+
+def _check_clock(clock: str, threads: Sequence[int], devices: Sequence[str]) -> None:
+    if clock not in _CLOCKS:
+        raise UsageError(f"benchmark: unknown clock {clock!r}; choose from {', '.join(_CLOCKS)}.")
+    if clock == "cpu" and (max(threads) > 1 or set(devices) != {"cpu"}):
+        raise UsageError(
+            "benchmark: the cpu clock adds up the time of all threads; use it with one thread, on the CPU."
+        )
+
+
+def _prepare(
+    network: nn.Module,
+    example_inputs: ExampleInputs,
+    device: str,
+    precision: str,
+    layout: str,
+    backend: str,
+    threads: int,
+) -> Callable[[int], Callable[[], Any]]:
+    """Make a function from a batch size to a forward pass; the network itself is copied, never changed."""
+    args_kwargs = arguments(example_inputs)
+    own = _batch_size(args_kwargs)
+    if backend == "onnxruntime":
+        if device != "cpu" or precision != "fp32" or layout != "contiguous":
+            raise NotAtHandError("ONNX Runtime is measured on the CPU, in fp32, contiguous.")
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "network.onnx"
+            export(network, path, example_inputs, tolerance=1e-3)
+            session = OnnxModel(path, threads)
+        return lambda size: _bound(session.run, _resized(args_kwargs, own, size))
+    copied = replica(network).eval().to(device=device, dtype=PRECISIONS[precision])
+    copied = copied.to(memory_format=MEMORY_FORMATS[layout])
+    call: Callable[..., Any] = torch.compile(copied) if backend == "compile" else copied
+
+    def place(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        moved = leaf.to(device, PRECISIONS[precision] if leaf.is_floating_point() else leaf.dtype)
+        return moved.contiguous(memory_format=MEMORY_FORMATS[layout]) if moved.dim() == 4 else moved
+
+    return lambda size: _bound(call, pytree.tree_map(place, _resized(args_kwargs, own, size)))
+
+
+def _bound(call: Callable[..., Any], arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Callable[[], Any]:
+    args, kwargs = arguments
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return call(*args, **kwargs)
+
+    return run
+
+
+def _interleaved(
+    calls: dict[Any, Callable[[], Any]], threads: int, rounds: int, min_seconds: float, clock: str
+) -> tuple[dict[Any, Measurement], dict[Any, str]]:
+    """Time several calls in turns, the order turned round from round to round."""
+    timers, numbers, failed = {}, {}, {}
+    for name, call in calls.items():
+        timer = Timer("call()", globals={"call": call}, num_threads=threads, timer=_CLOCKS[clock])
+        try:
+            with quiet():
+                timer.timeit(2)  # warm-up: compilation, caches, the allocator's first pages
+                once = timer.timeit(1).median
+        except Exception as error:  # noqa: BLE001 - the network is the user's, the backend a compiler's
+            failed[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            continue
+        timers[name], numbers[name] = timer, max(1, round(min_seconds / max(once, 1e-9)))
+    times: dict[Any, list[float]] = {name: [] for name in timers}
+    for i in range(rounds):
+        for name in list(timers) if i % 2 == 0 else list(reversed(timers)):
+            times[name].append(timers[name].timeit(numbers[name]).times[0])
+    return {name: Measurement(1, measured, timers[name]._task_spec) for name, measured in times.items()}, failed
+
+
+def _speed_up(before: Measurement, after: Measurement, theoretical: float | None, setting: Setting) -> SpeedUp:
+    ratios = [a / b for a, b in zip(before.raw_times, after.raw_times, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+    return SpeedUp(*setting, middle, low, high, theoretical)
+
+
+def _count(models: dict[str, nn.Module], example_inputs: ExampleInputs) -> dict[str, int]:
+    """MACs of every network, of one example."""
+    from secateur.graph.cost import macs
+    from secateur.tracing.tracing import trace
+
+    args_kwargs = arguments(example_inputs)
+    args, kwargs = _resized(args_kwargs, _batch_size(args_kwargs), 1)
+    return {name: macs(trace(network, kwargs or args)) for name, network in models.items()}
+
+
+def _with_cpu_peaks(
+    rows: list[Row], models: dict[str, nn.Module], example_inputs: ExampleInputs, sizes: Sequence[int]
+) -> tuple[list[Row], list[Skipped]]:
+    """Add to every eager fp32 CPU row the peak memory of a process that runs nothing else."""
+    peaks: dict[tuple[str, int], int] = {}
+    skipped = []
+    for name, network in models.items():
+        try:
+            measured = cpu_peak_bytes(network, example_inputs, sizes)
+        except (SecateurError, NotAtHandError) as error:
+            skipped.append(Skipped(name, "peak memory, cpu", str(error)))
+            continue
+        peaks |= {(name, size): peak for size, peak in zip(sizes, measured, strict=True)}
+
+    def completed() -> Iterator[Row]:
+        for row in rows:
+            plain = (row.backend, row.device, row.precision, row.memory_format) == (
+                "eager",
+                "cpu",
+                "fp32",
+                "contiguous",
+            )
+            yield Row(**{**asdict(row), "peak_bytes": peaks.get((row.variant, row.batch_size))}) if plain else row
+
+    return list(completed()), skipped

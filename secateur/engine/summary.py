@@ -1,0 +1,101 @@
+"""The figures of a finished run, before and after."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.engine.loop import Engine
+from secateur.engine.pairing import largest_correlations
+from secateur.engine.result import CompressResult
+from secateur.engine.rundir import RunDirectory
+from secateur.engine.state import State
+from secateur.graph import cost
+from secateur.graph.plan import PruningPlan
+from secateur.pruning.surgery import cut
+from secateur.pruning.verification import verify
+from secateur.training import stages
+
+
+def summarise(engine: Engine, state: State, directory: RunDirectory | None) -> CompressResult:
+    """Measure the finished network beside the unpruned one."""
+    plan, small = engine.plan(state.removed), state.network
+    before = largest_correlations(engine.original, engine.graph)
+    after = largest_correlations(small, engine.present(state))
+    # Fine-tuning changes what is computed on purpose; what is verified is that the cuts removed nothing else.
+    check = verify(engine.original, cut(engine.original, plan), plan, engine.example_inputs)
+    last = state.milestones[-1]
+    report: dict[str, Any] = {
+        "metric": stages.metric_name(engine.metric),
+        "baseline": {
+            **state.baseline,
+            **_figures(engine, engine.original, PruningPlan()),
+        },
+        "final": {"validation": last["validation"], "test": last["test"], **_figures(engine, small, plan)},
+        "refused": [
+            {"operator": r.operator, "module": r.module, "source": r.source, "reason": r.reason}
+            for r in engine.graph.refused
+        ],
+        "verification": asdict(check),
+        "max_abs_rho": {"before": before, "after": after},
+        "milestones": state.milestones,
+        "rounds": len(state.history),
+        "images": state.images,
+        "seconds": state.seconds,
+    }
+    return CompressResult(
+        small, plan, state.history, state.milestones, report, None if directory is None else directory.path
+    )
+
+
+def _figures(engine: Engine, model: nn.Module, plan: PruningPlan) -> dict[str, Any]:
+    layers: dict[str, dict[str, Any]] = {}
+    modules = dict(model.named_modules())
+    for layer in cost.layer_costs(engine.graph, plan):
+        own = layers.setdefault(
+            layer.module,
+            {"module": layer.module, "macs": 0, "parameters": 0, "out_channels": layer.out_channels, "positions": 0},
+        )
+        own["macs"] += layer.macs
+        own["positions"] += layer.feature_bytes // (4 * layer.out_channels)
+    for name, own in layers.items():
+        held = modules[name].parameters(recurse=False) if name in modules else [model.get_parameter(name)]
+        own["parameters"] = sum(p.numel() for p in held)
+    return {
+        "macs": cost.macs(engine.graph, plan),
+        "parameters": cost.parameters(engine.graph, plan),
+        "file_bytes": None,
+        "latency_ms": latency(model, engine.example_inputs),
+        "widths": engine.widths(plan),
+        "layers": list(layers.values()),
+    }
+
+
+def latency(model: nn.Module, inputs: Any, repeats: int = 15) -> float:
+    """Return the median time in milliseconds of a forward pass on the example inputs, after a warm-up."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    times = []
+    with torch.no_grad():
+        for _ in range(3):
+            stages.forward(model, inputs)
+        for _ in range(repeats):
+            _wait(model)
+            started = time.perf_counter()
+            stages.forward(model, inputs)
+            _wait(model)
+            times.append(time.perf_counter() - started)
+    for module, mode in modes.items():
+        module.training = mode
+    return 1000 * statistics.median(times)
+
+
+def _wait(model: nn.Module) -> None:
+    parameter = next(model.parameters(), None)
+    if parameter is not None and parameter.is_cuda:
+        torch.cuda.synchronize(parameter.device)

@@ -1,0 +1,304 @@
+"""The coupled channels of a network: what can be removed together, and what can't be removed and why.
+
+A :class:`ChannelGraph` is plain data: names, integers and index arrays. It holds no tensor and no reference to
+the model, so it can be printed, compared and stored.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secateur.graph.places import IndexArray
+from secateur.graph.shuffles import Order, Shuffle
+
+
+class Role(StrEnum):
+    """What a parameter or buffer does with the channels of a group."""
+
+    PRODUCER = "producer"
+    """Its slices create the channels: dimension 0 of a convolution's weight."""
+    CONSUMER = "consumer"
+    """Its slices read the channels: dimension 1 of the next convolution's weight."""
+    FOLLOWER = "follower"
+    """It holds one value a channel on the way: biases, batch-norm weights and statistics, PReLU, layer scale."""
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One dimension of one parameter or buffer, on which a group's channels lie.
+
+    ``positions[i]`` along the dimension belongs to channel ``channels[i]`` of the group. A channel may own several
+    positions (a flattened feature map read by a linear layer) or none (a consumer that reads a slice).
+
+    Where ``blocks > 1`` (a grouped convolution's weight as a consumer), positions count the *layer's input
+    channels*, not the weight's second dimension, which holds only one block of them.
+    """
+
+    tensor: str
+    """Qualified name of the parameter or buffer, e.g. ``layer1.0.conv1.weight``."""
+    module: str
+    """Qualified name of the module that owns it, e.g. ``layer1.0.conv1``; empty for the model itself."""
+    dim: int
+    role: Role
+    positions: IndexArray
+    channels: IndexArray
+    blocks: int = 1
+    read: bool = False
+    """Whether the code reads the channels along it, as every consumer does; a tied weight may do so as a producer."""
+    order: Order | None = None
+    """Of ``positions``, behind a shuffle."""
+
+
+@dataclass(frozen=True, eq=False)
+class Staying:
+    """Channels of a group of which some have to stay, whichever.
+
+    Code squeezes away a dimension of which one index is left, or does something else where a number of channels comes
+    to equal another.
+    """
+
+    channels: IndexArray
+    least: int
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Channels coupled across layers: channel ``i`` is removed from all members at once, or from none.
+
+    A channel is the smallest thing that can go. In a producer it is mostly one filter; it is several where filters only
+    go together (those that a shuffle interleaves, those of one attention head). ``blocks[i]`` numbers its block: every
+    block must lose the same fraction of its channels (grouped convolution, a cut into halves). ``removable[i]`` is
+    False for a channel that must stay.
+    """
+
+    name: str
+    """Name of the first producer module in execution order."""
+    size: int
+    members: tuple[Member, ...]
+    blocks: IndexArray
+    removable: NDArray[np.bool_]
+    exact: bool = True
+    """False where removal can't equal zeroing (a norm or softmax over the channels themselves)."""
+    reason: str = ""
+    """Why the group is inexact; empty when it is exact."""
+    schedule: IndexArray | None = None
+    """How many channels each block has lost after each step, shape ``(steps, blocks)``, where fractions can't be equal:
+    shuffles that are cut into halves of odd length. None: every block loses the same fraction."""
+    staying: tuple[Staying, ...] = ()
+    """Sets of channels some of which have to stay."""
+    least: int = 1
+    """How many channels have to stay: with fewer, code that counts with their number fails or does something else."""
+    multiple: int = 1
+    """Channels go in multiples of so many: code asks for the remainder of their number."""
+
+    @property
+    def quota(self) -> IndexArray:
+        """How many channels each block loses in one step, where no schedule says otherwise."""
+        return quotas(self.blocks, self.multiple)
+
+    @property
+    def producers(self) -> tuple[Member, ...]:
+        """Members with role PRODUCER, in execution order."""
+        return tuple(m for m in self.members if m.role is Role.PRODUCER)
+
+    @property
+    def consumers(self) -> tuple[Member, ...]:
+        """Members with role CONSUMER, in execution order."""
+        return tuple(m for m in self.members if m.role is Role.CONSUMER)
+
+    @property
+    def constraint(self) -> str:
+        """The rule that a selection has to keep, in words; empty when channels are free."""
+        rules = []
+        if self.schedule is not None:
+            rules.append(f"{self.schedule.shape[1]} blocks lose channels in {len(self.schedule)} given steps")
+        elif self.blocks.size and self.blocks.max() > 0:
+            rules.append(f"equal fractions of {int(self.blocks.max()) + 1} blocks")
+        fixed = self.size - int(self.removable.sum())
+        if fixed:
+            rules.append(f"{fixed} channels fixed")
+        least = max(self.least, *(s.least for s in self.staying if len(s.channels) == self.size), 0)
+        if least > 2:
+            rules.append(f"at least {least} channels stay")
+        if self.multiple > 1:
+            rules.append(f"channels go in multiples of {self.multiple}")
+        return ", ".join(rules)
+
+
+def quotas(blocks: IndexArray, multiple: int = 1) -> IndexArray:
+    """Return how many channels each block loses in one step: the smallest counts in proportion to the blocks' sizes.
+
+    Together they are a multiple of the number given.
+
+    >>> quotas(np.array([0, 0, 1, 1, 1, 1])), quotas(np.array([0, 0, 1, 1, 1, 1]), multiple=2)
+    (array([1, 2]), array([2, 4]))
+    """
+    sizes = np.bincount(blocks)
+    smallest = np.asarray(sizes // np.gcd.reduce(sizes), dtype=np.int64)
+    together = int(smallest.sum())
+    return smallest * (math.lcm(together, multiple) // together)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Something that can't be pruned, and why."""
+
+    operator: str
+    """The ATen operator that froze the channels, e.g. ``aten.sort.default``; or ``model input``, ``model output``."""
+    module: str
+    """Path of the module in whose forward it ran."""
+    source: str
+    """``file:line`` of the user's own code that called it; empty where none is known."""
+    reason: str
+    tensors: tuple[str, ...] = ()
+    """Names of the parameters whose channels are fixed by it."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPort:
+    """One call of a convolution or linear layer: which channel of which group each of its input and output channels is.
+
+    Counts are those of the unpruned network. ``in_group[i]`` is the index into ``ChannelGraph.groups`` of input channel
+    ``i``, or -1 where it stays; ``in_channel[i]`` is its channel in that group. Both are None where all stay.
+    """
+
+    module: str
+    kind: str
+    """``conv``, ``conv_transposed``, ``linear``, or ``registered`` for a layer class that the user registered."""
+    weight: str
+    """Qualified name of the weight, or of a parameter that it is computed from."""
+    owned: bool
+    """Whether ``module`` is itself a convolution or linear layer; False where its code calls the function."""
+    in_channels: int
+    out_channels: int
+    groups: int
+    kernel: int
+    """Number of kernel positions, k_h·k_w."""
+    positions: int
+    """Number of positions at which the kernel is applied in one call, w_o·h_o times the batch."""
+    batch: int
+    in_group: IndexArray | None = None
+    in_channel: IndexArray | None = None
+    out_group: IndexArray | None = None
+    out_channel: IndexArray | None = None
+    in_order: Order | None = None
+    out_order: Order | None = None
+    parts: tuple[str, ...] = ()
+    """Names of all parameters and buffers that the weight is computed from, where it is not the layer's own."""
+
+    @property
+    def name(self) -> str:
+        """The layer's name: its module; where code calls the function, the weight, or the layer that has the weight."""
+        owner, _, leaf = self.weight.rpartition(".")
+        return self.module if self.owned or not self.weight else owner if leaf == "weight" and owner else self.weight
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulate operations of the unpruned call, for all its examples."""
+        if self.kind == "registered":
+            return 0
+        return self.in_channels // self.groups * self.out_channels * self.kernel * self.positions
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """A weight that is computed as g·v/‖v‖ (weight norm): g has to shrink as ‖v‖ does, so that g/‖v‖ stays."""
+
+    tensor: str
+    """Qualified name of g."""
+    direction: str
+    """Qualified name of v."""
+    dim: int
+    """Dimension along which v has a norm for each index; the norm runs over the others."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttributeRule:
+    """An attribute of a module that counts channels or blocks of them, and has to follow their number."""
+
+    module: str
+    name: str
+    value: int
+    """Its value in the unpruned network."""
+    group: IndexArray
+    """Index of the group of each thing counted, or -1; see ``LayerPort``."""
+    channel: IndexArray
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGraph:
+    """What :func:`secateur.trace` found: the groups that can be pruned, and what can't, each with its reason."""
+
+    groups: tuple[ChannelGroup, ...]
+    refused: tuple[Refusal, ...]
+    layers: tuple[LayerPort, ...]
+    """Every call of a convolution or linear layer, in execution order."""
+    shapes: dict[str, tuple[int, ...]]
+    """Shape of every parameter and buffer of the model, by qualified name."""
+    parameters: frozenset[str]
+    """Names of those that are parameters."""
+    module_types: dict[str, str]
+    """Class name of every module."""
+    batch: int = 1
+    """Number of examples in the inputs that the model was traced on."""
+    notes: tuple[str, ...] = ()
+    attributes: tuple[AttributeRule, ...] = ()
+    magnitudes: tuple[Magnitude, ...] = ()
+    shuffles: tuple[Shuffle, ...] = ()
+    """Each behind those whose places its own order names."""
+
+    def group(self, name: str) -> ChannelGroup:
+        """Return the group of that name.
+
+        Raises:
+            KeyError: If the graph has no such group.
+        """
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise KeyError(name)
+
+    def layer_of(self, member: Member) -> str:
+        """Return the name of the layer that a member belongs to; of its module, or its own, where it is of no layer."""
+        found = next((port.name for port in self.layers if port.weight == member.tensor), member.module)
+        return found or member.tensor
+
+    def share_of_macs(self, group: ChannelGroup) -> float:
+        """Return the share of all MACs that lies in layers which make or read the group's channels."""
+        index = self.groups.index(group)
+        touching = sum(
+            p.macs for p in self.layers if any(g is not None and (g == index).any() for g in (p.in_group, p.out_group))
+        )
+        return touching / max(sum(p.macs for p in self.layers), 1)
+
+    def __str__(self) -> str:
+        """Return the groups as a table, then what can't be pruned and why."""
+        header = ("group", "size", "MACs", "constraint", "producers", "consumers")
+        rows = [header]
+        for group in self.groups:
+            rule = group.constraint if group.exact else ", ".join(filter(None, ("inexact", group.constraint)))
+            producers = list(dict.fromkeys(self.layer_of(m) for m in group.producers))
+            consumers = list(dict.fromkeys(self.layer_of(m) for m in group.consumers))
+            share = f"{self.share_of_macs(group):.1%}"
+            rows.append((group.name, str(group.size), share, rule or "-", _listed(producers), _listed(consumers)))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        channels = sum(g.size for g in self.groups)
+        lines.append(f"{len(self.groups)} groups, {channels} channels; {len(self.refused)} reasons why others stay:")
+        for refusal in self.refused:
+            where = ", ".join(filter(None, (refusal.module, refusal.source)))
+            at = f" ({where})" if where else ""
+            lines.append(f"  {_listed(list(refusal.tensors))}: {refusal.operator}{at}: {refusal.reason}")
+        lines.extend(f"  note: {note}" for note in self.notes)
+        return "\n".join(lines)
+
+
+def _listed(names: list[str], most: int = 2) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" +{len(names) - most}" if len(names) > most else ""
+    return ", ".join(names[:most]) + more if names else "-"

@@ -1,0 +1,119 @@
+"""What to keep of a network, as plain data, and which channels of each layer that takes away."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+from secateur.errors import PlanError
+from secateur.graph.channels import ChannelGraph
+
+FORMAT_VERSION = 1
+"""Version of the plan's JSON form; raised when an older reader could misread a newer plan."""
+
+
+Removed = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """What to keep of a network, as plain data: names and integers.
+
+    Kept indices ascend, but behind a shuffle that mixes blocks which lost different indices: there they stand in the
+    order in which the pruned network holds them.
+
+    A plan needs nothing but a freshly built original model to be applied: no graph, no trace, no data.
+    """
+
+    kept_outputs: dict[str, list[int]] = field(default_factory=dict)
+    """Module name -> kept output channels of every convolution and linear layer the plan touches."""
+    kept_inputs: dict[str, list[int]] = field(default_factory=dict)
+    """Module name -> kept input channels of every convolution and linear layer the plan touches."""
+    kept_tensors: dict[str, dict[int, list[int]]] = field(default_factory=dict)
+    """Name of every other parameter or buffer -> dimension -> kept indices."""
+    blocks: dict[str, int] = field(default_factory=dict)
+    """Name of a grouped convolution's weight in ``kept_tensors`` -> the blocks that its dimension 1 stands for."""
+    attributes: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Module name -> attribute -> new value, for attributes that count channels (``num_features``, ``num_heads``)."""
+    magnitudes: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """Name of the g of a weight g·v/‖v‖ -> name of the v, dimension of its norms, where v loses a part of each norm."""
+    reads: dict[str, dict[int, list[int]]] = field(default_factory=dict)
+    """Name of a parameter or buffer that code reads channels with outside a layer of its own, or computes such a kernel
+    from -> dimension -> kept indices; it is for ``verify``, which zeroes the others."""
+    removed: Removed = field(default_factory=dict)
+    """Group name -> removed channels of that group; for people and reports, not read by ``apply``."""
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shape in the original model of every tensor that the plan touches, to refuse another model."""
+    version: int = FORMAT_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON data; integer keys become strings."""
+        data = asdict(self)
+        for key in ("kept_tensors", "reads"):
+            data[key] = {name: {str(d): v for d, v in dims.items()} for name, dims in data[key].items()}
+        data["shapes"] = {name: list(shape) for name, shape in self.shapes.items()}
+        return data
+
+    def to_json(self) -> str:
+        """Return the plan as a line of JSON."""
+        return json.dumps(self.to_dict(), separators=(",", ":"))
+
+    @classmethod
+    def from_dict(cls, data: Any) -> PruningPlan:
+        """Read a plan from JSON data.
+
+        Raises:
+            PlanError: If the data is no plan, or one of a newer format version.
+        """
+        if not isinstance(data, dict) or not isinstance(data.get("version"), int):
+            raise PlanError("plan: this is no pruning plan: it has no format version.")
+        if data["version"] > FORMAT_VERSION:
+            raise PlanError(
+                f"plan: format version {data['version']} is newer than {FORMAT_VERSION}, the newest read here. "
+                "Update secateur."
+            )
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise PlanError(f"plan: unknown field {unknown[0]!r}.")
+        try:
+            values = dict(data)
+            for key in ("kept_tensors", "reads"):
+                values[key] = {
+                    name: {int(d): [int(i) for i in v] for d, v in dims.items()}
+                    for name, dims in data.get(key, {}).items()
+                }
+            values["magnitudes"] = {name: (str(v), int(dim)) for name, (v, dim) in data.get("magnitudes", {}).items()}
+            values["shapes"] = {name: tuple(int(n) for n in v) for name, v in data.get("shapes", {}).items()}
+            for key in ("kept_outputs", "kept_inputs", "removed"):
+                values[key] = {name: [int(i) for i in v] for name, v in data.get(key, {}).items()}
+            return cls(**values)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise PlanError(f"plan: damaged: {error}.") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningPlan:
+        """Read a plan from a line of JSON.
+
+        Raises:
+            PlanError: If the text is no plan, or one of a newer format version.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"plan: not JSON: {error}.") from error
+        return cls.from_dict(data)
+
+
+def masks(graph: ChannelGraph, removed: Mapping[str, list[int]]) -> list[np.ndarray]:
+    """Return for every group of the graph which of its channels are removed."""
+    result = []
+    for group in graph.groups:
+        mask = np.zeros(group.size, dtype=bool)
+        mask[removed.get(group.name, [])] = True
+        result.append(mask)
+    return result

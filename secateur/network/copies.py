@@ -1,0 +1,239 @@
+"""Copies of networks: as ``copy.deepcopy`` makes them, but faster, and with functions that speak of the copy.
+
+``copy.deepcopy`` leaves functions as they are. A hook, or a forward put on an instance, that holds the network in its
+closure would go on to call and to write into the network that it was made for.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import types
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.errors import PlanError, SecateurError
+from secateur.network.named import modules_of
+
+_ATOMS = frozenset({int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device})
+_TABLES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
+"""Every module's own tables of parameters, submodules and hooks: nobody shares them."""
+_VIEWS: Any = (type({}.keys()), type({}.values()), type({}.items()))
+_DEPTH = 6
+_MOST = 20_000
+"""So many objects are looked at in search of the model."""
+
+
+def replica(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
+    """Return ``copy.deepcopy(model, memo)``, with a short way for what modules are mostly made of.
+
+    ``memo`` gives by identity what takes a value's place. A network has thousands of empty hook tables and plain
+    numbers, over which the general copy takes longer than one forward. A module that says itself how it is copied is
+    left to the general copy.
+
+    Functions that reach the model through their closure or defaults are made anew, around what stands in the copy for
+    what they hold. Python modules that a network holds, as its backend, are shared with it.
+
+    Raises:
+        PlanError: If the copy would go on to call the model all the same, or a value that a module holds can't be
+            copied.
+    """
+    memo = {} if memo is None else memo
+    modules = modules_of(model).values()
+    for module in modules:
+        for value in vars(module).values():
+            # A tensor computed from parameters can't be deep-copied; it is computed anew at the next forward.
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo.setdefault(id(value), value.detach().clone())
+    copied = _Copier(model, memo).copy(model)
+    own = {id(module) for module in modules}
+    for path, module in modules_of(copied).items():
+        for held, value in vars(module).items():
+            if not _is_atomic(value) and held not in _TABLES and _holds(value, own):
+                raise PlanError(
+                    f"{f'{path}.{held}'.lstrip('.')}: this {type(value).__name__} holds a function that goes on to "
+                    "call the unpruned network, also in a copy. Make it a method, or keep it in a list or dict."
+                )
+    return copied
+
+
+def _holds(value: Any, own: set[int]) -> bool:
+    """Tell whether what a copy holds beside modules and tensors leads to one of these modules, of what it copies."""
+    if isinstance(value, (torch.Tensor, nn.Module)) or not gc.is_tracked(value):
+        return False
+    waiting, seen = [value], {id(value)}
+    while waiting and len(seen) < _MOST:
+        holder = waiting.pop()
+        for found in [holder()] if isinstance(holder, weakref.ref) else gc.get_referents(holder):
+            if id(found) in own:
+                return True
+            plain = isinstance(found, (torch.Tensor, nn.Module, type, types.ModuleType, types.CodeType))
+            if id(found) not in seen and not plain and gc.is_tracked(found) and not _is_namespace(found):
+                seen.add(id(found))
+                waiting.append(found)
+    return False
+
+
+def _is_namespace(value: Any) -> bool:
+    """Tell whether a dict holds the global variables of a Python module."""
+    return type(value) is dict and "__builtins__" in value
+
+
+def _is_atomic(value: Any) -> bool:
+    """Tell whether a value is a number or the like, or a tuple of such, which copies share."""
+    return type(value) in _ATOMS or (type(value) is tuple and _ATOMS.issuperset(map(type, value)))
+
+
+class _Copier:
+    def __init__(self, model: nn.Module, memo: dict[int, Any]) -> None:
+        self.memo = memo
+        self.model = model
+
+    @functools.cached_property
+    def owned(self) -> set[int]:
+        """The identities of what is the model's own: modules, tensors, and the containers that modules hold."""
+        found = {id(t) for t in (*self.model.parameters(), *self.model.buffers())}
+        for module in modules_of(self.model).values():
+            found.add(id(module))
+            held = (v for name, v in vars(module).items() if name not in _TABLES)
+            found |= {id(v) for v in held if isinstance(v, (list, dict, set))}
+        return found
+
+    def copy(self, value: Any) -> Any:
+        kind: Any = type(value)
+        if kind in _ATOMS:
+            return value
+        known = self.memo.get(id(value))
+        if known is not None:
+            return known
+        if kind is dict or (kind is OrderedDict and not vars(value)):
+            table = self.memo[id(value)] = kind()
+            for key, item in value.items():
+                table[self.copy(key)] = self.copy(item)
+            return table
+        if kind is list:
+            items = self.memo[id(value)] = []
+            items.extend(map(self.copy, value))
+            return items
+        if kind is tuple:
+            return value if _is_atomic(value) else tuple(map(self.copy, value))
+        if kind is set and _ATOMS.issuperset(map(type, value)):
+            return self.memo.setdefault(id(value), set(value))
+        if kind is types.FunctionType:
+            return self._function(value) if self._reaches((value,)) else value
+        if kind is types.MethodType:
+            return types.MethodType(self.copy(value.__func__), self.copy(value.__self__))
+        if kind is functools.partial:
+            return functools.partial(self.copy(value.func), *map(self.copy, value.args), **self.copy(value.keywords))
+        if kind is types.ModuleType:
+            return value
+        if kind in _VIEWS:  # of the keys of a ModuleDict, say: there is no other way to the dict that it views
+            (table,) = gc.get_referents(value)
+            return getattr(self.copy(table), kind.__name__.removeprefix("dict_"))()
+        if not isinstance(value, nn.Module) or not _is_plain(kind):
+            return copy.deepcopy(value, self.memo)
+        return self._module(value, kind)
+
+    def _module(self, module: nn.Module, kind: Any) -> Any:
+        small: Any = kind.__new__(kind)
+        self.memo[id(module)] = small
+        state: dict[str, Any] = module.__getstate__()  # type: ignore[no-untyped-call]
+        # What a state is made of may live no longer than the state, and its identity be another's then.
+        self.memo.setdefault(id(self.memo), []).append(state)
+        copied = {}
+        for name, item in state.items():
+            if _is_atomic(item):
+                copied[name] = item
+            elif name in _TABLES and type(item) in (dict, set, OrderedDict) and not item:
+                # A handle of a hook, which a module may hold, refers to the table that held the hook.
+                copied[name] = self.memo.setdefault(id(item), type(item)())
+            else:
+                copied[name] = self._attribute(module, name, item)
+        small.__setstate__(copied)
+        return small
+
+    def _attribute(self, module: nn.Module, name: str, value: Any) -> Any:
+        try:
+            return self.copy(value)
+        except SecateurError:
+            raise
+        except Exception as error:  # whatever the value's own code raises
+            path = next(
+                (path for path, found in modules_of(self.model).items() if found is module), type(module).__name__
+            )
+            text = f"{type(error).__name__}: {error}".rstrip(".")
+            raise PlanError(
+                f"{f'{path}.{name}'.lstrip('.')}: this {type(value).__name__} can't be copied ({text}), so neither can "
+                "the network. Take it off the module, and put it back on the pruned one."
+            ) from error
+
+    def _function(self, function: types.FunctionType) -> types.FunctionType:
+        cells = tuple(types.CellType() for _ in function.__closure__ or ())
+        made = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
+        self.memo[id(function)] = made  # before its cells, which may hold the function itself
+        made.__qualname__, made.__module__, made.__doc__ = function.__qualname__, function.__module__, function.__doc__
+        made.__annotations__ = function.__annotations__
+        made.__dict__.update({name: self._held(value) for name, value in vars(function).items()})
+        made.__defaults__ = self._held(function.__defaults__)
+        made.__kwdefaults__ = self._held(function.__kwdefaults__)
+        for cell, old in zip(cells, function.__closure__ or (), strict=True):
+            if is_set(old):
+                cell.cell_contents = self._held(old.cell_contents)
+        return made
+
+    def _held(self, value: Any) -> Any:
+        """Return what a function of the copy holds: what has nothing to do with the model is shared with the user's."""
+        return self.copy(value) if self._reaches((value,)) else value
+
+    def _reaches(self, values: Iterable[Any], depth: int = _DEPTH) -> bool:
+        """Tell whether any of these values is the model's own, or holds what is."""
+        return any(self._reaches_one(value, depth) for value in values)
+
+    def _reaches_one(self, value: Any, depth: int) -> bool:
+        kind = type(value)
+        if kind in _ATOMS or not depth:
+            return False
+        if kind is types.FunctionType:
+            held = [cell.cell_contents for cell in value.__closure__ or () if is_set(cell)]
+            given = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+            inside: Iterable[Any] = (*held, *given, *vars(value).values())
+        elif id(value) in self.owned:
+            return True
+        elif kind is types.MethodType:
+            inside = (value.__func__, value.__self__)
+        elif kind is functools.partial:
+            inside = (value.func, *value.args, *value.keywords.values())
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            inside = value
+        elif isinstance(value, dict):
+            inside = value.values()
+        elif isinstance(value, (type, types.ModuleType, torch.Tensor)) or not hasattr(value, "__dict__"):
+            return False
+        else:
+            inside = vars(value).values()
+        return self._reaches(inside, depth - 1)
+
+
+@functools.lru_cache(maxsize=256)
+def _is_plain(kind: Any) -> bool:
+    """Tell whether copying a module means copying the dict that its ``__getstate__`` gives, and nothing else."""
+    ways = ("__reduce_ex__", "__reduce__")
+    others = ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__")
+    slots = any(getattr(base, "__slots__", ()) for base in kind.__mro__)
+    own = any(hasattr(kind, way) for way in others) or any(getattr(kind, w) is not getattr(object, w) for w in ways)
+    return not slots and not own
+
+
+def is_set(cell: types.CellType) -> bool:
+    """Tell whether a variable of a closure has a value yet."""
+    try:
+        cell.cell_contents  # noqa: B018 - it raises where the variable has no value yet
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,116 @@
+"""Example inputs: one tensor, positional arguments or keyword arguments, and the isolation of a run on them."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterator, Mapping, MappingView
+from types import ModuleType
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the network itself, out of data parallel and compiled wrappers, which put a prefix before every name."""
+    while True:
+        if isinstance(model, DataParallel | DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return example inputs as positional and keyword arguments: a tuple is the former, a dict the latter."""
+    if isinstance(example_inputs, tuple):
+        return example_inputs, {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return (example_inputs,), {}
+
+
+def are_images(value: Any) -> bool:
+    """Tell whether an argument is a list of images ``(C, H, W)``, as detectors take them in place of a batch."""
+    return isinstance(value, list) and bool(value) and all(isinstance(one, Tensor) and one.dim() == 3 for one in value)
+
+
+def mapped(value: Any, change: Any) -> Any:
+    """Return nested lists, tuples and dicts with ``change`` applied to every tensor."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {k: mapped(v, change) for k, v in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(mapped(v, change) for v in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(mapped(v, change) for v in value)
+    return copy.copy(value)
+
+
+def varied(example_inputs: Any) -> Any:
+    """Replace inputs that hold one value throughout by random ones: what is made of zeros tells little."""
+    generator = torch.Generator().manual_seed(0)
+
+    def vary(tensor: Tensor) -> Tensor:
+        dense = tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_meta)
+        if not (dense and tensor.is_floating_point() and tensor.numel() > 1):
+            return tensor
+        if bool((tensor != tensor.flatten()[0]).any()):
+            return tensor
+        return tensor + torch.rand(tensor.shape, generator=generator).to(tensor)
+
+    return mapped(example_inputs, vary)
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Yield every tensor in nested containers, data classes and plain objects, in a fixed order."""
+    return (leaf for leaf in leaves_of(value, {}, taking=False) if isinstance(leaf, Tensor))
+
+
+_HOLDING = (list, tuple, set, frozenset, deque, MappingView)
+"""Containers but for mappings. Other things that can be gone through may have no end, as text has none."""
+
+
+def leaves_of(value: Any, seen: dict[int, Any], *, taking: bool = True) -> Iterator[Any]:
+    """Yield everything in nested containers that is none itself: tensors, numbers, arrays; each object once.
+
+    Iterators are used up if ``taking``, but for those within an object, which may be its own: a file that it reads.
+    """
+    if isinstance(value, (Tensor, str, bytes, bool, int, float, type(None), type, ModuleType)):
+        yield value
+        return
+    if id(value) in seen:
+        return
+    seen[id(value)] = value  # which has to live for its identity to be its own
+    inside: Any
+    if isinstance(value, Mapping):
+        inside = value.values()
+    elif isinstance(value, (nn.ParameterList, nn.ParameterDict)):
+        inside = value.parameters()
+    elif isinstance(value, np.ndarray) and value.dtype.hasobject:
+        inside = value.flat
+    elif isinstance(value, _HOLDING) or (isinstance(value, Iterator) and taking):
+        inside = value
+    elif isinstance(value, nn.Module) or not (hasattr(value, "__dict__") or hasattr(value, "__slots__")):
+        yield value
+        return
+    else:
+        slots = (name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()))
+        inside = (*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in slots))
+        taking = False
+    for item in inside:
+        yield from leaves_of(item, seen, taking=taking)
+
+
+def batch_size(example_inputs: Any) -> int:
+    """Return the number of examples in the first argument: leading size of a tensor, length of a list; else 1."""
+    positional, keyword = arguments(example_inputs)
+    first = next(iter((*positional, *keyword.values())), None)
+    if are_images(first):
+        return len(cast(list[Tensor], first))
+    return int(first.shape[0]) if isinstance(first, Tensor) and first.ndim > 1 else 1

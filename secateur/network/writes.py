@@ -1,0 +1,72 @@
+"""What a forward writes into parameters and buffers is put back, whichever way it is written."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.network.named import tensors_in
+
+_STATISTICS = ("running_mean", "running_var")
+"""Arguments of norms that write into them in training, which their schema does not say."""
+
+
+class Written:
+    """The values that the tensors of a network had before a run wrote into them.
+
+    A momentum encoder writes into parameters, and observers write through ``tensor.data``: neither shows in a
+    tensor's version. Every operator that writes is looked at before it runs.
+    """
+
+    def __init__(self, named: Mapping[str, Tensor]) -> None:
+        self.named = named
+        self.values: dict[str, Tensor] = {}
+        self.places = {name: tensor.data for name, tensor in named.items()}
+        """The tensors' memory, which ``tensor.data = …`` and ``tensor.resize_`` exchange for another."""
+
+    @functools.cached_property
+    def _owners(self) -> dict[int, list[str]]:
+        """The names of the tensors whose values lie at an address."""
+        found: dict[int, list[str]] = {}
+        for name, tensor in self.named.items():
+            found.setdefault(address(tensor), []).append(name)
+        return found
+
+    def before(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Remember the values of what an operator is about to write into."""
+        given = [args[i] if i < len(args) else kwargs.get(name) for i, name in targets(func)]
+        for tensor in tensors_in(given):
+            for name in self._owners.get(address(tensor), ()):
+                if name not in self.values:
+                    self.values[name] = self.named[name].detach().clone()
+
+    def put_back(self) -> None:
+        """Give all tensors their values again."""
+        with torch.no_grad():
+            for name, place in self.places.items():
+                tensor = self.named[name]
+                if tensor.data_ptr() != place.data_ptr() or tensor.shape != place.shape or tensor.dtype != place.dtype:
+                    tensor.data = place
+            for name, value in self.values.items():
+                self.named[name].data.copy_(value)
+
+
+def address(tensor: Tensor) -> int:
+    """Return where a tensor's memory lies; of one without memory that can be looked at, what tells it apart."""
+    if tensor.layout is not torch.strided:
+        return id(tensor)
+    return tensor.untyped_storage().data_ptr() or id(tensor)
+
+
+@functools.lru_cache(maxsize=4096)
+def targets(func: Any) -> tuple[tuple[int, str], ...]:
+    """Return place and name of every argument that an operator writes into."""
+    return tuple(
+        (place, argument.name)
+        for place, argument in enumerate(func._schema.arguments)
+        if argument.name in _STATISTICS or (argument.alias_info is not None and argument.alias_info.is_write)
+    )

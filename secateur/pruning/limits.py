@@ -1,0 +1,230 @@
+"""How much of each group a request lets go: ratios, caps and skips by pattern, and where two of them contradict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from secateur.errors import UsageError
+
+if TYPE_CHECKING:
+    from secateur.graph.channels import ChannelGraph, ChannelGroup
+
+EVERY = "*"
+"""In a mapping of fractions, the groups that no other pattern of it names."""
+
+
+def matches(group: ChannelGroup, pattern: str, graph: ChannelGraph) -> bool:
+    """Tell whether a pattern names a group.
+
+    It does by the group's name, by a layer that makes its channels or a module around such a layer, and by the class of
+    either: ``layer1`` names the groups of all layers in it.
+    """
+    return fnmatchcase(group.name, pattern) or any(names(pattern, m.module, graph) for m in group.producers)
+
+
+def names(pattern: str, module: str, graph: ChannelGraph) -> bool:
+    """Tell whether a pattern names a module or one around it, by name or by class; wildcards name the module only."""
+    parts = module.split(".")
+    around = [".".join(parts[:n]) for n in range(len(parts) + 1)]
+    return fnmatchcase(module, pattern) or any(pattern in (place, graph.module_types.get(place)) for place in around)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How many channels of one group go."""
+
+    most: int
+    """Channels that may go at most."""
+    forced: bool = False
+    """Whether a ratio asks for that many, whatever the target says."""
+    demand: str = ""
+    """The ratio in words where it names this very group, so that fewer won't do."""
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A fraction that a pattern asks for."""
+
+    what: str
+    pattern: str
+    value: float
+
+    @property
+    def general(self) -> bool:
+        return self.pattern == EVERY
+
+    def __str__(self) -> str:
+        by = "" if self.general else f" (by {self.pattern!r})"
+        return f"{self.what} {self.value:g}{by}"
+
+
+class Limits:
+    """What a request lets each group lose.
+
+    Args:
+        graph: The traced network.
+        groups: Those of its groups that may lose channels at all.
+        ratios: Pattern -> fraction that has to go, in [0, 1).
+        max_ratio: Fraction that may go at most, in (0, 1]; or pattern -> fraction, in [0, 1].
+        skip: Patterns of groups that lose nothing.
+        round_to: Kept channels are a multiple of this in every group that loses any.
+        min_channels: A group keeps at least this many channels.
+
+    Raises:
+        UsageError: If a number is out of range, a pattern names no layer, a ratio names nothing that may go, or two
+            requests contradict each other.
+    """
+
+    def __init__(
+        self,
+        graph: ChannelGraph,
+        groups: Sequence[ChannelGroup],
+        *,
+        ratios: Mapping[str, float],
+        max_ratio: float | Mapping[str, float],
+        skip: Sequence[str],
+        round_to: int,
+        min_channels: int,
+    ) -> None:
+        self._graph, self._skip = graph, skip
+        self._round_to, self._min_channels = round_to, min_channels
+        self._ratios = [_Request("ratio", pattern, value) for pattern, value in ratios.items()]
+        if isinstance(max_ratio, Mapping):
+            self._caps = [_Request("max_ratio", pattern, value) for pattern, value in max_ratio.items()]
+        else:
+            if not 0 < max_ratio <= 1:
+                raise UsageError(f"max_ratio: expected a fraction in (0, 1]; found {max_ratio}.")
+            self._caps = [_Request("max_ratio", EVERY, max_ratio)]
+        self._check_numbers()
+        for pattern in (*(r.pattern for r in (*self._ratios, *self._caps)), *skip):
+            self._check_pattern(pattern)
+        self._limits = {group.name: self._limit(group) for group in groups}
+        for ratio in self._ratios:
+            if ratio.value > 0 and not ratio.general and not any(matches(g, ratio.pattern, graph) for g in groups):
+                raise UsageError(self._in_vain(ratio))
+
+    def of(self, group: ChannelGroup) -> Limit:
+        """Return how many channels of a group go."""
+        return self._limits[group.name]
+
+    def _check_numbers(self) -> None:
+        for name, value in (("round_to", self._round_to), ("min_channels", self._min_channels)):
+            if value < 1:
+                raise UsageError(f"{name}: expected at least 1; found {value}.")
+        for ratio in self._ratios:
+            if not 0 <= ratio.value < 1:
+                raise UsageError(f"ratio of {ratio.pattern}: the fraction to remove is in [0, 1); found {ratio.value}.")
+        for cap in self._caps:
+            if not 0 <= cap.value <= 1:
+                raise UsageError(
+                    f"max_ratio of {cap.pattern}: the fraction that may go is in [0, 1]; found {cap.value}."
+                )
+
+    def _check_pattern(self, pattern: str) -> None:
+        graph = self._graph
+        known = {t.rpartition(".")[0] for r in graph.refused for t in r.tensors} | set(graph.module_types)
+        named = any(fnmatchcase(module, pattern) for module in known) or pattern in graph.module_types.values()
+        if not named and not any(matches(group, pattern, graph) for group in graph.groups):
+            raise UsageError(f"{pattern}: no layer has this name or class. See `secateur trace`.")
+
+    def _named(self, group: ChannelGroup, requests: Sequence[_Request]) -> _Request | None:
+        """Return the request that names a group; the general one where no other does."""
+        found = [r for r in requests if not r.general and matches(group, r.pattern, self._graph)]
+        if any(r.pattern == group.name for r in found):
+            # A layer may make channels of several groups, of which one has its name: there the name means that one.
+            others = {g.name for g in self._graph.groups} - {group.name}
+            found = [r for r in found if r.pattern not in others]
+        for other in found[1:]:
+            if other.value != found[0].value:
+                raise UsageError(f"{group.name}: {found[0]} contradicts {other}.")
+        return found[0] if found else next((r for r in requests if r.general), None)
+
+    def _limit(self, group: ChannelGroup) -> Limit:
+        ratio, cap = self._named(group, self._ratios), self._named(group, self._caps)
+        skipped = next((p for p in self._skip if matches(group, p, self._graph)), None)
+        if skipped is not None:
+            if ratio is not None and ratio.value > 0 and not ratio.general:
+                raise UsageError(f"{group.name}: {ratio} contradicts skip {skipped!r}.")
+            return Limit(0)
+        fraction = 1.0
+        if cap is not None:
+            self._check_cap(group, cap)
+            fraction = cap.value
+        if ratio is not None:
+            gives_way = ratio.general and cap is not None and not cap.general
+            if ratio.value > fraction and not gives_way:
+                raise UsageError(f"{group.name}: {ratio} contradicts {cap}; lower the one or raise the other.")
+            self._check_ratio(group, ratio)
+            fraction = min(ratio.value, fraction)
+        most = min(_count(fraction, group), group.size - self._min_channels)
+        demand = "" if ratio is None or ratio.general else str(ratio)
+        return Limit(max(most, 0), ratio is not None, demand)
+
+    def _check_ratio(self, group: ChannelGroup, ratio: _Request) -> None:
+        """Refuse a ratio for this group that ``min_channels`` or ``round_to`` takes back; a general one gives way."""
+        if ratio.general:
+            return
+        size, going = group.size, _count(ratio.value, group)
+        if size - going < self._min_channels:
+            raise UsageError(f"{group.name}: {ratio} of {size} channels contradicts min_channels {self._min_channels}.")
+        least = self._least(group)
+        if any(n <= going for n in totals(group)) and (least is None or going < least):
+            raise UsageError(
+                f"{group.name}: {ratio} of {size} channels contradicts round_to {self._round_to}: "
+                f"{_choice(group, least)}."
+            )
+
+    def _check_cap(self, group: ChannelGroup, cap: _Request) -> None:
+        """Refuse a cap for this group under which ``round_to`` leaves nothing that may go; a general one gives way."""
+        least = self._least(group)
+        if cap.general or cap.value == 0 or self._round_to == 1 or least is None:
+            return
+        if _count(cap.value, group) < least <= group.size - self._min_channels:
+            raise UsageError(
+                f"{group.name}: {cap} of {group.size} channels contradicts round_to {self._round_to}: "
+                f"{_choice(group, least)}. Raise the one, lower the other, or give 0."
+            )
+
+    def _least(self, group: ChannelGroup) -> int | None:
+        """Return the smallest number of channels that may go if any do; None where rounding lets none go."""
+        return next((n for n in totals(group) if (group.size - n) % self._round_to == 0), None)
+
+    def _in_vain(self, ratio: _Request) -> str:
+        """Say why a ratio names nothing that may go."""
+        named = [g for g in self._graph.groups if matches(g, ratio.pattern, self._graph)]
+        inexact = next((g for g in named if not g.exact), None)
+        if inexact is not None:
+            return (
+                f"{inexact.name}: {ratio}, but its removal can't equal zeroing ({inexact.reason}); "
+                "pass inexact (--inexact) or leave it out."
+            )
+        if named:
+            return f"{named[0].name}: {ratio}, but the group has no scores; score it, too, or leave it out."
+        for refusal in self._graph.refused:
+            for tensor in refusal.tensors:
+                module = tensor.rpartition(".")[0]
+                if names(ratio.pattern, module, self._graph):
+                    return f"{module}: {ratio}, but its channels can't be removed: {refusal.operator}: {refusal.reason}"
+        return f"{ratio.pattern}: {ratio}, but it names no channels that can be removed. See `secateur trace`."
+
+
+def _count(fraction: float, group: ChannelGroup) -> int:
+    # 0.3 of 10 channels are 3, though 0.3 * 10 may fall short of it in binary.
+    return int(fraction * group.size + 1e-9)
+
+
+def totals(group: ChannelGroup) -> list[int]:
+    """Return the numbers of channels that a group can have lost as far as its constraint goes, ascending."""
+    if group.schedule is not None:
+        return [int(n) for n in group.schedule.sum(1) if n <= group.size - group.least]
+    step = int(group.quota.sum())
+    return list(range(step, group.size - group.least + 1, step))
+
+
+def _choice(group: ChannelGroup, least: int | None) -> str:
+    if least is None:
+        return "no number of channels that may go leaves a multiple"
+    return f"the group loses at least {least} channels ({least / group.size:.3g}) or none"

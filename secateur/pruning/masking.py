@@ -1,0 +1,97 @@
+"""A forward of a network whose weights have some of their columns zeroed, and stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map_only
+
+from secateur.network.named import tensors_named
+from secateur.network.writes import address, targets
+
+if TYPE_CHECKING:
+    from secateur.graph.plan import PruningPlan
+
+
+@contextmanager
+def zeroed(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
+    """Have every operator read the weights that the plan says are read with their removed columns zeroed.
+
+    A weight is copied at each operator that reads it, and let go: no second copy of the network is held. Whatever
+    views a weight's memory is read so, too. Only what an operator writes into is given as it is.
+
+    >>> from secateur import PruningPlan
+    >>> layer = torch.nn.Linear(3, 2, bias=False)
+    >>> with torch.no_grad(), zeroed(layer, PruningPlan(reads={"weight": {1: [0]}})):
+    ...     found = layer(torch.eye(3))
+    >>> (found == 0).all(1).tolist(), bool((layer.weight == 0).any())
+    ([False, True, True], False)
+    """
+    if not plan.reads:
+        yield
+        return
+    tensors = tensors_named(model)
+    with _Zeroing({name: tensors[name] for name in plan.reads}, plan):
+        yield
+
+
+class _Zeroing(TorchDispatchMode):
+    def __init__(self, weights: Mapping[str, Tensor], plan: PruningPlan) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.plan = plan
+        self.held: dict[int, dict[str, Tensor]] = {}
+        """By address of memory, the weights that lie there."""
+        with torch._C.DisableTorchFunction():  # modes that convert would make another tensor of it
+            for name, weight in weights.items():
+                self.held.setdefault(address(weight), {})[name] = weight
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        written = {way for place_and_name in targets(func) for way in place_and_name}
+        args = [a if i in written else tree_map_only(Tensor, self._read, a) for i, a in enumerate(args)]
+        given = {k: v if k in written else tree_map_only(Tensor, self._read, v) for k, v in (kwargs or {}).items()}
+        return func(*args, **given)
+
+    def _read(self, tensor: Tensor) -> Tensor:
+        """Return a tensor as it would be with the weights in its memory zeroed."""
+        with torch._C.DisableTorchFunction():
+            weights = self.held.get(address(tensor))
+            if weights is None:
+                return tensor
+            with _disable_current_modes(), torch.no_grad():
+                return self._without(tensor, weights)
+
+    def _without(self, tensor: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        for name, weight in weights.items():
+            if _geometry(tensor) == _geometry(weight):
+                value = weight.clone()
+                self._zero(name, value)
+                return value
+        weight = next(iter(weights.values()))
+        memory = weight.as_strided((weight.untyped_storage().nbytes() // weight.itemsize,), (1,), 0).clone()
+        for name, weight in weights.items():
+            self._zero(name, memory.as_strided(*_geometry(weight)))
+        return memory.view(tensor.dtype).as_strided(*_geometry(tensor))
+
+    def _zero(self, name: str, value: Tensor) -> None:
+        for dim, kept in self.plan.reads[name].items():
+            _zero_others(value, dim, kept, self.plan.blocks.get(name, 1) if dim == 1 else 1)
+
+
+def _geometry(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    return tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
+
+
+def _zero_others(value: Tensor, dim: int, kept: list[int], blocks: int) -> None:
+    """Zero what is not kept along a dimension, which may hold a block of the channels for each block of rows."""
+    gone = torch.ones(value.shape[dim] * blocks, dtype=torch.bool, device=value.device)
+    gone[torch.tensor(kept, device=value.device)] = False
+    if blocks == 1:
+        value.masked_fill_(gone.view([-1 if d == dim else 1 for d in range(value.ndim)]), 0)
+        return
+    rows = gone.view(blocks, -1).repeat_interleave(value.shape[0] // blocks, 0)
+    value.masked_fill_(rows.view(*rows.shape, *[1] * (value.ndim - 2)), 0)

@@ -1,0 +1,433 @@
+"""A run as a typed YAML file: what ``secateur compress --config run.yaml`` reads, and every run directory keeps."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from secateur import criteria
+from secateur.checkpoint import write_atomic
+from secateur.engine import Settings
+from secateur.errors import UsageError
+from secateur.pruning.planning import Ranking
+from secateur.training.stages import TrainingSettings
+
+FILE = "run.yaml"
+"""Name under which a run directory keeps its configuration."""
+
+
+class _Section(BaseModel):
+    # A misspelt key would otherwise leave a default in force that nobody asked for.
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TargetConfig(_Section):
+    """How much to remove, as a fraction of the original; exactly one amount is given."""
+
+    macs: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="Fraction of the MACs to remove.")
+    params: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Fraction of the parameters to remove."
+    )
+    channels: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Fraction of the removable channels to remove."
+    )
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> TargetConfig:
+        given = list(self.model_dump(exclude_none=True))
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of macs, params and channels; found {', '.join(given) or 'none'}")
+        return self
+
+
+@dataclass(frozen=True)
+class Baseline(TrainingSettings):
+    """How the network is trained before it is compressed, where no weights are given."""
+
+    epochs: int = 10
+    """Passes over the training data."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """What the learning rate follows over the training."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that can't be trained with."""
+        super().__post_init__()
+        if self.epochs < 1:
+            raise UsageError(f"epochs: must be at least 1, found {self.epochs}.")
+
+
+if TYPE_CHECKING:
+    CheckedSettings = Settings
+    CheckedBaseline = Baseline
+else:
+    # The engine's own dataclasses, with every value checked and converted: YAML takes 1e-3 for a word.
+    _STRICT = ConfigDict(extra="forbid")
+    CheckedSettings = pydantic_dataclass(Settings, config=_STRICT, frozen=True)
+    CheckedBaseline = pydantic_dataclass(Baseline, config=_STRICT, frozen=True)
+
+
+class RunConfig(_Section):
+    """Everything that defines a compression run."""
+
+    model: str = Field(
+        description="lenet5, vgg16, resnet20, resnet56, resnet110; torchvision:NAME; timm:NAME; "
+        "path/to/file.py:FUNCTION; or package.module:FUNCTION."
+    )
+    model_options: dict[str, Any] = Field(
+        default_factory=dict, description="Keyword arguments of the model's function, e.g. num_classes."
+    )
+    weights: str | None = Field(
+        None,
+        description="Trained weights: a safetensors file or a state dict saved by torch, or 'pretrained' for those "
+        "that torchvision or timm publish. Without weights the baseline is trained first.",
+    )
+    data: str = Field(
+        description="digits; mnist:ROOT, cifar10:ROOT, imagefolder:ROOT; voc:ROOT, boxes for detectors; "
+        "path/to/file.py:FUNCTION; or package.module:FUNCTION."
+    )
+    data_options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the data's loader.")
+    input: tuple[str, ...] = Field(
+        (), description="Shapes of the model's inputs, e.g. 1x3x224x224; taken from the data unless given."
+    )
+    method: str = Field(
+        "cfp",
+        description="Compression method: cfp, a criterion's name, path/to/file.py:FUNCTION or package.module:FUNCTION.",
+    )
+    settings: CheckedSettings = Field(
+        default_factory=lambda: CheckedSettings(), description="Episodes, optimisation and training of the method."
+    )
+    tolerance: float = Field(
+        0.5, ge=0, description="Loss that is accepted, in points of the metric on the validation set."
+    )
+    target: TargetConfig | None = Field(None, description="Where to stop; without a target, where the tolerance ends.")
+    baseline: CheckedBaseline = Field(
+        default_factory=lambda: CheckedBaseline(),
+        description="Training before compression, where no weights are given.",
+    )
+    batch_size: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Images a training step; 128 unless given, 8 where they have boxes."
+    )
+    workers: int = Field(0, ge=0, description="Processes that read image files; 0 reads them in the run's own.")
+    seed: int = Field(0, ge=0, description="Seed of weights, data order and every other draw.")
+    run_dir: str | None = Field(None, description="Folder of the run's files; runs/MODEL-METHOD unless given.")
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        # Found out now, not after the baseline is trained.
+        names = criteria.names()
+        if value not in names and ":" not in value:
+            close = difflib.get_close_matches(value, names, n=1)
+            raise ValueError(
+                f"unknown method {value!r}; " + (f"did you mean {close[0]!r}" if close else ", ".join(names))
+            )
+        return value
+
+    @field_validator("settings", mode="before")
+    @classmethod
+    def _lone_values(cls, value: Any) -> Any:
+        """Take a lone value where a list is meant: ``skip: conv1``, ``widths: {conv1: 4}``."""
+        if not isinstance(value, Mapping):
+            return value
+        lists = {f.name for f in fields(Settings) if str(f.type).startswith("tuple[")}
+        return {k: _listed(k, v) if k in lists else v for k, v in value.items()}
+
+    @field_validator("settings", "baseline", mode="wrap")
+    @classmethod
+    def _in_range(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        """Let what a section itself refuses be told with the place where it stands."""
+        try:
+            return check(value)
+        except UsageError as error:
+            raise ValueError(str(error).removesuffix(".")) from None
+
+
+def _listed(name: str, value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return value
+    return [part.strip() for part in value.split(",")] if name == "compensate" and isinstance(value, str) else [value]
+
+
+_PARAMETERS = {
+    "input": "input_shape",
+    "ratios": "ratio",
+    **{f"{of}_options": f"{of}_option" for of in ("model", "data", "method")},
+}
+"""Key of a file for ``prune`` -> the command's parameter, where they differ."""
+
+
+class PruneConfig(_Section):
+    """What ``secateur prune --config`` reads: the options of the command, with the names that a run's file has."""
+
+    model: str | None = Field(None, description="As in a run's file.")
+    model_options: dict[str, Any] = Field(default_factory=dict, description="As in a run's file.")
+    weights: str | None = Field(None, description="As in a run's file.")
+    data: str | None = Field(None, description="As in a run's file; for criteria that look at feature maps.")
+    data_options: dict[str, Any] = Field(default_factory=dict, description="As in a run's file.")
+    input: tuple[str, ...] = Field((), description="As in a run's file.")
+    method: str = Field("l1", description="Criterion by which channels are ranked.")
+    method_options: dict[str, Any] = Field(default_factory=dict, description="Options of the criterion.")
+    target: TargetConfig | None = Field(None, description="How much to remove; without it, what the ratios ask for.")
+    ratios: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default_factory=dict, description="Pattern -> fraction of channels to remove from every group that it names."
+    )
+    max_ratio: Annotated[float, Field(gt=0, le=1)] | dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        1.0, description="Fraction that any group loses at most, or pattern -> fraction."
+    )
+    skip: tuple[str, ...] = Field((), description="Patterns of groups that lose nothing.")
+    round_to: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1, description="Keep a multiple of this in every group that loses any; auto measures which."
+    )
+    min_channels: int = Field(1, ge=1, description="Channels that every group keeps.")
+    ranking: Ranking = Field("normalized", description="How the channels of different groups are compared.")
+    inexact: bool = Field(False, description="Prune also groups whose removal can't equal zeroing.")
+    compensate: tuple[str, ...] = Field((), description="Adjust what stays: merge, least_squares, bn.")
+    batches: int = Field(8, ge=1, description="Training batches that criterion and compensation see.")
+    seed: int = Field(0, ge=0, description="Seed of fresh weights and of the data's order.")
+    out: str | None = Field(None, description="File of the pruned network.")
+
+    @field_validator("skip", "input", "compensate", mode="before")
+    @classmethod
+    def _lone_value(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    def options(self) -> dict[str, Any]:
+        """Return what the file gives as the command's parameters, in the words of the command line."""
+        words: dict[str, Any] = {}
+        for name in self.model_fields_set:
+            value = getattr(self, name)
+            option = _PARAMETERS.get(name, name)
+            if isinstance(value, TargetConfig):
+                words |= value.model_dump(exclude_none=True)
+            elif isinstance(value, Mapping):
+                words[option] = [f"{key}={json.dumps(inner)}" for key, inner in value.items()]
+            elif name == "max_ratio":
+                words[option] = [str(value)]
+            elif name == "compensate":
+                words[option] = ",".join(value) or None
+            elif value is not None:
+                words[option] = list(value) if isinstance(value, tuple) else str(value) if name == "round_to" else value
+        return words
+
+
+def load_prune(path: str | Path) -> PruneConfig:
+    """Read the options of ``secateur prune`` from a YAML file.
+
+    Raises:
+        UsageError: As :func:`load` does.
+    """
+    path = Path(path)
+    tree, values = _parsed(path)
+    known = list(PruneConfig.model_fields)
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            advice = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}."
+            raise UsageError(f"{path}:{_line_of(tree, [str(key)])}: {key}: no such key; {advice}")
+    try:
+        return PruneConfig.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(explain(error, str(path), tree)) from error
+
+
+def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read a configuration from a YAML file.
+
+    Args:
+        path: YAML file.
+        overrides: Values that go before those of the file; a mapping is merged into the file's mapping.
+
+    Raises:
+        UsageError: If the file is missing or no YAML, a key is unknown or doubled, or a value is out of range; the
+            message says in which line.
+    """
+    path = Path(path)
+    tree, values = _parsed(path)
+    try:
+        return RunConfig.model_validate(_merge(values, overrides or {}))
+    except ValidationError as error:
+        raise UsageError(explain(error, str(path), tree, overrides)) from error
+
+
+def _parsed(path: Path) -> tuple[yaml.Node | None, dict[str, Any]]:
+    """Return the nodes of a YAML file, for line numbers, and the mapping that it holds."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        _refuse_doubled(tree, path)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else f"{path}"
+        raise UsageError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: a configuration is a mapping such as 'model: lenet5', found {_kind(values)}.")
+    return tree, values
+
+
+def build(values: Mapping[str, Any]) -> RunConfig:
+    """Make a configuration of values that come from the command line.
+
+    Raises:
+        UsageError: If a key is unknown, one is missing, or a value is out of range.
+    """
+    try:
+        return RunConfig.model_validate(dict(values))
+    except ValidationError as error:
+        raise UsageError(explain(error, "")) from error
+
+
+def save(config: RunConfig, path: str | Path) -> None:
+    """Write a configuration as YAML that :func:`load` reads back to an equal one, whole or not at all."""
+    write_atomic(path, to_yaml(config).encode())
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Return a configuration as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
+
+
+def schema() -> str:
+    """Return the JSON schema of a configuration file, for editors that complete and check YAML."""
+    values = {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunConfig.model_json_schema()}
+    for section, made in (("Settings", Settings), ("Baseline", Baseline), ("Baseline", TrainingSettings)):
+        for name, text in _attribute_docstrings(made).items():
+            values["$defs"][section]["properties"][name].setdefault("description", text)
+    return json.dumps(values, indent=2, ensure_ascii=False)
+
+
+def explain(
+    error: ValidationError, place: str, tree: yaml.Node | None = None, overrides: Mapping[str, Any] | None = None
+) -> str:
+    """Put pydantic's first finding in one line: where, what was found, and what to do.
+
+    Args:
+        error: What validation raised.
+        place: File that the values come from; empty for the command line.
+        tree: The file's YAML nodes, for line numbers.
+        overrides: Values that went before the file's: what is wrong with one of them is not laid to the file.
+    """
+    unknown = ("extra_forbidden", "unexpected_keyword_argument")
+    # An unknown key often explains the missing one, so it is told first.
+    findings = sorted(error.errors(), key=lambda e: e["type"] not in unknown)
+    first = findings[0]
+    location = [str(part) for part in first["loc"]]
+    said = str(first["ctx"]["error"]) if first["type"] == "value_error" else ""
+    name, colon, rest = said.partition(": ")
+    if colon and len(location) == 1 and name in _keys(location):
+        # A section's own check begins with the key that it is about.
+        location, said = [*location, name], rest
+    key = ".".join(location)
+    if first["type"] != "missing" and _overridden(overrides, location):
+        place = ""
+    line = _line_of(tree, location)
+    where = (f"{place}:{line}: " if line else f"{place}: ") if place else ""
+    if first["type"] in unknown:
+        known = _keys(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        advice = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}."
+        text = f"{key}: no such key; {advice}"
+    elif first["type"] == "missing":
+        text = f"{key}: missing; " + (f"add '{key}: …'." if place else f"give --{key} or a --config file that has it.")
+    elif first["type"] == "value_error":
+        text = f"{key}: {said}."
+    else:
+        message = first["msg"].removeprefix("Input ")
+        text = f"{key}: {message[0].lower()}{message[1:]}, found {first['input']!r}."
+    more = len({finding["loc"][:2] for finding in findings}) - 1
+    return f"{where}{text}" + (f" ({more} more like this.)" if more else "")
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _keys(location: list[str]) -> list[str]:
+    """Names of the keys that a place in a configuration knows."""
+    sections: dict[str, Any] = {"settings": Settings, "baseline": Baseline, "target": TargetConfig}
+    section = sections.get("".join(location[:1]), RunConfig)
+    return [f.name for f in fields(section)] if is_dataclass(section) else list(section.model_fields)
+
+
+def _attribute_docstrings(made: type) -> dict[str, str]:
+    """Return the text that stands under each field of a dataclass."""
+    (body,) = ast.parse(inspect.cleandoc(inspect.getsource(made))).body
+    assert isinstance(body, ast.ClassDef)
+    return {
+        field.target.id: " ".join(inspect.cleandoc(text.value.value).split())
+        for field, text in itertools.pairwise(body.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
+
+
+def _line_of(tree: yaml.Node | None, location: list[str]) -> int | None:
+    """Line, counted from 1, of the key at ``location``, or of the last mapping on the way to it."""
+    line = None
+    for part in location:
+        if not isinstance(tree, yaml.MappingNode):
+            break
+        found = next(((k, v) for k, v in tree.value if k.value == part), None)
+        if found is None:
+            break
+        line, tree = found[0].start_mark.line + 1, found[1]
+    return line
+
+
+def _overridden(overrides: Mapping[str, Any] | None, location: list[str]) -> bool:
+    value: Any = overrides
+    for part in location:
+        if not isinstance(value, Mapping):
+            break
+        if part not in value:
+            return False
+        value = value[part]
+    return overrides is not None
+
+
+def _refuse_doubled(node: yaml.Node | None, path: Path) -> None:
+    """Refuse a key that stands twice in one mapping: YAML readers keep the last and say nothing."""
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in seen:
+                raise UsageError(f"{path}:{line}: {name}: already given in line {seen[name]}; remove one.")
+            seen[name] = line
+            _refuse_doubled(value, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_doubled(value, path)
+
+
+def _kind(value: object) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"

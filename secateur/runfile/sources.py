@@ -1,0 +1,463 @@
+"""Find the model, the weights and the data that a run names in one word: ``torchvision:resnet18``, ``net.py:build``."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from secateur import criteria
+from secateur.criteria import Criterion
+from secateur.errors import CheckpointError, DataError, UsageError
+from secateur.runfile import user_code
+
+if TYPE_CHECKING:
+    from secateur.data import DataBundle
+    from secateur.graph.plan import PruningPlan
+
+PREFIXES = ("model.", "net.")
+"""What trainers that hold the network as an attribute put before every key of a state dict."""
+
+PRETRAINED = "pretrained"
+"""Stands for the weights that torchvision or timm publish."""
+
+ORIGIN = "origin"
+"""Key of what a file says of how its network was built."""
+
+CIFAR_SIDE = 32
+"""Height and width of the images that a network of :data:`secateur.models.MODELS` takes unless it names another."""
+
+_SHAPE = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
+DTYPES = {"float": torch.float32, "long": torch.int64, "int": torch.int32, "bool": torch.bool, "uint8": torch.uint8}
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """A model, and the inputs to run it on where its source knows them."""
+
+    model: nn.Module
+    example_inputs: Any | None
+    name: str
+    plans: tuple[PruningPlan, ...] = ()
+    """What was pruned already, where the weights are a pruned network's: a file of it has to tell all its plans."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments that it was built with."""
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What to keep beside its weights, so that whoever reads them can be told how to build it."""
+        return {ORIGIN: {"model": self.name, "model_options": dict(self.options)}}
+
+    @property
+    def inputs(self) -> Any:
+        """Example inputs.
+
+        Raises:
+            UsageError: If the source tells none.
+        """
+        if self.example_inputs is None:
+            raise UsageError(f"{self.name}: what it takes is not known; give --input SHAPE, e.g. --input 1x3x224x224.")
+        return self.example_inputs
+
+
+def model(spec: str, options: Mapping[str, Any] | None = None, *, pretrained: bool = False) -> SourceModel:
+    """Build the model that ``spec`` names.
+
+    Args:
+        spec: ``lenet5`` or another of :data:`secateur.models.MODELS`; ``torchvision:NAME``; ``timm:NAME``;
+            ``path/to/file.py:FUNCTION``; ``package.module:FUNCTION``. A function (or class) is called with
+            ``options`` and returns the model, or the model and its example inputs.
+        options: Keyword arguments of the function, e.g. ``{"num_classes": 10}``.
+        pretrained: Take the weights that torchvision or timm publish; may download.
+
+    Returns:
+        The model in train mode as its source left it, with example inputs where the source tells them.
+
+    Raises:
+        UsageError: If there is no such source, or it fails, or it returns no model.
+    """
+    options = dict(options or {})
+    kind, _, name = spec.partition(":")
+    if kind == "torchvision":
+        return _torchvision(name, options, pretrained)
+    if kind == "timm":
+        return _timm(name, options, pretrained)
+    if pretrained:
+        raise UsageError(f"--weights pretrained: {spec} has no published weights; name a file instead.")
+    if ":" in spec:
+        built = user_code.call(spec, options, "model")
+        if isinstance(built, tuple) and len(built) == 2:
+            built, inputs = built
+        else:
+            inputs = None
+        if not isinstance(built, nn.Module):
+            raise UsageError(
+                f"{spec}: returned {type(built).__name__}; a model source returns a torch.nn.Module, "
+                "or a pair of it and its example inputs."
+            )
+        return SourceModel(built, inputs, spec)
+    from secateur.models import MODELS
+
+    if spec not in MODELS:
+        raise UsageError(
+            f"{spec}: no such model{user_code.suggest(spec, MODELS)} Known are {', '.join(sorted(MODELS))}; "
+            "others are named torchvision:NAME, timm:NAME, path/to/file.py:FUNCTION or package.module:FUNCTION."
+        )
+    factory = MODELS[spec]
+    built = user_code.guard(spec, factory, options, "model")
+    sizes = {name: p.default for name, p in inspect.signature(factory).parameters.items()} | options
+    side = sizes.get("in_size", CIFAR_SIDE)
+    return SourceModel(built, _noise((1, sizes["in_channels"], side, side)), spec)
+
+
+def open_model(
+    spec: str,
+    options: Mapping[str, Any] | None = None,
+    weights: str | None = None,
+    shapes: Iterable[str] = (),
+    bundle: DataBundle | None = None,
+) -> SourceModel:
+    """Build a model, fitted to its data, and fill it with its weights.
+
+    Args:
+        spec: As in :func:`model`.
+        options: As in :func:`model`; what they leave open of classes, channels and image size follows ``bundle``.
+        weights: File that :func:`secateur.save` or :func:`load_weights` knows; ``pretrained``; or None for fresh ones.
+        shapes: As in :func:`inputs`; without any, example inputs come from the data, else from the model's source.
+        bundle: The data that the model is to run on.
+
+    Returns:
+        The model, in eval mode, pruned if the file holds a pruned one, and its example inputs.
+
+    Raises:
+        UsageError: If model, weights, data and inputs can't be found, or don't fit each other.
+        CheckpointError: If the file is Secateur's, and damaged or another model's.
+    """
+    options = dict(options or {})
+    if bundle is not None:
+        options = {**_fitting(spec, bundle), **options}
+    found = model(spec, options, pretrained=weights == PRETRAINED)
+    if bundle is not None:
+        from secateur.training.tasks import require_fit
+
+        require_fit(found.model, found.name, bundle)
+    shapes = list(shapes)
+    example = found.example_inputs
+    if shapes:
+        example = inputs(shapes)
+    elif bundle is not None and bundle.task == "detection":
+        # Detectors take a list of images, one positional argument.
+        example = ([_noise(bundle.input_shape)],)
+    elif bundle is not None:
+        example = _noise((1, *bundle.input_shape))
+    built, plans = found.model, found.plans
+    if weights is not None and weights != PRETRAINED:
+        from secateur import checkpoint
+
+        if checkpoint.is_checkpoint(weights):
+            built, plans = _load_pruned(found, weights, options)
+        else:
+            load_weights(built, weights)
+    return SourceModel(built.eval(), example, found.name, plans, options)
+
+
+def _load_pruned(
+    found: SourceModel, path: str, options: Mapping[str, Any]
+) -> tuple[nn.Module, tuple[PruningPlan, ...]]:
+    from secateur import checkpoint
+
+    header = checkpoint.read_header(path)
+    try:
+        return checkpoint.load(found.model, path), header.plans
+    except CheckpointError as error:
+        saved = _origin(path, header.extra)
+        if saved is None or saved == (found.name, dict(options)):
+            raise
+        raise UsageError(
+            f"{path}: was saved of {_words(*saved)}, and the model given is {_words(found.name, options)}; "
+            "give the same model and options."
+        ) from error
+
+
+def _origin(path: str, extra: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """Find out how the network of a file was built, from the file itself or from the run that it lies in."""
+    from secateur.runfile import config
+
+    saved = extra.get(ORIGIN)
+    if isinstance(saved, dict) and isinstance(saved.get("model_options"), dict):
+        return str(saved.get("model")), saved["model_options"]
+    beside = Path(path).with_name(config.FILE)
+    if not beside.is_file():
+        return None
+    try:
+        run = config.load(beside)
+    except UsageError:
+        return None  # the checkpoint's own error says what is wrong
+    return run.model, run.model_options
+
+
+def _words(name: str, options: Mapping[str, Any]) -> str:
+    given = [
+        f"--model-option {key}={value if isinstance(value, str) else json.dumps(value, default=str)}"
+        for key, value in options.items()
+    ]
+    return " ".join((name, *given))
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Fill ``model`` with a plain state dict; see :func:`secateur.checkpoint.load_weights` for what is read.
+
+    A prefix that a trainer's own module put before every key (:data:`PREFIXES`) is taken off.
+
+    Raises:
+        UsageError: If there is no such file, or it holds another model's weights; the model is then left as it was.
+        CheckpointError: If the file is damaged, or holds no state dict.
+    """
+    from secateur import checkpoint
+
+    own = model.state_dict()
+    state = checkpoint.load_weights(path)
+    for prefix in PREFIXES:
+        if all(key.startswith(prefix) for key in state) and not any(key.startswith(prefix) for key in own):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    for wrapper in ("module.", "_orig_mod."):
+        # Reading takes a wrapper's name off; here it is a part of the model's own.
+        if all(key.startswith(wrapper) for key in own) and not any(key.startswith(wrapper) for key in state):
+            state = {wrapper + key: value for key, value in state.items()}
+    # Files from before PyTorch 0.4.1 have no counters of batches; torch's own strict loading allows that too.
+    state = {key: own[key] for key in own if key.endswith("num_batches_tracked")} | state
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    if missing or unexpected:
+        raise UsageError(
+            f"{path}: not the weights of this {type(model).__name__}: "
+            f"{_count(missing, 'missing')}, {_count(unexpected, 'unexpected')}."
+        )
+    for key, value in state.items():
+        if value.shape != own[key].shape:
+            raise UsageError(
+                f"{path}: {key} has shape {tuple(value.shape)} in the file and {tuple(own[key].shape)} in "
+                f"{type(model).__name__}; give the file of this very model, or build the model with --model-option."
+            )
+    model.load_state_dict(state)
+
+
+def data(spec: str, options: Mapping[str, Any] | None = None) -> DataBundle:
+    """Load the data sets that ``spec`` names.
+
+    Args:
+        spec: ``digits``; ``mnist:ROOT``, ``cifar10:ROOT``, ``imagefolder:ROOT`` or ``voc:ROOT``; or
+            ``path/to/file.py:FUNCTION`` or ``package.module:FUNCTION``, which is called with ``options`` and returns
+            a :class:`secateur.data.DataBundle`.
+        options: Keyword arguments of the loader, e.g. ``{"image_size": 224}``.
+
+    Raises:
+        UsageError: If there is no such source, or the function fails or returns something else.
+        DataError: If the data is missing or unreadable.
+    """
+    from secateur.data import DATASETS, DataBundle, load
+
+    options = dict(options or {})
+    kind = spec.partition(":")[0]
+    if kind in DATASETS:
+        bundle = user_code.guard(spec, load, {"name": spec, **options}, "data")
+    elif ":" in spec:
+        bundle = user_code.call(spec, options, "data")
+    else:
+        raise UsageError(
+            f"{spec}: no such data{user_code.suggest(kind, DATASETS)} Known are {', '.join(sorted(DATASETS))}; "
+            "others are named path/to/file.py:FUNCTION or package.module:FUNCTION."
+        )
+    if not isinstance(bundle, DataBundle):
+        raise UsageError(f"{spec}: returned {type(bundle).__name__}; a data source returns a secateur.data.DataBundle.")
+    for part in ("train", "validation", "test"):
+        if len(getattr(bundle, part)) == 0:
+            raise DataError(f"{spec}: the {part} set is empty; nothing can be measured on it.")
+    return bundle
+
+
+def method(spec: str) -> str | Criterion:
+    """Find what ``--method`` names.
+
+    Args:
+        spec: The name of a method or criterion, which is returned as it is; or ``path/to/file.py:FUNCTION``,
+            ``package.module:FUNCTION``, where the function is registered as a criterion or its parameters are named
+            after what it reads.
+
+    Raises:
+        UsageError: If there is no such file, module or function, or the function is no criterion.
+    """
+    return criteria.get(user_code.imported(spec, "method")) if ":" in spec else spec
+
+
+def inputs(shapes: Iterable[str]) -> Any:
+    """Make example inputs of the shapes that ``--input`` gives.
+
+    One shape gives a tensor, several a tuple of positional arguments, named ones a dict of keyword arguments.
+
+    Args:
+        shapes: Texts such as ``1x3x224x224``, ``ids=1x16:long``; the type is ``float`` unless given.
+
+    Raises:
+        UsageError: If a text is no shape, or only some of several are named.
+
+    Example:
+        >>> inputs(["1x3x8x8"]).shape
+        torch.Size([1, 3, 8, 8])
+        >>> sorted(inputs(["image=2x1x8x8", "mask=2x8:bool"]))
+        ['image', 'mask']
+    """
+    shapes = list(shapes)
+    made: list[tuple[str | None, Tensor]] = []
+    for text in shapes:
+        match = _SHAPE.fullmatch(text)
+        dtype = match and DTYPES.get(match["dtype"] or "float")
+        size = [int(n) for n in match["shape"].split("x")] if match else []
+        if not match or dtype is None or 0 in size:
+            raise UsageError(
+                f"--input {text}: not a shape; write 1x3x224x224, NAME=1x3x224x224 or NAME=1x16:long "
+                f"(types: {', '.join(DTYPES)})."
+            )
+        made.append((match["name"], _noise(size, dtype)))
+    names = [name for name, _ in made]
+    if any(names) and not all(names):
+        raise UsageError(f"--input {' --input '.join(shapes)}: name all inputs or none.")
+    if any(names):
+        return {cast(str, name): value for name, value in made}
+    return made[0][1] if len(made) == 1 else tuple(value for _, value in made)
+
+
+def seed(value: int) -> None:
+    """Seed what fresh weights are drawn from."""
+    torch.manual_seed(value)
+
+
+def writable(path: Path) -> None:
+    """Refuse a place that can't be written to, before any work is done for it.
+
+    Raises:
+        UsageError: If ``path`` is a folder, or in one that can't be written to.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path}: is a folder; name a file in it.")
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"{path}: can't be written: {folder} is no folder that you may write to.")
+
+
+def absolute(spec: str) -> str:
+    """Make the path inside a model, weights or data spec absolute, so that it holds from any folder.
+
+    Example:
+        >>> absolute("torchvision:resnet18")
+        'torchvision:resnet18'
+        >>> absolute("mnist:data") == f"mnist:{Path('data').absolute()}"
+        True
+    """
+    from secateur.data import DATASETS
+
+    head, colon, tail = spec.partition(":")
+    if head in DATASETS and tail:
+        return f"{head}:{Path(tail).expanduser().absolute()}"
+    if head.endswith(".py"):
+        return f"{Path(head).expanduser().absolute()}{colon}{tail}"
+    return spec
+
+
+def _fitting(spec: str, bundle: DataBundle) -> dict[str, Any]:
+    """Options that make a known network take the images and tell the classes of a data set."""
+    kind = spec.partition(":")[0]
+    channels, side = bundle.input_shape[0], bundle.input_shape[-1]
+    classes = len(bundle.classes)
+    if kind == "timm":
+        return {"num_classes": classes, "in_chans": channels}
+    if kind == "torchvision":
+        # Detectors count the background as a class.
+        return {"num_classes": classes + (bundle.task == "detection")}
+    from secateur.models import MODELS
+
+    wanted = {"num_classes": classes, "in_channels": channels, "in_size": side}
+    known = inspect.signature(MODELS[spec]).parameters if spec in MODELS else {}
+    return {key: value for key, value in wanted.items() if key in known}
+
+
+def _torchvision(name: str, options: dict[str, Any], pretrained: bool) -> SourceModel:
+    import torchvision
+
+    registry = torchvision.models
+    if name not in registry.list_models():
+        raise UsageError(f"torchvision:{name}: no such model{user_code.suggest(name, registry.list_models())}")
+    builder = registry.get_model_builder(name)
+    # A detector or segmenter would otherwise download weights for its backbone.
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        options.setdefault("weights_backbone", None)
+    built = user_code.guard(f"torchvision:{name}", builder, {"weights": None, **options}, "model")
+    if pretrained:
+        published = registry.get_model_weights(name)
+        try:
+            entry = published["DEFAULT"]
+        except KeyError:
+            raise UsageError(f"torchvision:{name}: no weights are published for this model.") from None
+        try:
+            state = torch.hub.load_state_dict_from_url(
+                entry.url, map_location="cpu", check_hash=True, weights_only=True, progress=sys.stderr.isatty()
+            )
+        except OSError as error:
+            raise UsageError(
+                f"torchvision:{name}: the published weights can't be fetched: {user_code.one_line(error)}"
+            ) from error
+        try:
+            built.load_state_dict(state)
+        except RuntimeError as error:
+            raise UsageError(
+                f"torchvision:{name}: the published weights don't fit the model that --model-option makes: "
+                f"{user_code.one_line(error)}"
+            ) from error
+    module = builder.__module__
+    shape: tuple[int, ...] = (1, 3, 224, 224)
+    if ".video" in module:
+        shape = (1, 3, 16, 224, 224) if "mvit" in name or "swin" in name else (1, 3, 16, 112, 112)
+    elif name == "inception_v3":
+        shape = (1, 3, 299, 299)
+    if ".detection" in module:
+        # Detectors take a list of images, one positional argument.
+        return SourceModel(built, ([_noise((3, 320, 320))],), f"torchvision:{name}")
+    return SourceModel(built, _noise(shape), f"torchvision:{name}")
+
+
+def _timm(name: str, options: dict[str, Any], pretrained: bool) -> SourceModel:
+    try:
+        import timm
+    except ImportError:
+        raise UsageError(f"timm:{name}: timm is not installed; pip install 'secateur[timm]'.") from None
+    if not timm.is_model(name):
+        raise UsageError(f"timm:{name}: no such model{user_code.suggest(name, timm.list_models())}")
+    built = user_code.guard(
+        f"timm:{name}", timm.create_model, {"model_name": name, "pretrained": pretrained, **options}, "model"
+    )
+    shape = built.default_cfg["input_size"]
+    return SourceModel(built, _noise((1, *shape)), f"timm:{name}")
+
+
+def _noise(shape: Iterable[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Seeded noise, so that two runs trace and verify on the same input; the global generator stays untouched."""
+    shape = tuple(shape)
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(math.prod(shape)), dtype=dtype)
+    return torch.zeros(shape, dtype=dtype)
+
+
+def _count(keys: list[str], word: str) -> str:
+    return f"{len(keys)} {word}" + (f" ({keys[0]}{', …' if len(keys) > 1 else ''})" if keys else "")

@@ -1,0 +1,1 @@
+"""Channel shuffles: what they do to labels, and how many channels each of their stretches may lose."""

@@ -1,0 +1,239 @@
+"""One trial pruning: a copy of the network is cut, run, and compared with the masked original.
+
+A large network's program is compared, operator by operator; otherwise values are. What differs, or fails, is blamed on
+groups: on those that the failing line handles, or on those whose channels a layer reads wrongly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from secateur.errors import SecateurError, TraceError
+from secateur.graph.cost import macs
+from secateur.graph.places import lost
+from secateur.graph.plan import masks
+from secateur.graph.steps import steps
+from secateur.network.inputs import mapped
+from secateur.network.precision import in_double
+from secateur.pruning.planning import plan_removal
+from secateur.pruning.surgery import cut
+from secateur.pruning.verification import Difference, compare, doubled, jumps, outputs
+from secateur.tracing.code.reachable import Reached
+from secateur.tracing.program import Program
+from secateur.tracing.recording import Recording, record
+from secateur.tracing.trial.blame import Failure, blamed_for, frames_of, handled_by, misread
+from secateur.tracing.trial.programs import can_tell, is_same
+
+if TYPE_CHECKING:
+    from secateur.graph.channels import ChannelGraph, ChannelGroup
+    from secateur.graph.plan import PruningPlan
+    from secateur.tracing.grouping import Grouping
+
+_COARSE = 1e-3
+"""For what layers read, where sums of many terms cancel."""
+_TOLERANCE = 3e-5
+"""For what the network returns."""
+_FINE = 1e-9
+"""Where the code counts with numbers of channels: one of them may matter less than rounding does."""
+_FRACTIONS = (1 / 2, 1 / 3, 2 / 3)
+"""Fractions that groups lose in turn: what holds only where all lose the same has to fail."""
+
+Picked = list[list[int]]
+"""For every group, the channels that it loses in a trial."""
+
+
+@dataclass(eq=False)
+class Trials:
+    """The trial prunings of one network: what was removed and what passed is remembered from one grouping to the next.
+
+    Groups that outlive a failure lose the same channels again, and a plan that passed needs no second run.
+    """
+
+    model: nn.Module
+    example_inputs: Any
+    functions: list[Reached]
+    """What its forward may run."""
+    recording: Recording
+    """The run that the present grouping was made of."""
+    removed: dict[tuple[object, ...], list[int]] = field(default_factory=dict)
+    """What a group of this name and these constraints loses."""
+    passed: list[tuple[PruningPlan, bool]] = field(default_factory=list)
+    """Plans that passed, and whether it was compared what they compute, or only seen that they run."""
+    least: dict[tuple[object, ...], int] = field(default_factory=dict)
+    """Of a group of this name and these constraints, how many channels have to stay."""
+    struck: dict[tuple[object, ...], int] = field(default_factory=lambda: defaultdict(int))
+    """How many groups of a kind failed without a line that handles them to show for it."""
+
+    def part(self, index: int, group: ChannelGroup) -> list[int]:
+        """Return a part at random of a group's channels."""
+        key = key_of(group)
+        if key not in self.removed:
+            order = np.random.default_rng(index).permutation(group.size).tolist()
+            found = steps(group, order)
+            self.removed[key] = sorted(chain(*found[: _odd(group, found, _FRACTIONS[index % len(_FRACTIONS)])]))
+        return self.removed[key]
+
+    def passed_as(self, plan: PruningPlan, compared: bool) -> bool:
+        """Tell whether a plan passed; with ``compared``, by what it computes."""
+        return any(other == plan and (how or not compared) for other, how in self.passed)
+
+    def floored(self, graph: ChannelGraph) -> ChannelGraph:
+        """Return a graph whose groups say how many of their channels have to stay."""
+        return replace(graph, groups=tuple(replace(g, least=self.least.get(key_of(g), 1)) for g in graph.groups))
+
+
+def _odd(group: ChannelGroup, found: list[list[int]], fraction: float) -> int:
+    """Return how many steps to take, near a fraction of them, for what is left to be a multiple of nothing.
+
+    Code may ask in many ways whether a number can be divided by another. A prime number can't, nor has it a root.
+    """
+    left = group.size - np.cumsum([0, *map(len, found)])
+    unit = math.gcd(group.size, *map(len, found))
+    wanted = max(1, int(len(found) * fraction))
+    near = sorted(range(1, len(left)), key=lambda taken: (abs(taken - wanted), -taken))
+    return next((taken for taken in near if _is_prime(int(left[taken]) // unit)), wanted)
+
+
+def _is_prime(number: int) -> bool:
+    return number > 1 and all(number % divisor for divisor in range(2, math.isqrt(number) + 1))
+
+
+def key_of(group: ChannelGroup) -> tuple[object, ...]:
+    """Return what tells a group apart from one grouping to the next: its name and its constraints."""
+    schedule = group.schedule.tobytes() if group.schedule is not None else b""
+    return group.name, group.blocks.tobytes(), group.removable.tobytes(), schedule, group.multiple
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A trial that failed: the groups to blame, or, without any, those that the failing module handles."""
+
+    failures: list[Failure]
+    suspects: list[int] = field(default_factory=list)
+    reason: str = "the pruned network computes something else"
+    sources: tuple[str, ...] = ()
+
+
+def measured(trials: Trials, grouping: Grouping) -> tuple[bool, bool]:
+    """Tell whether the code compares the number of channels that can go, and whether it counts with it."""
+    flow = trials.recording.flow
+    followed = [(a.module, a.name) for a in flow.attributes if a.guessed]
+    taken = [flow.numbers[key] for key in followed if key in flow.numbers and flow.numbers[key].taken]
+    for labels, measure in flow.measures:
+        if measure.taken and (grouping.group_of[grouping.classes[labels]] >= 0).any():
+            taken.append(measure)
+    taken += [measure for measure in flow.widths.values() if measure.taken]
+    return bool(taken), any(measure.computed for measure in taken)
+
+
+def attempt(trials: Trials, grouping: Grouping, chosen: list[int], picked: Picked) -> Outcome | None:
+    """Prune some groups and compare; None: all is well."""
+    graph = grouping.graph
+    plan = plan_removal(graph, {graph.groups[i].name: picked[i] for i in chosen})
+    exact = [i for i in chosen if graph.groups[i].exact]
+    compared = len(exact) == len(chosen)  # inexact groups change values, so it has to run, and no more
+    if not trials.passed_as(plan, compared):
+        outcome = _run(trials, grouping, chosen, plan, compared)
+        if outcome is not None:
+            return outcome
+        trials.passed.append((plan, compared))
+    # Values are compared without the inexact groups; a program tells of these, too.
+    return attempt(trials, grouping, exact, picked) if exact and not trials.passed_as(plan, True) else None
+
+
+def _run(trials: Trials, grouping: Grouping, chosen: list[int], plan: PruningPlan, compared: bool) -> Outcome | None:
+    """Cut the network and run it, and compare values where asked; None: all is well."""
+    model, example_inputs = trials.model, trials.example_inputs
+    small, program = model, Program()
+    try:
+        small = cut(model, plan, share=True)
+        if _tells(trials, grouping, plan, small, program):
+            trials.passed.append((plan, True))
+            return None
+        if program.failed is not None:
+            raise program.failed
+        if not compared:
+            outputs(small, example_inputs)
+            return None
+        limit = (1e-6 if plan.magnitudes else _FINE) if measured(trials, grouping)[1] else _TOLERANCE
+        finely = _in_double(model, small, plan, example_inputs, limit) if limit < _TOLERANCE else None
+        difference = finely or _settled(model, small, plan, example_inputs, _COARSE)
+    except SecateurError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever the model's own code raises; it is the finding
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = f"with fewer channels the model's own code fails: {text}"
+        frames = frames_of(error, small)
+        # What was looked at in its frames holds it, and it holds them, with all that the network had made.
+        error.__traceback__ = None
+        sources = tuple(source for source, _ in frames)
+        if len(chosen) == 1:
+            return Outcome([Failure(chosen[0], reason, sources)])
+        return Outcome(
+            blamed_for(grouping, chosen, frames, reason), handled_by(grouping, chosen, frames), reason, sources
+        )
+    finally:
+        program.failed = None  # by its traceback it holds this very call, and the network that was cut
+    if finely is None and not _agrees(difference, _TOLERANCE):
+        difference = _in_double(model, small, plan, example_inputs, 1e-6) or difference
+    if _agrees(difference, limit if finely is not None else _TOLERANCE):
+        return None
+    blamed = misread(grouping, chosen, difference.mismatched)
+    if len(chosen) == 1:
+        return Outcome(blamed or [Failure(chosen[0], "the pruned network computes something else")])
+    # What a layer reads wrongly may have been made wrong by what another group lost: they are tried alone.
+    return Outcome([], [failure.group for failure in blamed], blamed[0].reason if blamed else Outcome.reason)
+
+
+def _tells(trials: Trials, grouping: Grouping, plan: PruningPlan, small: nn.Module, program: Program) -> bool:
+    """Tell whether a run without values shows that the cut network computes what the masked original computes.
+
+    That run is noted in ``program``, and so is why it failed.
+    """
+    graph, whole = grouping.graph, trials.recording
+    if not can_tell(whole, macs(graph) * graph.batch):
+        return False
+    flow = whole.flow
+    try:
+        found = record(small, trials.example_inputs, trials.functions, flow.decisions, flow.loose, light=program)
+    except TraceError:
+        return False
+    return not program.kept() and is_same(
+        whole, found, grouping.classes, lost(grouping.group_of, grouping.channel_of, masks(graph, plan.removed))
+    )
+
+
+def _agrees(difference: Difference, limit: float) -> bool:
+    return not difference.mismatched and difference.error <= limit
+
+
+def _in_double(
+    model: nn.Module, small: nn.Module, plan: PruningPlan, example_inputs: Any, limit: float
+) -> Difference | None:
+    """Compare once more in fp64, where rounding can't tip a data-dependent choice; None where it does not run."""
+    inputs = mapped(example_inputs, lambda t: t.double() if t.is_floating_point() else t)
+    try:
+        with in_double():
+            return _settled(model, small, plan, inputs, limit)
+    except (RuntimeError, TypeError, ValueError):
+        pass
+    try:  # with copies of the networks, which take more memory
+        model = doubled(model)
+        return _settled(model, cut(model, plan, share=True), plan, inputs, limit)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+
+
+def _settled(model: nn.Module, small: nn.Module, plan: PruningPlan, inputs: Any, limit: float) -> Difference:
+    """Compare; outputs that jump tell nothing, and what layers make is compared in their stead."""
+    found = compare(model, small, plan, inputs, limit)
+    if not found.mismatched and found.error > limit and jumps(model, small, plan, inputs, found, limit):
+        found.error = 0.0
+    return found

@@ -1,0 +1,98 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from secateur.cli.commands import main
+from tests.report.synthetic import write_run
+
+TINY = ["lenet5", "--model-option", "widths=[2, 3]", "--model-option", "hidden=4", "--model-option", "in_size=16"]
+
+
+def test_report_writes_page_and_numbers_and_shows_the_headline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run")
+    assert main(["report", str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert "−0.40 points" in shown
+    assert "−67.1%" in shown
+    assert (run / "report.html").stat().st_size > 4_000_000
+    assert json.loads((run / "report.json").read_text())["format"] == 1
+
+
+def test_report_of_several_runs_as_json_is_one_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [str(write_run(tmp_path / name)) for name in "ab"]
+    assert main(["report", *runs, "--out", str(tmp_path / "r.html"), "--json"]) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert [run["directory"] for run in numbers["runs"]] == runs
+    assert numbers["comparison"]["figures"][0]["id"] == "pareto"
+
+
+def test_benchmark_measures_two_networks_and_writes_what_a_report_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "b.json"
+    words = ["benchmark", *TINY, "--against", "original", "--batch-size", "2", "--rounds", "2", "--out", str(out)]
+    assert main([*words, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown == json.loads(out.read_text())
+    assert [row["variant"] for row in shown["rows"]] == ["pruned", "original"]
+    assert shown["speed_ups"][0]["theoretical"] == 1.0
+
+
+def test_export_says_what_was_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "net.pt2"
+    assert main(["export", *TINY, "--out", str(out)]) == 0
+    assert "at batch sizes 1, 3" in capsys.readouterr().out
+    assert out.is_file()
+
+
+def test_prune_measures_which_multiple_of_channels_is_fastest(capsys: pytest.CaptureFixture[str]) -> None:
+    widths = ["--model-option", "widths=[8, 8]", "--model-option", "hidden=16", "--model-option", "in_size=16"]
+    assert main(["prune", "lenet5", *widths, "--macs", "0.4", "--round-to", "auto", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    times = {(t["round_to"], t["memory_format"]): t["ms"] for t in found["measured"]["times"]}
+    assert {1, 4} <= {multiple for multiple, _ in times}
+    assert "16" in found["measured"]["infeasible"]
+    chosen = times[found["round_to"], found["measured"]["memory_format"]]
+    assert chosen <= 1.03 * min(times.values())
+    assert all(width % found["round_to"] == 0 for width in found["widths"]["after"].values() if width < 8)
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["report", "{}/nowhere"], 2, "no such run directory"),
+        (["report"], 2, "No run directory given"),
+        (["benchmark"], 2, "MODEL is missing"),
+        (["benchmark", *TINY, "--backend", "tensorrt"], 2, "unknown backend 'tensorrt'"),
+        (["benchmark", *TINY, "--out", "/dev/null/b.json"], 2, "can't be written"),
+        (["benchmark", "--run-dir", "{}"], 2, "no run.yaml"),
+        (["benchmark", *TINY, "--run-dir", "{}"], 2, "leave out MODEL"),
+        (["prune", *TINY, "--macs", "0.5", "--round-to", "0"], 2, "whole number from 1 up, or auto"),
+        (["export", *TINY], 2, "where to?"),
+        (["export", *TINY, "--out", "{}/net.tflite"], 2, "unknown export format"),
+        (["export", *TINY, "--out", "{}/net.onnx", "--int8", "{}/q.onnx"], 2, "--int8 quantises"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_leaves_nothing(
+    words: list[str], status: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word.format(tmp_path) for word in words]) == status
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert len(shown.err.strip().splitlines()) == 1
+    assert not shown.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_benchmark_against_another_model_names_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = tmp_path / "other.py"
+    network.write_text(
+        "from secateur.models import lenet5\n\n\ndef build():\n    return lenet5((4, 4), 8, in_size=16)\n"
+    )
+    words = ["benchmark", *TINY, "--against", f"{network}:build", "--batch-size", "2", "--rounds", "2", "--json"]
+    assert main(words) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [row["variant"] for row in shown["rows"]] == ["lenet5", "other.py:build"]

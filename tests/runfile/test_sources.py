@@ -1,0 +1,275 @@
+"""Models, weights and inputs are found by one word, and every other word is refused in one line."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+
+from secateur.errors import CheckpointError, UsageError
+from secateur.runfile import sources
+
+NETWORK = """
+import torch
+from torch import nn
+from beside import WIDTH
+
+CONSTANT = 3
+
+class Network(nn.Sequential):
+    def __init__(self, width=WIDTH):
+        super().__init__(nn.Conv2d(1, width, 3), nn.ReLU())
+
+def build(width=WIDTH):
+    return Network(width)
+
+def with_inputs():
+    return Network(), torch.zeros(1, 1, 5, 5)
+
+def number():
+    return 3
+
+def fails():
+    raise ValueError("no\\nluck")
+"""
+
+
+@pytest.fixture
+def network_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "beside.py").write_text("WIDTH = 4\n")
+    path = tmp_path / "network.py"
+    path.write_text(NETWORK)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return path
+
+
+def test_a_function_of_a_file_builds_the_model(network_file: Path) -> None:
+    found = sources.model(f"{network_file}:build", {"width": 6})
+    assert isinstance(found.model[0], nn.Conv2d)  # type: ignore[index]
+    assert found.model[0].out_channels == 6  # type: ignore[index]
+    assert found.example_inputs is None
+    assert sources.model(f"{network_file}:Network").model[0].out_channels == 4  # type: ignore[index]
+
+
+def test_a_function_may_bring_its_example_inputs(network_file: Path) -> None:
+    found = sources.model(f"{network_file}:with_inputs")
+    assert found.example_inputs.shape == (1, 1, 5, 5)
+
+
+def test_a_function_of_a_module_builds_the_model(network_file: Path) -> None:
+    assert type(sources.model("network:build").model).__name__ == "Network"
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "expected"),
+    [
+        ("lenet6", {}, ["no such model; did you mean lenet5", "Known are lenet5"]),
+        ("torchvision:resnet19", {}, ["no such model; did you mean", "resnet18"]),
+        ("timm:resnet19", {}, ["no such model; did you mean", "resnet18"]),
+        ("absent.py:build", {}, ["no such file: absent.py"]),
+        ("{file}:bild", {}, ["has no function 'bild'; did you mean build?"]),
+        ("{file}:CONSTANT", {}, ["has no function 'CONSTANT'"]),
+        ("{file}:number", {}, ["returned int", "torch.nn.Module"]),
+        ("{file}:fails", {}, ["ValueError at {file}:22: no luck"]),
+        ("{file}:build", {"wide": 3}, ["TypeError", "unexpected keyword argument 'wide'", "--model-option NAME=VALUE"]),
+        ("no.such.package:build", {}, ["no module 'no.such.package' to import"]),
+        ("lenet5", {"num_classes": -1}, ["lenet5", "-1"]),
+        ("torchvision:resnet18", {"depth": 3}, ["'depth'", "--model-option NAME=VALUE"]),
+    ],
+)
+def test_a_model_that_is_not_there_is_refused(
+    network_file: Path, spec: str, options: dict[str, Any], expected: list[str]
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        sources.model(spec.format(file=network_file), options)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in expected:
+        assert part.format(file=network_file) in message
+
+
+def test_a_file_that_does_not_compile_is_refused_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("def build(:\n")
+    with pytest.raises(UsageError, match=r"SyntaxError.*broken\.py"):
+        sources.model(f"{tmp_path / 'broken.py'}:build")
+
+
+def test_published_weights_exist_only_where_a_library_publishes(network_file: Path) -> None:
+    for spec in ("lenet5", f"{network_file}:build"):
+        with pytest.raises(UsageError, match="no published weights"):
+            sources.model(spec, pretrained=True)
+
+
+def test_published_weights_are_read_without_unpickling(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision
+
+    state = {k: v + 1 for k, v in torchvision.models.squeezenet1_1().state_dict().items()}
+    calls: list[dict[str, Any]] = []
+
+    def fetch(url: str, **options: Any) -> dict[str, torch.Tensor]:
+        calls.append({"url": url, **options})
+        return state
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fetch)
+    found = sources.model("torchvision:squeezenet1_1", pretrained=True)
+    assert all(torch.equal(v, state[k]) for k, v in found.model.state_dict().items())
+    assert calls[0]["weights_only"] is True
+    assert calls[0]["check_hash"] is True
+    with pytest.raises(UsageError, match="don't fit"):
+        sources.model("torchvision:squeezenet1_1", {"num_classes": 3}, pretrained=True)
+
+
+def small() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+
+
+def write_safetensors(state: dict[str, torch.Tensor], path: Path) -> Path:
+    save_file({k: v.clone() for k, v in state.items()}, path.with_suffix(".safetensors"))
+    return path.with_suffix(".safetensors")
+
+
+def write_torch(state: Any, path: Path) -> Path:
+    torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "module.model."])
+@pytest.mark.parametrize("nest", [None, "state_dict", "model", "model_state_dict"])
+@pytest.mark.parametrize("write", [write_safetensors, write_torch])
+def test_weights_are_found_under_every_usual_wrapping(
+    tmp_path: Path, prefix: str, nest: str | None, write: Any
+) -> None:
+    trained, fresh = small(), small()
+    nn.init.constant_(trained[1].running_mean, 3.0)  # type: ignore[index]
+    state: Any = {prefix + key: value for key, value in trained.state_dict().items()}
+    if nest is not None and write is write_torch:
+        state = {nest: state, "epoch": 7}
+    sources.load_weights(fresh, write(state, tmp_path / "weights.pth"))
+    for key, value in trained.state_dict().items():
+        assert torch.equal(fresh.state_dict()[key], value), key
+
+
+def test_a_prefix_of_the_model_itself_stays(tmp_path: Path) -> None:
+    trained = nn.ModuleDict({"module": nn.Linear(2, 2)})
+    fresh = nn.ModuleDict({"module": nn.Linear(2, 2)})
+    sources.load_weights(fresh, write_torch(trained.state_dict(), tmp_path / "w.pth"))
+    assert torch.equal(fresh["module"].weight, trained["module"].weight)
+
+
+class Foreign:
+    """Anything but tensors: must never be unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (pytest.fail, ("a foreign object was unpickled",))
+
+
+def damaged(path: Path) -> Path:
+    write_torch(small().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:200])
+    return path
+
+
+def text(path: Path) -> Path:
+    path.write_text("no weights")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda p: p, ["no such file"]),
+        (lambda p: p.parent, ["can't be read"]),
+        (lambda p: write_torch(Foreign(), p), ["never unpickled", "torch.save(model.state_dict()"]),
+        (lambda p: write_torch({"epoch": 3}, p), ["expected a state dict"]),
+        (lambda p: write_torch([1, 2], p), ["expected a state dict"]),
+        (lambda p: write_torch({}, p), ["expected a state dict"]),
+        (damaged, []),
+        (text, []),
+        (lambda p: text(p.with_suffix(".safetensors")), []),
+        (
+            lambda p: write_torch({"0.weight": torch.zeros(2, 1, 3, 3), "fc": torch.zeros(1)}, p),
+            ["missing (0.bias, …)", "1 unexpected (fc)"],
+        ),
+        (
+            lambda p: write_torch({**small().state_dict(), "0.weight": torch.zeros(4, 1, 3, 3)}, p),
+            ["0.weight has shape (4, 1, 3, 3) in the file and (2, 1, 3, 3)"],
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_and_nothing_changes(
+    tmp_path: Path, make: Any, expected: list[str]
+) -> None:
+    model = small()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    path = make(tmp_path / "weights.pth")
+    with pytest.raises((UsageError, CheckpointError)) as caught:
+        sources.load_weights(model, path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(str(path))
+    for part in expected:
+        assert part in message
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.sampled_from([*sources.DTYPES]))
+def test_an_input_has_the_shape_and_type_it_was_given(shape: list[int], dtype: str) -> None:
+    text = "x".join(map(str, shape))
+    for value in (sources.inputs([f"{text}:{dtype}"]), sources.inputs([f"a={text}:{dtype}"])["a"]):
+        assert list(value.shape) == shape
+        assert value.dtype is sources.DTYPES[dtype]
+
+
+def test_several_inputs_are_positional_and_named_ones_keywords() -> None:
+    assert [tuple(t.shape) for t in sources.inputs(["1x3", "2"])] == [(1, 3), (2,)]
+    assert {k: tuple(t.shape) for k, t in sources.inputs(["a=1x3", "b=2"]).items()} == {"a": (1, 3), "b": (2,)}
+
+
+def test_inputs_are_the_same_again_and_leave_the_generator_alone() -> None:
+    state = torch.get_rng_state()
+    assert torch.equal(sources.inputs(["2x3"]), sources.inputs(["2x3"]))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "shapes", [["3,224"], ["x"], [""], ["1x0x3"], ["1x3:complex"], ["1x-3"], ["1x3", "b=2"], ["2a=1x3"]]
+)
+def test_a_shape_that_is_none_is_refused(shapes: list[str]) -> None:
+    with pytest.raises(UsageError, match="--input"):
+        sources.inputs(shapes)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("mnist:data", "mnist:{here}/data"),
+        ("imagefolder:/data", "imagefolder:/data"),
+        ("net.py:build", "{here}/net.py:build"),
+        ("timm:resnet18", "timm:resnet18"),
+        ("lenet5", "lenet5"),
+        ("package.module:function", "package.module:function"),
+        ("digits", "digits"),
+    ],
+)
+def test_paths_in_specs_become_absolute(spec: str, expected: str) -> None:
+    assert sources.absolute(spec) == expected.format(here=Path.cwd())
+
+
+def test_weights_from_before_batches_were_counted_are_read(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3))
+
+    model = build()
+    model(torch.randn(2, 1, 5, 5))
+    state = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+    save_file(state, tmp_path / "old.safetensors")
+    fresh = build()
+    sources.load_weights(fresh, tmp_path / "old.safetensors")
+    for key, value in state.items():
+        assert torch.equal(fresh.state_dict()[key], value)
+    assert int(fresh[1].num_batches_tracked) == 0

@@ -1,0 +1,366 @@
+"""What a run without values accepts, numbers have to accept; and it sees what numbers may miss."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import secateur as sc
+from secateur.tracing import recording
+from secateur.tracing.flow import Flow
+from secateur.tracing.program import Program
+from secateur.tracing.recording import record
+from secateur.tracing.trial import attempt, programs, search
+from tests import oracle
+from tests.cases import CASES
+from tests.cases.table import Net, conv
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every network tried, and its program compared however small it is."""
+    monkeypatch.setattr(Flow, "certain", property(lambda self: False))
+    monkeypatch.setattr(programs, "WORTH", -1)
+
+
+def verdicts(monkeypatch: pytest.MonkeyPatch, model: nn.Module, inputs: Any) -> list[tuple[bool, bool]]:
+    """Trace; return of every trial whether the programs are the same, and whether the pruned network held.
+
+    Where they are the same for a plan with inexact groups, that tells of the exact ones alone, which are tried next.
+    """
+    found: list[tuple[bool, bool]] = []
+    run, tells = attempt._run, attempt._tells
+    told_of: tuple[Any, list[int]] | None = None
+
+    def both(trials: Any, grouping: Any, chosen: Any, plan: Any, compared: bool) -> Any:
+        nonlocal told_of
+        told = tells(trials, grouping, plan, attempt.cut(trials.model, plan, share=True), Program())
+        outcome = run(trials, grouping, chosen, plan, compared)
+        found.append((told or told_of == (grouping, chosen), outcome is None))
+        exact = [i for i in chosen if grouping.graph.groups[i].exact]
+        told_of = (grouping, exact) if told and not compared else None
+        return outcome
+
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr(attempt, "_run", both)
+        patch.setattr(attempt, "_tells", lambda *_: False)
+        sc.trace(model, inputs)
+    return found
+
+
+@pytest.mark.usefixtures("always")
+def test_what_programs_accept_numbers_accept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the table of patterns, with every wrong assumption on the way to the right one."""
+    monkeypatch.setattr(search, "contradicted", lambda _: [])
+    count: Counter[tuple[bool, bool]] = Counter()
+    wrong = []
+    for case in CASES.values():
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = oracle.randomise(case.build())
+        found = verdicts(monkeypatch, model, oracle.doubled(case.inputs()))
+        wrong += [case.name for told, held in found if told and not held]
+        count.update(found)
+    assert not wrong
+    assert count[True, True] >= 180
+    assert count[False, False] >= 25
+
+
+def chosen_by_width(m: Net, x: Tensor) -> Tensor:
+    a, b = m.one(x), m.two(x)
+    out: Tensor = m.head((a if a.shape[1] == 8 else b).relu() * (a + b))
+    return out
+
+
+def constant_of_width(m: Net, x: Tensor) -> Tensor:
+    x = m.one(x)
+    out: Tensor = m.head(x / torch.from_numpy(np.full((1,), float(x.shape[1]))))
+    return out
+
+
+def moved_by_width(m: Net, x: Tensor) -> Tensor:
+    y = m.one(x)
+    at = int(y.shape[1]) // 8  # a plain number, which tells nobody that it was a width
+    out: Tensor = m.head(y) * x[..., at : at + 1]
+    return out
+
+
+def picked_by_width(m: Net, x: Tensor) -> Tensor:
+    y = m.one(x)
+    out: Tensor = m.head(y) * x.select(3, y.shape[1] // 8).unsqueeze(3)
+    return out
+
+
+def scaled_by_width(m: Net, x: Tensor) -> Tensor:
+    y = m.one(x)
+    out: Tensor = m.head(y * y.shape[1] ** -0.5)
+    return out
+
+
+def padded_by_width(m: Net, x: Tensor) -> Tensor:
+    y = m.one(x)
+    out: Tensor = m.head(torch.nn.functional.conv2d(y, m.kernel, dilation=1 + y.shape[1] // 8, padding="same"))
+    return out
+
+
+CODES: list[Callable[[Net, Tensor], Tensor]] = [
+    chosen_by_width, constant_of_width, moved_by_width, picked_by_width, scaled_by_width, padded_by_width,
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("code", CODES)
+def test_code_that_computes_with_the_width_is_told(
+    code: Callable[[Net, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where shapes and labels are the same, and whatever the values are: these networks give zeros alone."""
+    net = Net(code, one=conv(3, 8), two=conv(3, 8), head=conv(8, 3))
+    net.kernel = nn.Parameter(torch.randn(8, 8, 3, 3))
+    nn.init.zeros_(net.head.weight)
+    found = verdicts(monkeypatch, net.double(), torch.randn(2, 3, 6, 6, dtype=torch.float64))
+    assert not found[0][0]
+
+
+class Compared(BaseException):
+    """No exception that a trial takes for the model's own."""
+
+
+def never(*_: Any) -> None:
+    raise Compared
+
+
+def by_shape(m: Net, x: Tensor) -> Tensor:
+    x = m.stem(x).relu()
+    n, c, h, w = x.shape
+    x = x.reshape(n, c, h * w).mean(2)
+    out: Tensor = m.head(m.hidden(x).relu())
+    return out
+
+
+def test_large_networks_are_tried_without_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net(by_shape, stem=conv(3, 64), hidden=nn.Linear(64, 32), head=nn.Linear(32, 4)).eval()
+    images = torch.randn(2, 3, 256, 192)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attempt, "compare", never)
+        patch.setattr(attempt, "outputs", never)
+        graph = sc.trace(model, images)
+    assert {g.name: g.size for g in graph.groups} == {"stem": 64, "hidden": 32}
+    plan = sc.plan_removal(graph, {"stem": list(range(0, 64, 3)), "hidden": list(range(9))})
+    assert sc.verify(model, sc.apply(model, plan), plan, images).exact
+
+
+def test_a_program_tells_of_inexact_groups_and_exact_ones_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def normed(m: Net, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        n, c, h, w = x.shape
+        x = m.norm(x.reshape(n, c, h * w).transpose(1, 2))
+        out: Tensor = m.head(m.hidden(x).relu().mean(1))
+        return out
+
+    layers = {"norm": nn.LayerNorm(64), "hidden": nn.Linear(64, 56), "head": nn.Linear(56, 4)}
+    model = Net(normed, stem=conv(3, 64), **layers).eval()
+    images = torch.randn(2, 3, 256, 192)
+    cut, plans = attempt.cut, []
+
+    def counted(model: nn.Module, plan: Any, **options: Any) -> Any:
+        plans.append(plan)
+        return cut(model, plan, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attempt, "cut", counted)
+        patch.setattr(attempt, "compare", never)
+        graph = sc.trace(model, images)
+    assert sorted((g.size, g.exact) for g in graph.groups) == [(56, True), (64, False)]
+    assert len(plans) == 1
+    plan = sc.plan_removal(graph, {g.name: list(range(19)) for g in graph.groups if g.exact})
+    assert sc.verify(model, sc.apply(model, plan), plan, images).exact
+
+
+def test_sizes_that_the_code_gets_wrong_are_found_without_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fixed(m: Net, x: Tensor) -> Tensor:
+        out: Tensor = m.head(m.stem(x).relu().reshape(2, 64, 256 * 192).mean(2))
+        return out
+
+    model = Net(fixed, stem=conv(3, 64), head=nn.Linear(64, 4)).eval()
+    monkeypatch.setattr(attempt, "compare", never)
+    monkeypatch.setattr(attempt, "outputs", never)
+    graph = sc.trace(model, torch.randn(2, 3, 256, 192))
+    assert not graph.groups
+    assert any("shape '[2, 64, 49152]' is invalid" in refusal.reason for refusal in graph.refused)
+
+
+def test_a_light_run_leaves_the_model_and_makes_zeros() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(inplace=True), nn.Conv2d(32, 8, 3)).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    images = torch.randn(4, 3, 96, 96)
+    light, whole = record(model, images, [], {}, light=Program()), record(model, images, [], {})
+    assert [(s.name, s.arguments) for s in light.program.steps] == [(s.name, s.arguments) for s in whole.program.steps]
+    assert [[m[0] for m in s.made] for s in light.program.steps] == [
+        [m[0] for m in s.made] for s in whole.program.steps
+    ]
+    assert model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_operators_that_are_not_run_keep_shape_strides_and_identity(dtype: torch.dtype) -> None:
+    aten, big = torch.ops.aten, torch.ones(600, 700, dtype=dtype)
+    run = Program().shaped
+    made = run(aten.mm.default, (big.t(), big), {})
+    assert made.shape == (700, 700)
+    assert not made.any()
+    added = run(aten.add.Tensor, (made.t(), made.t()), {})
+    assert added.stride() == (made.t() + made.t()).stride()
+    added += 1
+    assert run(aten.add_.Tensor, (added, made), {}) is added
+    assert added.eq(1).all()
+    first = run(aten.sort.default, (made, 1), {})
+    assert [t.dtype for t in first] == [dtype, torch.int64]
+    assert run(aten.add.Tensor, (big, big), {}).eq(2).all()
+    assert run(aten.ones_like.default, (made,), {}).eq(1).all()
+    with pytest.raises(RuntimeError):
+        run(aten.add_.Tensor, (made, torch.ones(3, dtype=dtype)), {})
+
+
+@pytest.mark.parametrize("read", ["numpy", "tolist", "item", "bool"])
+def test_a_loop_that_waits_for_a_value_is_run_with_values(read: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: dict[str, Callable[[Tensor], float]] = {
+        "numpy": lambda t: t.numpy().max(), "tolist": lambda t: max(t.tolist()), "item": lambda t: t.max().item(),
+        "bool": lambda t: 0.0 if (t == 0).all() else 1.0,
+    }  # fmt: skip
+    rounds = 0
+
+    def until_positive(m: Net, x: Tensor) -> Tensor:
+        nonlocal rounds
+        x = m.stem(x).relu()
+        while True:
+            x = x.reshape(x.shape[0], x.shape[1], *x.shape[2:]) + 1
+            rounds += 1
+            assert rounds < 50
+            if reads[read](x.mean((1, 2, 3))) > 0:
+                out: Tensor = m.head(x.mean((2, 3)))
+                return out
+
+    model = Net(until_positive, stem=conv(3, 64), head=nn.Linear(64, 4)).eval()
+    monkeypatch.setattr(attempt, "compare", never)
+    monkeypatch.setattr(attempt, "outputs", never)
+    with pytest.raises(Compared):
+        sc.trace(model, torch.randn(2, 3, 256, 192))
+    assert rounds < 10
+
+
+CACHE: dict[Any, Tensor] = {}
+
+
+class Wide(nn.Module):
+    """Large enough to be tried without values; ``between`` is done with the features."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.between = between
+        self.a, self.b, self.c = conv(3, 64), conv(64, 64), conv(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.between(self.a(x).relu())
+        out: Tensor = self.c(self.b(x).relu())
+        return out
+
+
+def test_random_numbers_with_channels_are_no_network_that_can_be_told() -> None:
+    noisy, images = Wide(lambda x: x + 0.1 * torch.randn_like(x)).eval(), torch.randn(1, 3, 128, 128)
+    assert not [g for g in sc.trace(noisy, images).groups if g.name == "a"]
+    still = Wide(lambda x: x + 0.1 * torch.randn(1, 1, *x.shape[2:])).eval()
+    assert [g for g in sc.trace(still, images).groups if g.name == "a"]
+
+
+def test_constants_that_the_code_keeps_have_their_values() -> None:
+    def cached(x: Tensor) -> Tensor:
+        if tuple(x.shape) not in CACHE:
+            CACHE[tuple(x.shape)] = torch.ones_like(x) * 0.5
+        return x * CACHE[tuple(x.shape)]
+
+    CACHE.clear()
+    graph = sc.trace(Wide(cached).eval(), torch.randn(1, 3, 128, 128))
+    assert [g.name for g in graph.groups] == ["a", "b"]
+    assert len(CACHE) > 1
+    assert all(kept.eq(0.5).all() for kept in CACHE.values())
+
+
+def test_features_that_the_code_keeps_are_spoilt_and_tell_nothing() -> None:
+    def kept(x: Tensor) -> Tensor:
+        CACHE.setdefault(tuple(x.shape), x)
+        return x + 0 * x.reshape(x.shape[0], x.shape[1], *x.shape[2:])
+
+    CACHE.clear()
+    model, images = Wide(kept).eval(), torch.randn(1, 3, 128, 128)
+    graph = sc.trace(model, images)
+    assert all(features.isnan().all() or features.any() for features in CACHE.values())
+    plan = sc.plan_removal(graph, {g.name: [0, 5, 9] for g in graph.groups})
+    CACHE.clear()
+    assert sc.verify(model, sc.apply(model, plan), plan, images).exact
+
+
+class Supervised(nn.Module):
+    """Large, with a head for train mode alone; ``before`` is done there with the features."""
+
+    def __init__(self, before: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.before = before
+        self.a, self.b = conv(3, 64), conv(64, 8)
+        self.aux, self.top = conv(64, 32), conv(32, 8)
+
+    def forward(self, x: Tensor) -> object:
+        x = self.a(x).relu()
+        return (self.b(x), self.top(self.aux(self.before(x)))) if self.training else self.b(x)
+
+
+def until_any(x: Tensor) -> Tensor:
+    """Wait for a value that is not zero."""
+    rounds = 0
+    while not (x + 0).abs().max().item():
+        rounds += 1
+        assert rounds < 10, "values are needed"
+    return x
+
+
+def fails_without(x: Tensor) -> Tensor:
+    """Invert a matrix, which of zeros can't be done."""
+    gram = x.flatten(2) @ x.flatten(2).transpose(1, 2)
+    return x + 0 * (gram + torch.eye(64) * gram.amax()).inverse().sum()
+
+
+def kept_for_later(x: Tensor) -> Tensor:
+    CACHE["features"] = x
+    return x
+
+
+@pytest.mark.parametrize(
+    ("before", "spared"),
+    [(torch.relu, True), (until_any, False), (fails_without, False), (kept_for_later, False)],
+)
+def test_layers_of_train_mode_are_seen_without_values_where_none_is_read(
+    before: Callable[[Tensor], Tensor], spared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    CACHE.clear()
+    found: list[bool] = []
+    spare = recording._spared
+    monkeypatch.setattr(recording, "_spared", lambda *given: found.append(spare(*given)) or found[-1])
+    model, images = Supervised(before).eval(), torch.randn(1, 3, 192, 192)
+    graph = sc.trace(model, images)
+    assert found[0] is spared
+    offered = {"a": 64, "aux": 32} if before is not fails_without else {"aux": 32}  # it contracts the others
+    assert {group.name: group.size for group in graph.groups} == offered
+    assert all(not kept.isnan().any() and kept.any() for kept in CACHE.values())
+    plan = sc.plan_removal(graph, {name: list(range(0, size, 3)) for name, size in offered.items()})
+    small = sc.apply(model, plan).train()
+    assert [tuple(out.shape) for out in small(images)] == [(1, 8, 192, 192)] * 2
