@@ -212,12 +212,13 @@ def criterion(
     """Register the decorated function as a criterion; the fields are those of :class:`Criterion`.
 
     Example:
-        >>> from secateur.criteria import criterion, get
+        >>> from secateur.criteria import criterion, get, unregister
         >>> @criterion("doc_linf", needs=["filters"])
         ... def doc_linf(filters):
         ...     return filters.abs().amax(1)
         >>> get("doc_linf").needs_data
         False
+        >>> unregister("doc_linf")
 
     Raises:
         UsageError: If the name is taken, or a need or kind of return is unknown.
