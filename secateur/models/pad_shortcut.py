@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from secateur.tracing.flow import Flow
+    from secateur.tracing.call import Call
 
 
 class PadShortcut(nn.Module):
@@ -129,12 +129,12 @@ class PadShortcut(nn.Module):
         return f"{self._in_channels}, {self.out_channels}, zeros={zeros}, stride={self.stride}"
 
 
-def _flow(flow: Flow, layer: PadShortcut, args: tuple[Any, ...], out: Tensor) -> None:
+def _flow(call: Call, layer: PadShortcut, args: tuple[Any, ...], out: Tensor) -> None:
     """Let the channels of both sides go independently: a removed input leaves a zero channel where it was copied."""
-    inputs = flow.axes(args[0]).get(1)
-    outputs = flow.store.fresh(layer.out_channels)
-    flow.call(layer, inputs, outputs)
-    flow.set(out, {1: outputs})
+    inputs = call.axes(args[0]).get(1)
+    outputs = call.fresh(layer.out_channels)
+    call.registered_layer(inputs, outputs)
+    call.give(out, {1: outputs})
 
 
 def _resize(layer: PadShortcut, kept_inputs: list[int] | None, kept_outputs: list[int] | None) -> None:

@@ -14,11 +14,11 @@ as an index that names channels:
         def forward(self, x):
             return x[:, self.order]
 
-    def flow(flow, layer, args, out):
-        labels = flow.axes(args[0]).get(1)          # the labels of the input's channels; None where there are none
+    def flow(call, layer, args, out):
+        labels = call.axes(args[0]).get(1)          # the labels of the input's channels; None where there are none
         if labels is not None:
-            flow.set(out, {1: labels[layer.order]})
-            flow.call(layer, labels, labels[layer.order])
+            call.give(out, {1: labels[layer.order]})
+            call.registered_layer(labels, labels[layer.order])
 
     def resize(layer, kept_inputs, kept_outputs):   # ascending indices of the unpruned layer; None: all of them
         new = {old: i for i, old in enumerate(kept_inputs)}
@@ -57,8 +57,9 @@ def register_layer(
 
     Args:
         cls: The class; subclasses are taken over too.
-        flow: ``flow(flow, layer, args, out)``: reads the labels of ``args`` and sets those of ``out``, as a rule of an
-            operator does (see :mod:`secateur.tracing.rules`), and tells ``flow.call`` what the layer reads and makes.
+        flow: ``flow(call, layer, args, out)``: reads the labels of ``args`` by ``call.axes``, gives ``out`` its own by
+            ``call.give``, and tells ``call.registered_layer`` what the layer reads and makes; see
+            :class:`secateur.tracing.call.Call`.
         resize: Changes a copy of the layer once the channels are known that it keeps.
     """
     _REGISTERED[cls] = LayerRule(flow, resize)

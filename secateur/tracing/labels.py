@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
 Labels = NDArray[np.signedinteger[Any]]
 Axes = dict[int, Labels]
@@ -42,43 +42,18 @@ class Home:
         return self.tensor, self.dim, self.blocks
 
 
-@dataclass(frozen=True, eq=False)
-class Moved:
-    """A vector of labels read in rows and laid out in columns: a channel shuffle whose rows may lose different indices.
-
-    Position ``s · rows + r`` of the result holds the ``s``-th of row ``r``. Once labels are gone, it holds the ``s``-th
-    of those left: the result's labels go with the source's, but their order after removal isn't that of the labels.
-    """
-
-    start: int
-    """First label of the result, whose labels follow one another."""
-    source: Labels
-    rows: int
-
-    @property
-    def size(self) -> int:
-        """Number of labels."""
-        return int(self.source.size)
-
-    @property
-    def labels(self) -> Labels:
-        """The result's labels."""
-        return np.arange(self.start, self.start + self.size, dtype=np.int32)
-
-
 class LabelStore:
     """Hands out labels and remembers which have to go together."""
 
-    def __init__(self, among_weights: Callable[[], bool] = lambda: False) -> None:
-        self.among_weights = among_weights
-        """Tells whether the operator at work reads parameters and buffers alone."""
+    def __init__(self) -> None:
         self.count = 0
         self.homes: list[Home] = []
         self._starts: list[int] = []
         self.joins: list[tuple[Labels, Labels]] = []
         self.mixed: list[tuple[Labels, Labels]] = []
         """Those of the joins that stem from operators on parameters and buffers alone."""
-        self.moves: list[Moved] = []
+        self.moved: list[tuple[Labels, Labels]] = []
+        """Those of the joins whose labels go together, but lie at other places: behind a shuffle, and before it."""
         self._found: tuple[object, Labels] = None, np.zeros(0, dtype=np.int32)
         """The classes last asked for, and after how many labels and joins that was."""
 
@@ -134,27 +109,32 @@ class LabelStore:
         beside = [*strides[: min(at, 2) - 1], *strides[min(at, 2) :]]
         return right - left not in beside if beside else right < left
 
-    def join(self, left: Labels, right: Labels) -> None:
-        """Let every label of ``left`` go together with its counterpart in ``right``, broadcasting."""
+    def join(self, left: Labels, right: Labels, *, mixed: bool = False, moved: bool = False) -> None:
+        """Let every label of ``left`` go together with its counterpart in ``right``, broadcasting.
+
+        Args:
+            left: Labels.
+            right: Labels.
+            mixed: Whether an operator on parameters and buffers alone is the reason.
+            moved: Whether the two are the same channels at different places.
+        """
         if left is right:
             return
         a, b = np.broadcast_arrays(left, right)
         self.joins.append((a, b))  # of what is broadcast, no copy
-        if self.among_weights():
+        if mixed:
             self.mixed.append(self.joins[-1])
-
-    def shuffle(self, source: Labels, rows: int) -> Labels:
-        """Return new labels for a vector read in rows and laid out in columns; each goes with what it was."""
-        result = self.fresh(source.size)
-        self.moves.append(Moved(int(result[0]), source, rows))
-        return result
+        if moved:
+            self.moved.append(self.joins[-1])
 
     def classes(self, *, moved: bool = True) -> Labels:
         """Return the class of every label, numbered from 0; without what moved, of labels at one and the same place."""
-        laid = [(move.labels, move.source.reshape(move.rows, -1).T.reshape(-1)) for move in self.moves if moved]
-        state = self.count, len(self.joins), len(laid)
+        if not moved and self.moved:
+            kept = {id(join) for join in self.moved}
+            return self._components([join for join in self.joins if id(join) not in kept])
+        state = self.count, len(self.joins)
         if self._found[0] != state:
-            self._found = state, self._components([*self.joins, *laid])
+            self._found = state, self._components(self.joins)
             self._found[1].flags.writeable = False
         return self._found[1]
 
@@ -226,47 +206,3 @@ def _taken(values: NDArray[Any], places: NDArray[np.int32]) -> NDArray[Any]:
         part = slice(start, start + _PAIRS)
         taken[part] = values.take(places[part])
     return taken
-
-
-def runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Cut two shapes of equal size into the shortest runs of dimensions with equal products.
-
-    Dimensions of size 1 belong to no run: they carry no labels.
-
-    >>> runs((2, 6, 1, 5), (2, 3, 2, 5))
-    [([0], [0]), ([1], [1, 2]), ([3], [3])]
-    """
-    left = [d for d, size in enumerate(old) if size != 1]
-    right = [d for d, size in enumerate(new) if size != 1]
-    result = []
-    i = j = 0
-    while i < len(left) and j < len(right):
-        a, b = [left[i]], [right[j]]
-        product_a, product_b = old[left[i]], new[right[j]]
-        i, j = i + 1, j + 1
-        while product_a != product_b:
-            if product_a < product_b:
-                a.append(left[i])
-                product_a *= old[left[i]]
-                i += 1
-            else:
-                b.append(right[j])
-                product_b *= new[right[j]]
-                j += 1
-        result.append((a, b))
-    return result
-
-
-def merged(labels: Labels, dims: Sequence[int], dim: int, shape: Sequence[int]) -> Labels:
-    """Return the labels of several dimensions merged into one, of which only ``dim`` carries labels."""
-    laid_out = labels.reshape([labels.size if d == dim else 1 for d in dims])
-    return np.broadcast_to(laid_out, [shape[d] for d in dims]).reshape(-1)
-
-
-def varying(labels: Labels) -> list[int]:
-    """Return the axes of a label array along which labels differ."""
-    return [
-        axis
-        for axis, size in enumerate(labels.shape)
-        if size > 1 and not np.array_equal(np.broadcast_to(labels.take([0], axis=axis), labels.shape), labels)
-    ]

@@ -1,38 +1,27 @@
-"""Numbers that know where they are from: sizes that the code reads off a shape, and attributes of its modules.
-
-Which dimensions of a shape are used is read off the instructions that follow: ``x.shape[-2:]`` and
-``n, _, h, w = x.shape`` read it whole and use the positions only. Where the instructions are not of a known form, every
-dimension counts as used.
-"""
+"""Numbers that know where they are from: sizes that the code reads off a shape, and attributes of its modules."""
 
 from __future__ import annotations
 
-import dis
 import functools
 import math
 import sys
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from torch import jit, nn
+import torch
+from torch import Tensor, jit, nn
 
 from secateur.network.named import BOOKS
-from secateur.tracing.code.reachable import remembered
 from secateur.tracing.labels import Labels
-
-_CONSTANTS = ("LOAD_CONST", "LOAD_SMALL_INT")
-_SUBSCRIPTS = ("BINARY_SUBSCR", "BINARY_SLICE", "BINARY_OP")
 
 
 class Measure:
-    """What code did with the number of some channels, beside giving it as a size."""
+    """What code did with a number of channels, beside giving it as a size."""
 
     taken = False
-    """Whether it was compared, or counted with: the code may do something else below some width."""
-    computed = False
-    """Whether it was counted with: what is computed may depend on it, and by less than rounding."""
+    """Whether the number of a module's attribute was compared, or counted with. A size that the code reads is taken for
+    such a number from the start: ``0.25 * width > 1``, ``math.gcd`` or NumPy would take it past all notice."""
     met: tuple[str, int] | None = None
     """Where it was found to differ from the smaller number of other channels, which it must not come to equal."""
     above = 1
@@ -41,11 +30,11 @@ class Measure:
     """What it was divided by to ask for the remainder: it has to lose a multiple of that."""
 
 
-def _measuring(operate: Callable[..., Any], computes: bool) -> Any:
+def _measuring(operate: Callable[..., Any]) -> Any:
     @functools.wraps(operate)
     def method(self: Any, *others: Any) -> Any:
         for measure in self.measures:
-            measure.taken, measure.computed = True, measure.computed or computes
+            measure.taken = True
         return operate(self, *others)
 
     return method
@@ -69,21 +58,18 @@ def _remaining(operate: Callable[..., Any]) -> Any:
 
 _REMAINING = "mod divmod and"
 """Ways to ask for a remainder."""
-_COMPARING = (
-    "lt le gt ge rmod rshift lshift rand or ror xor rxor invert rdivmod bool round trunc ceil floor int format str hash"
+_TAKING = (
+    "lt le gt ge rmod rdivmod truediv rtruediv pow rpow rshift lshift rand or ror xor rxor invert bool float round"
 )
-_COMPUTING = "add radd sub rsub truediv rtruediv pow rpow rfloordiv neg abs float"
-"""Ways to compare a number, and to count with it."""
+"""Ways to compare an attribute's number, or to count with it, whose result no longer knows where it is from."""
 
 
 class Counted(int):
     """A size read off a shape, or a multiple or fraction of it, that knows which channels it is the number of.
 
     >>> width = counted(8, "eight channels", Measure())
-    >>> (width // 4).labels, (2 * width).labels, type(width * width)
-    ('eight channels', 'eight channels', <class 'int'>)
-    >>> type(width + 1), width.measure.taken
-    (<class 'int'>, True)
+    >>> (width // 4).labels, (2 * width).labels, type(width * width), type(width + 1)
+    ('eight channels', 'eight channels', <class 'int'>, <class 'int'>)
     """
 
     labels: Labels
@@ -95,12 +81,10 @@ class Counted(int):
     def __eq__(self, other: object) -> bool:
         """Compare; where the larger of two is a number of channels, note that it must not come to equal the other."""
         if not isinstance(other, int):
-            self.measure.taken = True
             return isinstance(other, float) and int.__float__(self) == other
         if int.__eq__(self, other):
             if isinstance(other, Counted) and other.labels is self.labels and other.part != self.part:
                 # C // 4 * 4 == C asks for a remainder.
-                self.measure.taken = True
                 self.measure.divisor = math.lcm(self.measure.divisor, self.part, other.part)
             return True
         larger, smaller = (self, other) if int.__gt__(self, other) else (other, self)
@@ -128,8 +112,6 @@ class Counted(int):
     __rmul__ = __mul__
 
     def _derived(self, result: Any, other: Any, part: int) -> Any:
-        if isinstance(other, Counted) or result is NotImplemented:  # as by a fraction, or by a tensor
-            self.measure.taken = self.measure.computed = True
         plain = type(result) is int and isinstance(other, int) and not isinstance(other, Counted)
         return counted(result, self.labels, self.measure, part) if plain else result
 
@@ -143,9 +125,6 @@ class Counted(int):
         return (self.measure,)
 
 
-for _names in (_COMPARING, _COMPUTING):
-    for _name in _names.split():
-        setattr(Counted, f"__{_name}__", _measuring(getattr(int, f"__{_name}__"), _names is _COMPUTING))
 for _name in _REMAINING.split():
     setattr(Counted, f"__{_name}__", _remaining(getattr(int, f"__{_name}__")))
 
@@ -181,7 +160,7 @@ def _keeping(operate: Callable[[int, Any], Any]) -> Callable[[Named, Any], Any]:
         result = operate(self, other)
         if type(result) is not int:
             for measure in self.measures:
-                measure.taken = measure.computed = True
+                measure.taken = True
             return result
         names, part = self.names, self.part
         if isinstance(other, Named):
@@ -226,12 +205,8 @@ class Named(int):
         return tuple(name.measure for name in self.names)
 
 
-_OF_ATTRIBUTES = (
-    "lt le gt ge rmod truediv rtruediv pow rpow rshift lshift rand or ror xor rxor invert rdivmod float bool round "
-    "ceil floor"
-)
-for _name in _OF_ATTRIBUTES.split():
-    setattr(Named, f"__{_name}__", _measuring(getattr(int, f"__{_name}__"), _name in _COMPUTING.split()))
+for _name in _TAKING.split():
+    setattr(Named, f"__{_name}__", _measuring(getattr(int, f"__{_name}__")))
 for _name in _REMAINING.split():
     setattr(Named, f"__{_name}__", _remaining(getattr(int, f"__{_name}__")))
 
@@ -317,130 +292,10 @@ def plain(value: Any) -> Any:
     return int.__int__(value) if isinstance(value, (Named, Counted)) else value
 
 
-_UNSEEN = frozenset(
-    {
-        "numpy", "np", "gcd", "lcm", "isqrt", "log2", "log10", "comb", "perm", "factorial", "fmod", "bit_length",
-        "bit_count", "numerator", "denominator", "as_integer_ratio", "bin", "hex", "oct",
-    }
-)  # fmt: skip
-"""Names of what takes a number as it is, past all that a class of numbers could notice."""
+VIEWS = {Tensor.view, Tensor.reshape, torch.reshape, Tensor.expand}
+"""Functions that are given the sizes of what they make, in order."""
 
 
-@remembered
-def counts_unseen(code: types.CodeType) -> bool:
-    """Tell whether code may count with numbers in a way that they don't notice: by a fraction on their left, say.
-
-    >>> counts_unseen((lambda c: 0.25 * c > 1).__code__), counts_unseen((lambda c: c // 4 > 1).__code__)
-    (True, False)
-    >>> counts_unseen((lambda c: c * 0.25).__code__), counts_unseen((lambda c: 4.5 < c[1]).__code__)
-    (False, True)
-    """
-    inside = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
-    named = not _UNSEEN.isdisjoint(code.co_names) or {"math", "log"} <= set(code.co_names)
-    return named or _begins_with_fraction(code) or any(map(counts_unseen, inside))
-
-
-def _begins_with_fraction(code: types.CodeType) -> bool:
-    """Tell whether a fraction is the left side of a comparison or a calculation, which then asks the fraction."""
-    if not any(isinstance(constant, float) for constant in code.co_consts):
-        return False
-    steps = _steps(code)
-    for place, step in enumerate(steps):
-        above = 0  # so many values lie on top of the fraction
-        for following in steps[place + 1 :] if step.opname in _CONSTANTS and isinstance(step.argval, float) else ():
-            if following.opname in ("BINARY_OP", "COMPARE_OP") and above <= 1:
-                if above:
-                    return True
-                break
-            if following.opcode in dis.hasjrel or following.opcode in dis.hasjabs:
-                break
-            above += dis.stack_effect(following.opcode, following.arg, jump=False)
-            if above < 0:  # something else has taken it
-                break
-    return False
-
-
-def used(frame: types.FrameType, ndim: int) -> set[int]:
-    """Return the dimensions used of a shape of ``ndim`` sizes that the instruction at work in a frame gives.
-
-    >>> import sys
-    >>> class Shape:
-    ...     def __getattr__(self, name):
-    ...         print(sorted(used(sys._getframe(1), 4)))
-    ...         return (1, 2, 3, 4)
-    >>> _ = Shape().shape[-2:]
-    [2, 3]
-    >>> _ = Shape().shape[0]
-    [0]
-    >>> print(Shape().shape)
-    [0, 1, 2, 3]
-    (1, 2, 3, 4)
-    """
-    known = _known(frame.f_code)
-    asked = frame.f_lasti, ndim
-    if asked not in known:
-        known[asked] = _used(frame.f_code, *asked)
-    return known[asked]
-
-
-@remembered
-def _known(code: types.CodeType) -> dict[tuple[int, int], set[int]]:
-    """Return the dimensions that instructions of code use of shapes, by offset and number of sizes, as far as known."""
-    return {}
-
-
-def _used(code: types.CodeType, offset: int, ndim: int) -> set[int]:
-    every = set(range(ndim))
-    steps = _steps(code)
-    place = next((i for i, step in enumerate(steps) if step.offset == offset), None)
-    if place is None:
-        return every
-    following = steps[place + 1 :]
-    if following and following[0].opname == "UNPACK_SEQUENCE":
-        names = list(_stored(following[1:], ndim))
-        if following[0].arg != ndim or len(names) != ndim:
-            return every
-        return {dim for dim, name in enumerate(names) if _loads(code, name)}
-    constants = []
-    for step in following:
-        if step.opname in _CONSTANTS:
-            constants.append(step.argval)
-        elif step.opname != "BUILD_SLICE":
-            break
-    else:
-        return every
-    if step.opname not in _SUBSCRIPTS or (step.opname == "BINARY_OP" and step.argrepr != "[]"):
-        return every
-    if len(constants) == 1 and isinstance(constants[0], int):
-        return {constants[0] % ndim}
-    bounds = constants[0] if len(constants) == 1 and isinstance(constants[0], slice) else slice(*constants)
-    return set(range(ndim)[bounds]) if 1 <= len(constants) <= 3 else every
-
-
-@functools.lru_cache(maxsize=512)
-def _steps(code: types.CodeType) -> list[dis.Instruction]:
-    return list(dis.get_instructions(code))
-
-
-def _stored(steps: list[dis.Instruction], count: int) -> Iterator[str]:
-    """Yield the local variables that instructions store to one after another."""
-    for step in steps:
-        if not step.opname.startswith("STORE_FAST") or count <= 0:
-            return
-        held = step.argval if isinstance(step.argval, tuple) else (step.argval,)
-        for name in held[:1] if step.opname == "STORE_FAST_LOAD_FAST" else held:
-            count -= 1
-            yield name
-
-
-def _loads(code: types.CodeType, name: str) -> bool:
-    """Tell whether code reads a local variable, or lets functions within it read it."""
-    if name in code.co_cellvars:
-        return True
-    for step in _steps(code):
-        held = step.argval if isinstance(step.argval, tuple) else (step.argval,)
-        if step.opname.startswith("LOAD_FAST") and name in held:
-            return True
-        if "LOAD_FAST" in step.opname and step.opname.startswith("STORE_FAST") and held[-1] == name:
-            return True
-    return False
+def sizes_given(args: tuple[Any, ...]) -> Sequence[Any]:
+    """Return the sizes that a view is given, one by one or in a list."""
+    return args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]

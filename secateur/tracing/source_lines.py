@@ -6,22 +6,14 @@ import functools
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 
 _SKIPPED = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}", "<")
-
-
 _STDLIB = sysconfig.get_path("stdlib")
-
-
-def sizes_given(args: tuple[Any, ...]) -> Sequence[Any]:
-    """Return the sizes that a view is given, one by one or in a list."""
-    return args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
 
 
 def shown(path: str, line: int) -> str:

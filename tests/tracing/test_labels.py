@@ -1,4 +1,4 @@
-"""Labels through reshapes, by laying every element's label out in full."""
+"""Labels and the classes that joins make of them."""
 
 from __future__ import annotations
 
@@ -8,49 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur.tracing import labels
-from secateur.tracing.labels import LabelStore, merged, runs, varying
-
-
-@st.composite
-def reshapes(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    factors = draw(st.lists(st.sampled_from([1, 2, 3, 4]), min_size=1, max_size=6))
-
-    def grouped() -> tuple[int, ...]:
-        shape = [1]
-        for factor in factors:
-            if draw(st.booleans()):
-                shape.append(1)
-            shape[-1] *= factor
-        return tuple(shape)
-
-    return grouped(), grouped()
-
-
-@given(reshapes())
-def test_runs_have_equal_products_and_cover_every_dimension(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
-    old, new = shapes
-    found = runs(old, new)
-    for left, right in found:
-        assert np.prod([old[d] for d in left]) == np.prod([new[d] for d in right])
-    assert [d for left, _ in found for d in left] == [d for d, n in enumerate(old) if n > 1]
-    assert [d for _, right in found for d in right] == [d for d, n in enumerate(new) if n > 1]
-
-
-@given(st.lists(st.integers(2, 4), min_size=1, max_size=4), st.data())
-def test_merged_is_the_reshape_of_the_laid_out_labels(shape: list[int], data: st.DataObject) -> None:
-    dim = data.draw(st.integers(0, len(shape) - 1))
-    vector = np.arange(shape[dim])
-    full = np.empty(shape, dtype=np.int64)
-    for index in np.ndindex(*shape):
-        full[index] = vector[index[dim]]
-    assert merged(vector, range(len(shape)), dim, shape).tolist() == full.reshape(-1).tolist()
-
-
-def test_varying_names_the_axes_along_which_labels_differ() -> None:
-    assert varying(np.array([[0, 0], [1, 1]])) == [0]
-    assert varying(np.array([[0, 1], [0, 1]])) == [1]
-    assert varying(np.array([[0, 1], [2, 3]])) == [0, 1]
-    assert varying(np.zeros((2, 3), dtype=np.int64)) == []
+from secateur.tracing.labels import LabelStore
 
 
 @given(st.integers(1, 30), st.lists(st.tuples(st.integers(0, 29), st.integers(0, 29)), max_size=40), st.integers(1, 50))
@@ -88,12 +46,10 @@ def test_arrays_are_joined_label_by_label_broadcasting() -> None:
 
 
 def test_of_labels_the_parameters_are_found_and_what_they_are_computed_from() -> None:
-    weights = True
-    store = LabelStore(lambda: weights)
+    store = LabelStore()
     a, b, c, d = (store.fresh_for(name, 0, 3) for name in "abcd")
     store.fresh(2)
-    store.join(a[:2], b[1:])
-    weights = False
+    store.join(a[:2], b[1:], mixed=True)
     store.join(c, d)
     names = [
         [h.tensor for h in store.homes_of(v, mixed=mixed)] for v in ([a[:1]], [b[:1]], [c]) for mixed in (False, True)

@@ -1,4 +1,4 @@
-"""Rules for convolution and matrix products: channels are read, and new ones made."""
+"""Rules for convolution, matrix products and attention: channels are read, and new ones made."""
 
 from __future__ import annotations
 
@@ -10,317 +10,273 @@ import numpy as np
 from torch import Tensor, nn
 
 from secateur.graph.channels import Magnitude
-from secateur.tracing.findings import Call
-from secateur.tracing.flow import Flow
+from secateur.tracing.call import Call
 from secateur.tracing.labels import Axes, Labels
 from secateur.tracing.rules.registry import rule
 
 _UNKNOWN = "is read together with values that are no known channels"
+_SPACE = "is convolved over as if it were space"
 
 
-def _read(flow: Flow, given: Labels | None, wanted: Labels | None) -> None:
+def _read(call: Call, given: Labels | None, wanted: Labels | None) -> None:
     """Join the channels that a layer is given with those that its weight reads."""
-    if wanted is None:
-        if given is not None:
-            flow.freeze(given, _UNKNOWN)
-        return
-    flow.consumed.append(wanted)
-    if given is None:
-        flow.freeze(wanted, _UNKNOWN)
-    else:
-        flow.store.join(given, wanted)
+    if wanted is not None:
+        call.found.consumed.append(wanted)
+    if wanted is not None and given is not None:
+        call.join(given, wanted)
+    for labels in (given, wanted):
+        if labels is not None and (given is None or wanted is None):
+            call.freeze(labels, _UNKNOWN)
 
 
-def _make(flow: Flow, made: Labels | None, bias: Tensor | None) -> None:
+def _make(call: Call, made: Labels | None, bias: Tensor | None) -> None:
     """Note that a layer makes channels, one for each label, and adds its bias to them."""
-    if made is None:
-        return
-    flow.produced.append(made)
-    _follow(flow, made, bias)
+    if made is not None:
+        call.found.produced.append(made)
+        _add_bias(call, made, bias)
 
 
-def _follow(flow: Flow, made: Labels, vector: Tensor | None) -> None:
-    """Join the labels of a one-dimensional tensor, one value a channel."""
-    if vector is None:
+def _add_bias(call: Call, made: Labels, bias: Tensor | None) -> None:
+    """Join the labels of a vector, one value a channel, with those of the channels."""
+    if bias is None:
         return
-    own = flow.axes(vector).get(0)
-    if own is not None:
-        flow.store.join(made, own)
-    elif vector.shape[0] > 1:
-        flow.freeze(made, "takes one value a channel from a tensor that is no parameter")
+    own = call.axes(bias).get(bias.ndim - 1)
+    if own is not None and own.size == made.size:
+        call.join(made, own)
+    elif bias.shape[-1] > 1:
+        call.freeze(made, "takes one value a channel from a tensor that is no parameter")
+
+
+def _note_layer(call: Call, kind: str, weight: Tensor, given: Labels | None, made: Labels | None, **more: Any) -> None:
+    """Note the call of a layer: whose weight it is, and what it reads and makes."""
+    layers = nn.Linear if kind == "linear" else nn.modules.conv._ConvNd
+    name = call.labels.name(weight)
+    owned = isinstance(call.layer, layers) and name in ("", f"{call.module}.weight".lstrip("."))
+    axes = list(call.axes(weight).values())
+    parts = call.labels.store.homes_of(axes, mixed=True) if axes and not owned else ()
+    call.uses(
+        kind,
+        given,
+        made,
+        weight=call.labels.source_of(weight),
+        owned=owned,
+        parts=tuple(dict.fromkeys(home.tensor for home in parts)),
+        **more,
+    )
 
 
 @rule("aten::convolution", "aten::_convolution")
-def convolution(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+def convolution(
+    call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any,
+    transposed: bool, output_padding: Any, groups: int, *_: Any,
+) -> Axes:  # fmt: skip
     """Read the input's channels along the weight's second dimension, make one for each of its first.
 
     Transposed, the two dimensions change places. A grouped convolution reads and makes its channels in blocks, which
     must all keep the same number; a depthwise one has a channel a block, and passes each on.
     """
-    x, weight, bias = args[:3]
-    transposed, groups = args[6], args[8]
-    inputs = flow.axes(x)
-    flow.freeze_tensor(x, "is convolved over as if it were space", range(2, x.ndim))
+    inputs = call.axes(x)
+    call.freeze_tensor(x, _SPACE, range(2, x.ndim))
     given = inputs.get(1)
     passed = {0: inputs[0]} if 0 in inputs else {}
-    if not flow.is_weight(weight):
-        flow.freeze_tensor(x, "is convolved with a computed kernel", [1])
-        flow.freeze_tensor(weight, "is a computed kernel")
-        flow.set(out, passed)
-        return
-    own = flow.axes(weight)
-    made = own.get(1 if transposed else 0)
-    wanted = own.get(0 if transposed else 1)
-    in_channels, out_channels = x.shape[1], out.shape[1]
+    if not call.is_weight(weight):
+        call.freeze_tensor(x, "is convolved with a computed kernel", [1])
+        call.freeze_tensor(weight, "is a computed kernel")
+        return passed
+    own = call.axes(weight)
+    made, wanted = own.get(1 if transposed else 0), own.get(0 if transposed else 1)
+    in_channels, out_channels = x.shape[1], call.out.shape[1]
     if groups == 1:
-        _read(flow, given, wanted)
-        _make(flow, made, bias)
+        _read(call, given, wanted)
+        _make(call, made, bias)
     elif groups == in_channels and (not transposed or groups == out_channels):
         made = own.get(0)
-        if made is not None and given is not None:
-            flow.store.join(given[:, None], made.reshape(groups, -1))
-        elif made is not None:
-            flow.produced.append(made)
-            flow.freeze(made, _UNKNOWN)
-        if made is not None:
-            _follow(flow, made, bias)
-        if given is not None and not isinstance(flow.layer, nn.modules.conv._ConvNd):
-            for name in flow.counts(groups):
-                flow.count(name, given)
+        _pass_on(call, given, made, bias, groups)
     else:
-        given, made = _grouped(flow, weight, given, out_channels, in_channels, groups, transposed)
-        _make(flow, made, bias)
-    flow.calls.append(
-        Call(
-            flow.module,
-            "conv_transposed" if transposed else "conv",
-            weight_name(flow, weight),
-            _owns(flow, weight, nn.modules.conv._ConvNd),
-            given,
-            made,
-            in_channels,
-            out_channels,
-            groups,
-            kernel=prod(weight.shape[2:]),
-            positions=prod((x if transposed else out).shape[2:]) * out.shape[0],
-            batch=out.shape[0],
-            parts=_parts(flow, weight, nn.modules.conv._ConvNd),
-        )
-    )
-    flow.set(out, passed | ({1: made} if made is not None else {}))
+        made = _grouped(call, weight, given, out_channels if transposed else in_channels, groups, transposed)
+        _make(call, made, bias)
+    positions = prod((x if transposed else call.out).shape[2:]) * call.out.shape[0]
+    _note_layer(
+        call, "conv_transposed" if transposed else "conv", weight, given, made, in_channels=in_channels,
+        out_channels=out_channels, groups=groups, kernel=prod(weight.shape[2:]), positions=positions,
+        batch=call.out.shape[0],
+    )  # fmt: skip
+    return passed | ({1: made} if made is not None else {})
 
 
-@rule("aten::_weight_norm_interface")
-def weight_norm(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: tuple[Tensor, Tensor]) -> None:
+def _pass_on(call: Call, given: Labels | None, made: Labels | None, bias: Tensor | None, groups: int) -> None:
+    """Convolve each channel by itself: it goes together with the filters that make something of it."""
+    if made is not None and given is not None:
+        call.join(given[:, None], made.reshape(groups, -1))
+    elif made is not None:
+        call.found.produced.append(made)
+        call.freeze(made, _UNKNOWN)
+    if made is not None:
+        _add_bias(call, made, bias)
+    if given is not None and not isinstance(call.layer, nn.modules.conv._ConvNd):
+        for name in call.counts(groups):
+            call.count(name, given)
+
+
+def _grouped(
+    call: Call, weight: Tensor, given: Labels | None, size: int, groups: int, transposed: bool
+) -> Labels | None:
+    """Join the channels of a grouped convolution; its blocks may lose different indices, but equally many.
+
+    Returns:
+        The channels that it makes. ``size`` is the number of those of which dimension 1 of the weight holds one block.
+    """
+    own = call.axes(weight)
+    full = own.get(0)
+    half = call.labels.all_blocks(weight, size, groups)
+    if half is None:
+        local = own.get(1)
+        half = np.tile(local if local is not None else call.fixed(weight.shape[1], _UNKNOWN), groups)
+    wanted, made = (full, half) if transposed else (half, full)
+    _read(call, given, wanted)
+    for labels in (wanted, made):
+        if labels is not None:
+            call.share(np.split(labels, groups), f"a convolution in {groups} groups keeps as many channels in each")
+    return made
+
+
+@rule("torchvision::deform_conv2d")
+def deform_conv2d(
+    call: Call, x: Tensor, weight: Tensor, offset: Tensor, mask: Tensor, bias: Tensor, *args: Any
+) -> Axes:
+    """Read and make channels as a convolution does; offsets and masks are counted by kernel position, and kept."""
+    groups, offset_groups = args[6:8]
+    call.freeze_tensor(offset, "gives the positions of a kernel")
+    call.freeze_tensor(mask, "weighs the positions of a kernel")
+    own = call.axes(weight)
+    if groups != 1 or offset_groups != 1 or not call.is_weight(weight):
+        for tensor in (x, weight):
+            call.freeze_tensor(tensor, "is convolved in groups at deformed positions")
+        return {}
+    call.freeze_tensor(x, _SPACE, [2, 3])
+    given, made, out = call.axes(x).get(1), own.get(0), call.out
+    _read(call, given, own.get(1))
+    _make(call, made, bias)
+    call.uses(
+        "conv", given, made, weight=call.labels.source_of(weight), owned=False, in_channels=x.shape[1],
+        out_channels=out.shape[1], kernel=prod(weight.shape[2:]), positions=prod(out.shape[2:]) * out.shape[0],
+        batch=out.shape[0],
+    )  # fmt: skip
+    return {1: made} if made is not None else {}
+
+
+@rule("aten::_weight_norm_interface", keeps_weights=True)
+def weight_norm(call: Call, v: Tensor, g: Tensor, dim: int = 0) -> list[Axes]:
     """Make the weight g·v/‖v‖, one norm for each index of a dimension: its channels are those of v.
 
     Where channels go along the other dimensions, ‖v‖ changes and the weight with it, unless g follows.
     """
-    v, g = args[:2]
-    dim = args[2] if len(args) > 2 else 0
-    axes = flow.combine([v, g], v.shape)
-    if flow.name(v) and flow.name(g):
-        flow.magnitudes[Magnitude(flow.name(g), flow.name(v), dim)] = None
+    axes = call.combine([v, g], v.shape)
+    gain, direction = call.labels.name(g), call.labels.name(v)
+    if gain and direction:
+        call.found.magnitudes[Magnitude(gain, direction, dim)] = None
     else:
-        flow.without(axes, set(axes) - {dim}, "takes a norm")
-    computed = flow.is_weight(v) and flow.is_weight(g)
-    flow.set(out[0], axes, weight=computed)
-    flow.set(out[1], {d: labels for d, labels in axes.items() if d == dim}, weight=computed)
-
-
-def _grouped(
-    flow: Flow,
-    weight: Tensor,
-    given: Labels | None,
-    out_channels: int,
-    in_channels: int,
-    groups: int,
-    transposed: bool,
-) -> tuple[Labels | None, Labels | None]:
-    """Join the channels of a grouped convolution; its blocks may lose different indices, but equally many."""
-    own = flow.axes(weight)
-    full = own.get(0)
-    half = flow.virtual(weight, out_channels if transposed else in_channels, groups)
-    if half is None:
-        local = own.get(1)
-        size = weight.shape[1]
-        one = local if local is not None else flow.fixed(size, _UNKNOWN)
-        half = np.tile(one, groups)
-    wanted, made = (full, half) if transposed else (half, full)
-    _read(flow, given, wanted)
-    for labels in (wanted, made):
-        if labels is not None:
-            flow.share(np.split(labels, groups), f"a convolution in {groups} groups keeps as many channels in each")
-    return given, made
-
-
-@rule("aten::addmm")
-def addmm(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-    """Apply the rule of ``mm``; the first argument is the bias."""
-    _product(flow, args[1], args[2], args[0], out)
-
-
-@rule("aten::mm", "aten::bmm", "aten::mv", "aten::dot")
-def mm(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-    """Read the channels along the contracted dimension, make one for each column of the weight."""
-    _product(flow, args[0], args[1], None, out)
-
-
-@rule("aten::baddbmm", "aten::addbmm", "aten::addmv")
-def baddbmm(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-    """Multiply, then add the first argument element by element."""
-    if args[1].ndim == 3 and out.ndim == 2:
-        flow.freeze_tensor(args[1], "is summed over a batch of products")
-        flow.freeze_tensor(args[2], "is summed over a batch of products")
-    else:
-        _product(flow, args[1], args[2], None, out)
-    flow.set(out, flow.combine([args[0], out], out.shape))
+        call.without(axes, set(axes) - {dim}, "takes a norm")
+    return [axes, {d: labels for d, labels in axes.items() if d == dim}]
 
 
 @rule("aten::linear")
-def linear(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+def linear(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Axes:
     """Read the channels of the last dimension, make one for each row of the weight."""
-    x, weight = args[:2]
-    axes = flow.axes(weight)
-    bias = args[2] if len(args) > 2 else None
-    _weighted(flow, x, x.ndim - 1, weight, axes.get(1), axes.get(0), bias, out, out.ndim - 1)
+    axes = call.axes(weight)
+    return _weighted(call, x, x.ndim - 1, weight, (axes.get(1), axes.get(0)), bias, call.out.ndim - 1)
 
 
-def _product(flow: Flow, left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor) -> None:
+@rule("aten::addmm", keeps_weights=True)
+def addmm(call: Call, bias: Tensor, left: Tensor, right: Tensor, *_: Any, **__: Any) -> Axes:
+    """Apply the rule of ``mm``; the first argument is the bias."""
+    return _product(call, left, right, bias)
+
+
+@rule("aten::mm", "aten::bmm", "aten::mv", "aten::dot", keeps_weights=True)
+def mm(call: Call, left: Tensor, right: Tensor, *_: Any) -> Axes:
+    """Read the channels along the contracted dimension, make one for each column of the weight."""
+    return _product(call, left, right, None)
+
+
+@rule("aten::baddbmm", "aten::addbmm", "aten::addmv", keeps_weights=True)
+def baddbmm(call: Call, added: Tensor, left: Tensor, right: Tensor, *_: Any, **__: Any) -> Axes:
+    """Multiply, then add the first argument element by element."""
+    product: Axes = {}
+    if left.ndim == 3 and call.out.ndim == 2:
+        for tensor in (left, right):
+            call.freeze_tensor(tensor, "is summed over a batch of products")
+    else:
+        product = _product(call, left, right, None)
+    call.labels.put(call.out, product)
+    return call.combine([added, call.out], call.out.shape)
+
+
+def _product(call: Call, left: Tensor, right: Tensor, bias: Tensor | None) -> Axes:
+    """Multiply matrices, of which one may be a layer's weight."""
     inner_left, inner_right = left.ndim - 1, max(right.ndim - 2, 0)
     outer = max(left.ndim - 2, 0)
-    a, b = flow.axes(left), flow.axes(right)
+    a, b = call.axes(left), call.axes(right)
     if not a and not b:
-        return
-    if flow.is_weight(right) and not flow.is_weight(left):
+        return {}
+    if call.is_weight(right) and not call.is_weight(left):
         made = b.get(right.ndim - 1) if right.ndim > 1 else None
-        _weighted(flow, left, inner_left, right, b.get(inner_right), made, bias, out, out.ndim - 1)
-    elif flow.is_weight(left) and not flow.is_weight(right):
+        return _weighted(call, left, inner_left, right, (b.get(inner_right), made), bias, call.out.ndim - 1)
+    if call.is_weight(left) and not call.is_weight(right):
         made = a.get(outer) if left.ndim > 1 else None
-        _weighted(flow, right, inner_right, left, a.get(inner_left), made, bias, out, left.ndim - 2)
-    else:
-        flow.set(out, product_axes(flow, left, right, out.ndim), weight=flow.is_weight(left))
-        if bias is not None:
-            flow.set(out, flow.combine([bias, out], out.shape))
+        return _weighted(call, right, inner_right, left, (a.get(inner_left), made), bias, left.ndim - 2)
+    axes = _product_of_activations(call, left, right, call.out.ndim)
+    if bias is None:
+        return axes
+    call.labels.put(call.out, axes)
+    return call.combine([bias, call.out], call.out.shape)
 
 
 def _weighted(
-    flow: Flow,
+    call: Call,
     x: Tensor,
     inner: int,
     weight: Tensor,
-    wanted: Labels | None,
-    made: Labels | None,
+    channels: tuple[Labels | None, Labels | None],
     bias: Tensor | None,
-    out: Tensor,
     outer: int,
-) -> None:
-    """Multiply an activation with a weight: contract ``inner`` of ``x``, make dimension ``outer`` of ``out``."""
-    axes = flow.axes(x)
-    given = axes.get(inner)
-    if given is not None or wanted is not None:
-        _read(flow, given, wanted)
+) -> Axes:
+    """Multiply an activation with a weight, of which ``channels`` are those that it reads and those that it makes.
+
+    Returns:
+        The axes of the product: dimension ``inner`` of ``x`` is contracted, dimension ``outer`` of the result made.
+    """
+    axes, out = call.axes(x), call.out
+    given, (wanted, made) = axes.get(inner), channels
+    _read(call, given, wanted)
     result = {dim: labels for dim, labels in axes.items() if dim != inner}
     if weight.ndim == 3:
-        batch = flow.axes(weight).get(0)
+        batch = call.axes(weight).get(0)
         if 0 in axes and batch is not None:
-            flow.store.join(axes[0], batch)
+            call.join(axes[0], batch)
         elif 0 in axes or batch is not None:
             for tensor in (x, weight):
-                flow.freeze_tensor(tensor, _UNKNOWN, [0])
+                call.freeze_tensor(tensor, _UNKNOWN, [0])
     if made is not None:
-        flow.produced.append(made)
+        _make(call, made, bias)
         result[outer] = made
-        if bias is not None:
-            own = flow.axes(bias).get(bias.ndim - 1)
-            if own is not None and bias.shape[-1] == made.size:
-                flow.store.join(made, own)
-            elif bias.shape[-1] > 1:
-                flow.freeze(made, "takes one value a channel from a tensor that is no parameter")
     positions = out.numel() // out.shape[outer] if out.ndim else 1
-    flow.calls.append(
-        Call(
-            flow.module,
-            "linear",
-            weight_name(flow, weight),
-            _owns(flow, weight, nn.Linear),
-            given,
-            made,
-            x.shape[inner],
-            out.shape[outer] if out.ndim else 1,
-            positions=positions,
-            batch=positions,
-            parts=_parts(flow, weight, nn.Linear),
-        )
-    )
-    flow.set(out, result)
+    _note_layer(
+        call, "linear", weight, given, made, in_channels=x.shape[inner],
+        out_channels=out.shape[outer] if out.ndim else 1, positions=positions, batch=positions,
+    )  # fmt: skip
+    return result
 
 
-@rule("aten::mkldnn_rnn_layer")
-def recurrent_layer(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Sequence[Tensor]) -> None:
-    """Read the features of every step; the layer's state is kept whole, and so are the steps."""
-    x, inner, outer = args[:3]
-    axes, weight = flow.axes(x), flow.axes(inner)
-    given, wanted = axes.get(x.ndim - 1), weight.get(1)
-    if given is not None or wanted is not None:
-        _read(flow, given, wanted)
-    flow.freeze_tensor(x, "are the steps of a recurrent layer", range(x.ndim - 1))
-    flow.freeze_tensor(inner, "counts the state of a recurrent layer", [0])
-    for tensor in args[2:7]:
-        flow.freeze_tensor(tensor, "counts the state of a recurrent layer")
-    positions = x.numel() // x.shape[-1]
-    for tensor, labels in ((inner, given), (outer, None)):
-        rows, columns = tensor.shape
-        name = weight_name(flow, tensor)
-        made = flow.axes(tensor).get(0)
-        if made is not None:
-            flow.produced.append(made)
-        flow.calls.append(
-            Call(flow.module, "linear", name, False, labels, made, columns, rows, positions=positions, batch=positions)
-        )
-    for tensor in out:
-        flow.set(tensor, {})
-
-
-def _owns(flow: Flow, weight: Tensor, kind: type[nn.Module]) -> bool:
-    """Tell whether a weight is that of the layer at work, so that what the layer is given is what the weight reads."""
-    name = flow.name(weight)
-    return isinstance(flow.layer, kind) and name in ("", f"{flow.module}.weight".lstrip("."))
-
-
-def _parts(flow: Flow, weight: Tensor, kind: type[nn.Module]) -> tuple[str, ...]:
-    """Return what a weight is computed from, where code calls the function without a layer of its own."""
-    axes = list(flow.axes(weight).values())
-    if not axes or _owns(flow, weight, kind):
-        return ()
-    found = flow.store.homes_of(axes, mixed=True)
-    return tuple(dict.fromkeys(home.tensor for home in found))
-
-
-def weight_name(flow: Flow, weight: Tensor) -> str:
-    """Return the name of the parameter that a weight is, or is a view of."""
-    name = flow.name(weight)
-    if name:
-        return name
-    for labels in flow.axes(weight).values():
-        home = flow.store.home(int(labels[0]))
-        if home is not None:
-            return home.tensor
-    return ""
-
-
-def product_axes(flow: Flow, left: Tensor, right: Tensor, ndim: int) -> Axes:
+def _product_of_activations(call: Call, left: Tensor, right: Tensor, ndim: int) -> Axes:
     """Multiply two activations: batch dimensions join, the contracted one is kept whole."""
-    a, b = flow.axes(left), flow.axes(right)
-    inner_left, inner_right = left.ndim - 1, max(right.ndim - 2, 0)
+    a, b = call.axes(left), call.axes(right)
     reason = "is contracted with another activation"
-    if inner_left in a:
-        flow.freeze(a[inner_left], reason)
-    if inner_right in b:
-        flow.freeze(b[inner_right], reason)
+    call.freeze_tensor(left, reason, [left.ndim - 1])
+    call.freeze_tensor(right, reason, [max(right.ndim - 2, 0)])
     result: Axes = {}
     for dim in range(ndim - 2):
-        result |= join_dim(flow, a.get(dim), b.get(dim), left.shape[dim], right.shape[dim], dim)
+        result |= _join_dim(call, a.get(dim), b.get(dim), left.shape[dim], right.shape[dim], dim)
     if left.ndim > 1 and left.ndim - 2 in a and ndim >= left.ndim - 1:
         result[left.ndim - 2] = a[left.ndim - 2]
     if right.ndim > 1 and right.ndim - 1 in b:
@@ -328,17 +284,38 @@ def product_axes(flow: Flow, left: Tensor, right: Tensor, ndim: int) -> Axes:
     return result
 
 
-def join_dim(flow: Flow, a: Labels | None, b: Labels | None, size_a: int, size_b: int, dim: int) -> Axes:
+def _join_dim(call: Call, a: Labels | None, b: Labels | None, size_a: int, size_b: int, dim: int) -> Axes:
     """Join the labels of one dimension that two tensors share, by broadcasting."""
     if a is not None and b is not None:
-        flow.store.join(a, b)
+        call.join(a, b)
         return {dim: a}
     one, other = (a, size_b) if a is not None else (b, size_a)
     if one is None:
         return {}
     if other > 1:
-        flow.freeze(one, _UNKNOWN)
+        call.freeze(one, _UNKNOWN)
     return {dim: one}
+
+
+@rule("aten::mkldnn_rnn_layer")
+def recurrent_layer(call: Call, x: Tensor, inner: Tensor, outer: Tensor, *args: Any) -> None:
+    """Read the features of every step; the layer's state is kept whole, and so are the steps."""
+    given = call.axes(x).get(x.ndim - 1)
+    _read(call, given, call.axes(inner).get(1))
+    call.freeze_tensor(x, "are the steps of a recurrent layer", range(x.ndim - 1))
+    call.freeze_tensor(inner, "counts the state of a recurrent layer", [0])
+    for tensor in (outer, *args[:4]):
+        call.freeze_tensor(tensor, "counts the state of a recurrent layer")
+    positions = x.numel() // x.shape[-1]
+    for tensor, labels in ((inner, given), (outer, None)):
+        rows, columns = tensor.shape
+        made = call.axes(tensor).get(0)
+        if made is not None:
+            call.found.produced.append(made)
+        call.uses(
+            "linear", labels, made, weight=call.labels.source_of(tensor), owned=False, in_channels=columns,
+            out_channels=rows, positions=positions, batch=positions,
+        )  # fmt: skip
 
 
 @rule(
@@ -349,73 +326,36 @@ def join_dim(flow: Flow, a: Labels | None, b: Labels | None, size_a: int, size_b
     "aten::_scaled_dot_product_attention_math",
     "aten::scaled_dot_product_attention",
 )
-def attention(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+def attention(call: Call, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Sequence[Axes]:
     """Join the heads of query, key and value; keep the head's own dimension and the tokens whole."""
-    result = out[0] if isinstance(out, (tuple, list)) else out
-    query, key, value = args[:3]
     for tensor in (query, key):
-        flow.freeze_tensor(tensor, "is contracted between query and key", [tensor.ndim - 1])
+        call.freeze_tensor(tensor, "is contracted between query and key", [tensor.ndim - 1])
     for tensor in (key, value):
-        flow.freeze_tensor(tensor, "is attended over", [tensor.ndim - 2])
+        call.freeze_tensor(tensor, "is attended over", [tensor.ndim - 2])
     axes: Axes = {}
-    for dim in range(query.ndim - 2):
+    last = query.ndim - 1
+    for dim in range(last - 1):
         size = query.shape[dim]
-        joined: Axes = join_dim(flow, flow.axes(query).get(dim), flow.axes(key).get(dim), size, key.shape[dim], dim)
-        axes |= join_dim(flow, joined.get(dim), flow.axes(value).get(dim), size, value.shape[dim], dim)
-    tokens = flow.axes(query).get(query.ndim - 2)
-    if tokens is not None:
-        axes[query.ndim - 2] = tokens
-    made = flow.axes(value).get(value.ndim - 1)
-    if made is not None:
-        axes[value.ndim - 1] = made
-    flow.set(result, axes)
-    if isinstance(out, (tuple, list)) and len(out) > 1 and out[1].shape == result.shape[:-1]:
+        joined = _join_dim(call, call.axes(query).get(dim), call.axes(key).get(dim), size, key.shape[dim], dim)
+        axes |= _join_dim(call, joined.get(dim), call.axes(value).get(dim), size, value.shape[dim], dim)
+    if last - 1 in call.axes(query):
+        axes[last - 1] = call.axes(query)[last - 1]
+    if value.ndim - 1 in call.axes(value):
+        axes[last] = call.axes(value)[value.ndim - 1]
+    made = call.out if isinstance(call.out, (tuple, list)) else (call.out,)
+    if len(made) > 1 and made[1].shape == made[0].shape[:-1]:
         # The logarithm of the sum over what is attended to, one for each query.
-        flow.set(out[1], {dim: labels for dim, labels in axes.items() if dim < result.ndim - 1})
+        return [axes, {dim: labels for dim, labels in axes.items() if dim < last}]
+    return [axes]
 
 
 @rule("aten::embedding")
-def embedding(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+def embedding(call: Call, weight: Tensor, indices: Tensor, *_: Any) -> Axes:
     """Make one channel for each column of the table; its rows are kept."""
-    weight, indices = args[:2]
-    flow.freeze_tensor(weight, "is looked up by index", [0])
-    flow.freeze_tensor(indices, "is used as an index")
-    made = flow.axes(weight).get(1)
-    if made is not None:
-        flow.produced.append(made)
-        flow.set(out, {out.ndim - 1: made})
-
-
-@rule("torchvision::deform_conv2d")
-def deform_conv2d(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-    """Read and make channels as a convolution does; offsets and masks are counted by kernel position, and kept."""
-    x, weight, offset, mask, bias = args[:5]
-    groups, offset_groups = args[11:13]
-    flow.freeze_tensor(offset, "gives the positions of a kernel")
-    flow.freeze_tensor(mask, "weighs the positions of a kernel")
-    own = flow.axes(weight)
-    if groups != 1 or offset_groups != 1 or not flow.is_weight(weight):
-        for tensor in (x, weight):
-            flow.freeze_tensor(tensor, "is convolved in groups at deformed positions")
-        return
-    flow.freeze_tensor(x, "is convolved over as if it were space", [2, 3])
-    made = own.get(0)
-    _read(flow, flow.axes(x).get(1), own.get(1))
-    _make(flow, made, bias)
-    flow.calls.append(
-        Call(
-            flow.module,
-            "conv",
-            weight_name(flow, weight),
-            False,
-            flow.axes(x).get(1),
-            made,
-            x.shape[1],
-            out.shape[1],
-            kernel=prod(weight.shape[2:]),
-            positions=prod(out.shape[2:]) * out.shape[0],
-            batch=out.shape[0],
-        )
-    )
-    if made is not None:
-        flow.set(out, {1: made})
+    call.freeze_tensor(weight, "is looked up by index", [0])
+    call.freeze_tensor(indices, "is used as an index")
+    made = call.axes(weight).get(1)
+    if made is None:
+        return {}
+    call.found.produced.append(made)
+    return {call.out.ndim - 1: made}

@@ -9,53 +9,43 @@ import torch
 from torch import Tensor
 
 from secateur.network.named import tensors_in
-from secateur.tracing.flow import Flow
+from secateur.tracing.call import Call
 from secateur.tracing.labels import Axes
 from secateur.tracing.rules.registry import rule
 
 
-@rule("aten::select", "aten::select_copy", "aten::unbind", "aten::unbind_copy")
-def select(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+@rule("aten::select", "aten::select_copy", "aten::unbind", "aten::unbind_copy", keeps_weights=True)
+def select(call: Call, x: Tensor, dim: int = 0, index: int = 0) -> Axes:
     """Take single indices of a dimension: its channels are frozen, the others kept."""
-    x = args[0]
-    axes = flow.axes(x)
-    if not axes:
-        return
-    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % x.ndim
-    if dim in axes:
-        flow.freeze(axes[dim], "is read one channel at a time")
-    left = {d - (d > dim): labels for d, labels in axes.items() if d != dim}
-    for result in out if isinstance(out, (list, tuple)) else [out]:
-        flow.set(result, left, weight=flow.is_weight(x))
+    dim %= max(x.ndim, 1)
+    call.freeze_tensor(x, "is read one channel at a time", [dim])
+    return {d - (d > dim): labels for d, labels in call.axes(x).items() if d != dim}
 
 
-@rule("aten::index_select", "aten::gather", "aten::take_along_dim")
-def index_select(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+@rule("aten::index_select")
+def index_select(call: Call, x: Tensor, dim: int, index: Tensor) -> Axes:
     """Read a dimension at given indices: its channels are frozen, those of the others kept."""
-    x, dim, index = args[:3]
-    axes = dict(flow.axes(x))
-    flow.freeze_tensor(index, "is used as an index")
-    if dim % x.ndim in axes:
-        flow.freeze(axes.pop(dim % x.ndim), "is read at given indices")
-    if index.ndim > 1:
-        for d in list(axes):
-            flow.freeze(axes.pop(d), "is read at given indices")
-    flow.set(out, axes)
+    call.freeze_tensor(index, "is used as an index")
+    call.freeze_tensor(x, "is read at given indices", [dim % x.ndim])
+    return {d: labels for d, labels in call.axes(x).items() if d != dim % x.ndim}
+
+
+@rule("aten::gather")
+def gather(call: Call, x: Tensor, dim: int, index: Tensor, **_: Any) -> None:
+    """Read single elements at given indices: all channels are frozen."""
+    call.freeze_tensor(index, "is used as an index")
+    call.freeze_tensor(x, "is read at given indices")
 
 
 @rule("aten::index", "aten::_unsafe_index")
-def index(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+def index(call: Call, x: Tensor, indices: Sequence[Any]) -> Axes:
     """Read some dimensions at given indices: their channels are frozen, those of the others kept."""
-    x, indices = args[:2]
-    axes = flow.axes(x)
     for tensor in tensors_in(indices):
-        flow.freeze_tensor(tensor, "is used as an index")
-    if not axes:
-        return
+        call.freeze_tensor(tensor, "is used as an index")
+    axes = call.axes(x)
     consumed = _indexed(indices)
-    flow.freeze_tensor(x, "is read at given indices", consumed)
-    position = _positions(consumed, x.ndim, out.ndim)
-    flow.set(out, {new: axes[d] for d, new in position.items() if d in axes}, weight=False)
+    call.freeze_tensor(x, "is read at given indices", consumed)
+    return {new: axes[d] for d, new in _positions(consumed, x.ndim, call.out.ndim).items() if d in axes}
 
 
 def _indexed(indices: Sequence[Any]) -> list[int]:
@@ -84,18 +74,17 @@ def _positions(consumed: Sequence[int], before: int, after: int) -> dict[int, in
 
 
 @rule("aten::index_put_", "aten::_index_put_impl_")
-def index_put(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+def index_put(call: Call, x: Tensor, indices: Sequence[Any], values: Tensor, *_: Any) -> Axes:
     """Write values at given indices of some dimensions: their channels are frozen, those of the others join."""
-    x, indices, values = args[:3]
     (mask, *others) = tensors_in(indices)
-    if not others and mask.dtype is torch.bool and mask.shape == x.shape and values.numel() == 1 and not flow.name(x):
-        flow.set(out, flow.combine([x, mask], x.shape))  # one value for whatever the mask tells, element by element
-        return
+    whole = not others and mask.dtype is torch.bool and mask.shape == x.shape
+    if whole and values.numel() == 1 and not call.labels.name(x):
+        return call.combine([x, mask], x.shape)  # one value for whatever the mask tells, element by element
     for tensor in tensors_in(indices):
-        flow.freeze_tensor(tensor, "is used as an index")
+        call.freeze_tensor(tensor, "is used as an index")
     consumed = _indexed(indices)
-    flow.freeze_tensor(x, "is written at given indices", consumed)
-    own, given = flow.axes(x), dict(flow.axes(values))
+    call.freeze_tensor(x, "is written at given indices", consumed)
+    own, given = call.axes(x), dict(call.axes(values))
     written: Axes = {}
     indexed = x.ndim - len(consumed) + max(1 if _is_mask(t) else t.ndim for t in tensors_in(indices))
     for dim, place in _positions(consumed, x.ndim, indexed).items():
@@ -105,12 +94,12 @@ def index_put(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Te
             written[dim] = own[dim]
             continue
         if labels is not None and dim in own and labels.size == own[dim].size:
-            flow.store.join(own[dim], labels)
+            call.join(own[dim], labels)
             written[dim] = labels
             continue
         for unknown in (labels, own.get(dim)):
             if unknown is not None:
-                flow.freeze(unknown, "is written together with values that are no known channels")
+                call.freeze(unknown, "is written together with values that are no known channels")
     for labels in given.values():
-        flow.freeze(labels, "is written at given indices")
-    flow.set(out, written)
+        call.freeze(labels, "is written at given indices")
+    return written

@@ -2,200 +2,152 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur.network.named import tensors_in
-from secateur.tracing.flow import Flow
-from secateur.tracing.labels import Axes
-from secateur.tracing.rules.registry import rule
+from secateur.tracing.call import Call
+from secateur.tracing.labels import Axes, Labels
+from secateur.tracing.rules.registry import Rule, rule
+
+_AS_SPACE = "is normalised over as if it were space"
 
 
-@rule(
-    "aten::clone",
-    "aten::detach",
-    "aten::detach_",
-    "aten::alias",
-    "aten::contiguous",
-    "aten::_to_copy",
-    "aten::to",
-    "aten::lift_fresh",
-    "aten::lift_fresh_copy",
-    "aten::zeros_like",
-    "aten::ones_like",
-    "aten::full_like",
-    "aten::empty_like",
-    "aten::rand_like",
-    "aten::randn_like",
-    "aten::bernoulli",
-    "aten::bernoulli_",
-    "aten::native_dropout",
-    "aten::feature_dropout",
-    "aten::dropout",
-    "aten::fill_",
-    "aten::zero_",
-    "aten::normal_",
-    "aten::uniform_",
-    "aten::random_",
-    "aten::exponential_",
-    "aten::masked_fill",
-    "aten::masked_fill_",
-    "aten::where",
-    "aten::_prelu_kernel",
-    "aten::prelu",
-    "aten::rrelu_with_noise",
-    "aten::rrelu_with_noise_functional",
-    "aten::celu_",
-    "aten::_fused_dropout",
-    "aten::floor_divide",
-    "aten::bitwise_and",
-    "aten::isfinite",
-    "aten::isnan",
-    "aten::nan_to_num",
-    "aten::hardswish_",
-    "aten::hardswish",
-    "aten::hardsigmoid_",
-    "aten::hardtanh_",
-    "aten::relu6_",
-    "aten::leaky_relu_",
-    "aten::elu_",
-    "aten::silu_",
-    "aten::mish_",
-    "aten::gelu_",
-    "aten::glu_jvp",
-    "aten::log_sigmoid_forward",
-    "aten::lerp_",
-    "aten::addcmul_",
-    "aten::addcdiv_",
-    "aten::clamp_",
-    "aten::floor_divide_",
-    "aten::view_as_real_copy",
-)
-def pointwise(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+def _join_operands(call: Call, *_: Any, **__: Any) -> Axes | list[Axes]:
     """Join the channels of all operands, index by index; the result carries them on."""
-    operands = tensors_in((*args, *kwargs.values()))
-    if not any(flow.axes(t) for t in operands):
-        return
-    results = tensors_in((out,))
-    weight = all(flow.is_weight(t) or t.ndim == 0 for t in operands)
-    for result in results:
-        flow.set(result, flow.combine([t for t in operands if t.ndim <= result.ndim], result.shape), weight=weight)
+    if not any(call.axes(t) for t in call.operands):
+        return {}
+    results = tensors_in((call.out,))
+    return [call.combine([t for t in call.operands if t.ndim <= out.ndim], out.shape) for out in results]
 
 
-@rule("aten::copy_")
-def copy_(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-    """Write one tensor into another: the written channels become the target's own."""
-    target, source = args[:2]
-    axes, own = flow.combine([source], target.shape), flow.axes(target)
-    for dim, labels in axes.items():
-        if dim in own:
-            flow.store.join(own[dim], labels)
-        elif target._base is not None or flow.name(target):
-            flow.freeze(labels, "is written into a part of a tensor that has no known channels")
-    for dim, labels in own.items():
-        if (
-            dim not in axes
-            and source.ndim
-            and source.shape[dim - target.ndim] > 1
-            and source.ndim > target.ndim - 1 - dim
-        ):
-            flow.freeze(labels, "is overwritten by values that are no known channels")
-    flow.set(out, own or axes)
-
-
-@rule(
-    "aten::native_batch_norm",
-    "aten::_native_batch_norm_legit",
-    "aten::_native_batch_norm_legit_no_training",
-    "aten::_batch_norm_no_update",
-    "aten::_batch_norm_with_update",
-    "aten::_batch_norm_with_update_functional",
-    "aten::cudnn_batch_norm",
-    "aten::miopen_batch_norm",
-    "aten::batch_norm",
-)
-def batch_norm(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """Normalise each channel by its own mean and variance: weight, bias and statistics follow the channel."""
-    x = args[0]
-    axes = dict(flow.axes(x))
-    for dim in [d for d in axes if d > 1]:
-        if flow.is_weight(x):
-            flow.mark_inexact(axes[dim], "standardises a weight over the channels that it reads")
-        else:
-            flow.freeze(axes.pop(dim), "is normalised over as if it were space")
-    vectors = [t for t in args[1:5] if isinstance(t, Tensor)]
-    for vector in vectors:
-        own = flow.axes(vector).get(0)
-        if 1 in axes and own is not None:
-            flow.store.join(axes[1], own)
-        elif 1 in axes and vector.shape[0] > 1:
-            flow.freeze(axes[1], "takes one value a channel from a tensor that is no parameter")
-        elif own is not None:
-            flow.freeze(own, "normalises values that are no known channels")
-    result = out[0] if isinstance(out, (tuple, list)) else out
-    if isinstance(flow.layer, nn.modules.batchnorm._NormBase) and 1 in axes:
-        # Instance norm folds the batch into the channels.
-        labels = axes[1][: flow.layer.num_features]
-        flow.follow("num_features", labels)
-    flow.set(result, axes, weight=flow.is_weight(x))
-
-
-@rule("aten::native_layer_norm", "aten::layer_norm", "aten::rms_norm", "aten::_fused_rms_norm")
-def layer_norm(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """Normalise over the last dimensions: a channel among them takes part in every other's result."""
-    x, shape = args[0], args[1]
-    result = out[0] if isinstance(out, (tuple, list)) else out
-    axes = flow.combine([x, *tensors_in(args[2:])], x.shape)
-    for dim, labels in axes.items():
-        if dim >= x.ndim - len(shape):
-            flow.mark_inexact(labels, "normalises over the channels themselves")
-            if len(shape) > 1:
-                flow.freeze(labels, "is normalised together with space, over a shape that the layer fixes")
-    if isinstance(flow.layer, (nn.LayerNorm, nn.RMSNorm)):
-        _count(flow, "normalized_shape", axes, x.ndim - 1)
-    flow.set(result, axes, weight=flow.is_weight(x))
-
-
-@rule("aten::native_group_norm", "aten::group_norm")
-def group_norm(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """Normalise over blocks of channels: whole blocks can go exactly, where their number is the layer's to change."""
-    x, weight, bias = args[:3]
-    blocks = args[6] if len(args) > 6 else args[1]
-    result = out[0] if isinstance(out, (tuple, list)) else out
-    axes = dict(flow.axes(x))
-    labels = axes.get(1)
-    for dim in [d for d in axes if d > 1]:
-        flow.freeze(axes.pop(dim), "is normalised over as if it were space")
-    for vector in tensors_in([weight, bias]):
-        own = flow.axes(vector).get(0)
-        if labels is not None and own is not None:
-            flow.store.join(labels, own)
-        elif own is not None:
-            flow.freeze(own, "normalises values that are no known channels")
-    if labels is not None and blocks < x.shape[1]:
-        if blocks == 1:
-            flow.mark_inexact(labels, "normalises over the channels themselves")
-        elif isinstance(flow.layer, nn.GroupNorm):
-            flow.store.join(labels.reshape(blocks, -1)[:, :1], labels.reshape(blocks, -1))
-            flow.follow("num_groups", labels.reshape(blocks, -1)[:, 0])
-        else:
-            flow.freeze(labels, "is normalised in blocks whose number the code fixes")
-    elif labels is not None and isinstance(flow.layer, nn.GroupNorm):
-        flow.follow("num_groups", labels)
-    if isinstance(flow.layer, nn.GroupNorm):
-        _count(flow, "num_channels", axes, 1)
-    flow.set(result, axes)
-
-
-def _count(flow: Flow, name: str, axes: Axes, dim: int) -> None:
-    """Note that an attribute of the layer at work counts its channels."""
-    labels = axes.get(dim)
-    if labels is not None and hasattr(flow.layer, name):
-        flow.follow(name, labels)
+POINTWISE = Rule(_join_operands, keeps_weights=True)
+"""The rule of every operator that PyTorch declares as element-wise."""
+rule(
+    "aten::clone", "aten::detach", "aten::detach_", "aten::alias", "aten::contiguous", "aten::_to_copy", "aten::to",
+    "aten::lift_fresh", "aten::lift_fresh_copy", "aten::zeros_like", "aten::ones_like", "aten::full_like",
+    "aten::empty_like", "aten::rand_like", "aten::randn_like", "aten::bernoulli", "aten::bernoulli_",
+    "aten::native_dropout", "aten::feature_dropout", "aten::dropout", "aten::fill_", "aten::zero_", "aten::normal_",
+    "aten::uniform_", "aten::random_", "aten::exponential_", "aten::masked_fill", "aten::masked_fill_", "aten::where",
+    "aten::_prelu_kernel", "aten::prelu", "aten::rrelu_with_noise", "aten::rrelu_with_noise_functional", "aten::celu_",
+    "aten::_fused_dropout", "aten::floor_divide", "aten::bitwise_and", "aten::isfinite", "aten::isnan",
+    "aten::nan_to_num", "aten::hardswish_", "aten::hardswish", "aten::hardsigmoid_", "aten::hardtanh_",
+    "aten::relu6_", "aten::leaky_relu_", "aten::elu_", "aten::silu_", "aten::mish_", "aten::gelu_", "aten::glu_jvp",
+    "aten::log_sigmoid_forward", "aten::lerp_", "aten::addcmul_", "aten::addcdiv_", "aten::clamp_",
+    "aten::floor_divide_", "aten::view_as_real_copy",
+    keeps_weights=True,
+)(_join_operands)  # fmt: skip
 
 
 def is_pointwise(func: torch._ops.OpOverload) -> bool:
-    """Tell whether torch declares an operator as element-wise."""
+    """Tell whether PyTorch declares an operator as element-wise."""
     return torch.Tag.pointwise in func.tags
+
+
+@rule("aten::copy_")
+def copy_(call: Call, target: Tensor, source: Tensor, *_: Any) -> Axes:
+    """Write one tensor into another: the written channels become the target's own."""
+    axes, own = call.combine([source], target.shape), call.axes(target)
+    for dim, labels in axes.items():
+        if dim in own:
+            call.join(own[dim], labels)
+        elif target._base is not None or call.labels.name(target):
+            call.freeze(labels, "is written into a part of a tensor that has no known channels")
+    for dim, labels in own.items():
+        given = source.ndim > target.ndim - 1 - dim and source.shape[dim - target.ndim] > 1
+        if dim not in axes and given:
+            call.freeze(labels, "is overwritten by values that are no known channels")
+    return own or axes
+
+
+def _without_space(call: Call, x: Tensor) -> Axes:
+    """Return the axes of batch and channels; what lies along space is kept."""
+    call.freeze_tensor(x, _AS_SPACE, range(2, x.ndim))
+    return {d: labels for d, labels in call.axes(x).items() if d < 2}
+
+
+def _follow(call: Call, labels: Labels | None, vectors: Sequence[Tensor]) -> None:
+    """Join channels with the parameters and buffers that hold one value for each."""
+    for vector in vectors:
+        own = call.axes(vector).get(0)
+        if labels is not None and own is not None:
+            call.join(labels, own)
+        elif labels is not None and vector.shape[0] > 1:
+            call.freeze(labels, "takes one value a channel from a tensor that is no parameter")
+        elif own is not None:
+            call.freeze(own, "normalises values that are no known channels")
+
+
+def _count(call: Call, name: str, labels: Labels | None) -> None:
+    """Let an attribute of the layer at work follow the number of its channels."""
+    if labels is not None and hasattr(call.layer, name):
+        call.follow(name, labels)
+
+
+@rule(
+    "aten::native_batch_norm", "aten::_native_batch_norm_legit", "aten::_native_batch_norm_legit_no_training",
+    "aten::_batch_norm_no_update", "aten::_batch_norm_with_update", "aten::_batch_norm_with_update_functional",
+    "aten::cudnn_batch_norm", "aten::miopen_batch_norm", "aten::batch_norm",
+    keeps_weights=True,
+)  # fmt: skip
+def batch_norm(call: Call, x: Tensor, *vectors: Any) -> list[Axes]:
+    """Normalise each channel by its own mean and variance: weight, bias and statistics follow the channel."""
+    axes = dict(call.axes(x))
+    for dim in [d for d in axes if d > 1]:
+        if call.is_weight(x):
+            call.mark_inexact(axes[dim], "standardises a weight over the channels that it reads")
+        else:
+            call.freeze(axes.pop(dim), _AS_SPACE)
+    _follow(call, axes.get(1), tensors_in(vectors[:4]))
+    if isinstance(call.layer, nn.modules.batchnorm._NormBase) and 1 in axes:
+        # Instance norm folds the batch into the channels.
+        call.follow("num_features", axes[1][: call.layer.num_features])
+    # Beside the result some devices return the statistics of every channel, others nothing.
+    others = tensors_in((call.out,))[1:]
+    return [axes, *({0: axes[1]} if 1 in axes and t.shape == axes[1].shape else {} for t in others)]
+
+
+@rule("aten::native_layer_norm", "aten::layer_norm", "aten::rms_norm", "aten::_fused_rms_norm", keeps_weights=True)
+def layer_norm(call: Call, x: Tensor, shape: Sequence[int], *vectors: Any) -> list[Axes]:
+    """Normalise over the last dimensions: a channel among them takes part in every other's result."""
+    axes = call.combine([x, *tensors_in(vectors)], x.shape)
+    for dim, labels in axes.items():
+        if dim >= x.ndim - len(shape):
+            call.mark_inexact(labels, "normalises over the channels themselves")
+            if len(shape) > 1:
+                call.freeze(labels, "is normalised together with space, over a shape that the layer fixes")
+    if isinstance(call.layer, (nn.LayerNorm, nn.RMSNorm)):
+        _count(call, "normalized_shape", axes.get(x.ndim - 1))
+    return [axes]
+
+
+@rule("aten::native_group_norm")
+def native_group_norm(
+    call: Call, x: Tensor, weight: Any, bias: Any, n: int, c: int, hw: int, blocks: int, *_: Any
+) -> Any:
+    """Normalise over blocks of channels."""
+    return group_norm(call, x, blocks, weight, bias)
+
+
+@rule("aten::group_norm")
+def group_norm(call: Call, x: Tensor, blocks: int, weight: Any = None, bias: Any = None, *_: Any) -> list[Axes]:
+    """Normalise over blocks of channels: whole blocks can go exactly, where their number is the layer's to change."""
+    axes = _without_space(call, x)
+    labels = axes.get(1)
+    _follow(call, labels, tensors_in([weight, bias]))
+    layer = call.layer if isinstance(call.layer, nn.GroupNorm) else None
+    if labels is not None:
+        rows = labels.reshape(blocks, -1)
+        if blocks == 1 < x.shape[1]:
+            call.mark_inexact(labels, "normalises over the channels themselves")
+        elif layer is not None:
+            call.join_rows(rows)
+            call.follow("num_groups", rows[:, 0])
+        elif blocks < x.shape[1]:
+            call.freeze(labels, "is normalised in blocks whose number the code fixes")
+    if layer is not None:
+        _count(call, "num_channels", labels)
+    return [axes]

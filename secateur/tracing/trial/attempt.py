@@ -1,47 +1,42 @@
 """One trial pruning: a copy of the network is cut, run, and compared with the masked original.
 
-A large network's program is compared, operator by operator; otherwise values are. What differs, or fails, is blamed on
-groups: on those that the failing line handles, or on those whose channels a layer reads wrongly.
+A large network's program is compared, operator by operator; otherwise values are.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import nn
 
 from secateur.errors import SecateurError, TraceError
+from secateur.graph.channels import ChannelGraph, ChannelGroup
 from secateur.graph.cost import macs
 from secateur.graph.places import lost
-from secateur.graph.plan import masks
+from secateur.graph.plan import PruningPlan, masks
 from secateur.graph.steps import steps
 from secateur.network.inputs import mapped
 from secateur.network.precision import in_double
 from secateur.pruning.planning import plan_removal
 from secateur.pruning.surgery import cut
 from secateur.pruning.verification import Difference, compare, doubled, jumps, outputs
-from secateur.tracing.code.reachable import Reached
-from secateur.tracing.program import Program
+from secateur.tracing.assumptions import Assumptions
+from secateur.tracing.grouping import Grouping
+from secateur.tracing.program import WORTH, Program
 from secateur.tracing.recording import Recording, record
-from secateur.tracing.trial.blame import Failure, blamed_for, frames_of, handled_by, misread
+from secateur.tracing.trial.blame import Outcome, blame_error, blame_readings
 from secateur.tracing.trial.programs import can_tell, is_same
-
-if TYPE_CHECKING:
-    from secateur.graph.channels import ChannelGraph, ChannelGroup
-    from secateur.graph.plan import PruningPlan
-    from secateur.tracing.grouping import Grouping
 
 _COARSE = 1e-3
 """For what layers read, where sums of many terms cancel."""
 _TOLERANCE = 3e-5
 """For what the network returns."""
 _FINE = 1e-9
-"""Where the code counts with numbers of channels: one of them may matter less than rounding does."""
+"""Where the code has been told numbers of channels: one of them may matter less than rounding does."""
 _FRACTIONS = (1 / 2, 1 / 3, 2 / 3)
 """Fractions that groups lose in turn: what holds only where all lose the same has to fail."""
 
@@ -58,8 +53,7 @@ class Trials:
 
     model: nn.Module
     example_inputs: Any
-    functions: list[Reached]
-    """What its forward may run."""
+    assumptions: Assumptions
     recording: Recording
     """The run that the present grouping was made of."""
     removed: dict[tuple[object, ...], list[int]] = field(default_factory=dict)
@@ -68,8 +62,6 @@ class Trials:
     """Plans that passed, and whether it was compared what they compute, or only seen that they run."""
     least: dict[tuple[object, ...], int] = field(default_factory=dict)
     """Of a group of this name and these constraints, how many channels have to stay."""
-    struck: dict[tuple[object, ...], int] = field(default_factory=lambda: defaultdict(int))
-    """How many groups of a kind failed without a line that handles them to show for it."""
 
     def part(self, index: int, group: ChannelGroup) -> list[int]:
         """Return a part at random of a group's channels."""
@@ -111,26 +103,18 @@ def key_of(group: ChannelGroup) -> tuple[object, ...]:
     return group.name, group.blocks.tobytes(), group.removable.tobytes(), schedule, group.multiple
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A trial that failed: the groups to blame, or, without any, those that the failing module handles."""
-
-    failures: list[Failure]
-    suspects: list[int] = field(default_factory=list)
-    reason: str = "the pruned network computes something else"
-    sources: tuple[str, ...] = ()
-
-
-def measured(trials: Trials, grouping: Grouping) -> tuple[bool, bool]:
-    """Tell whether the code compares the number of channels that can go, and whether it counts with it."""
-    flow = trials.recording.flow
-    followed = [(a.module, a.name) for a in flow.attributes if a.guessed]
-    taken = [flow.numbers[key] for key in followed if key in flow.numbers and flow.numbers[key].taken]
-    for labels, measure in flow.measures:
-        if measure.taken and (grouping.group_of[grouping.classes[labels]] >= 0).any():
-            taken.append(measure)
-    taken += [measure for measure in flow.widths.values() if measure.taken]
-    return bool(taken), any(measure.computed for measure in taken)
+def told(trials: Trials, grouping: Grouping) -> set[int]:
+    """Return the groups of whose channels the code has been told the number, so that it may count with it."""
+    found = trials.recording.found
+    counted = [labels for labels, _ in found.counted]
+    counted += [a.labels for a in found.attributes if a.guessed]
+    groups = {g for labels in counted for g in grouping.partition.among(labels)}
+    taken = {module for (module, _), measure in found.widths.items() if measure.taken}
+    for port in grouping.graph.layers if taken else ():
+        for places in (port.in_group, port.out_group):
+            if port.module in taken and places is not None:
+                groups |= set(np.unique(places[places >= 0]).tolist())
+    return groups
 
 
 def attempt(trials: Trials, grouping: Grouping, chosen: list[int], picked: Picked) -> Outcome | None:
@@ -150,64 +134,64 @@ def attempt(trials: Trials, grouping: Grouping, chosen: list[int], picked: Picke
 
 def _run(trials: Trials, grouping: Grouping, chosen: list[int], plan: PruningPlan, compared: bool) -> Outcome | None:
     """Cut the network and run it, and compare values where asked; None: all is well."""
-    model, example_inputs = trials.model, trials.example_inputs
-    small, program = model, Program()
+    small, program = trials.model, Program()
     try:
-        small = cut(model, plan, share=True)
-        if _tells(trials, grouping, plan, small, program):
+        small = cut(trials.model, plan, share=True)
+        if _pays(trials, grouping.graph) and _is_told_by_program(trials, grouping, plan, small, program):
             trials.passed.append((plan, True))
             return None
         if program.failed is not None:
             raise program.failed
         if not compared:
-            outputs(small, example_inputs)
+            outputs(small, trials.example_inputs)
             return None
-        limit = (1e-6 if plan.magnitudes else _FINE) if measured(trials, grouping)[1] else _TOLERANCE
-        finely = _in_double(model, small, plan, example_inputs, limit) if limit < _TOLERANCE else None
-        difference = finely or _settled(model, small, plan, example_inputs, _COARSE)
+        misread = _differing(trials, plan, small, fine=bool(told(trials, grouping).intersection(chosen)))
+        # Values of a network that keeps state differ from run to run; its program tells all the same.
+        if misread is not None and can_tell(trials.recording) and not program.steps:
+            misread = None if _is_told_by_program(trials, grouping, plan, small, program) else misread
     except SecateurError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever the model's own code raises; it is the finding
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        reason = f"with fewer channels the model's own code fails: {text}"
-        frames = frames_of(error, small)
-        # What was looked at in its frames holds it, and it holds them, with all that the network had made.
-        error.__traceback__ = None
-        sources = tuple(source for source, _ in frames)
-        if len(chosen) == 1:
-            return Outcome([Failure(chosen[0], reason, sources)])
-        return Outcome(
-            blamed_for(grouping, chosen, frames, reason), handled_by(grouping, chosen, frames), reason, sources
-        )
+        return blame_error(grouping, chosen, error, small)
     finally:
         program.failed = None  # by its traceback it holds this very call, and the network that was cut
-    if finely is None and not _agrees(difference, _TOLERANCE):
-        difference = _in_double(model, small, plan, example_inputs, 1e-6) or difference
-    if _agrees(difference, limit if finely is not None else _TOLERANCE):
-        return None
-    blamed = misread(grouping, chosen, difference.mismatched)
-    if len(chosen) == 1:
-        return Outcome(blamed or [Failure(chosen[0], "the pruned network computes something else")])
-    # What a layer reads wrongly may have been made wrong by what another group lost: they are tried alone.
-    return Outcome([], [failure.group for failure in blamed], blamed[0].reason if blamed else Outcome.reason)
+    return None if misread is None else blame_readings(grouping, chosen, misread)
 
 
-def _tells(trials: Trials, grouping: Grouping, plan: PruningPlan, small: nn.Module, program: Program) -> bool:
+def _pays(trials: Trials, graph: ChannelGraph) -> bool:
+    """Tell whether comparing programs takes less time than running the network's products, or is all there is."""
+    whole = trials.recording
+    meta = any(tensor.is_meta for tensor in whole.labels.named.values())
+    return can_tell(whole) and (meta or macs(graph) * graph.batch > WORTH * len(whole.program.steps))
+
+
+def _is_told_by_program(
+    trials: Trials, grouping: Grouping, plan: PruningPlan, small: nn.Module, program: Program
+) -> bool:
     """Tell whether a run without values shows that the cut network computes what the masked original computes.
 
     That run is noted in ``program``, and so is why it failed.
     """
-    graph, whole = grouping.graph, trials.recording
-    if not can_tell(whole, macs(graph) * graph.batch):
-        return False
-    flow = whole.flow
     try:
-        found = record(small, trials.example_inputs, trials.functions, flow.decisions, flow.loose, light=program)
+        left = record(small, trials.example_inputs, trials.assumptions, light=program)
     except TraceError:
         return False
-    return not program.kept() and is_same(
-        whole, found, grouping.classes, lost(grouping.group_of, grouping.channel_of, masks(graph, plan.removed))
-    )
+    own = grouping.partition
+    gone = lost(own.group_of, own.channel_of, masks(grouping.graph, plan.removed))
+    return not program.kept() and is_same(trials.recording, left, own.classes, gone)
+
+
+def _differing(trials: Trials, plan: PruningPlan, small: nn.Module, *, fine: bool) -> dict[str, list[int]] | None:
+    """Compare values; return the layers that read something else, with their channels, or None where all agrees."""
+    model, inputs = trials.model, trials.example_inputs
+    limit = (1e-6 if plan.magnitudes else _FINE) if fine else _TOLERANCE
+    finely = _in_double(model, small, plan, inputs, limit) if fine else None
+    difference = finely or _settled(model, small, plan, inputs, _COARSE)
+    if finely is None:
+        limit = _TOLERANCE
+        if not _agrees(difference, limit):
+            difference = _in_double(model, small, plan, inputs, 1e-6) or difference
+    return None if _agrees(difference, limit) else difference.mismatched
 
 
 def _agrees(difference: Difference, limit: float) -> bool:

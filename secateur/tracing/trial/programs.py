@@ -13,22 +13,17 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from secateur.tracing.labels import Labels, LabelStore
-from secateur.tracing.program import BY_VALUE, WORTH, Made, Step
+from secateur.tracing.program import BY_VALUE, Made, Step
 from secateur.tracing.recording import Recording
 
 
-def can_tell(whole: Recording, macs: int) -> bool:
-    """Tell whether comparing programs can tell anything of a recorded network, and sooner than running it."""
-    flow, steps = whole.flow, whole.program.steps
-    if (
-        whole.program.random
-        or flow.store.moves
-        or flow.magnitudes
-        or any(call.kind == "registered" for call in flow.calls)
-    ):
+def can_tell(whole: Recording) -> bool:
+    """Tell whether comparing programs can tell anything of a recorded network: not where values decide what runs."""
+    found, steps = whole.found, whole.program.steps
+    if whole.program.random or found.moved or found.magnitudes or found.by_value:
         return False
-    by_value = flow.by_value or any(step.name in BY_VALUE for step in steps)
-    return not by_value and macs > WORTH * len(steps)
+    registered = any(layer.kind == "registered" for layer in found.layers)
+    return not registered and not any(step.name in BY_VALUE for step in steps)
 
 
 @dataclass(eq=False)
@@ -117,6 +112,6 @@ def is_same(whole: Recording, left: Recording, classes: Labels, gone: np.ndarray
     return (
         len(steps) == len(others)
         and all(map(match.step, steps, others))
-        and match.stores(whole.flow.store, left.flow.store)
-        and match.consistent(left.flow.store.count)
+        and match.stores(whole.labels.store, left.labels.store)
+        and match.consistent(left.labels.store.count)
     )

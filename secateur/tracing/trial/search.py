@@ -1,8 +1,7 @@
-"""Trial prunings: is what was assumed of the user's own code true?
+"""The search for assumptions that hold: every group loses a part of its channels, and what fails is tried otherwise.
 
-Every group loses about half of its channels, and where the code counts with their number, all but two. What fails is
-traced back to the assumption behind it; the next one is tried, or the channels are kept and listed with the line that
-failed.
+Every group loses about half of its channels; those whose number the code has been told lose, in a further trial, all
+but two.
 """
 
 from __future__ import annotations
@@ -11,25 +10,45 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from secateur.graph.channels import Role
+from secateur.graph.channels import ChannelGroup, Role
 from secateur.graph.steps import steps
-from secateur.tracing.findings import Cause, Site
-from secateur.tracing.flow import Flow
-from secateur.tracing.labels import Labels
-from secateur.tracing.trial.attempt import Outcome, Picked, Trials, attempt, key_of, measured
-from secateur.tracing.trial.blame import Failure, concerned
+from secateur.tracing.assumptions import CUTS, FREEZE, Assumption
+from secateur.tracing.grouping import Grouping
+from secateur.tracing.trial.attempt import Picked, Trials, attempt, key_of, told
+from secateur.tracing.trial.blame import Failure, Outcome
 
-if TYPE_CHECKING:
-    from secateur.graph.channels import ChannelGroup
-    from secateur.tracing.grouping import Grouping
-
-_OF_CUTS = ("widths", "whole", "equal", "share", "parts")
 _FEW = 2
 """So many suspects are tried one by one."""
+
+
+def failing(trials: Trials, grouping: Grouping) -> list[Failure]:
+    """Return the groups that the network can't be pruned in as assumed; empty when all is well."""
+    failures: list[Failure] = []
+    for picked in _selections(trials, grouping):
+        chosen = [i for i, channels in enumerate(picked) if channels]
+        while chosen:
+            found = _failures(trials, grouping, chosen, picked)
+            if not found:
+                break
+            failures += found
+            gone = {failure.group for failure in found}
+            chosen = [i for i in chosen if i not in gone]
+        if failures:
+            return failures
+    _find_least(trials, grouping)
+    return []
+
+
+def _failures(trials: Trials, grouping: Grouping, chosen: list[int], picked: Picked) -> list[Failure]:
+    """Try to prune these groups; return those that fail, with others that will fail for the same reason."""
+    outcome = attempt(trials, grouping, chosen, picked) if chosen else None
+    if outcome is None:
+        return []
+    found = outcome.failures or _isolate(trials, grouping, chosen, outcome, picked)
+    return found + _alike(grouping, chosen, found)
 
 
 def _selections(trials: Trials, grouping: Grouping) -> Iterator[Picked]:
@@ -39,104 +58,55 @@ def _selections(trials: Trials, grouping: Grouping) -> Iterator[Picked]:
     blocks lose the same; it is told apart where one block loses all that it can, and the others nothing.
     """
     yield [trials.part(index, group) for index, group in enumerate(grouping.graph.groups)]
-    free = [site for site in grouping.sites if site.blocks and site.options[site.choice] in ("widths", "parts")]
-    for end in (0, -1) if free else ():
-        yield _of_one_end(grouping, free, end)
+    cuts = [a for a in grouping.assumptions if a.blocks and a.option in ("widths", "parts")]
+    for end in (0, -1) if cuts else ():
+        yield _of_one_end(grouping, cuts, end)
 
 
-def _of_one_end(grouping: Grouping, sites: list[Site], end: int) -> Picked:
+def _of_one_end(grouping: Grouping, cuts: list[Assumption], end: int) -> Picked:
     """Choose all that can go of one end of every cut vector, and so that what is left can't be cut in equal parts."""
+    own, graph = grouping.partition, grouping.graph
     ends: dict[int, list[int]] = {}
-    for site in sites:
-        own = grouping.classes[site.blocks[end]]
-        for group, channel in zip(grouping.group_of[own].tolist(), grouping.channel_of[own].tolist(), strict=True):
+    for cut in cuts:
+        block = cut.blocks[end]
+        for group, channel in zip(own.groups(block).tolist(), own.channels(block).tolist(), strict=True):
             if group >= 0:
                 ends.setdefault(group, []).append(channel)
     taken: dict[int, list[list[int]]] = {}
     for index, inside in ends.items():
-        group = grouping.graph.groups[index]
+        group = graph.groups[index]
         mine = set(inside)
         found = steps(group, list(dict.fromkeys([*inside, *range(group.size)])))
         taken[index] = [step for step in found if mine.issuperset(step)] or found[:1]
-    for site in sites:
-        own = grouping.classes[site.labels]
-        groups, channels = grouping.group_of[own], grouping.channel_of[own]
+    for cut in cuts:
+        groups, channels = own.groups(cut.labels), own.channels(cut.labels)
         gone = sum(int(np.isin(channels[groups == i], list(chain(*taken[i]))).sum()) for i in taken)
-        long = [i for i in np.unique(groups).tolist() if len(taken.get(i, ())) > 1]
-        if (own.size - gone) % len(site.blocks) == 0 and long:
+        long = [i for i in own.among(cut.labels) if len(taken.get(i, ())) > 1]
+        if (cut.labels.size - gone) % len(cut.blocks) == 0 and long:
             taken[long[0]].pop()
-    return [sorted(chain(*taken.get(i, []))) for i in range(len(grouping.graph.groups))]
-
-
-def contradicted(grouping: Grouping) -> list[tuple[Labels, Cause]]:
-    """Return channels that can't be pruned, since code gives the number of some as the size of others, and why.
-
-    Neither can: a group need not lose as many as another, or as what never goes.
-    """
-    found = []
-    for site in grouping.sites:
-        for own, asked in site.asked:
-            mine, others = grouping.classes[own], grouping.classes[asked]
-            groups, theirs = grouping.group_of[mine], grouping.group_of[others]
-            if np.isin(groups[groups >= 0], theirs).any() or np.isin(mine, others).any():
-                continue
-            if _can_lose(grouping, mine):
-                found.append((own, replace(site.cause, reason="is given the number of other channels as its size")))
-            if _can_lose(grouping, others):
-                found.append((asked, replace(site.cause, reason="gives the number of these channels as others' size")))
-    return found
-
-
-def _can_lose(grouping: Grouping, classes: Labels) -> bool:
-    """Tell whether any of these channels can be removed."""
-    groups, channels = grouping.group_of[classes], grouping.channel_of[classes]
-    return any(grouping.graph.groups[g].removable[channels[groups == g]].any() for g in np.unique(groups[groups >= 0]))
-
-
-def failing(trials: Trials, grouping: Grouping) -> list[Failure]:
-    """Return the groups that the network can't be pruned in as assumed; empty when all is well."""
-    failures: list[Failure] = []
-    for picked in _selections(trials, grouping):
-        chosen = [i for i, channels in enumerate(picked) if channels]
-        while chosen:
-            outcome = attempt(trials, grouping, chosen, picked)
-            if outcome is None:
-                break
-            found = outcome.failures or _isolate(trials, grouping, chosen, outcome, picked)
-            found += _alike(trials, grouping, chosen, found)
-            failures += found
-            gone = {failure.group for failure in found}
-            chosen = [i for i in chosen if i not in gone]
-        if failures:
-            break
-    if measured(trials, grouping)[0] and not failures:
-        _find_least(trials, grouping)
-    return failures
+    return [sorted(chain(*taken.get(i, []))) for i in range(len(graph.groups))]
 
 
 def _find_least(trials: Trials, grouping: Grouping) -> None:
-    """Find how many channels have to stay, where the code counts with their number: below some it may do otherwise.
+    """Find how many channels have to stay, where the code has been told their number: below some it may do otherwise.
 
     Two stay where two may: one has ways of its own, such as to be broadcast. A group that fails keeps as many as it had
     in the trial that it passed.
     """
     groups = grouping.graph.groups
-    keys = [key_of(group) for group in groups]
-    left = [group.size - len(trials.part(i, group)) for i, group in enumerate(groups)]
-    low = [trials.least.get(key, min(2, n)) for key, n in zip(keys, left, strict=True)]
-    picked = [_down_to(group, least) if group.exact else [] for group, least in zip(groups, low, strict=True)]
-    while True:
-        chosen = [i for i, channels in enumerate(picked) if channels]
-        outcome = attempt(trials, grouping, chosen, picked) if chosen else None
-        if outcome is None:
-            break
-        found = outcome.failures or _isolate(trials, grouping, chosen, outcome, picked)
-        for failure in found + _alike(trials, grouping, chosen, found):
-            group, part = groups[failure.group], trials.part(failure.group, groups[failure.group])
+    picked: Picked = [[] for _ in groups]
+    low: dict[int, int] = {}
+    for i in told(trials, grouping):
+        left = groups[i].size - len(trials.part(i, groups[i]))
+        low[i] = trials.least.get(key_of(groups[i]), min(2, left))
+        picked[i] = _down_to(groups[i], low[i]) if groups[i].exact else []
+    while failures := _failures(trials, grouping, [i for i, channels in enumerate(picked) if channels], picked):
+        for i in (failure.group for failure in failures):
+            part = trials.part(i, groups[i])
             # A second time it is not its own number that matters: nothing goes of it.
-            picked[failure.group] = part if picked[failure.group] != part else []
-            low[failure.group] = group.size - len(picked[failure.group])
-    trials.least |= dict(zip(keys, low, strict=True))
+            picked[i] = part if picked[i] != part else []
+            low[i] = groups[i].size - len(picked[i])
+    trials.least |= {key_of(groups[i]): least for i, least in low.items()}
 
 
 def _down_to(group: ChannelGroup, least: int) -> list[int]:
@@ -144,65 +114,8 @@ def _down_to(group: ChannelGroup, least: int) -> list[int]:
     return sorted(chain(*steps(replace(group, least=least), range(group.size))))
 
 
-def _alike(trials: Trials, grouping: Grouping, chosen: list[int], failures: list[Failure]) -> list[Failure]:
-    """Return failures of further groups: of the same assumption about the same line, or of a block's repetitions.
-
-    A network repeats its blocks, and finding each one's failure by a run of its own would take long. Where no line that
-    handles a group shows its kind, the second failure is that of all.
-    """
-    found: dict[int, Failure] = {}
-    gone = {failure.group for failure in failures}
-    for failure in failures:
-        blamed = _alternatives(grouping, failure)
-        lines = {(s.cause.source, s.options, s.choice) for s in blamed}
-        for site in grouping.sites:
-            if (site.cause.source, site.options, site.choice) in lines:
-                for i in concerned(grouping, site):
-                    if i in chosen and i not in gone:
-                        found.setdefault(i, Failure(i, failure.reason, failure.sources))
-    kinds = _kinds(grouping) if any(i not in gone and i not in found for i in chosen) else {}
-    failed = {}
-    for failure in failures if kinds else ():
-        kind = kinds[failure.group]
-        trials.struck[kind] += 1
-        if kind[0] or trials.struck[kind] > 1:
-            failed[kind] = failure
-    for i in chosen:
-        same = failed.get(kinds[i]) if kinds and i not in gone else None
-        if same is not None:
-            found.setdefault(i, Failure(i, same.reason, same.sources))
-    return list(found.values())
-
-
-def _kinds(grouping: Grouping) -> dict[int, tuple[object, ...]]:
-    """Tell groups apart by the lines that handle them and by their layers: names without numbers, and roles."""
-    lines: dict[int, set[object]] = {}
-    for site in grouping.sites:
-        for i in concerned(grouping, site):
-            lines.setdefault(i, set()).add((site.cause.source, site.options, site.choice))
-    return {
-        i: (
-            frozenset(lines.get(i, ())),
-            frozenset((re.sub(r"\d+", "#", m.tensor), m.dim, m.role) for m in group.members),
-        )
-        for i, group in enumerate(grouping.graph.groups)
-    }
-
-
-def _alternatives(grouping: Grouping, failure: Failure) -> list[Site]:
-    """Return the sites that concern a failed group and have a further option to try."""
-    mine = [
-        site
-        for site in grouping.sites
-        if "follow" not in site.options
-        and site.options[site.choice] != "freeze"
-        and (grouping.group_of[grouping.classes[site.labels]] == failure.group).any()
-    ]
-    return [s for s in mine if s.cause.source in failure.sources] or mine
-
-
 def _isolate(trials: Trials, grouping: Grouping, chosen: list[int], failed: Outcome, picked: Picked) -> list[Failure]:
-    """Return failures of some of the groups, which together fail without telling where.
+    """Return failures of some of the groups, which together fail without telling where (delta debugging).
 
     Suspects are tried first, one by one and all together. Otherwise the shortest sequence that fails is looked for, by
     halving: its last group is to blame, and those before it can go.
@@ -226,43 +139,54 @@ def _isolate(trials: Trials, grouping: Grouping, chosen: list[int], failed: Outc
     return [Failure(order[-1], failed.reason, failed.sources)]
 
 
-def give_up(
-    failures: list[Failure],
-    grouping: Grouping,
-    flow: Flow,
-    decisions: dict[int, int],
-    banned: dict[tuple[str, int], Cause],
-) -> bool:
+def _alike(grouping: Grouping, chosen: list[int], failures: list[Failure]) -> list[Failure]:
+    """Return failures of further groups: of the same assumption about the same line, or of a block's repetitions.
+
+    A network repeats its blocks, and to find each one's failure by runs of its own would take as many times as long.
+    """
+    lines: dict[int, set[object]] = {i: set() for i in chosen}
+    about = {}
+    for assumption in grouping.assumptions:
+        line = assumption.cause.source, assumption.options, assumption.choice
+        for i in grouping.concerned(assumption):
+            lines.setdefault(i, set()).add(line)
+        about[id(assumption)] = line
+    found: dict[int, Failure] = {}
+    for failure in failures:
+        blamed = {about[id(a)] for a in failure.assumptions(grouping)}
+        kind = _kind(grouping.graph.groups[failure.group])
+        for i in chosen:
+            repeated = lines[failure.group] == lines[i] and lines[i] and kind == _kind(grouping.graph.groups[i])
+            if not blamed.isdisjoint(lines[i]) or repeated:
+                found.setdefault(i, replace(failure, group=i))
+    return [failure for i, failure in found.items() if i not in {f.group for f in failures}]
+
+
+def _kind(group: ChannelGroup) -> frozenset[object]:
+    """Tell groups apart by their layers: names without numbers, and roles."""
+    return frozenset((re.sub(r"\d+", "#", m.tensor), m.dim, m.role) for m in group.members)
+
+
+def give_up(trials: Trials, grouping: Grouping, failures: list[Failure]) -> bool:
     """Take the next option of the assumptions behind the failures; without any left, keep the group's channels.
 
     Returns:
         Whether labels flow otherwise now: not where channels are just kept, as they went with these until now.
     """
-    changed: list[Site] = []
+    changed: dict[int, Assumption] = {}
+    otherwise = False
     for failure in failures:
-        blamed = _alternatives(grouping, failure)
-        for site in blamed:
-            changed.append(site)
-            decisions[site.key] = site.choice + 1
+        blamed = failure.assumptions(grouping)
+        for assumption in blamed:
+            changed.setdefault(id(assumption), assumption)
         if not blamed:
             for member in grouping.graph.groups[failure.group].members:
                 if member.role is Role.PRODUCER:
-                    banned[member.tensor, member.dim] = _cause(grouping, failure)
-    # A cut laid constraints on its parts, which only another run is without.
-    kept = [s for s in changed if s.options[decisions[s.key] :] == ("freeze",) and s.options[s.choice] not in _OF_CUTS]
-    for site in kept:
-        flow.give_up(site)
-    return len(kept) < len(changed)
-
-
-def _cause(grouping: Grouping, failure: Failure) -> Cause:
-    """Return what to show as the cause of a failure: the operator call on the failing line, where one is known."""
-    concerned = [
-        site for site in grouping.sites if (grouping.group_of[grouping.classes[site.labels]] == failure.group).any()
-    ]
-    for source in reversed(failure.sources):
-        for site in concerned:
-            if site.cause.source == source:
-                return Cause(site.cause.operator, site.cause.module, source, failure.reason)
-    source = failure.sources[-1] if failure.sources else ""
-    return Cause("trial pruning", grouping.graph.groups[failure.group].name, source, failure.reason)
+                    trials.assumptions.keep(member.tensor, member.dim, failure.cause(grouping))
+    for assumption in changed.values():
+        # A cut laid constraints on its parts, which only another run is without.
+        otherwise |= assumption.following != FREEZE or assumption.option in CUTS
+        trials.assumptions.take_next(assumption)
+        if assumption.option == FREEZE:
+            trials.recording.found.freeze(assumption.labels, assumption.cause)
+    return otherwise

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import secateur as sc
-from secateur.tracing import recording
-from secateur.tracing.flow import Flow
+from secateur.tracing import grouping
+from secateur.tracing.assumptions import Assumptions
 from secateur.tracing.program import Program
 from secateur.tracing.recording import record
-from secateur.tracing.trial import attempt, programs, search
+from secateur.tracing.trial import attempt
+from secateur.tracing.trial.programs import can_tell
 from tests import oracle
 from tests.cases import CASES
 from tests.cases.table import Net, conv
@@ -26,8 +27,7 @@ from tests.cases.table import Net, conv
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have every network tried, and its program compared however small it is."""
-    monkeypatch.setattr(Flow, "certain", property(lambda self: False))
-    monkeypatch.setattr(programs, "WORTH", -1)
+    monkeypatch.setattr(attempt, "WORTH", -1)
 
 
 def verdicts(monkeypatch: pytest.MonkeyPatch, model: nn.Module, inputs: Any) -> list[tuple[bool, bool]]:
@@ -36,12 +36,13 @@ def verdicts(monkeypatch: pytest.MonkeyPatch, model: nn.Module, inputs: Any) -> 
     Where they are the same for a plan with inexact groups, that tells of the exact ones alone, which are tried next.
     """
     found: list[tuple[bool, bool]] = []
-    run, tells = attempt._run, attempt._tells
+    run, tells = attempt._run, attempt._is_told_by_program
     told_of: tuple[Any, list[int]] | None = None
 
     def both(trials: Any, grouping: Any, chosen: Any, plan: Any, compared: bool) -> Any:
         nonlocal told_of
-        told = tells(trials, grouping, plan, attempt.cut(trials.model, plan, share=True), Program())
+        small = attempt.cut(trials.model, plan, share=True)
+        told = can_tell(trials.recording) and tells(trials, grouping, plan, small, Program())
         outcome = run(trials, grouping, chosen, plan, compared)
         found.append((told or told_of == (grouping, chosen), outcome is None))
         exact = [i for i in chosen if grouping.graph.groups[i].exact]
@@ -51,7 +52,7 @@ def verdicts(monkeypatch: pytest.MonkeyPatch, model: nn.Module, inputs: Any) -> 
     with monkeypatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         patch.setattr(attempt, "_run", both)
-        patch.setattr(attempt, "_tells", lambda *_: False)
+        patch.setattr(attempt, "_is_told_by_program", lambda *_: False)
         sc.trace(model, inputs)
     return found
 
@@ -59,7 +60,7 @@ def verdicts(monkeypatch: pytest.MonkeyPatch, model: nn.Module, inputs: Any) -> 
 @pytest.mark.usefixtures("always")
 def test_what_programs_accept_numbers_accept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over the table of patterns, with every wrong assumption on the way to the right one."""
-    monkeypatch.setattr(search, "contradicted", lambda _: [])
+    monkeypatch.setattr(grouping, "_contradicted", lambda _: [])
     count: Counter[tuple[bool, bool]] = Counter()
     wrong = []
     for case in CASES.values():
@@ -203,7 +204,7 @@ def test_a_light_run_leaves_the_model_and_makes_zeros() -> None:
     model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(inplace=True), nn.Conv2d(32, 8, 3)).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     images = torch.randn(4, 3, 96, 96)
-    light, whole = record(model, images, [], {}, light=Program()), record(model, images, [], {})
+    light, whole = record(model, images, Assumptions(), light=Program()), record(model, images, Assumptions())
     assert [(s.name, s.arguments) for s in light.program.steps] == [(s.name, s.arguments) for s in whole.program.steps]
     assert [[m[0] for m in s.made] for s in light.program.steps] == [
         [m[0] for m in s.made] for s in whole.program.steps
@@ -344,23 +345,13 @@ def kept_for_later(x: Tensor) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize(
-    ("before", "spared"),
-    [(torch.relu, True), (until_any, False), (fails_without, False), (kept_for_later, False)],
-)
-def test_layers_of_train_mode_are_seen_without_values_where_none_is_read(
-    before: Callable[[Tensor], Tensor], spared: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("before", [torch.relu, until_any, fails_without, kept_for_later])
+def test_layers_of_train_mode_are_seen(before: Callable[[Tensor], Tensor]) -> None:
     CACHE.clear()
-    found: list[bool] = []
-    spare = recording._spared
-    monkeypatch.setattr(recording, "_spared", lambda *given: found.append(spare(*given)) or found[-1])
     model, images = Supervised(before).eval(), torch.randn(1, 3, 192, 192)
     graph = sc.trace(model, images)
-    assert found[0] is spared
     offered = {"a": 64, "aux": 32} if before is not fails_without else {"aux": 32}  # it contracts the others
     assert {group.name: group.size for group in graph.groups} == offered
-    assert all(not kept.isnan().any() and kept.any() for kept in CACHE.values())
     plan = sc.plan_removal(graph, {name: list(range(0, size, 3)) for name, size in offered.items()})
     small = sc.apply(model, plan).train()
     assert [tuple(out.shape) for out in small(images)] == [(1, 8, 192, 192)] * 2

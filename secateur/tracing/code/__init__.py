@@ -1,1 +1,0 @@
-"""What the user's Python code tells without being run."""
