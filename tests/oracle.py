@@ -7,6 +7,7 @@ Nothing here looks into the engine. It takes a plan's names and integers, zeroes
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -405,6 +406,7 @@ def select(group: Group, ratio: float, rng: np.random.Generator) -> list[int]:
         own = [rng.permutation(np.flatnonzero((blocks == b) & removable)) for b in range(len(sizes))]
         return sorted(int(c) for o, k in zip(own, rows[-1], strict=True) for c in o[:k]) if rows else []
     quota = sizes // np.gcd.reduce(sizes)
+    quota *= math.lcm(int(quota.sum()), getattr(group, "multiple", 1)) // int(quota.sum())
     free = [np.flatnonzero((blocks == b) & removable) for b in range(len(sizes))]
     rounds = min(int(min(len(f), n - 1) // q) for f, n, q in zip(free, sizes, quota, strict=True))
     rounds = min(rounds, round(ratio * len(blocks) / int(quota.sum())), (len(blocks) - least) // int(quota.sum()))

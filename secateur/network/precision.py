@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 
 _DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 _SETTERS = ("__get__", "__set__", "__setitem__")
@@ -42,11 +42,16 @@ class _Functions(TorchFunctionMode):
         if func == _DTYPE:
             return torch.float64 if (found := func(*args)) is torch.float32 else found
         if _reads_alone(func) and "out" not in kwargs:
-            args, kwargs = _double(args), _double(kwargs)
+            args, kwargs = _double(args), {key: _double(value) for key, value in kwargs.items()}
         return func(*args, **kwargs)
 
 
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Be called as it is: the wrapper that PyTorch puts around modes takes longer than most operators."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         written = _written(func)
         args = [a if i in written else _double(a) for i, a in enumerate(args)]
@@ -58,7 +63,12 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _double(value: Any) -> Any:
-    return tree_map_only(Tensor, lambda t: t.double() if t.dtype is torch.float32 else t, value)
+    """Convert the tensors among arguments, in lists too: PyTorch's own way through containers takes longer."""
+    if isinstance(value, Tensor):
+        return value.double() if value.dtype is torch.float32 else value
+    if isinstance(value, (list, tuple)) and any(isinstance(v, (Tensor, list, tuple)) for v in value):
+        return type(value)(map(_double, value)) if type(value) in (list, tuple) else tree_map(_double, value)
+    return value
 
 
 @functools.lru_cache(maxsize=1024)

@@ -25,13 +25,14 @@ WORTH = 2_000_000
 """From so many multiply-accumulate operations a call, running them takes longer than looking at labels."""
 _ORIGIN = "_secateur_origin"
 _SIZES = {
-    "aten::view": 1, "aten::_unsafe_view": 1, "aten::reshape": 1, "aten::expand": 1, "aten::repeat": 1,
-    "aten::new_zeros": 1, "aten::new_ones": 1, "aten::new_empty": 1, "aten::new_full": 1,
-    "aten::zeros": 0, "aten::ones": 0, "aten::empty": 0, "aten::full": 0,
-    "aten::split": 1, "aten::split_with_sizes": 1, "aten::unsafe_split": 1, "aten::unsafe_split_with_sizes": 1,
-    "aten::native_layer_norm": 1, "aten::native_group_norm": 4, "aten::convolution": 8,
+    "aten::view": (1,), "aten::_unsafe_view": (1,), "aten::reshape": (1,), "aten::expand": (1,), "aten::repeat": (1,),
+    "aten::new_zeros": (1,), "aten::new_ones": (1,), "aten::new_empty": (1,), "aten::new_full": (1,),
+    "aten::zeros": (0,), "aten::ones": (0,), "aten::empty": (0,), "aten::full": (0,),
+    "aten::split": (1,), "aten::split_with_sizes": (1,), "aten::unsafe_split": (1,),
+    "aten::unsafe_split_with_sizes": (1,), "aten::native_layer_norm": (1,), "aten::native_group_norm": (4,),
+    "aten::convolution": (8,), "aten::as_strided_": (1, 2),
 }  # fmt: skip
-"""Operators -> the argument that follows what is left of the channels: the shapes of what they make tell if rightly."""
+"""Operators -> the arguments that follow what is left of the channels: the shapes of what they make tell if rightly."""
 _RANDOM = frozenset({
     "aten::rand_like", "aten::randn_like", "aten::randint_like", "aten::bernoulli", "aten::bernoulli_", "aten::normal",
     "aten::normal_", "aten::uniform_", "aten::random_", "aten::exponential_", "aten::geometric_", "aten::cauchy_",
@@ -74,13 +75,13 @@ class Program:
 
     def note(self, labels: TensorLabels, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
         """Note a call after it."""
-        free = _SIZES.get(name)
+        free = _SIZES.get(name, ())
         bounds: tuple[Any, ...] = ()
         along = False
         if name == "aten::slice" and len(args) > 2:
             along = args[1] % args[0].ndim in labels.axes(args[0])
             args, bounds = args[:2], tuple(args[2:])
-        arguments = [a if type(a) in ATOMS else self._plain(labels, a) for i, a in enumerate(args) if i != free]
+        arguments = [a if type(a) in ATOMS else self._plain(labels, a) for i, a in enumerate(args) if i not in free]
         for key, value in kwargs.items():
             arguments.append((key, self._plain(labels, value)))
         made = []

@@ -1,6 +1,6 @@
 """The table of small networks, one for each pattern that people's networks have, each with its expectation."""
 
-from tests.cases import attention, convolutions, joins, norms, programs, reductions, reordering
+from tests.cases import attention, convolutions, joins, norms, programs, reductions, reordering, widths
 from tests.cases.table import CASES, Case, Net
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "programs",
     "reductions",
     "reordering",
+    "widths",
 ]

@@ -524,6 +524,17 @@ def batch_folded_into_channels() -> Net:
     return Net(forward, conv1=conv(3, 8), head=conv(8, 4))
 
 
+@case(prunable={"one": 8})
+def channels_last_padding() -> Net:
+    """Several dimensions are padded at once, and channels are the last of them: what is padded on stays."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = F.pad(m.one(x).relu().permute(0, 2, 3, 1), (2, 3, 1, 0, 0, 1))
+        return m.head(x.permute(0, 3, 1, 2))
+
+    return Net(forward, one=conv(3, 8), head=conv(13, 4))
+
+
 @case(inputs=image(3, 6, 6), prunable={"conv1": 8})
 def crop_and_pad() -> Net:
     """The map cropped, padded, strided and transposed by slices."""

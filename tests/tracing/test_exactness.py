@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import secateur as sc
+from secateur.graph.steps import steps
 from tests import oracle
 from tests.cases import CASES, Case
 from tests.cases.table import Net, conv
@@ -22,7 +23,6 @@ from tests.cases.table import Net, conv
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 RATIOS = (0.25, 0.5, 0.8)
-SEEDS = (0, 1, 2)
 
 EXPECTING = [c for c in CASES.values() if c.prunable]
 REFUSING = [c for c in CASES.values() if c.refused]
@@ -116,18 +116,13 @@ def test_marks_inexact_groups(case: Case) -> None:
                 assert group.reason
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("case", CASES.values(), ids=ids)
-def test_pruned_equals_masked_original(case: Case, seed: int) -> None:
+def check(case: Case, removed: dict[str, list[int]], seed: int) -> None:
+    """Cut what is given, and hold the result against the masked original."""
     model, inputs, graph = traced(case.name)
-    chosen = selection(graph, RATIOS[seed % len(RATIOS)], seed)
-    if not chosen:
-        assert not any(g.exact and g.removable.all() and not g.constraint for g in graph.groups if g.size > 4)
-        return
-    plan = sc.plan_removal(graph, chosen)
+    plan = sc.plan_removal(graph, removed)
     small = sc.apply(model, plan)
     verdict = oracle.judge(model, small, plan, oracle.fresh(inputs, seed), modes=case.modes)
-    assert verdict.exact, f"{verdict.kind}: {verdict.detail}; removed {chosen}"
+    assert verdict.exact, f"{verdict.kind}: {verdict.detail}; removed {removed}"
     for name, kept in plan.kept_outputs.items():
         layer = small.get_submodule(name)
         assert getattr(layer, "out_channels", getattr(layer, "out_features", len(kept))) == len(kept)
@@ -135,11 +130,31 @@ def test_pruned_equals_masked_original(case: Case, seed: int) -> None:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=ids)
+def test_pruned_equals_masked_original(case: Case) -> None:
+    _, _, graph = traced(case.name)
+    chosen = [(selection(graph, ratio, seed), seed) for seed, ratio in enumerate(RATIOS)]
+    for removed, seed in chosen:
+        if removed:
+            check(case, removed, seed)
+    free = [g for g in graph.groups if g.exact and g.removable.all() and not g.constraint and g.size > 4]
+    assert all(removed for removed, _ in chosen) or (not free and (graph.refused or graph.groups or graph.notes))
+
+
+@pytest.mark.parametrize("case", EXPECTING, ids=ids)
+def test_all_that_may_go_can(case: Case) -> None:
+    """Down to as few channels as a group says that have to stay: code may do something else below some width."""
+    _, _, graph = traced(case.name)
+    check(case, {g.name: [c for step in steps(g, range(g.size)) for c in step] for g in graph.groups if g.exact}, 3)
+
+
+@pytest.mark.parametrize("case", EXPECTING, ids=ids)
 def test_one_group_at_a_time(case: Case) -> None:
     model, inputs, graph = traced(case.name)
-    for group in graph.groups:
+    groups = [group for group in graph.groups if group.exact]
+    assert groups or case.inexact
+    for group in groups:
         for channels in (oracle.select(group, r, np.random.default_rng(7)) for r in (0.2, 0.9)):
-            if not channels or not group.exact:
+            if not channels:
                 continue
             plan = sc.plan_removal(graph, {group.name: channels})
             small = sc.apply(model, plan)
@@ -147,18 +162,33 @@ def test_one_group_at_a_time(case: Case) -> None:
             assert verdict.exact, f"{verdict.kind}: {verdict.detail}; removed {channels} of {group.name}"
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=ids)
+MIXING = """
+    dynamic_convolution unit_length_over_channels control_flow_on_features convolutional_block_attention
+    sum_over_channels flat_maximum cosine_similarity
+"""
+"""Cases whose channels take part in one another's results, though nothing normalises them."""
+INEXACT = [c for c in CASES.values() if c.normalising or c.name in MIXING.split()]
+
+
+def inexact(case: Case) -> dict[str, list[int]]:
+    """Choose about half of every group that is marked as inexact."""
+    return selection(traced(case.name)[2], 0.5, 3, exact=False)
+
+
+def test_no_other_case_has_groups_that_are_inexact() -> None:
+    assert not [case.name for case in CASES.values() if case not in INEXACT and inexact(case)]
+
+
+@pytest.mark.parametrize("case", [c for c in INEXACT if inexact(c)], ids=ids)
 def test_inexact_groups_equal_a_norm_over_the_kept_channels(case: Case) -> None:
     model, inputs, graph = traced(case.name)
-    for group in graph.groups:
-        channels = [] if group.exact else oracle.select(group, 0.5, np.random.default_rng(3))
-        if not channels:
-            continue
-        plan = sc.plan_removal(graph, {group.name: channels})
+    for name, channels in inexact(case).items():
+        plan = sc.plan_removal(graph, {name: channels})
         small = sc.apply(model, plan)
         verdict = oracle.judge(model, small, plan, oracle.fresh(inputs, 5), norms=True)
-        if group.reason and any(isinstance(m, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm) for m in model.modules()):
-            assert verdict.exact, f"{verdict.kind}: {verdict.detail}; removed {channels} of {group.name}"
+        assert graph.group(name).reason
+        if any(isinstance(m, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm) for m in model.modules()):
+            assert verdict.exact, f"{verdict.kind}: {verdict.detail}; removed {channels} of {name}"
         else:
             assert verdict.kind in ("exact", "wrong-channel"), f"{verdict.kind}: {verdict.detail}"
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import secateur as sc
+from secateur.graph.steps import steps
 from tests import oracle
 from tests.cases.reordering import Unit, shuffled
 from tests.cases.table import Net, conv
@@ -104,3 +105,30 @@ def test_a_choice_beside_the_schedule_is_an_error_that_names_the_nearest() -> No
     with pytest.raises(sc.PlanError, match="the nearest that they can is"):
         sc.plan_removal(graph, {"left": [0]})
     assert "given steps" in group.constraint
+
+
+def test_channels_that_pass_no_shuffle_lose_what_the_shuffled_ones_lose() -> None:
+    """A grouped convolution reads a shuffled stream in one block, and channels beside it in another."""
+    half = 6
+
+    def forward(m: Net, x: torch.Tensor) -> torch.Tensor:
+        stream = m.units(shuffled(torch.cat([m.left(x), m.right(x).relu()], 1), 2))
+        return m.head(m.grouped(torch.cat([stream, m.beside(x).relu()], 1)).relu())
+
+    parts = {"beside": conv(3, 2 * half), "grouped": conv(4 * half, 8, groups=2), "head": conv(8, 4)}
+    units = nn.Sequential(*(Unit(half, False) for _ in range(2)))
+    torch.manual_seed(0)
+    model = oracle.randomise(Net(forward, left=conv(3, half), right=conv(3, half), units=units, **parts)).eval()
+    inputs = oracle.doubled(torch.randn(2, 3, 6, 5))
+    graph = sc.trace(model, inputs)
+    group = graph.group("left")
+    assert {m.module for m in group.producers} >= {"left", "right", "beside"}
+    assert group.schedule is not None
+    found = steps(group, range(group.size))
+    beside = next(m for m in group.producers if m.module == "beside")
+    for count in range(1, len(found) + 1):
+        removed = [c for step in found[:count] for c in step]
+        plan = sc.plan_removal(graph, {"left": removed})
+        assert oracle.judge(model, sc.apply(model, plan), plan, oracle.fresh(inputs, 3)).exact
+        gone = int(np.isin(beside.channels, removed).sum())
+        assert gone / (2 * half) == len(plan.removed["left"]) / group.size

@@ -1,4 +1,4 @@
-"""What the code of a network does with its channels is tried: what is offered is exact, and no more is kept than must."""
+"""What a network's code does with channels is tried: what is offered is exact, and no more is kept than must be."""
 
 from __future__ import annotations
 
