@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from secateur.graph.channels import ChannelGraph, Member
-    from secateur.graph.plan import PruningPlan
 
 WIDTH = 120
 """Columns of what is written to a file or a pipe, where there is no terminal to ask."""
@@ -244,13 +243,6 @@ def show_graph(graph: ChannelGraph, name: str, seconds: float, figure: Path | No
     )
     if figure is not None:
         out.print(f"drawn: {figure}", markup=False, soft_wrap=True)
-
-
-def graph_widths(graph: ChannelGraph, plan: PruningPlan | None = None) -> dict[str, int]:
-    """Return the output channels of every layer, by module name, after a plan if one is given."""
-    from secateur.graph import cost
-
-    return {layer.module: layer.out_channels for layer in cost.layer_costs(graph, plan)}
 
 
 def show_pruned(values: Mapping[str, Any]) -> None:

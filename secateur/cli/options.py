@@ -244,3 +244,16 @@ def target(macs: float | None, params: float | None, channels: float | None) -> 
         if not 0 < value < 1:
             raise UsageError(f"--{name} {value:g}: is the fraction to remove, above 0 and below 1.")
     return given
+
+
+def round_to(text: str) -> int | Literal["auto"]:
+    """Read ``--round-to``: a number, or ``auto``.
+
+    Raises:
+        UsageError: If it is neither ``auto`` nor a positive whole number.
+    """
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"--round-to {text}: give a whole number from 1 up, or auto.")
+    return int(text)

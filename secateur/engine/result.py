@@ -4,14 +4,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
+from secateur.graph.channels import ChannelGraph
 from secateur.graph.plan import PruningPlan
+from secateur.pruning.verification import VerificationReport
 
-if TYPE_CHECKING:
-    pass
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What :func:`secateur.prune` returns."""
+
+    model: nn.Module
+    """The pruned network, of the original's class, compensated if asked for."""
+    plan: PruningPlan
+    check: VerificationReport
+    """How the network as it was cut, before compensation, compares with the original whose channels are zeroed."""
+    graph: ChannelGraph
+    """The original's channel graph."""
+    report: dict[str, Any]
+    """Plain values, ready for JSON: ``method``, ``metric``, the figures ``before`` and ``after``, ``widths``,
+    ``verification``, ``compensation``, ``round_to``, and under ``measured`` the times that chose it."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -297,10 +297,14 @@ def selective(method: Any, options: Mapping[str, Any]) -> bool:
             raise UsageError(f"criterion: cfp takes no option {next(iter(options))!r}; share and signed are settings.")
         return False
     criterion = criteria.get(method)
-    deciding = criterion.takes(True) - criterion.takes(False)
-    found = bool(deciding & set(options))
+    found = bool(deciding(criterion, options))
     criterion.check(options, found)
     return found
+
+
+def deciding(criterion: criteria.Criterion, options: Iterable[str]) -> set[str]:
+    """Return those of the options that decide a selection and change no score, such as a threshold."""
+    return set(options) & (criterion.takes(True) - criterion.takes(False))
 
 
 class Some:

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.benchmark import Measurement, Timer
-from torch.utils.benchmark import timer as benchmark_timer
 
 from secateur.deploy.export import OnnxModel, _batch_size, _resized, export, quiet
 from secateur.deploy.timing.machine import (
@@ -30,6 +28,10 @@ from secateur.deploy.timing.result import BenchmarkResult, RoundToChoice, Row, S
 from secateur.errors import PlanError, SecateurError, UsageError
 from secateur.network.copies import replica
 from secateur.network.inputs import arguments
+
+with quiet():  # torch's benchmark tools look for a CUDA compiler and say so when there is none
+    from torch.utils.benchmark import Measurement, Timer
+    from torch.utils.benchmark import timer as benchmark_timer
 
 __all__ = [
     "BACKENDS", "CANDIDATES", "MEMORY_FORMATS", "PRECISIONS", "BenchmarkResult", "RoundToChoice", "Row", "Setting",
