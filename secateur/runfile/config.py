@@ -29,6 +29,7 @@ from secateur.checkpoint import write_atomic
 from secateur.engine import Settings
 from secateur.errors import UsageError
 from secateur.pruning.planning import Ranking
+from secateur.runfile import yaml_lines
 from secateur.training.stages import TrainingSettings
 
 FILE = "run.yaml"
@@ -236,13 +237,13 @@ def load_prune(path: str | Path) -> PruneConfig:
         UsageError: As :func:`load` does.
     """
     path = Path(path)
-    tree, values = _parsed(path)
+    tree, values = yaml_lines.parsed(path)
     known = list(PruneConfig.model_fields)
     for key in values:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
             advice = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}."
-            raise UsageError(f"{path}:{_line_of(tree, [str(key)])}: {key}: no such key; {advice}")
+            raise UsageError(f"{path}:{yaml_lines.line_of(tree, [str(key)])}: {key}: no such key; {advice}")
     try:
         return PruneConfig.model_validate(values)
     except ValidationError as error:
@@ -261,30 +262,11 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunCon
             message says in which line.
     """
     path = Path(path)
-    tree, values = _parsed(path)
+    tree, values = yaml_lines.parsed(path)
     try:
         return RunConfig.model_validate(_merge(values, overrides or {}))
     except ValidationError as error:
         raise UsageError(explain(error, str(path), tree, overrides)) from error
-
-
-def _parsed(path: Path) -> tuple[yaml.Node | None, dict[str, Any]]:
-    """Return the nodes of a YAML file, for line numbers, and the mapping that it holds."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
-    try:
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        _refuse_doubled(tree, path)
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else f"{path}"
-        raise UsageError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: a configuration is a mapping such as 'model: lenet5', found {_kind(values)}.")
-    return tree, values
 
 
 def build(values: Mapping[str, Any]) -> RunConfig:
@@ -342,7 +324,7 @@ def explain(
     key = ".".join(location)
     if first["type"] != "missing" and _overridden(overrides, location):
         place = ""
-    line = _line_of(tree, location)
+    line = yaml_lines.line_of(tree, location)
     where = (f"{place}:{line}: " if line else f"{place}: ") if place else ""
     if first["type"] in unknown:
         known = _keys(location[:-1])
@@ -390,19 +372,6 @@ def _attribute_docstrings(made: type) -> dict[str, str]:
     }
 
 
-def _line_of(tree: yaml.Node | None, location: list[str]) -> int | None:
-    """Line, counted from 1, of the key at ``location``, or of the last mapping on the way to it."""
-    line = None
-    for part in location:
-        if not isinstance(tree, yaml.MappingNode):
-            break
-        found = next(((k, v) for k, v in tree.value if k.value == part), None)
-        if found is None:
-            break
-        line, tree = found[0].start_mark.line + 1, found[1]
-    return line
-
-
 def _overridden(overrides: Mapping[str, Any] | None, location: list[str]) -> bool:
     value: Any = overrides
     for part in location:
@@ -412,22 +381,3 @@ def _overridden(overrides: Mapping[str, Any] | None, location: list[str]) -> boo
             return False
         value = value[part]
     return overrides is not None
-
-
-def _refuse_doubled(node: yaml.Node | None, path: Path) -> None:
-    """Refuse a key that stands twice in one mapping: YAML readers keep the last and say nothing."""
-    if isinstance(node, yaml.MappingNode):
-        seen: dict[str, int] = {}
-        for key, value in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
-            if name in seen:
-                raise UsageError(f"{path}:{line}: {name}: already given in line {seen[name]}; remove one.")
-            seen[name] = line
-            _refuse_doubled(value, path)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _refuse_doubled(value, path)
-
-
-def _kind(value: object) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"
