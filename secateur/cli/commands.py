@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings(), console.log_lines():
             if not debug:
-                # What a dependency has to say to programmers would bury the one line that people need.
+                # A dependency's warnings are for programmers, and would bury the one line of an error.
                 warnings.simplefilter("ignore")
             status = app(list(sys.argv[1:] if arguments is None else arguments), "secateur", standalone_mode=False)
     except typer.TyperException as error:
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         status = 130
     except BrokenPipeError:
-        # The reader of our output has gone; a further write at exit would fail again.
+        # The reader of standard output has closed it; Python's own flush at exit would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -181,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _unforeseen(error: Exception) -> str:
-    """Say in one line what nobody foresaw, and where: a full disk, memory that is used up, or a fault of ours."""
+    """Describe an unexpected error in one line, with its place: a full disk, no memory left, or a fault of Secateur."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
     last = traceback.extract_tb(error.__traceback__)[-1]

@@ -30,7 +30,7 @@ Against = Annotated[
     ),
 ]
 REPORT_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
-"""Batch sizes that a report shows, up to the first that takes too long."""
+"""Batch sizes that a report shows, up to the first whose forward pass takes too long."""
 
 Out = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Where to write; a missing folder is made.", show_default=False)
@@ -150,7 +150,7 @@ def benchmark(
                         other = open_model(name, built, against, input_shape or ())
                     else:
                         other = open_model(against, None, None, input_shape or ())
-        # Opened before anything is measured: minutes of work are not lost to a wrong path.
+        # The file is opened before anything is measured, so that a wrong path doesn't cost minutes of work.
         part = None if out is None else files.enter_context(replacing(out))
         result = _measure(
             first,
@@ -258,7 +258,7 @@ def _measure(first: SourceModel, other: SourceModel | None, steps: console.Steps
 
 
 def _of_run(folder: Path, steps: console.Steps) -> tuple[SourceModel, SourceModel]:
-    """Rebuild a run's network, pruned and as it began, from what its folder holds."""
+    """Rebuild a run's pruned network and its original from the files in its folder."""
     from secateur.runfile import config, sources
 
     if not (folder / config.FILE).is_file():

@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _from_file(context: typer.Context, file: Path | None) -> Path | None:
-    """Let a file give the defaults of the command's options."""
+    """Take the defaults of the command's options from a file."""
     if file is not None:
         from secateur.runfile import config
 
@@ -91,7 +91,7 @@ def prune(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Adjust what stays, before any training: merge, least_squares, bn; several with commas.",
+            help="Adjust the kept channels, before any training: merge, least_squares, bn; several with commas.",
         ),
     ] = None,
     batches: Annotated[

@@ -1,4 +1,4 @@
-"""What a run came to: the network, its plan, its history, and the figures before and after."""
+"""Results: the pruned network, its plan, the history of a run, and the figures before and after."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ if TYPE_CHECKING:
     CheckedSettings = Settings
     CheckedBaseline = Baseline
 else:
-    # The engine's own dataclasses, with every value checked and converted: YAML takes 1e-3 for a word.
+    # The engine's own dataclasses, with every value checked and converted, since YAML reads 1e-3 as a string.
     _STRICT = ConfigDict(extra="forbid")
     CheckedSettings = pydantic_dataclass(Settings, config=_STRICT, frozen=True)
     CheckedBaseline = pydantic_dataclass(Baseline, config=_STRICT, frozen=True)
@@ -134,7 +134,7 @@ class RunConfig(_Section):
     @field_validator("method")
     @classmethod
     def _known(cls, value: str) -> str:
-        # Found out now, not after the baseline is trained.
+        # An unknown method is refused here, before the baseline is trained.
         names = criteria.names()
         if value not in names and ":" not in value:
             close = difflib.get_close_matches(value, names, n=1)
@@ -155,7 +155,7 @@ class RunConfig(_Section):
     @field_validator("settings", "baseline", mode="wrap")
     @classmethod
     def _in_range(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-        """Let what a section itself refuses be told with the place where it stands."""
+        """Hand a section's own UsageError to pydantic, so that the message names the section's key and line."""
         try:
             return check(value)
         except UsageError as error:
@@ -201,7 +201,7 @@ class PruneConfig(_Section):
     min_channels: int = Field(1, ge=1, description="Channels that every group keeps.")
     ranking: Ranking = Field("normalized", description="How the channels of different groups are compared.")
     inexact: bool = Field(False, description="Prune also groups whose removal can't equal zeroing.")
-    compensate: tuple[str, ...] = Field((), description="Adjust what stays: merge, least_squares, bn.")
+    compensate: tuple[str, ...] = Field((), description="Adjust the kept channels: merge, least_squares, bn.")
     batches: int = Field(8, ge=1, description="Training batches that criterion and compensation see.")
     seed: int = Field(0, ge=0, description="Seed of fresh weights and of the data's order.")
     out: str | None = Field(None, description="File of the pruned network.")
@@ -212,7 +212,7 @@ class PruneConfig(_Section):
         return [value] if isinstance(value, str) else value
 
     def options(self) -> dict[str, Any]:
-        """Return what the file gives as the command's parameters, in the words of the command line."""
+        """Return the values that the file gives as the command's parameters, written as on the command line."""
         words: dict[str, Any] = {}
         for name in self.model_fields_set:
             value = getattr(self, name)
@@ -255,7 +255,7 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunCon
 
     Args:
         path: YAML file.
-        overrides: Values that go before those of the file; a mapping is merged into the file's mapping.
+        overrides: Values that take precedence over the file's; a mapping is merged into the file's mapping.
 
     Raises:
         UsageError: If the file is missing or no YAML, a key is unknown or doubled, or a value is out of range; the
@@ -309,7 +309,7 @@ def explain(
         error: What validation raised.
         place: File that the values come from; empty for the command line.
         tree: The file's YAML nodes, for line numbers.
-        overrides: Values that went before the file's: what is wrong with one of them is not laid to the file.
+        overrides: Values that took precedence over the file's; an error in one of them is not reported as the file's.
     """
     unknown = ("extra_forbidden", "unexpected_keyword_argument")
     # An unknown key often explains the missing one, so it is told first.
@@ -319,7 +319,7 @@ def explain(
     said = str(first["ctx"]["error"]) if first["type"] == "value_error" else ""
     name, colon, rest = said.partition(": ")
     if colon and len(location) == 1 and name in _keys(location):
-        # A section's own check begins with the key that it is about.
+        # The message of a section's own check begins with the key at fault.
         location, said = [*location, name], rest
     key = ".".join(location)
     if first["type"] != "missing" and _overridden(overrides, location):
@@ -351,7 +351,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _keys(location: list[str]) -> list[str]:
-    """Names of the keys that a place in a configuration knows."""
+    """Names of the keys that a section of a configuration has; those of the whole where there is no such section."""
     sections: dict[str, Any] = {"settings": Settings, "baseline": Baseline, "target": TargetConfig}
     section = sections.get("".join(location[:1]), RunConfig)
     return [f.name for f in fields(section)] if is_dataclass(section) else list(section.model_fields)

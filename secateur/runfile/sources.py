@@ -42,13 +42,13 @@ class SourceModel:
     example_inputs: Any | None
     name: str
     plans: tuple[PruningPlan, ...] = ()
-    """What was pruned already, where the weights are a pruned network's: a file of it has to tell all its plans."""
+    """Plans applied already, where the weights are a pruned network's; a file saved of the model holds them all."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Keyword arguments that it was built with."""
+    """Keyword arguments that the model was built with."""
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What to keep beside its weights, so that whoever reads them can be told how to build it."""
+        """The model's name and options, stored beside its weights so that an error at loading can name them."""
         return weight_files.origin(self.name, self.options)
 
     @property
@@ -194,7 +194,7 @@ def data(spec: str, options: Mapping[str, Any] | None = None) -> DataBundle:
 
 
 def method(spec: str) -> str | Criterion:
-    """Find what ``--method`` names.
+    """Find the method or criterion that ``--method`` names.
 
     Args:
         spec: The name of a method or criterion, which is returned as it is; or ``path/to/file.py:FUNCTION``,
@@ -245,7 +245,7 @@ def inputs(shapes: Iterable[str]) -> Any:
 
 
 def seed(value: int) -> None:
-    """Seed what fresh weights are drawn from."""
+    """Seed the generator that fresh weights are drawn from."""
     torch.manual_seed(value)
 
 
@@ -284,7 +284,7 @@ def absolute(spec: str) -> str:
 
 
 def _fitting(spec: str, bundle: DataBundle) -> dict[str, Any]:
-    """Options that make a known network take the images and tell the classes of a data set."""
+    """Options that fit a known network to a data set: number of classes, image channels, image size."""
     kind = spec.partition(":")[0]
     channels, side = bundle.input_shape[0], bundle.input_shape[-1]
     classes = len(bundle.classes)

@@ -17,18 +17,18 @@ PREFIXES = ("model.", "net.")
 """What trainers that hold the network as an attribute put before every key of a state dict."""
 
 _ORIGIN = "origin"
-"""Key of what a file says of how its network was built."""
+"""Key under which a file says how its network was built."""
 
 
 def origin(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what to keep beside a network's weights, so that whoever reads them can be told how to build it."""
+    """Return the model's name and options as a file keeps them, so that an error at loading can name them."""
     return {_ORIGIN: {"model": name, "model_options": dict(options)}}
 
 
 def filled(
     model: nn.Module, name: str, options: Mapping[str, Any], path: str
 ) -> tuple[nn.Module, tuple[PruningPlan, ...]]:
-    """Return a model with the weights of a file, pruned where the file holds a pruned network, and that one's plans.
+    """Return a model with a file's weights, pruned if the file holds a pruned network, and the plans of that network.
 
     Args:
         model: Freshly built.
@@ -71,7 +71,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         if all(key.startswith(prefix) for key in state) and not any(key.startswith(prefix) for key in own):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     for wrapper in ("module.", "_orig_mod."):
-        # Reading takes a wrapper's name off; here it is a part of the model's own.
+        # checkpoint.load_weights takes a wrapper's prefix off, and this model's own keys begin with one.
         if all(key.startswith(wrapper) for key in own) and not any(key.startswith(wrapper) for key in state):
             state = {wrapper + key: value for key, value in state.items()}
     # Files from before PyTorch 0.4.1 have no counters of batches; torch's own strict loading allows that too.
@@ -93,7 +93,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def _saved(path: str, extra: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """Find out how the network of a file was built, from the file itself or from the run that it lies in."""
+    """Find out how a file's network was built, from the file itself or from the run whose folder the file is in."""
     from secateur.runfile import config
 
     saved = extra.get(_ORIGIN)

@@ -80,7 +80,7 @@ def benchmark(
         precisions: ``fp32``, ``bf16``.
         backends: ``eager``, ``compile`` (torch.compile), ``onnxruntime`` (CPU, fp32).
         memory_formats: ``contiguous``, ``channels_last``.
-        names: What the two networks are called in the rows.
+        names: Names of the two networks in the rows.
         macs: MACs of one example of ``model`` and ``against``; counted by tracing where not given.
         memory: Whether to measure peak memory (on a CPU, in a process of its own).
         rounds: Measurements of each network under each setting.
@@ -88,7 +88,7 @@ def benchmark(
         longest: Seconds; once a forward pass takes longer, larger batch sizes of that setting are skipped.
         clock: ``wall``, or ``cpu`` for the processor's time: on a machine that others use, what one thread would take
             alone.
-        progress: Is told of each setting before it is measured.
+        progress: Called with each setting before it is measured.
 
     Returns:
         The rows, the speed-ups, and what could not be measured with its reason.

@@ -37,7 +37,7 @@ class Row:
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """How many times faster the network is than the one it is held against, under one setting."""
+    """How many times faster the network is than the one it is compared with, under one setting."""
 
     backend: str
     device: str
