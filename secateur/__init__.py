@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from secateur.engine import Settings as Settings
     from secateur.engine import compress as compress
     from secateur.engine import resume as resume
+    from secateur.engine.once import prune as prune
     from secateur.engine.result import CompressResult as CompressResult
+    from secateur.engine.result import PruneResult as PruneResult
     from secateur.errors import CheckpointError as CheckpointError
     from secateur.errors import CriterionError as CriterionError
     from secateur.errors import DataError as DataError
@@ -57,6 +59,7 @@ _HOME = {
     "ExportError": "errors",
     "Member": "graph.channels",
     "PlanError": "errors",
+    "PruneResult": "engine.result",
     "PruningPlan": "graph.plan",
     "Refusal": "graph.channels",
     "Role": "graph.channels",
@@ -77,6 +80,7 @@ _HOME = {
     "parameters": "graph.cost",
     "plan": "pruning.planning",
     "plan_removal": "pruning.planning",
+    "prune": "engine.once",
     "register_layer": "network.custom_layers",
     "resume": "engine",
     "save": "checkpoint",

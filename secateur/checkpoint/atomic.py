@@ -75,7 +75,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def _clear_abandoned(target: Path, host: str) -> None:
-    """Remove what killed processes of this host left of earlier writes to the same file."""
+    """Remove the hidden files that killed processes of this host left of earlier writes to the same file."""
     prefix = f".{target.name}.{host}."
     for entry in target.parent.iterdir():
         if not (entry.name.startswith(prefix) and entry.name.endswith(".partial")):

@@ -35,7 +35,7 @@ KEY = "secateur"
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself, beside its tensors."""
+    """What a file holds beside its tensors."""
 
     model: str
     """Qualified class name of the model."""
@@ -151,7 +151,7 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """Read what a file says of itself: no model is needed.
+    """Read a file's header, for which no model is needed.
 
     Raises:
         CheckpointError: If the file is damaged, not Secateur's, or from a newer version.
@@ -195,7 +195,7 @@ def _shared_names(state: Mapping[str, Tensor]) -> list[list[str]]:
 
 
 def _place(value: Tensor) -> tuple[object, ...]:
-    """Return what two tensors have in common that are one and the same memory, seen alike."""
+    """Return a key that two tensors share if they are the same view of the same memory."""
     return value.device, value.data_ptr(), value.dtype, tuple(value.shape), value.stride()
 
 
@@ -336,10 +336,10 @@ def _fill(
             )
     for name, value in own.items():
         if name in state and value.dtype != state[name].dtype:
-            # In place of the old data, so that whatever else refers to the tensor sees the new type too.
+            # The data are replaced inside the tensor, so that other references to the tensor see the new type, too.
             value.data = value.data.to(state[name].dtype)
     ready = OrderedDict(state)
-    # The module versions that the class itself writes, without which some layers take a state dict for an old one's.
+    # The module versions that the class itself writes; without them some layers read a state dict as an old release's.
     ready._metadata = pruned.state_dict()._metadata  # type: ignore[attr-defined]
     try:
         pruned.load_state_dict(ready, strict=True)

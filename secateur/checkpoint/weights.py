@@ -21,7 +21,7 @@ NESTED = ("state_dict", "model_state_dict", "model", "net")
 """Keys under which training scripts store the state dict among other things."""
 
 PREFIXES = ("module.", "_orig_mod.")
-"""What data parallelism and compilation put before every key."""
+"""Prefixes that data parallelism and compilation put before every key."""
 
 
 def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -105,7 +105,7 @@ def _parse(path: str | os.PathLike[str], content: bytes) -> dict[str, Tensor]:
 def _unpickle(path: str | os.PathLike[str], content: bytes) -> object:
     try:
         with warnings.catch_warnings():
-            # What it warns of, it also fails on, or it reads all the same.
+            # torch.load warns of files that it then refuses, or reads all the same.
             warnings.simplefilter("ignore")
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -115,7 +115,7 @@ def _unpickle(path: str | os.PathLike[str], content: bytes) -> object:
                 "save the state dict alone: torch.save(model.state_dict(), ...)."
             ) from error
         raise CheckpointError(f"{path}: neither a safetensors file nor a state dict saved by torch.") from error
-    except Exception as error:  # bytes of any other kind run into errors of any kind
+    except Exception as error:  # bytes of any other kind raise errors of any kind
         raise CheckpointError(f"{path}: neither a safetensors file nor a whole state dict saved by torch.") from error
 
 

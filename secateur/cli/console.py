@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from secateur.graph.channels import ChannelGraph, Member
-    from secateur.graph.plan import PruningPlan
 
 WIDTH = 120
 """Columns of what is written to a file or a pipe, where there is no terminal to ask."""
@@ -111,7 +110,7 @@ def log_lines() -> Iterator[None]:
 
 
 def quantity(value: float) -> str:
-    """Write a count with three digits and the SI prefix that people say it with.
+    """Write a count with three digits and an SI prefix.
 
     Example:
         >>> quantity(2293000), quantity(980), quantity(0)
@@ -147,12 +146,12 @@ def change(before: float, after: float) -> str:
 
 
 def comparison(before: Mapping[str, Any], after: Mapping[str, Any], metric: str = "accuracy") -> Table:
-    """Tabulate a network before and after pruning; what was not measured is left out.
+    """Tabulate a network's figures before and after pruning; those that were not measured are left out.
 
     Args:
         before: Any of ``test``, ``validation`` (fractions), ``macs``, ``parameters``, ``file_bytes``, ``latency_ms``.
         after: The same of the pruned network.
-        metric: Name of what ``test`` and ``validation`` hold.
+        metric: Name of the metric that ``test`` and ``validation`` hold.
     """
     table = _table("", "before>", "after>", "change>")
     for key, name in (("test", f"{metric}, test set"), ("validation", f"{metric}, validation set")):
@@ -246,15 +245,8 @@ def show_graph(graph: ChannelGraph, name: str, seconds: float, figure: Path | No
         out.print(f"drawn: {figure}", markup=False, soft_wrap=True)
 
 
-def graph_widths(graph: ChannelGraph, plan: PruningPlan | None = None) -> dict[str, int]:
-    """Return the output channels of every layer, by module name, after a plan if one is given."""
-    from secateur.graph import cost
-
-    return {layer.module: layer.out_channels for layer in cost.layer_costs(graph, plan)}
-
-
 def show_pruned(values: Mapping[str, Any]) -> None:
-    """Print what pruning once came to."""
+    """Print the result of pruning once."""
     out = output()
     out.print(widths(values["widths"]["before"], values["widths"]["after"]))
     out.print()
@@ -269,7 +261,7 @@ def show_pruned(values: Mapping[str, Any]) -> None:
 
 
 def show_run(values: Mapping[str, Any], out: Console | None = None) -> None:
-    """Print what a compression run came to."""
+    """Print the result of a compression run."""
     out = out or output()
     before, after = values["baseline"], values["final"]
     out.print(comparison(before, after, values["metric"]))
@@ -325,7 +317,7 @@ def verdict(check: Mapping[str, Any], *, tuned: bool = False) -> str:
 
     Args:
         check: Fields of a :class:`secateur.pruning.verification.VerificationReport`.
-        tuned: Whether the network was trained since; then it is the cut alone that was compared.
+        tuned: Whether the network was trained after the cut; the comparison is then of the network before training.
     """
     bits = {"float64": "fp64", "float32": "fp32"}.get(check["dtype"], check["dtype"])
     what = "the network as it was cut, before fine-tuning," if tuned else "it"

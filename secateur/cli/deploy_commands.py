@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,9 +15,7 @@ from secateur.cli import console, options
 from secateur.errors import UsageError
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from secateur.deploy.timing import BenchmarkResult, RoundToChoice
+    from secateur.deploy.timing import BenchmarkResult
     from secateur.runfile.sources import SourceModel
 
 RunDirs = Annotated[
@@ -33,7 +30,7 @@ Against = Annotated[
     ),
 ]
 REPORT_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
-"""Batch sizes that a report shows, up to the first that takes too long."""
+"""Batch sizes that a report shows, up to the first whose forward pass takes too long."""
 
 Out = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Where to write; a missing folder is made.", show_default=False)
@@ -153,7 +150,7 @@ def benchmark(
                         other = open_model(name, built, against, input_shape or ())
                     else:
                         other = open_model(against, None, None, input_shape or ())
-        # Opened before anything is measured: minutes of work are not lost to a wrong path.
+        # The file is opened before anything is measured, so that a wrong path doesn't cost minutes of work.
         part = None if out is None else files.enter_context(replacing(out))
         result = _measure(
             first,
@@ -241,61 +238,9 @@ def export(
         )
 
 
-def round_to(text: str) -> int | None:
-    """Read ``--round-to``: a number, or None for ``auto``.
-
-    Raises:
-        UsageError: If it is neither ``auto`` nor a positive whole number.
-    """
-    if text == "auto":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"--round-to {text}: give a whole number from 1 up, or auto.")
-    return int(text)
-
-
-def fastest(prune: Callable[[int], nn.Module], inputs: Any, steps: console.Steps, batch_size: int = 8) -> RoundToChoice:
-    """Measure which multiple of channels, and which memory format, runs fastest here; see ``--round-to auto``."""
-    from secateur.deploy.export import quiet
-
-    with quiet():  # as in _measure
-        from secateur.deploy.timing import choose_round_to
-    with steps.step("measuring multiples of channels"):
-        return choose_round_to(prune, inputs, batch_size=batch_size)
-
-
-def choice_values(choice: RoundToChoice) -> dict[str, Any]:
-    """The measured choice as JSON values."""
-    times = [
-        {"round_to": multiple, "memory_format": layout, "ms": 1000 * seconds}
-        for (multiple, layout), seconds in choice.seconds.items()
-    ]
-    infeasible = {str(multiple): reason for multiple, reason in choice.infeasible.items()}
-    return {"memory_format": choice.memory_format, "times": times, "infeasible": infeasible}
-
-
-def show_choice(choice: RoundToChoice) -> None:
-    """Tabulate what was measured, and say how the network runs fastest."""
-    table = Table(show_edge=False, pad_edge=False, header_style="bold")
-    for name in ("round_to", "contiguous, ms", "channels-last, ms"):
-        table.add_column(name, justify="right")
-    for multiple in sorted({key[0] for key in choice.seconds}):
-        times = [choice.seconds.get((multiple, layout)) for layout in ("contiguous", "channels_last")]
-        table.add_row(str(multiple), *("–" if t is None else f"{1000 * t:.3g}" for t in times))
-    screen = console.output()
-    screen.print()
-    screen.print(table)
-    how = ", in channels-last memory format" if choice.memory_format == "channels_last" else ""
-    screen.print(f"fastest here: channels in multiples of {choice.round_to}{how}")
-    for multiple, reason in choice.infeasible.items():
-        console.error_line(f"--round-to {multiple}: not possible: {reason}", "warning")
-
-
 def _measure(first: SourceModel, other: SourceModel | None, steps: console.Steps, **given: Any) -> BenchmarkResult:
-    from secateur.deploy.export import quiet
+    from secateur.deploy.timing import benchmark as measure
 
-    with quiet():  # torch's benchmark tools look for a CUDA compiler and say so when there is none
-        from secateur.deploy.timing import benchmark as measure
     done = 0
 
     def progress(setting: str) -> None:
@@ -313,7 +258,7 @@ def _measure(first: SourceModel, other: SourceModel | None, steps: console.Steps
 
 
 def _of_run(folder: Path, steps: console.Steps) -> tuple[SourceModel, SourceModel]:
-    """Rebuild a run's network, pruned and as it began, from what its folder holds."""
+    """Rebuild a run's pruned network and its original from the files in its folder."""
     from secateur.runfile import config, sources
 
     if not (folder / config.FILE).is_file():

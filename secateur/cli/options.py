@@ -18,7 +18,7 @@ CRITERIA = "CRITERIA"
 
 
 class NamingCriteria(TyperCommand):
-    """A command whose help names the criteria, looked up no sooner than asked for, since that takes torch."""
+    """A command whose help names the criteria, which are looked up only when it is shown, since that imports torch."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help."""
@@ -126,14 +126,14 @@ Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to s
 
 
 def nearest(context: typer.Context, **values: Any) -> list[Any]:
-    """Of options that exclude each other, keep those of the command line; where it gives none, those of the file.
+    """Of options that exclude each other, keep those on the command line; where there are none, those of the file.
 
     Args:
-        context: Of the command, which knows where each value comes from.
+        context: The command's context, which knows where each value comes from.
         values: Parameter's name -> its value.
 
     Returns:
-        The values in their order, None for what is not kept.
+        The values in their order, None for each that is not kept.
     """
     sources = {name: context.get_parameter_source(name) for name in values}
     said = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
@@ -159,7 +159,7 @@ def values(option: str, texts: Sequence[str] | None) -> dict[str, Any]:
 
     Args:
         option: Name of the command-line option, for messages.
-        texts: What was given.
+        texts: The option's values.
 
     Raises:
         UsageError: If a text has no ``=``, its value is no YAML, or a name is given twice.
@@ -183,7 +183,7 @@ def values(option: str, texts: Sequence[str] | None) -> dict[str, Any]:
 
 
 def _scalar(value: Any) -> Any:
-    # YAML 1.1 takes 1e-3, without a dot, for a word.
+    # YAML 1.1 reads 1e-3, which has no dot, as a string.
     if isinstance(value, str):
         try:
             number = float(value)
@@ -211,7 +211,7 @@ def caps(option: str, texts: Sequence[str] | None) -> float | dict[str, float]:
 
     Args:
         option: Name of the command-line option, for messages.
-        texts: What was given; nothing bounds nothing.
+        texts: The option's values; none of them means no bound.
 
     Returns:
         The one fraction, or pattern -> fraction; the fraction without a pattern has the pattern ``*``.
@@ -244,3 +244,16 @@ def target(macs: float | None, params: float | None, channels: float | None) -> 
         if not 0 < value < 1:
             raise UsageError(f"--{name} {value:g}: is the fraction to remove, above 0 and below 1.")
     return given
+
+
+def round_to(text: str) -> int | Literal["auto"]:
+    """Read ``--round-to``: a number, or ``auto``.
+
+    Raises:
+        UsageError: If it is neither ``auto`` nor a positive whole number.
+    """
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"--round-to {text}: give a whole number from 1 up, or auto.")
+    return int(text)

@@ -1,4 +1,4 @@
-"""The commands of a run: compress, resume, and evaluate, which measures what a run starts from or ends in."""
+"""The commands of a run: compress, resume, and evaluate, which measures a network that a run begins with or makes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def compress(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Adjust what stays as filters go, before fine-tuning: merge, least_squares, bn; several with commas.",
+            help="Adjust the kept filters before any fine-tuning: merge, least_squares, bn; several with commas.",
         ),
     ] = None,
     tolerance: Annotated[
@@ -175,12 +175,12 @@ def evaluate(
 
 
 class RunInterruptedError(SecateurError):
-    """Ctrl-C, with what to do next."""
+    """Ctrl-C during a run; the message says how to resume it."""
 
 
 @contextmanager
 def _resumable(run_dir: str | Path) -> Iterator[None]:
-    """Say, when a run is interrupted, how it goes on."""
+    """Say how to resume a run that is interrupted."""
     try:
         yield
     except KeyboardInterrupt:

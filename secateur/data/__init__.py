@@ -1,4 +1,4 @@
-"""The papers' data sets and the user's own folders, in parts that a run can trust, as batches that need no luck.
+"""The papers' data sets and the user's own folders, in three parts, as batches that a seed repeats.
 
 Parts: the test set is the published one, or drawn once and for all; the validation set is held out of the training
 set. Batches: what epoch e holds, in which order and how augmented, follows from ``(seed, e)`` alone.

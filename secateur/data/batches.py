@@ -93,7 +93,7 @@ class Batches:
         drawn = None if augmentation is None else augmentation.draw(len(dataset), generator)
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
-            # Draws belong to the example, not to its place in the order.
+            # What is drawn belongs to the example, not to its place in the order.
             yield dataset.take(chosen, None if drawn is None else drawn[chosen])
 
     def _collected(self, order: torch.Tensor, seed: int, generator: torch.Generator) -> Iterator[Any]:

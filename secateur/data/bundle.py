@@ -55,14 +55,14 @@ class Normalise:
 
 @dataclass(frozen=True)
 class DataBundle:
-    """A data set in its parts: train on one, choose on the next, report of the last."""
+    """A data set in its parts: one to train on, one to decide on, one to report."""
 
     name: str
     train: Sized | Dataset[Any]
     validation: Sized | Dataset[Any]
     """Held out of the training set; tolerances and early decisions are measured here."""
     test: Sized | Dataset[Any]
-    """Measured last, and chosen on by nothing."""
+    """Measured at the end; no decision is taken on it."""
     input_shape: tuple[int, ...]
     """Shape of one input, ``(C, H, W)``."""
     classes: tuple[str, ...]

@@ -93,7 +93,7 @@ def _read(root: Path, part: str, cache: Path | None) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=4)
 def _decoded(stamps: tuple[tuple[str, int, int], ...], cache: str | None) -> tuple[Tensor, Tensor]:
-    """Decode files that are told apart by size and time, or take them from a cache file made of the same."""
+    """Decode files, or read their images from a cache file made of files of the same sizes and times."""
     mark = json.dumps([[Path(name).name, size, time] for name, size, time in stamps])
     if cache is not None and (stored := _from_cache(Path(cache), mark)) is not None:
         return stored
@@ -121,7 +121,7 @@ def _from_cache(path: Path, mark: str) -> tuple[Tensor, Tensor] | None:
                 return None
             return file.get_tensor("images"), file.get_tensor("labels")
     except SafetensorError:
-        # A cache is no source: what can't be read is made anew.
+        # A cache file that can't be read is made anew.
         return None
 
 

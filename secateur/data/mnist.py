@@ -57,7 +57,7 @@ def _part(root: Path, train: bool) -> ImageTensors:
     try:
         part = MNIST(str(root), train=train, download=False)
         images, labels = part.data, part.targets
-    except Exception as error:  # damaged bytes run into errors of any kind
+    except Exception as error:  # damaged bytes raise errors of any kind
         found = " ".join(str(error).split()) or "the file ends before the images its header announces"
         raise DataError(f"{root}: {what}: not readable as IDX: {found}; unpack them anew.") from error
     if images.ndim != 3 or images.dtype != torch.uint8 or len(images) != len(labels) or not len(images):

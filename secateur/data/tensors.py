@@ -52,8 +52,8 @@ class ImageTensors(Dataset[tuple[Tensor, int]]):
     Args:
         images: Shape ``(N, C, H, W)``, ``uint8``.
         labels: Class of each image, shape ``(N,)``, ``int64``.
-        normalise: Applied to what comes out.
-        augmentation: For training batches that ask for it; None for none.
+        normalise: Applied to elements and batches.
+        augmentation: Applied to training batches that ask for augmentation; None for none.
         indices: The images that belong to this set, in its order; None for all. The tensors are shared, not copied.
 
     Raises:

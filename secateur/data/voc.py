@@ -105,7 +105,7 @@ def voc(root: Path, *, validation: float | None = None, seed: int = 0, train_siz
     if not classes:
         raise DataError(f"{root}/Annotations: not one box in {len(seen)} files.")
     if train_size is not None:
-        # After the classes are known: a part of the photographs may lack some.
+        # Drawn after the classes are known, since a part of the photographs may lack some.
         parts["train"] = _drawn(parts["train"], train_size, seed)
     train, held, test = (DetectionFiles(parts[part], classes) for part in ("train", "val", "test"))
     width, height = parts["train"][0].size

@@ -1,1 +1,1 @@
-"""Out into use: exported files, and the time a network takes on this machine."""
+"""Deployment: exported files, and the time and memory that a network takes on this machine."""

@@ -55,7 +55,7 @@ class ParityReport:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What int8 costs and brings."""
+    """Metric, size and latency of a file before and after its quantisation to int8."""
 
     path: Path
     file_bytes_before: int
@@ -109,7 +109,7 @@ def export(
     args, kwargs = arguments(example_inputs)
     batch = _batch_size((args, kwargs))
     if dynamic_batch and batch == 1:
-        # torch.export takes a dimension of 1 for a constant, so it is shown two.
+        # torch.export takes a dimension of 1 for a constant, so the example is made two.
         args, kwargs = _resized((args, kwargs), 1, 2)
     with evaluating(model):
         sizes = (batch,) if not dynamic_batch else tuple(sorted({1, batch, max(batch, 2) + 1}))
@@ -206,7 +206,7 @@ def quantize(
                 activation_type=quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,
             )
-        except Exception as error:  # its passes raise anything
+        except Exception as error:  # ONNX Runtime's passes raise anything
             raise ExportError(f"{source}: can't be quantised to int8 ({_first_line(error)}).") from error
         small = OnnxModel(part)
         before, after = evaluate(original), evaluate(small)
@@ -288,7 +288,7 @@ def _compared(
     try:
         runner = load()
     except Exception as error:  # whatever a damaged or unreadable file raises is the finding
-        # ONNX Runtime tells the node, which is named after the operator that it came from.
+        # ONNX Runtime names the node, and a node is named after the operator that it came from.
         node = re.search(r"node(?: with name '| \()node_(\w+?)(?:_\d+)?['\)]", f"{error} {error.__cause__}")
         where = f"aten.{node.group(1)}: the" if node else "The"
         raise ExportError(f"{where} exported file can't be loaded again: {_reason(error)}.") from error
@@ -344,7 +344,7 @@ def _difference(expected: Tensor, found: Tensor) -> tuple[float, float]:
 
 
 def _latencies(first: Callable[[], Any], second: Callable[[], Any], repeats: int = 7) -> tuple[float, float]:
-    """Median milliseconds of two calls, interleaved so that neither has the quieter machine."""
+    """Median milliseconds of two calls, interleaved so that other load on the machine falls on both."""
     times: tuple[list[float], list[float]] = ([], [])
     for i in range(repeats + 2):
         for call, kept in zip((first, second), times, strict=True):
@@ -465,7 +465,7 @@ def _require(*names: str) -> list[Any]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the exporters' own prints and logs from burying the one line that says what went wrong."""
+    """Silence what libraries print and log, which would bury the one line that says what went wrong."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -477,7 +477,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary file of the same suffix, which takes the target's place if all goes well and is gone if not.
+    """Give a temporary file of the same suffix, which replaces the target if the block succeeds and is deleted if not.
 
     A missing folder is made.
     """

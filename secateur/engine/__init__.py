@@ -105,7 +105,7 @@ def compress(
     with RunDirectory(run_dir, write=engine.runtime.is_main_process) as directory:
         if directory.started:
             raise UsageError(f"{directory.path}: holds a run already; resume it, or choose another run directory.")
-        # The main process must not begin before every other one has looked.
+        # The main process must not write before every other one has seen that no run is here.
         engine.runtime.wait_for_everyone()
         state = engine.init()
         directory.begin(engine.original, _configuration(engine, describe))
@@ -173,7 +173,7 @@ def _run(engine: Engine, state: State, directory: RunDirectory | None) -> Compre
         state = engine.step(state)
         if directory is not None:
             if len(state.milestones) > goals:
-                # Before the state: a run killed between the two takes the step again, and writes the same file.
+                # The milestone is written before the state: a run killed between the two repeats the step and the file.
                 directory.write_milestone(state, engine.plan(state.removed))
             directory.store(state)
             if len(state.history) > rounds:

@@ -1,4 +1,4 @@
-"""What a run tells of itself while it goes on."""
+"""Events of a run, for progress bars and logs, and the steps of a command."""
 
 from __future__ import annotations
 

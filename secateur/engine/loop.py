@@ -100,7 +100,7 @@ class Engine:
         from accelerate.utils import send_to_device
 
         if given is None:
-            # What a network is called on may be less than what it is trained on: a detector takes boxes, too.
+            # A network may be called on less than its training batches hold: a detector takes boxes in training alone.
             given = getattr(self.validation, "example_inputs", None)
         if given is None:
             given = send_to_device(stages.first_inputs(self.validation, "validation"), self.runtime.device)
@@ -114,7 +114,7 @@ class Engine:
 
     @property
     def limit(self) -> float:
-        """Points, as a fraction of the metric."""
+        """The tolerance as a fraction of the metric."""
         return self.tolerance / 100
 
     # The loop
@@ -150,13 +150,13 @@ class Engine:
         return state
 
     def resume(self, state: State, tensors: Mapping[str, Tensor]) -> State:
-        """Give a stored state its network back."""
+        """Build the network of a stored state, and load its weights."""
         state.model = self.network(state.removed)
         state.model.load_state_dict(tensors)
         return state
 
     def network(self, removed: Removed) -> nn.Module:
-        """Return the unpruned network cut to what a selection leaves of it."""
+        """Return a copy of the unpruned network without these channels."""
         return cut(self.original, self.plan(removed)) if removed else replica(self.original)
 
     def plan(self, removed: Removed) -> PruningPlan:
@@ -228,7 +228,7 @@ class Engine:
         self._next_place(state)
 
     def _next_place(self, state: State) -> None:
-        """Phase 1 gives way to phase 2, a group of phase 2 to the next, the last to the end."""
+        """Go from phase 1 to phase 2, from a group of phase 2 to the next, from the last group to the final stage."""
         if state.phase == 1:
             state.phase, state.position = 2, 0
         else:
@@ -297,7 +297,7 @@ class Engine:
         state.stage, state.epoch = ("finetune" if tunes else "judge"), 0
 
     def _compensated(self, state: State, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
-        """Return the present network without the filters that go, what they knew moved as the settings say."""
+        """Return the present network cut by the plan, compensated as the settings say."""
         small = cut(state.network, plan)
         methods = parse(self.settings.compensate)
         if self.settings.merge and state.pairs and "merge" not in methods:
@@ -385,7 +385,7 @@ class Engine:
         state.goal, state.goal_round = state.goal + 1, 0
         state.stage, state.epoch = ("select" if state.goal < len(self.goals) else "done"), 0
 
-    # Means
+    # Training and measuring
 
     def _train(self, state: State, name: str, epochs: int, settings: stages.TrainingSettings, **options: Any) -> bool:
         """Run the next epoch of a stage; True when it was the stage's last."""

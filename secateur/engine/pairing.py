@@ -103,9 +103,9 @@ def correlations(
 ) -> Tensor | None:
     """Score every pair of a group, ``(size, size)`` on the CPU; None where it has no filters to correlate.
 
-    ``correlation`` scores the mean of |ρ| over the producers; ``residual`` scores minus the mean of what is lost of
-    the row's filters where the column's stand in, as a share of the largest such loss. Channels that are produced by
-    different sets of layers score -2, below every other score: no stand-ins.
+    ``correlation`` scores the mean of |ρ| over the producers; ``residual`` scores minus the mean residual of the row's
+    filters after the column's stand in for them, as a share of the largest mean residual. Channels that are produced
+    by different sets of layers can't stand in for each other, and score -2, below every other score.
     """
     sources = producers(graph, group, share)
     if not sources:
@@ -183,7 +183,7 @@ def select_pairs(
     min_width: int = 1,
     order: cfp.Order = "correlation",
 ) -> list[tuple[int, int]]:
-    """Choose about ``count`` channels of a group to drop, each with the partner that stays.
+    """Choose about ``count`` channels of a group to drop, each with the partner that is kept.
 
     Blocks lose the same fraction each, so the number is rounded to what the group's constraint allows; empty where
     nothing may go.
@@ -221,12 +221,12 @@ def select_lowest(group: ChannelGroup, scores: Tensor, count: int, *, min_width:
     """Choose about ``count`` channels of a group with the lowest scores, lowest first, its constraint kept."""
     wanted = whole(group, count, min_width)
     order = torch.sort(scores.double().cpu(), stable=True).indices.tolist()
-    taken: list[int] = []
+    chosen: list[int] = []
     for step in steps(group, order):
-        if len(taken) + len(step) > wanted:
+        if len(chosen) + len(step) > wanted:
             break
-        taken += step
-    return taken
+        chosen += step
+    return chosen
 
 
 def eligible(
@@ -363,7 +363,7 @@ class CorrelationRegulariser:
 
     @property
     def minimum(self) -> float:
-        """Smallest score of a pair at the last call: what the optimisation waits for."""
+        """Smallest score of a pair at the last call; the optimisation ends when it reaches ``correlation_target``."""
         return float(self._last.min())
 
     def by_group(self) -> dict[str, list[float]]:

@@ -1,17 +1,32 @@
-"""What a run came to: the network, its plan, its history, and the figures before and after."""
+"""Results: the pruned network, its plan, the history of a run, and the figures before and after."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
+from secateur.graph.channels import ChannelGraph
 from secateur.graph.plan import PruningPlan
+from secateur.pruning.verification import VerificationReport
 
-if TYPE_CHECKING:
-    pass
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What :func:`secateur.prune` returns."""
+
+    model: nn.Module
+    """The pruned network, of the original's class, compensated if asked for."""
+    plan: PruningPlan
+    check: VerificationReport
+    """How the network as it was cut, before compensation, compares with the original whose channels are zeroed."""
+    graph: ChannelGraph
+    """The original's channel graph."""
+    report: dict[str, Any]
+    """Plain values, ready for JSON: ``method``, ``metric``, the figures ``before`` and ``after``, ``widths``,
+    ``verification``, ``compensation``, ``round_to``, and under ``measured`` the times that chose it."""
 
 
 @dataclass(frozen=True)

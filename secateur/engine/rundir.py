@@ -52,7 +52,7 @@ class RunDirectory:
             raise UsageError(f"{self.path}: can't be used as a run directory: {error.strerror}.") from error
         if fcntl is not None:
             try:
-                # The kernel lets go of it when the process ends, however it ends.
+                # The kernel releases the lock when the process ends, however it ends.
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 os.close(self._lock)
@@ -78,7 +78,7 @@ class RunDirectory:
         return self.path / "checkpoint" / "state.safetensors"
 
     def begin(self, original: nn.Module, configuration: Mapping[str, Any]) -> None:
-        """Write what doesn't change."""
+        """Write the configuration and the unpruned network, which don't change during the run."""
         if self.write:
             checkpoint.write_json(self.path / "config.json", dict(configuration))
             checkpoint.save(original, None, self.path / "baseline.safetensors")

@@ -1,9 +1,9 @@
-"""What goes in one episode: how many channels of which groups, which ones, and how little of it meets a target."""
+"""The channels that an episode removes: how many of each group, which ones, and the fewest that meet a target."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -23,20 +23,20 @@ from secateur.training.stages import Batches, Loss
 
 
 class Selection:
-    """The choice of an episode's channels, from what does not change over a run.
+    """Chooses an episode's channels; holds everything about that choice which does not change over a run.
 
     Args:
         graph: Channel graph of the unpruned network.
         method: ``cfp``, or the name of a criterion (or the criterion itself).
-        settings: Of the run.
-        target: Fraction to remove; None where widths or the tolerance rule.
-        seed: Seed of what a criterion draws.
+        settings: The run's settings.
+        target: Fraction to remove; None where widths or the tolerance decide.
+        seed: Seed of a criterion's random draws.
         train: Training batches, for a criterion that looks at data.
-        loss: Of the training, for a criterion that takes gradients.
+        loss: The training loss, for a criterion that needs gradients.
 
     Raises:
-        UsageError: If the settings let no group go, ``skip`` or ``pairs`` names no layer, widths name no group or can't
-            be had, or the criterion is unknown or takes no such option.
+        UsageError: If the settings leave no group to prune, ``skip`` or ``pairs`` names no layer, widths name no group
+            or are out of reach, or the criterion is unknown or has no such option.
     """
 
     def __init__(
@@ -89,8 +89,8 @@ class Selection:
 
     def alive(self, state: State, group: str) -> list[int]:
         """Return the channels that a group still has."""
-        gone = set(state.removed.get(group, []))
-        return [c for c in range(self.graph.group(group).size) if c not in gone]
+        removed = set(state.removed.get(group, []))
+        return [c for c in range(self.graph.group(group).size) if c not in removed]
 
     def removed_share(self, removed: Removed) -> float:
         """Return the fraction removed, of what the target counts."""
@@ -148,6 +148,7 @@ class Selection:
         return {name: self._paced(n, goal[name], remaining) for name, n in left.items()}
 
     def _paced(self, left: int, width: int, rounds: int) -> int:
+        """Return how many of the ``left`` channels above the final ``width`` this round removes."""
         if left <= 0 or rounds == 1:
             return max(0, left)
         if self.settings.pace == "linear":
@@ -259,20 +260,20 @@ class Selection:
         return {name: list(selected.removed) for name, selected in found.items()}
 
     def trim(self, state: State) -> None:
-        """Leave out of the last round what is not needed to reach the target: the least correlated pairs stay."""
+        """Shorten the last round to the fewest channels that reach the target; those selected last are kept."""
         order = [
             (place / len(chosen), name, place) for name, chosen in state.going.items() for place in range(len(chosen))
         ]
         steps = {name: pairing.step_size(self.graph.group(name)) for name in state.going}
 
         def taking(count: int) -> Removed:
-            taken = dict.fromkeys(state.going, 0)
+            counts = dict.fromkeys(state.going, 0)
             for _, name, place in sorted(order)[:count]:
-                taken[name] = place + 1
-            return {name: state.going[name][: -(-n // steps[name]) * steps[name]] for name, n in taken.items() if n}
+                counts[name] = place + 1
+            return {name: state.going[name][: -(-n // steps[name]) * steps[name]] for name, n in counts.items() if n}
 
         if any(len(self.graph.group(name).blocks) and self.graph.group(name).blocks.max() > 0 for name in state.going):
-            return  # blocks lose equal fractions, which a prefix of the choice doesn't
+            return  # blocks lose equal fractions, and a prefix of the selection may not
 
         low, high = 1, len(order)
         while low < high:
@@ -287,24 +288,28 @@ class Selection:
 
 
 def selective(method: Any, options: Mapping[str, Any]) -> bool:
-    """Tell whether a criterion makes the selection itself, which an option that decides one and no score asks for.
+    """Tell whether a criterion selects by itself: whether an option is given that decides a selection and no score.
 
     Raises:
-        UsageError: If the criterion is unknown, or takes no such option.
+        UsageError: If the criterion is unknown, or has no such option.
     """
     if method == "cfp":
         if options:
             raise UsageError(f"criterion: cfp takes no option {next(iter(options))!r}; share and signed are settings.")
         return False
     criterion = criteria.get(method)
-    deciding = criterion.takes(True) - criterion.takes(False)
-    found = bool(deciding & set(options))
+    found = bool(deciding(criterion, options))
     criterion.check(options, found)
     return found
 
 
+def deciding(criterion: criteria.Criterion, options: Iterable[str]) -> set[str]:
+    """Return those of the options that decide a selection and change no score, such as a threshold."""
+    return set(options) & (criterion.takes(True) - criterion.takes(False))
+
+
 class Some:
-    """The first batches of some data, again and again."""
+    """The first ``count`` batches of some data, the same at every walk through them."""
 
     def __init__(self, batches: Batches, count: int) -> None:
         self.batches, self.count = batches, count

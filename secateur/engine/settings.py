@@ -1,4 +1,4 @@
-"""What defines a compression run, beside the model and the data: plain values that go into ``config.json``."""
+"""The settings of a compression run, beside the model and the data: plain values that go into ``config.json``."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Settings:
     :mod:`secateur.criteria.papers.singh2020cfp` for what it leaves open.
     """
 
-    # What goes in one episode
+    # Channels that one episode removes
     fraction: float = 1 / 16
-    """p: share of a group's *original* width that goes in one episode."""
+    """p: share of a group's *original* width that one episode removes."""
     pairs: str | int | tuple[int, ...] | dict[str, int] = "width"
     """Filters a group and episode: ``width``, max(1, round(p·c)); ``macs``, shared out by MACs; one number for every
     group; a tuple with one number for each distinct original width, ascending ((1, 2, 4) for ResNet-56); or a mapping
-    from the start of a module name to a number, of which the longest start counts and groups without one stay."""
+    from the start of a module name to a number; the longest start counts, and a group without one loses nothing."""
     phase2_pairs: int | None = None
     """The same in phase 2; as in phase 1 when None."""
     share: Share = "mean"
@@ -40,8 +40,8 @@ class Settings:
     signed: bool = False
     """Pair by ρ instead of |ρ|: a negative pair can't be merged through a ReLU."""
     order: Order = "correlation"
-    """Which pairs go first: ``correlation``, those of the largest |ρ|, as in the paper; ``residual``, those of which
-    the least is lost, ‖w_p‖²(1 - ρ²) (see :func:`secateur.criteria.papers.singh2020cfp.residual`)."""
+    """Which pairs go first: ``correlation``, those of the largest |ρ|, as in the paper; ``residual``, those of the
+    smallest residual, ‖w_p‖²(1 - ρ²) (see :func:`secateur.criteria.papers.singh2020cfp.residual`)."""
     internal_only: bool = False
     """Leave alone the groups that several layers produce together, the residual streams."""
     linear: bool = False
@@ -54,7 +54,7 @@ class Settings:
     min_width: int = 1
     """Channels that a group keeps in any case."""
 
-    # Where to go
+    # Where the run ends
     widths: tuple[dict[str, int], ...] = ()
     """Final widths by module name, a chain of mappings: ``({"conv1": 4, "conv2": 5}, {"conv1": 3, "conv2": 5})``.
     Takes the place of a target."""
@@ -85,10 +85,10 @@ class Settings:
     """Fold each dropped filter into its partner's consumers. Through a ReLU only a positive pair can be folded: set
     ``signed`` with it, or the others are dropped plainly."""
 
-    # Compensation, as filters go
+    # Compensation, after filters are removed
     compensate: tuple[str, ...] = ()
-    """Moves that keep accuracy before any fine-tuning, in order: ``merge``, ``least_squares``, ``bn``. ``merge`` folds
-    the pairs of ``cfp``, and filters that other criteria drop into the one most like each."""
+    """Methods that adjust the kept filters before any fine-tuning, in order: ``merge``, ``least_squares``, ``bn``.
+    ``merge`` folds the pairs of ``cfp``, and each filter that another criterion drops into the one most like it."""
     compensate_options: dict[str, Any] = field(default_factory=dict)
     """Options of ``least_squares``, such as ``everywhere: true``."""
 

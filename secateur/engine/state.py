@@ -1,4 +1,4 @@
-"""Where a run stands: everything that a killed run needs to go on as if nothing had happened."""
+"""The state of a run: everything that a killed run needs to go on as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class State:
     """
 
     stage: str = "select"
-    """What comes next: ``select``, ``optimise``, ``drop``, ``finetune``, ``judge``, ``final``, ``settle``, ``done``."""
+    """The next step: ``select``, ``optimise``, ``drop``, ``finetune``, ``judge``, ``final``, ``settle``, ``done``."""
     phase: int = 1
     """1: all groups at once; 2: group after group."""
     position: int = 0
@@ -58,7 +58,7 @@ class State:
     pairs: dict[str, list[list[int]]] = field(default_factory=dict)
     """The present episode's pairs, group name -> [dropped, kept]."""
     going: Removed = field(default_factory=dict)
-    """The channels that go at the end of the present optimisation."""
+    """The channels that are removed at the end of the present optimisation."""
     episode: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     milestones: list[dict[str, Any]] = field(default_factory=list)
@@ -78,7 +78,7 @@ class State:
         return self.model
 
     def plain(self) -> dict[str, Any]:
-        """Return what is plain data."""
+        """Return the fields that are plain data."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("model", "accepted", "training")}
 
     def save(self, path: Path) -> None:

@@ -1,6 +1,6 @@
-"""What a run came to: one HTML page that carries everything, its numbers as JSON, its figures for a paper.
+"""The report of a run: one HTML page that carries everything, its numbers as JSON, its figures for a paper.
 
-And what a network's channels are coupled to, as such a page: :func:`draw_graph`.
+:func:`draw_graph` draws the coupling of a network's channels as such a page.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from secateur.report.summary import headline, refusals, rounds, sentence, settin
 __all__ = ["ReportFiles", "draw_graph", "read_run", "write_report"]
 
 HEAT_MAPS = 24
-"""The most heat maps a page carries, over all its runs: what keeps the file under 6 MB."""
+"""The most heat maps a page carries, over all its runs, which keeps the file under 6 MB."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _write_figures(
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary file beside ``path`` that takes its place once it is whole, and is gone if it never is."""
+    """Give a temporary file beside ``path``, which replaces ``path`` if the block succeeds and is deleted if not."""
     if path.is_dir():
         raise UsageError(f"{path}: can't be written (it is a directory). Choose another target.")
     try:

@@ -50,7 +50,7 @@ def history(run: Run) -> Figure:
     start = result.baseline
     metric = metric_name(run)
     kept = [e for e in episodes if e.accepted and e.metric_tuned is not None]
-    lost = [e for e in episodes if not e.accepted and e.metric_tuned is not None]
+    reverted = [e for e in episodes if not e.accepted and e.metric_tuned is not None]
     series = []
     dropped = [e for e in episodes if e.metric_dropped is not None]
     if dropped:
@@ -76,15 +76,15 @@ def history(run: Run) -> Figure:
             [*(["original"] * len(first_x)), *(f"round {e.round}" for e in kept)],
         )
     )
-    if lost:
+    if reverted:
         series.append(
             Series(
                 "after fine-tuning, reverted",
-                [1 - e.macs / start.macs for e in lost],
-                [e.metric_tuned for e in lost],
+                [1 - e.macs / start.macs for e in reverted],
+                [e.metric_tuned for e in reverted],
                 "points",
                 Tone.REVERTED,
-                [f"round {e.round}, reverted" for e in lost],
+                [f"round {e.round}, reverted" for e in reverted],
             )
         )
     far = max((x for s in series for x in s.x if isinstance(x, float)), default=0.0)
@@ -238,7 +238,7 @@ def largest_correlation(run: Run) -> Figure | None:
 
 
 def pareto(runs: Sequence[Run]) -> Figure:
-    """Test metric against the MACs left, one point a run, and the front that no run is better than."""
+    """Test metric against the MACs removed, one point a run, and the Pareto front."""
     points = [(1 - share_left(run), score(run.result.final), run.name) for run in runs]
     front = pareto_front([(-x, y) for x, y, _ in points])
     names = ", ".join(points[i][2] for i in front)
@@ -356,5 +356,5 @@ def _settings(rows: Sequence[Measurement]) -> dict[str, dict[str, list[Measureme
 
 
 def describe_change(before: float, after: float) -> str:
-    """Say how much of a size went: ``-61.5%``."""
+    """Write the change of a size in percent: ``−61.5%``."""
     return f"{'+' if after > before else '−'}{percent(abs(before - after) / before)}" if before else ""

@@ -31,17 +31,17 @@ class Row:
     macs: float
     """Share of all MACs."""
     refusals: tuple[int, ...]
-    """Places in ``graph.refused`` of what fixes channels of it."""
+    """Places in ``graph.refused`` of the refusals that fix channels of the layer."""
 
 
 @dataclass
 class Mark:
-    """What a group's channels meet at one place: the parts of modules that make, read or follow them."""
+    """The members of a group at one place: the parts of modules that make, read or follow its channels."""
 
     role: Role
     row: int
     between: bool
-    """Whether it lies below the row, before the next: a norm, say."""
+    """Whether the members lie below the row, before the next, as a norm does."""
     members: list[Member] = field(default_factory=list)
 
 
@@ -50,18 +50,18 @@ class Strand:
     """One group."""
 
     group: int
-    """Its place in ``graph.groups``."""
+    """The group's place in ``graph.groups``."""
     lane: int
     marks: list[Mark]
 
     @property
     def top(self) -> float:
-        """Where it begins, in rows."""
+        """Where the strand begins, in rows."""
         return min(height(mark) for mark in self.marks)
 
     @property
     def bottom(self) -> float:
-        """Where it ends, in rows."""
+        """Where the strand ends, in rows."""
         return max(height(mark) for mark in self.marks)
 
 
@@ -115,42 +115,42 @@ def lay_out(graph: ChannelGraph) -> Coupling:
 
 @dataclass(frozen=True, order=True)
 class _Place:
-    """Where something stands in the order of execution."""
+    """The place of a layer, or of another module with members, in the order of execution."""
 
     layer: int
-    """The layer that it is, or the last one before it."""
+    """Number of the layer, or of the last layer before the module."""
     number: int = 0
-    """0 for the layer itself; 1 and up for what comes after it."""
+    """0 for a layer; from 1 up for other modules, in their order."""
     row: bool = True
-    """Whether it has a row of its own."""
+    """Whether the layer or module has a row of its own."""
 
 
 def _order(graph: ChannelGraph, owners: dict[str, str]) -> dict[str, _Place]:
-    """Order the layers by their first call, and whatever else has members after the layer that it follows."""
+    """Order the layers by their first call, and every other module with members after the layer that it follows."""
     order: dict[str, _Place] = {}
     for port in graph.layers:
         order.setdefault(port.name, _Place(len(order)))
     after: dict[str, int] = {}
     rows: set[str] = set()
     for group in graph.groups:
-        # Members stand in execution order, so the latest layer before one is where it belongs.
+        # Members stand in execution order, so a member belongs to the latest layer before it.
         last = -1
         for member in group.members:
             name = _name(member, owners)
             if name in order:
                 last = max(last, order[name].layer)
                 continue
-            # What runs in train mode alone follows what was placed before it.
+            # A module that runs in train mode alone follows the module that was placed before it.
             last = after[name] = max(after.get(name, last), last)
             if member.role is not Role.FOLLOWER:
-                rows.add(name)  # what makes or reads channels and is no layer: a recurrent one, an embedding
+                rows.add(name)  # it makes or reads channels and is no layer: a recurrent module, an embedding
     for number, (name, last) in enumerate(after.items(), 1):
         order[name] = _Place(last, number, name in rows)
     return order
 
 
 def _name(member: Member, owners: dict[str, str]) -> str:
-    """Return what a member belongs to: a layer, another module, or nothing but itself."""
+    """Return the name of the layer or module that a member belongs to; its own where there is none."""
     if member.tensor in owners:
         return owners[member.tensor]
     module = member.module.partition(".parametrizations.")[0]

@@ -1,4 +1,4 @@
-"""What a figure shows, as plain data: the one source of the chart on a page, of the print, and of the table."""
+"""A figure's content as plain data: the one source of its chart on a page, its print for a paper, and its table."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Series:
     kind: Literal["bar", "line", "points", "rule"]
     tone: Tone
     labels: list[str] = field(default_factory=list)
-    """What a point is called where ``x`` alone does not say it."""
+    """Names of the points, where ``x`` alone does not name them."""
     error: Sequence[Number] = field(default_factory=list)
     """Half the interquartile range of each ``y``."""
     place: int = 0

@@ -46,7 +46,7 @@ def draw_graph(graph: ChannelGraph, title: str = "") -> str:
 
     Args:
         graph: The traced network.
-        title: What the network is called.
+        title: Name of the network.
 
     Returns:
         HTML with its style, script and data inside; it asks nothing of a network. Without scripts, it shows the figure
@@ -97,7 +97,7 @@ def _drawn(group: ChannelGroup, strand: Strand, colour: int, pitch: int) -> _Dra
     heights: dict[Role, list[float]] = {role: [] for role in Role}
     made = {mark.row for mark in strand.marks if mark.role is Role.PRODUCER}
     for mark in strand.marks:
-        # The bias of a layer whose weight makes the channels is told with it.
+        # The bias of a layer whose weight makes the channels has no mark of its own.
         if mark.role is not Role.FOLLOWER or mark.between or mark.row not in made:
             heights[mark.role].append(height(mark) * ROW)
     return _Drawn(
@@ -150,7 +150,7 @@ def _badges(graph: ChannelGraph) -> list[str]:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What stands behind a row."""
+    """What the page shows to the right of a row."""
 
     channels: str
     macs: float
@@ -202,7 +202,7 @@ def _some(members: Iterable[Member], most: int = 3) -> str:
 
 
 def _data(graph: ChannelGraph, coupling: Coupling, shares: list[float]) -> dict[str, Any]:
-    """Return what the script tells of each group: every member, its module's name given once."""
+    """Return the script's data on each group: every member, each module's name written once."""
     names: dict[str, int] = {}
 
     def numbered(name: str) -> int:

@@ -1,4 +1,4 @@
-"""What every page is made of: templates, assets and data inside one file that asks nothing of a network."""
+"""The parts of every page: templates, assets and data inside one file that loads nothing from the internet."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def script_json(value: Any) -> Markup:
 
 
 def finite(value: Any) -> Any:
-    """Replace what JSON has no word for by null, which a chart leaves out."""
+    """Replace NaN and infinity, which JSON can't hold, by null, which a chart leaves out."""
     if isinstance(value, float):
         return value if abs(value) < float("inf") else None
     if isinstance(value, dict):

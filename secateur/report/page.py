@@ -40,7 +40,7 @@ class _Section:
 
 @dataclass(frozen=True)
 class _RunView:
-    """What the template says of one run."""
+    """One run as the template shows it."""
 
     id: str
     name: str
@@ -73,7 +73,7 @@ def render(runs: Sequence[Run], figures: Sequence[Sequence[Figure]], heat_maps: 
         heat_maps: The heat maps of each run.
 
     Returns:
-        HTML with its style, its scripts and its numbers inside; it asks nothing of a network.
+        HTML with its style, its scripts and its numbers inside; it loads nothing from the internet.
 
     Raises:
         UsageError: If Plotly, whose JavaScript the page carries, is not installed.
@@ -148,7 +148,7 @@ def _view(index: int, run: Run, figures: list[Figure], heat_maps: list[HeatMap],
 
 
 def _wide(figures: Sequence[Figure]) -> set[str]:
-    """Figures of many layers, and where the rest do not come out even, the first of them."""
+    """Figures of many layers, and the first of the others where their number is odd."""
     wide = {f.id for f in figures if _many_layers(f)}
     narrow = [f.id for f in figures if f.id not in wide]
     return wide | set(narrow[:1] if len(narrow) % 2 else [])
@@ -159,7 +159,7 @@ def _many_layers(figure: Figure) -> bool:
 
 
 def _command(run: Run) -> str:
-    """The command that repeats the run, where it was one."""
+    """The command that repeats the run, where a command started it."""
     file = run.path / "run.yaml"
     return (
         f"secateur compress --config {file} --run-dir NEW_DIR" if file.is_file() else str(run.config.get("command", ""))

@@ -35,8 +35,8 @@ _TICKS: dict[Format, dict[str, Any]] = {
 def specification(figure: Figure) -> dict[str, Any]:
     """Describe a figure to plotly.js.
 
-    Colours are tokens (``$before``, ``$after``, ``$run0`` …) that the page replaces by those of its theme. What a
-    tooltip says is written here, by the same function that writes the tables.
+    Colours are tokens (``$before``, ``$after``, ``$run0`` …) that the page replaces by those of its theme. The
+    texts of tooltips are written here, by the same function that writes the tables.
 
     Args:
         figure: The figure.

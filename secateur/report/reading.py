@@ -14,7 +14,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 class _Record(BaseModel):
-    """A part of a run's files: further keys are kept out of the way, missing ones are an error."""
+    """A part of a run's files: unknown keys are ignored, missing ones are an error."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=True)
 
@@ -64,7 +64,7 @@ class MaxCorrelation(_Record):
 
 
 class Result(_Record):
-    """``result.json``: what the run came to."""
+    """``result.json``: the run's result."""
 
     metric: str = "accuracy"
     baseline: State
@@ -75,7 +75,7 @@ class Result(_Record):
 
 
 class Episode(_Record):
-    """One line of ``history.jsonl``: what was removed, and what became of the metric."""
+    """One line of ``history.jsonl``: the channels removed, and the metric before and after."""
 
     round: int
     phase: int | str | None = None

@@ -1,4 +1,4 @@
-"""The headline and the tables of a run: what it came to, in words and numbers."""
+"""The headline and the tables of a run: its result in words and numbers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Headline:
     after: str
     change: str
     better: bool | None
-    """Whether the change is one for the better; None where it is none."""
+    """Whether the change is for the better; None where there is no change."""
     left: float | None = None
-    """What is left as a fraction of the original, for sizes."""
+    """The size after pruning as a fraction of the original's; None for a metric."""
     note: str = ""
 
 
@@ -77,7 +77,7 @@ def headline(run: Run) -> list[Headline]:
 
 
 def sentence(run: Run) -> str:
-    """Say in one sentence what the run came to."""
+    """Say the run's result in one sentence."""
     before, after = run.result.baseline, run.result.final
     text = (
         f"{percent(1 - share_left(run))} of the MACs and "
@@ -207,7 +207,7 @@ def settings(run: Run) -> Table:
 
 
 def side_by_side(runs: Sequence[Run]) -> Table:
-    """One row a run: what it kept, what it lost, and whether it is on the Pareto front."""
+    """One row a run: its metric, the MACs and parameters removed, and whether it is on the Pareto front."""
     front = pareto_front([(share_left(run), score(run.result.final)) for run in runs])
     rows: list[list[Cell]] = []
     for i, run in enumerate(runs):

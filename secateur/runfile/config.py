@@ -29,6 +29,7 @@ from secateur.checkpoint import write_atomic
 from secateur.engine import Settings
 from secateur.errors import UsageError
 from secateur.pruning.planning import Ranking
+from secateur.runfile import yaml_lines
 from secateur.training.stages import TrainingSettings
 
 FILE = "run.yaml"
@@ -79,7 +80,7 @@ if TYPE_CHECKING:
     CheckedSettings = Settings
     CheckedBaseline = Baseline
 else:
-    # The engine's own dataclasses, with every value checked and converted: YAML takes 1e-3 for a word.
+    # The engine's own dataclasses, with every value checked and converted, since YAML reads 1e-3 as a string.
     _STRICT = ConfigDict(extra="forbid")
     CheckedSettings = pydantic_dataclass(Settings, config=_STRICT, frozen=True)
     CheckedBaseline = pydantic_dataclass(Baseline, config=_STRICT, frozen=True)
@@ -133,7 +134,7 @@ class RunConfig(_Section):
     @field_validator("method")
     @classmethod
     def _known(cls, value: str) -> str:
-        # Found out now, not after the baseline is trained.
+        # An unknown method is refused here, before the baseline is trained.
         names = criteria.names()
         if value not in names and ":" not in value:
             close = difflib.get_close_matches(value, names, n=1)
@@ -154,7 +155,7 @@ class RunConfig(_Section):
     @field_validator("settings", "baseline", mode="wrap")
     @classmethod
     def _in_range(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-        """Let what a section itself refuses be told with the place where it stands."""
+        """Hand a section's own UsageError to pydantic, so that the message names the section's key and line."""
         try:
             return check(value)
         except UsageError as error:
@@ -200,7 +201,7 @@ class PruneConfig(_Section):
     min_channels: int = Field(1, ge=1, description="Channels that every group keeps.")
     ranking: Ranking = Field("normalized", description="How the channels of different groups are compared.")
     inexact: bool = Field(False, description="Prune also groups whose removal can't equal zeroing.")
-    compensate: tuple[str, ...] = Field((), description="Adjust what stays: merge, least_squares, bn.")
+    compensate: tuple[str, ...] = Field((), description="Adjust the kept channels: merge, least_squares, bn.")
     batches: int = Field(8, ge=1, description="Training batches that criterion and compensation see.")
     seed: int = Field(0, ge=0, description="Seed of fresh weights and of the data's order.")
     out: str | None = Field(None, description="File of the pruned network.")
@@ -211,7 +212,7 @@ class PruneConfig(_Section):
         return [value] if isinstance(value, str) else value
 
     def options(self) -> dict[str, Any]:
-        """Return what the file gives as the command's parameters, in the words of the command line."""
+        """Return the values that the file gives as the command's parameters, written as on the command line."""
         words: dict[str, Any] = {}
         for name in self.model_fields_set:
             value = getattr(self, name)
@@ -236,13 +237,13 @@ def load_prune(path: str | Path) -> PruneConfig:
         UsageError: As :func:`load` does.
     """
     path = Path(path)
-    tree, values = _parsed(path)
+    tree, values = yaml_lines.parsed(path)
     known = list(PruneConfig.model_fields)
     for key in values:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
             advice = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}."
-            raise UsageError(f"{path}:{_line_of(tree, [str(key)])}: {key}: no such key; {advice}")
+            raise UsageError(f"{path}:{yaml_lines.line_of(tree, [str(key)])}: {key}: no such key; {advice}")
     try:
         return PruneConfig.model_validate(values)
     except ValidationError as error:
@@ -254,37 +255,18 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunCon
 
     Args:
         path: YAML file.
-        overrides: Values that go before those of the file; a mapping is merged into the file's mapping.
+        overrides: Values that take precedence over the file's; a mapping is merged into the file's mapping.
 
     Raises:
         UsageError: If the file is missing or no YAML, a key is unknown or doubled, or a value is out of range; the
             message says in which line.
     """
     path = Path(path)
-    tree, values = _parsed(path)
+    tree, values = yaml_lines.parsed(path)
     try:
         return RunConfig.model_validate(_merge(values, overrides or {}))
     except ValidationError as error:
         raise UsageError(explain(error, str(path), tree, overrides)) from error
-
-
-def _parsed(path: Path) -> tuple[yaml.Node | None, dict[str, Any]]:
-    """Return the nodes of a YAML file, for line numbers, and the mapping that it holds."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
-    try:
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        _refuse_doubled(tree, path)
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else f"{path}"
-        raise UsageError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: a configuration is a mapping such as 'model: lenet5', found {_kind(values)}.")
-    return tree, values
 
 
 def build(values: Mapping[str, Any]) -> RunConfig:
@@ -327,7 +309,7 @@ def explain(
         error: What validation raised.
         place: File that the values come from; empty for the command line.
         tree: The file's YAML nodes, for line numbers.
-        overrides: Values that went before the file's: what is wrong with one of them is not laid to the file.
+        overrides: Values that took precedence over the file's; an error in one of them is not reported as the file's.
     """
     unknown = ("extra_forbidden", "unexpected_keyword_argument")
     # An unknown key often explains the missing one, so it is told first.
@@ -337,12 +319,12 @@ def explain(
     said = str(first["ctx"]["error"]) if first["type"] == "value_error" else ""
     name, colon, rest = said.partition(": ")
     if colon and len(location) == 1 and name in _keys(location):
-        # A section's own check begins with the key that it is about.
+        # The message of a section's own check begins with the key at fault.
         location, said = [*location, name], rest
     key = ".".join(location)
     if first["type"] != "missing" and _overridden(overrides, location):
         place = ""
-    line = _line_of(tree, location)
+    line = yaml_lines.line_of(tree, location)
     where = (f"{place}:{line}: " if line else f"{place}: ") if place else ""
     if first["type"] in unknown:
         known = _keys(location[:-1])
@@ -369,7 +351,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _keys(location: list[str]) -> list[str]:
-    """Names of the keys that a place in a configuration knows."""
+    """Names of the keys that a section of a configuration has; those of the whole where there is no such section."""
     sections: dict[str, Any] = {"settings": Settings, "baseline": Baseline, "target": TargetConfig}
     section = sections.get("".join(location[:1]), RunConfig)
     return [f.name for f in fields(section)] if is_dataclass(section) else list(section.model_fields)
@@ -390,19 +372,6 @@ def _attribute_docstrings(made: type) -> dict[str, str]:
     }
 
 
-def _line_of(tree: yaml.Node | None, location: list[str]) -> int | None:
-    """Line, counted from 1, of the key at ``location``, or of the last mapping on the way to it."""
-    line = None
-    for part in location:
-        if not isinstance(tree, yaml.MappingNode):
-            break
-        found = next(((k, v) for k, v in tree.value if k.value == part), None)
-        if found is None:
-            break
-        line, tree = found[0].start_mark.line + 1, found[1]
-    return line
-
-
 def _overridden(overrides: Mapping[str, Any] | None, location: list[str]) -> bool:
     value: Any = overrides
     for part in location:
@@ -412,22 +381,3 @@ def _overridden(overrides: Mapping[str, Any] | None, location: list[str]) -> boo
             return False
         value = value[part]
     return overrides is not None
-
-
-def _refuse_doubled(node: yaml.Node | None, path: Path) -> None:
-    """Refuse a key that stands twice in one mapping: YAML readers keep the last and say nothing."""
-    if isinstance(node, yaml.MappingNode):
-        seen: dict[str, int] = {}
-        for key, value in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
-            if name in seen:
-                raise UsageError(f"{path}:{line}: {name}: already given in line {seen[name]}; remove one.")
-            seen[name] = line
-            _refuse_doubled(value, path)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _refuse_doubled(value, path)
-
-
-def _kind(value: object) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"

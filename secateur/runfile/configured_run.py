@@ -1,4 +1,4 @@
-"""A configured run from start to end: find data and model, train a baseline if need be, compress, keep the record."""
+"""A configured run from start to end: find data and model, train a baseline if need be, compress, save the files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def start(run: RunConfig, steps: Steps) -> CompressResult:
     if RunDirectory(folder).started:
         raise UsageError(f"{folder}: holds a run already; go on with 'secateur resume {folder}', or give --run-dir.")
     method = sources.method(run.method)
-    selective(method, run.settings.criterion)  # refused now, not after the data are loaded
+    selective(method, run.settings.criterion)  # refuses an unknown option before the data are loaded
     bundle, found = _found(run, steps)
     run = run.model_copy(update={"batch_size": run.batch_size or tasks.TRAINING_BATCH[bundle.task]})
     request: dict[str, Any] = {
@@ -54,7 +54,7 @@ def start(run: RunConfig, steps: Steps) -> CompressResult:
     }
     config.save(run, folder / config.FILE)
     if run.weights is None:
-        # What the network can't be asked for is refused before it is trained.
+        # Settings that this network can't meet are refused before its baseline is trained.
         Engine(found.model, method, settings=run.settings, **request)
         _train_baseline(found.model, run, request, steps)
     result = compress(
@@ -83,7 +83,7 @@ def go_on(folder: Path, steps: Steps) -> CompressResult:
         )
     run = config.load(folder / config.FILE, {"run_dir": str(folder.absolute())})
     if not RunDirectory(folder).started:
-        # It was interrupted while the baseline was trained, which is repeated the same from its seed.
+        # The run was interrupted while its baseline was trained; that training begins anew from the same seed.
         return start(run, steps)
     bundle, found = _found(run, steps, fresh=run.weights == sources.PRETRAINED)
     result = resume(
@@ -136,7 +136,7 @@ def grounded(run: RunConfig) -> RunConfig:
 
 
 def _with_earlier_plans(result: CompressResult, found: sources.SourceModel, folder: Path) -> CompressResult:
-    """Where the run began with a pruned network, let the file load into the unpruned one, too."""
+    """Where the run began with a pruned network, save all plans, so that the file loads into the unpruned network."""
     if found.plans:
         plans = (*found.plans, result.plan)
         checkpoint.save(result.model, plans, folder / "model.safetensors", extra=result.report["final"])
@@ -157,7 +157,7 @@ def _found(run: RunConfig, steps: Steps, *, fresh: bool = False) -> tuple[DataBu
 
 
 def _data(run: RunConfig, bundle: DataBundle) -> dict[str, Any]:
-    """What the engine walks through, trains on and measures."""
+    """Return the engine's batches, loss and metric."""
     return {
         "train": tasks.training_batches(bundle, run.batch_size, run.seed, run.workers),
         "validation": tasks.evaluation_batches(bundle, "validation", run.workers),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import os
 import re
@@ -18,21 +17,15 @@ from torch import Tensor, nn
 
 from secateur import criteria
 from secateur.criteria import Criterion
-from secateur.errors import CheckpointError, DataError, UsageError
-from secateur.runfile import user_code
+from secateur.errors import DataError, UsageError
+from secateur.runfile import user_code, weight_files
 
 if TYPE_CHECKING:
     from secateur.data import DataBundle
     from secateur.graph.plan import PruningPlan
 
-PREFIXES = ("model.", "net.")
-"""What trainers that hold the network as an attribute put before every key of a state dict."""
-
 PRETRAINED = "pretrained"
 """Stands for the weights that torchvision or timm publish."""
-
-ORIGIN = "origin"
-"""Key of what a file says of how its network was built."""
 
 CIFAR_SIDE = 32
 """Height and width of the images that a network of :data:`secateur.models.MODELS` takes unless it names another."""
@@ -49,14 +42,14 @@ class SourceModel:
     example_inputs: Any | None
     name: str
     plans: tuple[PruningPlan, ...] = ()
-    """What was pruned already, where the weights are a pruned network's: a file of it has to tell all its plans."""
+    """Plans applied already, where the weights are a pruned network's; a file saved of the model holds them all."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Keyword arguments that it was built with."""
+    """Keyword arguments that the model was built with."""
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What to keep beside its weights, so that whoever reads them can be told how to build it."""
-        return {ORIGIN: {"model": self.name, "model_options": dict(self.options)}}
+        """The model's name and options, stored beside its weights so that an error at loading can name them."""
+        return weight_files.origin(self.name, self.options)
 
     @property
     def inputs(self) -> Any:
@@ -132,7 +125,7 @@ def open_model(
     Args:
         spec: As in :func:`model`.
         options: As in :func:`model`; what they leave open of classes, channels and image size follows ``bundle``.
-        weights: File that :func:`secateur.save` or :func:`load_weights` knows; ``pretrained``; or None for fresh ones.
+        weights: File, see :func:`secateur.runfile.weight_files.filled`; ``pretrained``; or None for fresh ones.
         shapes: As in :func:`inputs`; without any, example inputs come from the data, else from the model's source.
         bundle: The data that the model is to run on.
 
@@ -162,94 +155,8 @@ def open_model(
         example = _noise((1, *bundle.input_shape))
     built, plans = found.model, found.plans
     if weights is not None and weights != PRETRAINED:
-        from secateur import checkpoint
-
-        if checkpoint.is_checkpoint(weights):
-            built, plans = _load_pruned(found, weights, options)
-        else:
-            load_weights(built, weights)
+        built, plans = weight_files.filled(built, found.name, options, weights)
     return SourceModel(built.eval(), example, found.name, plans, options)
-
-
-def _load_pruned(
-    found: SourceModel, path: str, options: Mapping[str, Any]
-) -> tuple[nn.Module, tuple[PruningPlan, ...]]:
-    from secateur import checkpoint
-
-    header = checkpoint.read_header(path)
-    try:
-        return checkpoint.load(found.model, path), header.plans
-    except CheckpointError as error:
-        saved = _origin(path, header.extra)
-        if saved is None or saved == (found.name, dict(options)):
-            raise
-        raise UsageError(
-            f"{path}: was saved of {_words(*saved)}, and the model given is {_words(found.name, options)}; "
-            "give the same model and options."
-        ) from error
-
-
-def _origin(path: str, extra: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """Find out how the network of a file was built, from the file itself or from the run that it lies in."""
-    from secateur.runfile import config
-
-    saved = extra.get(ORIGIN)
-    if isinstance(saved, dict) and isinstance(saved.get("model_options"), dict):
-        return str(saved.get("model")), saved["model_options"]
-    beside = Path(path).with_name(config.FILE)
-    if not beside.is_file():
-        return None
-    try:
-        run = config.load(beside)
-    except UsageError:
-        return None  # the checkpoint's own error says what is wrong
-    return run.model, run.model_options
-
-
-def _words(name: str, options: Mapping[str, Any]) -> str:
-    given = [
-        f"--model-option {key}={value if isinstance(value, str) else json.dumps(value, default=str)}"
-        for key, value in options.items()
-    ]
-    return " ".join((name, *given))
-
-
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Fill ``model`` with a plain state dict; see :func:`secateur.checkpoint.load_weights` for what is read.
-
-    A prefix that a trainer's own module put before every key (:data:`PREFIXES`) is taken off.
-
-    Raises:
-        UsageError: If there is no such file, or it holds another model's weights; the model is then left as it was.
-        CheckpointError: If the file is damaged, or holds no state dict.
-    """
-    from secateur import checkpoint
-
-    own = model.state_dict()
-    state = checkpoint.load_weights(path)
-    for prefix in PREFIXES:
-        if all(key.startswith(prefix) for key in state) and not any(key.startswith(prefix) for key in own):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    for wrapper in ("module.", "_orig_mod."):
-        # Reading takes a wrapper's name off; here it is a part of the model's own.
-        if all(key.startswith(wrapper) for key in own) and not any(key.startswith(wrapper) for key in state):
-            state = {wrapper + key: value for key, value in state.items()}
-    # Files from before PyTorch 0.4.1 have no counters of batches; torch's own strict loading allows that too.
-    state = {key: own[key] for key in own if key.endswith("num_batches_tracked")} | state
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    if missing or unexpected:
-        raise UsageError(
-            f"{path}: not the weights of this {type(model).__name__}: "
-            f"{_count(missing, 'missing')}, {_count(unexpected, 'unexpected')}."
-        )
-    for key, value in state.items():
-        if value.shape != own[key].shape:
-            raise UsageError(
-                f"{path}: {key} has shape {tuple(value.shape)} in the file and {tuple(own[key].shape)} in "
-                f"{type(model).__name__}; give the file of this very model, or build the model with --model-option."
-            )
-    model.load_state_dict(state)
 
 
 def data(spec: str, options: Mapping[str, Any] | None = None) -> DataBundle:
@@ -287,7 +194,7 @@ def data(spec: str, options: Mapping[str, Any] | None = None) -> DataBundle:
 
 
 def method(spec: str) -> str | Criterion:
-    """Find what ``--method`` names.
+    """Find the method or criterion that ``--method`` names.
 
     Args:
         spec: The name of a method or criterion, which is returned as it is; or ``path/to/file.py:FUNCTION``,
@@ -338,7 +245,7 @@ def inputs(shapes: Iterable[str]) -> Any:
 
 
 def seed(value: int) -> None:
-    """Seed what fresh weights are drawn from."""
+    """Seed the generator that fresh weights are drawn from."""
     torch.manual_seed(value)
 
 
@@ -377,7 +284,7 @@ def absolute(spec: str) -> str:
 
 
 def _fitting(spec: str, bundle: DataBundle) -> dict[str, Any]:
-    """Options that make a known network take the images and tell the classes of a data set."""
+    """Options that fit a known network to a data set: number of classes, image channels, image size."""
     kind = spec.partition(":")[0]
     channels, side = bundle.input_shape[0], bundle.input_shape[-1]
     classes = len(bundle.classes)
@@ -457,7 +364,3 @@ def _noise(shape: Iterable[int], dtype: torch.dtype = torch.float32) -> Tensor:
     if dtype.is_floating_point:
         return torch.randn(shape, generator=torch.Generator().manual_seed(math.prod(shape)), dtype=dtype)
     return torch.zeros(shape, dtype=dtype)
-
-
-def _count(keys: list[str], word: str) -> str:
-    return f"{len(keys)} {word}" + (f" ({keys[0]}{', …' if len(keys) > 1 else ''})" if keys else "")

@@ -1,4 +1,4 @@
-"""Call what a user names by its place, ``path/to/file.py:FUNCTION`` or ``package.module:FUNCTION``; say what fails."""
+"""Import and call user code, named ``path/to/file.py:FUNCTION`` or ``package.module:FUNCTION``; say where it fails."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def call(spec: str, options: dict[str, Any], what: str) -> Any:
 
 
 def imported(spec: str, what: str) -> Any:
-    """Import what ``path/to/file.py:NAME`` or ``package.module:NAME`` names, something to call."""
+    """Import the function, class or criterion that ``path/to/file.py:NAME`` or ``package.module:NAME`` names."""
     place, _, name = spec.rpartition(":")
     if place.endswith(".py"):
         path = Path(place).expanduser()
         if not path.is_file():
             raise UsageError(f"{spec}: no such file: {path}")
-        # A criterion's name can be given once: a file that the model's has imported isn't run again.
-        there = _already(path) if what == "method" else None
+        # A criterion registers its name once, so a file that the model's file has imported isn't run again.
+        there = _module_of(path) if what == "method" else None
         module = there or guard(spec, lambda: _import_file(path), {}, what)
     else:
         try:
@@ -45,8 +45,8 @@ def imported(spec: str, what: str) -> Any:
     return function
 
 
-def _already(path: Path) -> Any:
-    """Return the module that was imported from a file; None where none was."""
+def _module_of(path: Path) -> Any:
+    """Return the module that was imported from a file; None if the file wasn't imported."""
     files = {getattr(module, "__file__", None): module for module in list(sys.modules.values())}
     return files.get(str(path.absolute()))
 
@@ -68,7 +68,7 @@ def _import_file(path: Path) -> Any:
 
 
 def guard(spec: str, function: Callable[..., Any], options: dict[str, Any], what: str) -> Any:
-    """Call what the user names, and say where it fails: it is any code, so it may raise anything."""
+    """Call user code, and turn whatever it raises into a UsageError that names the line."""
     try:
         return function(**options)
     except SecateurError:
@@ -82,11 +82,11 @@ def guard(spec: str, function: Callable[..., Any], options: dict[str, Any], what
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return the end of a sentence about an unknown name: those like it, if any."""
+    """Return the end of a sentence about an unknown name: the known names like it, if any."""
     close = difflib.get_close_matches(name, list(known), n=3)
     return f"; did you mean {' or '.join(close)}?" if close else "."
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an error says, in one line."""
+    """Return an error's message in one line."""
     return " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""Detectors: what is trained on, and what is measured, where a network finds boxes in place of one class.
+"""Detectors: their loss and their metric, where a network finds boxes in place of one class.
 
 A detector is a network as those of torchvision: called on a list of images it returns a mapping of boxes, scores and
 labels for each; in train mode, called on images and targets, it returns a mapping of its losses.
@@ -53,9 +53,9 @@ class MeanAveragePrecision(_Metric):
     """
 
     name = "mAP"
-    """What it is called where it is shown."""
+    """The metric's name in tables and reports."""
     details: Mapping[str, float]
-    """What is shown beside it once it is computed: AP50, the same at IoU 0.5 alone."""
+    """Further figures that :meth:`compute` sets: AP50, the same at IoU 0.5 alone."""
 
     def __init__(self) -> None:
         if importlib.util.find_spec("pycocotools") is None:

@@ -39,7 +39,7 @@ Metric: TypeAlias = Callable[[nn.Module, Batches], float]
 
 
 _MARKS = ("_is_accelerate_prepared", "_original_forward", "forward")
-"""What Accelerate sets on a model that it prepares."""
+"""Attributes that Accelerate sets on a model that it prepares."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Distillation:
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """What one epoch of training came to."""
+    """The result of one epoch of training."""
 
     loss: float
     """Mean training loss over the examples, regulariser included."""
@@ -325,7 +325,7 @@ class Stage:
                 self._set_rate((epoch + done / (length or math.inf)) / self.epochs)
                 loss = self._step(inputs, target)
                 count = _examples(inputs)
-                # Reading the loss waits for the device; off the host that is worth it only now and then.
+                # Reading the loss waits for the device, so on an accelerator it is read every 50 batches only.
                 if on_host or done % 50 == 0:
                     self._check(float(loss), f"{where}, batch {done + 1}")
                 total += loss.double() * count
@@ -386,7 +386,7 @@ class Stage:
     def close(self) -> nn.Module:
         """Take the model off the runtime again, as it was but for its weights, and return it."""
         self.model = self.runtime.unwrap_model(self._prepared, keep_fp32_wrapper=False)
-        # With Accelerate's marks left on it, the next stage would train it in full precision.
+        # If Accelerate's attributes were left on the model, the next stage would train it in full precision.
         for name in _MARKS:
             vars(self.model).pop(name, None)
         vars(self.model).update(self._marks)
@@ -526,7 +526,7 @@ def _measure(
     mine, of = (0, 1) if runtime is None else (runtime.process_index, runtime.num_processes)
     for number, (inputs, target) in enumerate(_walk(batches, 0, "evaluation")):
         own = number % of == mine
-        # A process without a batch of its own still has to know how many classes it counts none of.
+        # A process without a batch of its own still makes its metric, for which it needs the number of classes.
         if not own and (metric is not None or number > 0):
             continue
         inputs, target = send_to_device((inputs, target), device)

@@ -1,4 +1,4 @@
-"""What follows from the task of a data set: how examples are batched, what is trained on, what is measured."""
+"""What follows from the task of a data set, classes or boxes: how examples are batched, the loss, the metric."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from secateur.training.detection import DetectionLoss, MeanAveragePrecision
 
 TRAINING_BATCH = {"classification": 128, "detection": 8}
-"""Examples a training step, unless a run says it."""
+"""Examples a training step, unless a run gives a number."""
 
 EVALUATION_BATCH = {"classification": 256, "detection": 8}
 """Examples a batch of evaluation."""
 
 SAMPLE_BATCH = {"classification": 64, "detection": 8}
-"""Examples a batch of what criteria and compensation see."""
+"""Examples a batch for criteria and compensation."""
 
 Part = Literal["train", "validation", "test"]
 
@@ -62,7 +62,7 @@ def _batches(bundle: DataBundle, dataset: Sized | Dataset[Any], size: int, **opt
 
 
 def loss(bundle: DataBundle) -> DetectionLoss | None:
-    """Return what is trained on; None for cross entropy."""
+    """Return the loss of the data's task; None for cross entropy."""
     if bundle.task == "classification":
         return None
     from secateur.training.detection import DetectionLoss
@@ -71,7 +71,7 @@ def loss(bundle: DataBundle) -> DetectionLoss | None:
 
 
 def metric(bundle: DataBundle) -> MeanAveragePrecision | None:
-    """Return what is measured; None for accuracy.
+    """Return the metric of the data's task; None for accuracy.
 
     Raises:
         UsageError: If a package that measures it is not installed.
@@ -92,7 +92,7 @@ def is_detector(model: nn.Module) -> bool:
 
 
 def needed_targets(model: nn.Module) -> set[str]:
-    """Return what a detector is trained on: ``boxes`` and ``labels``; for Mask R-CNN ``masks``, too."""
+    """Return the targets that a detector is trained on: ``boxes`` and ``labels``; for Mask R-CNN ``masks``, too."""
     heads = getattr(model, "roi_heads", None)
     more = {"masks": "mask_head", "keypoints": "keypoint_head"}
     return {"boxes", "labels"} | {key for key, head in more.items() if getattr(heads, head, None) is not None}

@@ -1,5 +1,6 @@
 """The command line: what it prints and writes, and that every error is one line and the right status."""
 
+import inspect
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import torch
 import typer
 from safetensors.torch import save_file
 
+import secateur as sc
 from secateur import criteria
 from secateur.cli import console, options
 from secateur.cli.commands import app, main
@@ -22,8 +24,8 @@ from secateur.engine import Event
 from secateur.errors import SecateurError
 from secateur.models import lenet5
 from secateur.pruning.planning import Ranking
-from secateur.runfile import config
-from secateur.training import stages
+from secateur.runfile import config, sources
+from secateur.training import stages, tasks
 
 LENET = ["lenet5", "--model-option", "widths=[4, 6]", "--model-option", "hidden=8"]
 DIGITS = ["--data", "digits", "--data-option", "size=16", "--data-option", "train_size=200"]
@@ -191,6 +193,27 @@ def test_a_missing_folder_of_the_output_is_made(here: Path, capsys: pytest.Captu
     assert (here / "new/deep/small.safetensors").is_file()
     assert run("export", *LENET, "--out", "other/deep/small.pt2") == 0
     assert (here / "other/deep/small.pt2").is_file()
+
+
+def test_prune_prints_the_report_of_the_library(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--macs", "0.3", "--method", "cshe", "--method-option", "clusters=2", "--ratio", "conv1=0.25"]
+    words += ["--max-ratio", "0.5", "--skip", "fc1", "--min-channels", "2", "--ranking", "uniform", "--inexact"]
+    words += ["--compensate", "merge,bn", "--batches", "2", "--seed", "3", "--out", "small.safetensors", "--json"]
+    assert run("prune", *LENET, *DIGITS, *words) == 0
+    shown = json.loads(capsys.readouterr().out)
+    bundle = sources.data("digits", {"size": 16, "train_size": 200})
+    sources.seed(3)
+    found = sources.open_model("lenet5", {"widths": [4, 6], "hidden": 8}, bundle=bundle)
+    result = sc.prune(
+        found.model, found.inputs, sc.Target(macs=0.3), data=tasks.sample(bundle, 2, 3), method="cshe",
+        method_options={"clusters": 2}, ratios={"conv1": 0.25}, max_ratio=0.5, skip=["fc1"], min_channels=2,
+        ranking="uniform", inexact=True, compensate="merge,bn", seed=3, test=tasks.evaluation_batches(bundle, "test"),
+    )  # fmt: skip
+    own = {"model": "lenet5", "file": "small.safetensors"}
+    after = {**result.report["after"], "file_bytes": (here / "small.safetensors").stat().st_size}
+    assert shown == {**json.loads(json.dumps(result.report)), **own, "after": after}
+    saved = sc.load(sources.open_model("lenet5", {"widths": [4, 6], "hidden": 8}, bundle=bundle).model, own["file"])
+    assert all(torch.equal(value, saved.state_dict()[name]) for name, value in result.model.state_dict().items())
 
 
 def test_ratios_skips_and_rounding_are_followed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -670,6 +693,18 @@ def test_rankings_are_those_of_planning() -> None:
     from typing import get_args
 
     assert get_args(get_args(options.Ranking)[0]) == get_args(Ranking)
+
+
+def test_defaults_of_prune_are_those_of_the_library() -> None:
+    own = {name: parameter.default for name, parameter in inspect.signature(sc.prune).parameters.items()}
+    given = {parameter.name: parameter.default for parameter in commands()["prune"].params}
+    file = {
+        name: field.get_default(call_default_factory=True) for name, field in config.PruneConfig.model_fields.items()
+    }
+    for name in ("method", "round_to", "min_channels", "ranking", "inexact", "compensate", "seed"):
+        assert given[name] in (own[name], str(own[name])), name
+        assert file[name] == (() if own[name] is None else own[name]), name
+    assert options.caps("--max-ratio", given["max_ratio"]) == own["max_ratio"] == file["max_ratio"]
 
 
 # Numbers

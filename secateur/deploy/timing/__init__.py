@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.benchmark import Measurement, Timer
-from torch.utils.benchmark import timer as benchmark_timer
 
 from secateur.deploy.export import OnnxModel, _batch_size, _resized, export, quiet
 from secateur.deploy.timing.machine import (
@@ -30,6 +28,10 @@ from secateur.deploy.timing.result import BenchmarkResult, RoundToChoice, Row, S
 from secateur.errors import PlanError, SecateurError, UsageError
 from secateur.network.copies import replica
 from secateur.network.inputs import arguments
+
+with quiet():  # torch's benchmark tools look for a CUDA compiler and say so when there is none
+    from torch.utils.benchmark import Measurement, Timer
+    from torch.utils.benchmark import timer as benchmark_timer
 
 __all__ = [
     "BACKENDS", "CANDIDATES", "MEMORY_FORMATS", "PRECISIONS", "BenchmarkResult", "RoundToChoice", "Row", "Setting",
@@ -78,7 +80,7 @@ def benchmark(
         precisions: ``fp32``, ``bf16``.
         backends: ``eager``, ``compile`` (torch.compile), ``onnxruntime`` (CPU, fp32).
         memory_formats: ``contiguous``, ``channels_last``.
-        names: What the two networks are called in the rows.
+        names: Names of the two networks in the rows.
         macs: MACs of one example of ``model`` and ``against``; counted by tracing where not given.
         memory: Whether to measure peak memory (on a CPU, in a process of its own).
         rounds: Measurements of each network under each setting.
@@ -86,7 +88,7 @@ def benchmark(
         longest: Seconds; once a forward pass takes longer, larger batch sizes of that setting are skipped.
         clock: ``wall``, or ``cpu`` for the processor's time: on a machine that others use, what one thread would take
             alone.
-        progress: Is told of each setting before it is measured.
+        progress: Called with each setting before it is measured.
 
     Returns:
         The rows, the speed-ups, and what could not be measured with its reason.

@@ -1,4 +1,4 @@
-"""What a measurement depends on and what a clock doesn't tell: processor and versions, weights and peak memory."""
+"""The machine that a time depends on, its processor and versions; and bytes of weights and of peak memory."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ with torch.inference_mode():
         found.append(max(0, memory("VmHWM") - before))
 print(json.dumps(found))
 """
-"""Peak resident memory of a forward pass, in a process that has loaded nothing else. It gives freed memory back at
-once (see the environment it is given), so that the peak is of what was in use together."""
+"""Peak resident memory of a forward pass, in a process that has loaded nothing else. The process returns freed memory
+at once (see the environment that it is started with), so that the peak is of memory in use at one time."""
 
 
 def cpu_peak_bytes(network: nn.Module, example_inputs: ExampleInputs, sizes: Sequence[int]) -> list[int]:

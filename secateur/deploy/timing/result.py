@@ -37,7 +37,7 @@ class Row:
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """How many times faster the network is than the one it is held against, under one setting."""
+    """How many times faster the network is than the one it is compared with, under one setting."""
 
     backend: str
     device: str
@@ -90,3 +90,12 @@ class RoundToChoice:
     """(round_to, memory format) -> median time of one forward pass."""
     infeasible: dict[int, str] = field(default_factory=dict)
     """Candidate -> why the target can't be met with it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the choice of memory format, every time in milliseconds, and what is infeasible, as plain data."""
+        times = [
+            {"round_to": multiple, "memory_format": layout, "ms": 1000 * seconds}
+            for (multiple, layout), seconds in self.seconds.items()
+        ]
+        infeasible = {str(multiple): reason for multiple, reason in self.infeasible.items()}
+        return {"memory_format": self.memory_format, "times": times, "infeasible": infeasible}
