@@ -12,11 +12,15 @@ from torch import nn
 from secateur.graph.channels import AttributeRule, ChannelGraph, ChannelGroup, LayerPort, Member, Refusal, Role
 from secateur.tracing.assumptions import FREEZE, Assumption, Assumptions, Cause
 from secateur.tracing.constraints import cells, multiples, staying, unsplittable
-from secateur.tracing.findings import LayerCall
+from secateur.tracing.findings import Findings, LayerCall
 from secateur.tracing.labels import Labels
 from secateur.tracing.partition import Makers, Partition, first_cause, marked, partition
 from secateur.tracing.recording import Recording
 from secateur.tracing.shuffles.places import Places, places, schedules
+from secateur.tracing.source_lines import shown
+
+_SIZED = "is given the number of other channels as its size"
+_GIVEN = "gives the number of these channels as others' size"
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,15 +48,15 @@ def group_channels(recording: Recording, assumptions: Assumptions, batch: int) -
     """
     while True:
         grouping = _Assembly(recording, assumptions, batch).grouping()
-        wrong = _contradicted(grouping)
+        wrong = _contradicted(grouping, recording.found)
         if not wrong:
             return grouping
         for labels, cause in wrong:
             recording.found.freeze(labels, cause)
 
 
-def _contradicted(grouping: Grouping) -> list[tuple[Labels, Cause]]:
-    """Return channels that can't be pruned, since code gives the number of some as the size of others, and why.
+def _contradicted(grouping: Grouping, found: Findings) -> list[tuple[Labels, Cause]]:
+    """Return channels that can't be pruned, since code takes their number for that of others, and why.
 
     Neither can: a group need not lose as many as another, or as what never goes.
     """
@@ -62,18 +66,22 @@ def _contradicted(grouping: Grouping) -> list[tuple[Labels, Cause]]:
         groups, channels = own.groups(labels), own.channels(labels)
         return any(graph.groups[g].removable[channels[groups == g]].any() for g in own.among(labels))
 
-    found = []
-    for assumption in grouping.assumptions:
-        for sized, given in assumption.asked:
-            if np.isin(own.classes[sized], own.classes[given]).any() or set(own.among(sized)) & set(own.among(given)):
-                continue
-            if can_lose(sized):
-                reason = "is given the number of other channels as its size"
-                found.append((sized, replace(assumption.cause, reason=reason)))
-            if can_lose(given):
-                reason = "gives the number of these channels as others' size"
-                found.append((given, replace(assumption.cause, reason=reason)))
-    return found
+    pairs = [
+        (sized, given, replace(a.cause, reason=_SIZED), replace(a.cause, reason=_GIVEN))
+        for a in found.assumptions
+        for sized, given in a.asked
+    ]
+    for counted, measure in found.counted:
+        for other, line in measure.equal:
+            cause = Cause("comparison", "", shown(*line), "is compared with the equal number of other channels")
+            pairs.append((counted, other, cause, cause))
+    return [
+        (labels, cause)
+        for one, other, *causes in pairs
+        if not np.isin(own.classes[one], own.classes[other]).any() and not set(own.among(one)) & set(own.among(other))
+        for labels, cause in zip((one, other), causes, strict=True)
+        if can_lose(labels)
+    ]
 
 
 class _Assembly:

@@ -24,6 +24,8 @@ class Measure:
     such a number from the start: ``0.25 * width > 1``, ``math.gcd`` or NumPy would take it past all notice."""
     met: tuple[str, int] | None = None
     """Where it was found to differ from the smaller number of other channels, which it must not come to equal."""
+    equal: tuple[tuple[Labels, tuple[str, int]], ...] = ()
+    """Other channels whose number it was found to equal, and where."""
     above = 1
     """The largest of the smaller numbers that it was found to differ from: more have to stay."""
     divisor = 1
@@ -82,15 +84,18 @@ class Counted(int):
         """Compare; where the larger of two is a number of channels, note that it must not come to equal the other."""
         if not isinstance(other, int):
             return isinstance(other, float) and int.__float__(self) == other
+        frame = sys._getframe(1)
+        line = frame.f_code.co_filename, frame.f_lineno
         if int.__eq__(self, other):
-            if isinstance(other, Counted) and other.labels is self.labels and other.part != self.part:
+            if isinstance(other, Counted) and other.labels is not self.labels:
+                self.measure.equal += ((other.labels, line),)
+            elif isinstance(other, Counted) and other.part != self.part:
                 # C // 4 * 4 == C asks for a remainder.
                 self.measure.divisor = math.lcm(self.measure.divisor, self.part, other.part)
             return True
         larger, smaller = (self, other) if int.__gt__(self, other) else (other, self)
         if isinstance(larger, Counted) and isinstance(smaller, Counted):
-            frame = sys._getframe(1)
-            larger.measure.met = (frame.f_code.co_filename, frame.f_lineno)
+            larger.measure.met = line
         elif isinstance(larger, Counted):
             # Of a part, one more is that many more channels.
             above = (int.__int__(smaller) + 1) * larger.part - 1

@@ -60,9 +60,9 @@ def scaled_by_a_parameters_width() -> nn.Module:
     )  # fmt: skip
 
 
-@case(prunable={"head_of": 10}, refused={"two": "trial pruning"})
+@case(prunable={"head_of": 10}, refused={"one": "is compared with the equal", "two": "is compared with the equal"})
 def equal_widths_compared() -> nn.Module:
-    """Code does something else where two widths are equal, and nothing couples them: one of them stays."""
+    """Code does something else where two widths are equal, and nothing couples them: both stay."""
 
     def forward(m: Net, x: Tensor) -> Tensor:
         a = m.one(x).relu()

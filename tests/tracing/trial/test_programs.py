@@ -60,7 +60,7 @@ def verdicts(monkeypatch: pytest.MonkeyPatch, model: nn.Module, inputs: Any) -> 
 @pytest.mark.usefixtures("always")
 def test_what_programs_accept_numbers_accept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over the table of patterns, with every wrong assumption on the way to the right one."""
-    monkeypatch.setattr(grouping, "_contradicted", lambda _: [])
+    monkeypatch.setattr(grouping, "_contradicted", lambda *_: [])
     count: Counter[tuple[bool, bool]] = Counter()
     wrong = []
     for case in CASES.values():
