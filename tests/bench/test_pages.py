@@ -1,6 +1,7 @@
 """Measured rows are in order, and the documents say what they do."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,11 @@ def test_of_a_measurement_what_the_tables_say_is_kept() -> None:
     }  # fmt: skip
     late = zoo.kept("timm/x", "peer", {"verdict": "timeout", "detail": "no end\nafter 60 s"})
     assert late == {"network": "timm/x", "tool": "peer", "verdict": "timeout", "detail": "no end after 60 s"}
+
+
+def test_the_map_of_the_folder_names_every_file_and_command() -> None:
+    text = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    files = {path.name for path in RESULTS.parent.iterdir() if path.suffix in (".py", ".txt")} - {"__init__.py"}
+    assert set(re.findall(r"`(\w+\.(?:py|txt))`", text)) == files
+    assert {f"{name}.py" for name in re.findall(r"python -m bench\.(\w+)", text)} <= files
+    assert set(re.findall(r"`([\w-]+\.jsonl)`", text)) == {store.file for store in pages.STORES}
