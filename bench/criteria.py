@@ -1,21 +1,21 @@
-"""Every criterion with every compensation on a trained CIFAR ResNet, without any fine-tuning; writes docs/results.md.
+"""Every criterion with every compensation on a trained CIFAR ResNet, without any fine-tuning.
 
     python -m bench.criteria --network resnet20
 
 The internal filters of every block (the first convolution's) lose the same fraction. Criteria and compensation see 512
 training images, without labels unless the criterion is of labels or gradients. Accuracy is that of all 10,000 test
-images. Finished cells are kept in a JSON Lines file next to this script, so an interrupted run goes on where it was.
+images. Finished cells are kept in ``bench/results/criteria-NETWORK.jsonl``, so an interrupted run goes on where it was;
+from there they get into ``docs/results.md``, as ``python -m bench.pages`` writes it.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import re
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bench.sections import write_section
+from bench.rows import Store
+from bench.sections import Section
 from secateur.compensation import compensate
 from secateur.criteria import Returns, get, scoring
 from secateur.errors import RunError
@@ -42,6 +43,10 @@ SHARED = Path(os.environ.get("SECATEUR_SHARED", ROOT.parent / "shared"))
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 IMAGES, BATCH = 512, 128
+STORES = {
+    network: Store(f"criteria-{network}.jsonl", ("compensation", "criterion", "ratio"))
+    for network in ("resnet20", "resnet56")
+}
 CRITERIA: dict[str, dict[str, Any]] = {
     "l1": {},
     "redundancy": {},
@@ -139,18 +144,17 @@ def measure(
     model: nn.Module,
     graph: ChannelGraph,
     wanted: Iterator[tuple[float, str, str]],
-    store: Path,
+    store: Store,
     train: list[Any],
     test: tuple[Tensor, Tensor],
 ) -> None:
     """Measure the cells that the store lacks, and append each to it."""
-    done = {(c["ratio"], c["criterion"], c["compensation"]) for c in read(store)}
+    done = {(c["ratio"], c["criterion"], c["compensation"]) for c in store.read()}
     scores: dict[str, dict[str, Tensor]] = {}
     plans: dict[tuple[float, str], PruningPlan] = {}
     for ratio, criterion, compensation in wanted:
         if (ratio, criterion, compensation) in done:
             continue
-        start = time.perf_counter()
         if (ratio, criterion) not in plans:
             plans[ratio, criterion] = selection(model, graph, criterion, ratio, train, scores)
         plan = plans[ratio, criterion]
@@ -158,22 +162,14 @@ def measure(
         methods, options = COMPENSATIONS[compensation]
         if methods:
             compensate(model, small, plan, methods, train, graph=graph, **options)
-        seconds = time.perf_counter() - start
         cell = {
             "ratio": ratio,
             "criterion": criterion,
             "compensation": compensation,
             "accuracy": accuracy(small, *test),
-            "seconds": round(seconds, 1),
         }
-        with store.open("a") as file:
-            file.write(json.dumps(cell) + "\n")
-        print(json.dumps(cell), flush=True)
-
-
-def read(store: Path) -> list[dict[str, Any]]:
-    """Return the cells measured so far."""
-    return [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
+        store.keep(cell)
+        print(cell, flush=True)
 
 
 def table(value: dict[tuple[str, str], float], columns: list[str]) -> list[str]:
@@ -186,9 +182,9 @@ def table(value: dict[tuple[str, str], float], columns: list[str]) -> list[str]:
     return lines
 
 
-def render(network: str, store: Path) -> str:
+def render(network: str) -> str:
     """Return the table as Markdown."""
-    found = read(store)
+    found = STORES[network].read()
     baseline = next((c["accuracy"] for c in found if c["criterion"] == "unpruned"), float("nan"))
     lines = [
         f"## Criteria × compensation: {network}, CIFAR-10, no fine-tuning",
@@ -207,29 +203,28 @@ def render(network: str, store: Path) -> str:
     return "\n".join(lines)
 
 
+SECTIONS = {network: Section("results.md", f"criteria-{network}", partial(render, network)) for network in STORES}
+
+
 def main() -> None:
     """Measure what is missing and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--network", choices=("resnet20", "resnet56"), default="resnet20")
+    parser.add_argument("--network", choices=STORES, default="resnet20")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5])
     parser.add_argument("--compensations", choices=COMPENSATIONS, nargs="+", default=list(COMPENSATIONS))
-    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results.md")
-    parser.add_argument("--render-only", action="store_true", help="write the table from the cells measured so far")
     arguments = parser.parse_args()
-    store = ROOT / "bench" / f"criteria-{arguments.network}.jsonl"
-    if not arguments.render_only:
-        torch.set_num_threads(1)
-        model = trained(arguments.network)
-        chosen = np.random.default_rng(0).permutation(50_000)[:IMAGES]
-        x, y = images("train", chosen)
-        train = [(x[i : i + BATCH], y[i : i + BATCH]) for i in range(0, IMAGES, BATCH)]
-        test = images("test")
-        if not read(store):
-            cell = {"ratio": 0, "criterion": "unpruned", "compensation": "none", "accuracy": accuracy(model, *test)}
-            store.write_text(json.dumps(cell) + "\n")
-        wanted = cells(arguments.ratios, arguments.compensations)
-        measure(model, trace(model, x[:2]), wanted, store, train, test)
-    write_section(arguments.results, f"criteria-{arguments.network}", render(arguments.network, store))
+    store = STORES[arguments.network]
+    torch.set_num_threads(1)
+    model = trained(arguments.network)
+    chosen = np.random.default_rng(0).permutation(50_000)[:IMAGES]
+    x, y = images("train", chosen)
+    train = [(x[i : i + BATCH], y[i : i + BATCH]) for i in range(0, IMAGES, BATCH)]
+    test = images("test")
+    if not store.read():
+        store.keep({"ratio": 0, "criterion": "unpruned", "compensation": "none", "accuracy": accuracy(model, *test)})
+    wanted = cells(arguments.ratios, arguments.compensations)
+    measure(model, trace(model, x[:2]), wanted, store, train, test)
+    SECTIONS[arguments.network].write()
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
 
 Half of the internal filters of every block go, chosen and compensated as in ``bench.criteria``. Each epoch anneals the
 learning rate from its peak to zero with an optimizer of its own, so the figure after one epoch is that of a run of one
-epoch. Each column has a peak of its own, chosen on images held out of the training set. Finished cells are kept in a
-JSON Lines file next to this script, so an interrupted run goes on where it was; processes may share the columns.
+epoch. Each column has a peak of its own, chosen on images held out of the training set. Finished cells are kept in
+``bench/results/finetuning-resnet20.jsonl``, so an interrupted run goes on where it was; processes may share the
+columns. From there they get into ``docs/results.md``, as ``python -m bench.pages`` writes it.
 
 Recalibrated batch norms (``bn``) differ from the others in their running statistics alone. Training reads the batch's
 own, and an epoch of 351 steps leaves 0.9^351 < 1e-16 of the old ones: those columns are the same networks as without.
@@ -14,11 +15,8 @@ own, and an epoch of 351 steps leaves 0.9^351 < 1e-16 of the old ones: those col
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +25,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from bench import criteria
-from bench.sections import write_section
+from bench.rows import Row, Store
+from bench.sections import Section
 from secateur.checkpoint import write_atomic
 from secateur.compensation import compensate
 from secateur.data import Batches, DataBundle, load
@@ -42,7 +41,7 @@ PEAKS = (0.003, 0.01, 0.03)
 TRAINED_AS = {name: name.removesuffix("bn").removesuffix(" + ") or "none" for name in criteria.COMPENSATIONS}
 """The column whose trained networks are also a column's: recalibration doesn't outlast an epoch."""
 COLUMNS = tuple(dict.fromkeys(TRAINED_AS.values()))
-STORE = criteria.ROOT / "bench" / "finetuning-resnet20.jsonl"
+STORE = Store("finetuning-resnet20.jsonl", ("compensation", "criterion", "epochs", "peak", "rate"))
 
 
 def settings(peak: float) -> TrainingSettings:
@@ -81,15 +80,14 @@ class Table:
     def try_peaks(self, compensation: str) -> None:
         """Measure, on the images held out, one epoch of ``l1`` with a compensation from every peak."""
         held = Batches(self.data.validation, 50)
-        known = {line["rate"] for line in read() if "rate" in line and line["compensation"] == compensation}
+        known = {line["rate"] for line in STORE.read() if "rate" in line and line["compensation"] == compensation}
         for rate in sorted(set(PEAKS) - known):
             model = self.pruned("l1", compensation)
             self.epoch(model, 0, rate)
-            append({"compensation": compensation, "rate": rate, "validation": round(100 * evaluate(model, held), 2)})
+            keep({"compensation": compensation, "rate": rate, "validation": round(100 * evaluate(model, held), 2)})
 
-    def cell(self, criterion: str, compensation: str, peak: float, epochs: int, work: Path) -> dict[str, Any]:
+    def cell(self, criterion: str, compensation: str, peak: float, epochs: int, work: Path) -> Row:
         """Train one cell up to a number of epochs, from where an earlier call left it, and measure it."""
-        start = time.process_time()
         model = self.pruned(criterion, compensation)
         done, kept = 0, work / f"{criterion}-{compensation.replace(' ', '-')}.safetensors"
         if kept.exists():
@@ -109,16 +107,10 @@ class Table:
             "epochs": epochs,
             "peak": peak,
             "accuracy": criteria.accuracy(model, *self.test),
-            "cpu_seconds": round(time.process_time() - start, 1),
         }
 
 
-def read() -> list[dict[str, Any]]:
-    """Return what was measured so far."""
-    return [json.loads(line) for line in STORE.read_text().splitlines()] if STORE.exists() else []
-
-
-def tried(lines: list[dict[str, Any]]) -> dict[str, dict[float, float]]:
+def tried(lines: list[Row]) -> dict[str, dict[float, float]]:
     """Return column -> peak -> accuracy on the images held out, of the columns tried with every peak."""
     found: dict[str, dict[float, float]] = {}
     for line in lines:
@@ -127,12 +119,12 @@ def tried(lines: list[dict[str, Any]]) -> dict[str, dict[float, float]]:
     return {name: rates for name, rates in found.items() if set(rates) >= set(PEAKS)}
 
 
-def peaks(lines: list[dict[str, Any]]) -> dict[str, float]:
+def peaks(lines: list[Row]) -> dict[str, float]:
     """Return the best peak of each column."""
     return {name: max(rates, key=lambda r: rates[r]) for name, rates in tried(lines).items()}
 
 
-def measured(lines: list[dict[str, Any]]) -> dict[tuple[int, str, str], dict[str, Any]]:
+def measured(lines: list[Row]) -> dict[tuple[int, str, str], Row]:
     """Return the line of every cell that was trained from the peak of its column."""
     peak = peaks(lines)
     return {
@@ -142,16 +134,15 @@ def measured(lines: list[dict[str, Any]]) -> dict[tuple[int, str, str], dict[str
     }
 
 
-def append(line: dict[str, Any]) -> None:
+def keep(line: Row) -> None:
     """Add a line to what was measured."""
-    with STORE.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    print(json.dumps(line), flush=True)
+    STORE.keep(line)
+    print(line, flush=True)
 
 
 def render() -> str:
     """Return the tables as Markdown."""
-    lines = read()
+    lines = STORE.read()
     cells, rates, peak = measured(lines), tried(lines), peaks(lines)
     mixed = [f"`{criterion}` {name}" for (_, criterion, name), line in cells.items() if "bf16_epochs" in line]
     columns = [name for name, as_ in TRAINED_AS.items() if any(cell[2] == as_ for cell in cells)]
@@ -189,6 +180,9 @@ def render() -> str:
     return "\n".join(text)
 
 
+SECTION = Section("results.md", "finetuning-resnet20", render)
+
+
 def main() -> None:
     """Measure what is missing and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -196,20 +190,17 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=criteria.ROOT / "runs" / "finetuning", help="for half-trained cells"
     )
-    parser.add_argument("--results", type=Path, default=criteria.ROOT / "docs" / "results.md")
-    parser.add_argument("--render-only", action="store_true", help="write the tables from the cells measured so far")
     arguments = parser.parse_args()
-    if not arguments.render_only:
-        torch.set_num_threads(1)
-        table = Table()
-        for compensation in arguments.compensations:
-            table.try_peaks(compensation)
-        peak, done = peaks(read()), measured(read())
-        # One epoch of every cell before the third of any.
-        for epochs, criterion, compensation in product(REPORTED, criteria.CRITERIA, arguments.compensations):
-            if (epochs, criterion, compensation) not in done:
-                append(table.cell(criterion, compensation, peak[compensation], epochs, arguments.work))
-    write_section(arguments.results, "finetuning-resnet20", render())
+    torch.set_num_threads(1)
+    table = Table()
+    for compensation in arguments.compensations:
+        table.try_peaks(compensation)
+    peak, done = peaks(STORE.read()), measured(STORE.read())
+    # One epoch of every cell before the third of any.
+    for epochs, criterion, compensation in product(REPORTED, criteria.CRITERIA, arguments.compensations):
+        if (epochs, criterion, compensation) not in done:
+            keep(table.cell(criterion, compensation, peak[compensation], epochs, arguments.work))
+    SECTION.write()
 
 
 if __name__ == "__main__":

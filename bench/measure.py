@@ -113,12 +113,6 @@ def macs(model: nn.Module, inputs: Any) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def _place(source: str) -> str:
-    """Shorten a path to what lies within a folder that Python imports from."""
-    inside = (source.removeprefix(f"{folder}/") for folder in sys.path if folder)
-    return min((source, *inside), key=len)
-
-
 def _compare(model: nn.Module, small: nn.Module, plan: Any, inputs: Any) -> dict[str, Any]:
     if _count(model) > DOUBLE_LIMIT:
         verdict = oracle.judge(model, small, plan, oracle.fresh(inputs, 1))
@@ -191,7 +185,7 @@ def _times(prune: Callable[[], Any]) -> tuple[dict[str, Any], Any]:
         for _ in range(together):
             prune()
         taken.append((time.process_time() - start) / together)
-    return {"seconds": statistics.median(taken), "seconds_each": taken, "peak_bytes": peak}, result
+    return {"seconds": statistics.median(taken), "peak_bytes": peak}, result
 
 
 def _pruned(model: nn.Module, inputs: Any) -> tuple[Any, dict[str, list[int]], Any, nn.Module]:
@@ -225,15 +219,11 @@ def secateur(entry: Entry, stage: Stage) -> dict[str, Any]:
         of_masked = _forward_peak(model, inputs)
     row["forward_peak_bytes"] = max(row["forward_peak_bytes"], of_masked, _forward_peak(small, inputs))
     stage(row)
-    exact = sum(g.exact for g in graph.groups)
     row |= {
-        "traced": True,
         "groups": len(graph.groups),
-        "exact_groups": exact,
         "channels": sum(g.size for g in graph.groups),
-        "half": sum(len(chosen.get(g.name, ())) >= g.size // 2 for g in graph.groups),
         "refusals": [
-            {"operator": r.operator, "module": r.module, "source": _place(r.source), "reason": r.reason,
+            {"operator": r.operator, "module": r.module, "source": r.source, "reason": r.reason,
              "tensors": len(r.tensors)}
             for r in graph.refused
         ],
@@ -244,7 +234,7 @@ def secateur(entry: Entry, stage: Stage) -> dict[str, Any]:
     if row["parameters_removed"] <= 0 and row["verdict"] == "exact":
         row |= {"verdict": "refused", "detail": "nothing could be pruned exactly"}
     row["macs_removed_all"] = row["macs_removed"]
-    if exact < len(graph.groups):
+    if not all(g.exact for g in graph.groups):
         del small
         try:
             every = sc.plan_removal(graph, chosen)

@@ -1,6 +1,8 @@
 """The wrong-channel score: every pattern of ``tests/cases`` pruned by Secateur and by Torch-Pruning.
 
-Usage: ``python -m bench.patterns [--json FILE] [--markdown FILE] [--only NAME ...] [--no-peer]``.
+Usage: ``python -m bench.patterns [--only NAME ...] [--no-peer]``. All patterns' verdicts go to
+``bench/results/patterns.jsonl``, and from there to ``docs/patterns.md``, as ``python -m bench.pages`` writes it; with
+``--only`` or ``--no-peer`` they are printed alone.
 
 For each pattern the layers before the output are pruned to half their channels, and the pruned network is compared
 with the original whose removed channels are zeroed where they are read (``tests/oracle.py``). A verdict is ``exact``;
@@ -14,12 +16,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import signal
 import warnings
 from collections import Counter
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,12 +28,15 @@ from torch import nn
 
 import secateur as sc
 from bench import peer
+from bench.rows import Row, Store
+from bench.sections import Section
 from tests import oracle
 from tests.cases import CASES, Case
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+STORE = Store("patterns.jsonl", ("name",))
 KINDS = ("exact", "refused", "inexact", "crash", "wrong-shape", "wrong-channel")
 
 
@@ -111,30 +114,39 @@ def judge_peer(case: Case, ratio: float = 0.5) -> oracle.Verdict:
     return _judged(case, model, small, plan, oracle.fresh(inputs, 1))
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Write the rows and the score as Markdown."""
-    score = {tool: Counter(r[tool]["kind"] for r in rows if tool in r) for tool in ("secateur", "peer")}
-    lines = [
+def score(rows: list[Row]) -> list[str]:
+    """Count the verdicts, as the lines of a Markdown table."""
+    counts = {tool: Counter(row.get(tool) for row in rows) for tool in ("secateur", "peer")}
+    return [
         "| verdict | Secateur | Torch-Pruning |",
         "|---|---:|---:|",
-        *(f"| {kind} | {score['secateur'][kind]} | {score['peer'][kind]} |" for kind in KINDS),
-        "",
-        "| pattern | Secateur | Torch-Pruning |",
-        "|---|---|---|",
+        *(f"| {kind} | {counts['secateur'][kind]} | {counts['peer'][kind]} |" for kind in KINDS),
     ]
-    for r in rows:
-        lines.append(
-            f"| `{r['name']}`: {r['pattern'].splitlines()[0]} | {r['secateur']['kind']} "
-            f"| {r['peer']['kind'] if 'peer' in r else ''} |"
-        )
-    return "\n".join(lines) + "\n"
+
+
+def render() -> str:
+    """Return the score and every pattern's verdicts as Markdown."""
+    rows = STORE.read()
+    return "\n".join(
+        [
+            "Small networks, one for each pattern (`tests/cases`), pruned to half their channels and compared with the",
+            "original whose removed channels are zeroed where they are read. `python -m bench.patterns` measures it.",
+            "",
+            *score(rows),
+            "",
+            "| pattern | Secateur | Torch-Pruning |",
+            "|---|---|---|",
+            *(f"| `{row['name']}`: {row['pattern']} | {row['secateur']} | {row['peer']} |" for row in rows),
+        ]
+    )
+
+
+SECTION = Section("patterns.md", "patterns", render)
 
 
 def main() -> None:
     """Judge both tools on every pattern."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, default=Path("docs/patterns.json"))
-    parser.add_argument("--markdown", type=Path, default=Path("docs/patterns.md"))
     parser.add_argument("--only", nargs="*", default=None)
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
@@ -143,17 +155,16 @@ def main() -> None:
     for case in CASES.values():
         if options.only and case.name not in options.only:
             continue
-        row: dict[str, Any] = {"name": case.name, "pattern": case.pattern}
-        row["secateur"] = vars(judge_secateur(case))
-        if options.peer:
-            row["peer"] = vars(judge_peer(case))
+        row: Row = {"name": case.name, "pattern": case.pattern.splitlines()[0]}
+        for tool, judge in (("secateur", judge_secateur), *((("peer", judge_peer),) if options.peer else ())):
+            verdict = judge(case)
+            row[tool] = verdict.kind
+            print(f"{case.name:40s} {tool:9s} {verdict.kind:15s} {verdict.detail}", flush=True)
         rows.append(row)
-        print(f"{case.name:40s} {row['secateur']['kind']:15s} {row.get('peer', {}).get('kind', '')}", flush=True)
-    print(table(rows).split("\n\n")[0])
-    if not options.only:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(rows, indent=1))
-        options.markdown.write_text(table(rows))
+    print(*score(rows), sep="\n")
+    if options.peer and not options.only:
+        STORE.write(rows)
+        SECTION.write()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Run reduced recipes end to end through the command line; writes a section of docs/results.md.
+"""Run reduced recipes end to end through the command line.
 
     python -m bench.recipes --work runs/recipes
 
 It shows that each recipe runs, what it removes and how long that takes; accuracies of the reduced forms stand for
-nothing and are not shown. Finished recipes are kept in a JSON Lines file next to this script.
+nothing and are not shown. Finished recipes are kept in ``bench/results/recipes.jsonl``; from there they get into
+``docs/results.md``, as ``python -m bench.pages`` writes it.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-from bench.sections import write_section
+from bench.rows import Row, Store
+from bench.sections import Section
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("SECATEUR_SHARED", ROOT.parent / "shared"))
-STORE = ROOT / "bench" / "recipes.jsonl"
+STORE = Store("recipes.jsonl", ("recipe",))
 RECIPES = [
     *(f"vgg16_cifar10_{row}" for row in ("cfp_80", "cfp_82", "noopt_80", "noopt_82")),
     *(f"resnet56_cifar10_cfp{row}" for row in ("", "_10_20_38", "_9_18_36", "_8_16_27")),
@@ -35,7 +36,7 @@ RECIPES = [
 ]
 
 
-def run(recipe: str, work: Path) -> dict[str, Any]:
+def run(recipe: str, work: Path) -> Row:
     """Run a recipe as a user does and return what came of it; a failure ends the bench with its own words."""
     words = ["compress", "--config", f"recipes/cpu/{recipe}.yaml", "--data", f"cifar10:{SHARED / 'data' / 'cifar10'}"]
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
@@ -50,8 +51,8 @@ def run(recipe: str, work: Path) -> dict[str, Any]:
     shown = json.loads(ended.stdout)
     return {
         "recipe": recipe,
-        "seconds": round(time.perf_counter() - start, 1),
-        "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
+        "seconds": round(time.perf_counter() - start),
+        "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime),
         "macs_before": shown["baseline"]["macs"],
         "macs_after": shown["final"]["macs"],
         "parameters_before": shown["baseline"]["parameters"],
@@ -61,14 +62,9 @@ def run(recipe: str, work: Path) -> dict[str, Any]:
     }
 
 
-def read() -> dict[str, dict[str, Any]]:
-    """Return the recipes that have run."""
-    lines = STORE.read_text().splitlines() if STORE.exists() else []
-    return {line["recipe"]: line for line in map(json.loads, lines)}
-
-
-def render(found: dict[str, dict[str, Any]]) -> str:
+def render() -> str:
     """Return the section as Markdown."""
+    found = {row["recipe"]: row for row in STORE.read()}
     lines = [
         "## Reduced recipes, end to end",
         "",
@@ -91,27 +87,27 @@ def render(found: dict[str, dict[str, Any]]) -> str:
         parameters = 1 - line["parameters_after"] / line["parameters_before"]
         lines.append(
             f"| `{recipe}` | {line['rounds']} | {line['macs_before'] / 1e6:.1f} M → {line['macs_after'] / 1e6:.1f} M "
-            f"| {macs:.1%} | {parameters:.1%} | {'yes' if line['exact'] else 'no'} | {line['cpu_seconds']:.0f} s "
-            f"| {line['seconds']:.0f} s |"
+            f"| {macs:.1%} | {parameters:.1%} | {'yes' if line['exact'] else 'no'} | {line['cpu_seconds']} s "
+            f"| {line['seconds']} s |"
         )
     return "\n".join(lines)
+
+
+SECTION = Section("results.md", "recipes", render)
 
 
 def main() -> None:
     """Run what is missing and write the section."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "recipes", help="folder of the runs")
-    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results.md")
     parser.add_argument("--only", nargs="+", default=RECIPES, choices=RECIPES, metavar="RECIPE", help="run these only")
-    parser.add_argument("--render-only", action="store_true", help="write the section from the recipes run so far")
     arguments = parser.parse_args()
-    for recipe in () if arguments.render_only else arguments.only:
-        if recipe not in read():
-            line = run(recipe, arguments.work)
-            with STORE.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            print(json.dumps(line), flush=True)
-    write_section(arguments.results, "recipes", render(read()))
+    done = {row["recipe"] for row in STORE.read()}
+    for recipe in (recipe for recipe in arguments.only if recipe not in done):
+        row = run(recipe, arguments.work)
+        STORE.keep(row)
+        print(row, flush=True)
+    SECTION.write()
 
 
 if __name__ == "__main__":

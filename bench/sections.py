@@ -1,11 +1,15 @@
-"""Write one section of a document and leave every other as it is: each bench owns the text between its markers."""
+"""Sections of documents: each bench owns the text between its two markers, and leaves all other text as it is."""
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+
+from secateur.checkpoint import write_atomic
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
 def write_section(document: str | Path, name: str, text: str) -> None:
@@ -14,7 +18,7 @@ def write_section(document: str | Path, name: str, text: str) -> None:
     Args:
         document: Markdown file; made if it is not there.
         name: Name of the section, letters, digits and dashes.
-        text: Markdown with its heading.
+        text: Markdown, with a heading unless the section is all of the document.
 
     Raises:
         ValueError: If the document opens the section and never closes it.
@@ -31,9 +35,18 @@ def write_section(document: str | Path, name: str, text: str) -> None:
         )
     else:
         content = f"{content.rstrip()}\n\n{section}\n".lstrip()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(content)
-    Path(part).chmod(0o644)
-    os.replace(part, path)
+    write_atomic(path, content.encode())
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section that is made from measured rows: the same rows, the same text."""
+
+    document: str
+    """A file of ``docs``."""
+    name: str
+    render: Callable[[], str]
+
+    def write(self) -> None:
+        """Make the section's text anew from the rows."""
+        write_section(DOCS / self.document, self.name, self.render())

@@ -1,7 +1,7 @@
 """Theoretical against measured speed-up at half the MACs, and what exporting the pruned networks comes to.
 
-    python bench/speedup.py                  # writes its two sections of docs/results.md
-    python bench/speedup.py --networks resnet56 --dry-run
+    python -m bench.speedup                  # writes its two sections of docs/results.md
+    python -m bench.speedup --networks resnet56 --dry-run
 
 Weights are freshly drawn: neither time nor parity depends on them. Original and pruned network are timed in turns, on
 one batch, each speed-up the median over rounds with its quartiles.
@@ -21,8 +21,6 @@ from pathlib import Path
 import torch
 import torchvision
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import secateur as sc
 from bench.sections import write_section
@@ -207,7 +205,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(given.threads)
     outcomes: list[Outcome] = []
-    command = " ".join(["python bench/speedup.py", *sys.argv[1:]])
+    command = " ".join(["python -m bench.speedup", *sys.argv[1:]])
     for name in given.networks:
         outcomes.append(measure(name, given.batch, given.threads, given.rounds, given.clock, not given.no_export))
         timed = outcomes[-1].timed

@@ -1,0 +1,25 @@
+"""Make every section of the documents that comes from measured rows anew.
+
+    python -m bench.pages
+
+Nothing is measured: the rows of ``bench/results`` say all that ``docs/patterns.md``, ``docs/benchmarks.md`` and their
+sections of ``docs/results.md`` do. Each bench writes its own section in the same way when it has measured.
+"""
+
+from __future__ import annotations
+
+from bench import criteria, finetuning, patterns, recipes, zoo_table
+
+STORES = [patterns.STORE, zoo_table.STORE, *criteria.STORES.values(), finetuning.STORE, recipes.STORE]
+SECTIONS = [patterns.SECTION, zoo_table.SECTION, *criteria.SECTIONS.values(), finetuning.SECTION, recipes.SECTION]
+
+
+def main() -> None:
+    """Write them all."""
+    for section in SECTIONS:
+        section.write()
+        print(f"docs/{section.document}: {section.name}")
+
+
+if __name__ == "__main__":
+    main()
