@@ -34,6 +34,12 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example_inputs,), {}
 
 
+def call(network: nn.Module, example_inputs: Any) -> Any:
+    """Call a network on copies of the tensors in example inputs, since its code may write into them."""
+    positional, keyword = arguments(mapped(example_inputs, torch.clone))
+    return network(*positional, **keyword)
+
+
 def are_images(value: Any) -> bool:
     """Tell whether an argument is a list of images ``(C, H, W)``, as detectors take them in place of a batch."""
     return isinstance(value, list) and bool(value) and all(isinstance(one, Tensor) and one.dim() == 3 for one in value)

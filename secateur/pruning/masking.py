@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from secateur.graph.plan import PruningPlan
 
 
-@contextmanager
-def zeroed(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
+def zeroed(model: nn.Module, plan: PruningPlan) -> AbstractContextManager[Any]:
     """Have every operator read the weights that the plan says are read with their removed columns zeroed.
 
     A weight is copied at each operator that reads it, and let go: no second copy of the network is held. Whatever
@@ -33,11 +32,9 @@ def zeroed(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
     ([False, True, True], False)
     """
     if not plan.reads:
-        yield
-        return
+        return nullcontext()
     tensors = tensors_named(model)
-    with _Zeroing({name: tensors[name] for name in plan.reads}, plan):
-        yield
+    return _Zeroing({name: tensors[name] for name in plan.reads}, plan)
 
 
 class _Zeroing(TorchDispatchMode):

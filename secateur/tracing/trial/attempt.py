@@ -22,9 +22,10 @@ from secateur.graph.plan import masks
 from secateur.graph.steps import steps
 from secateur.network.inputs import mapped
 from secateur.network.precision import in_double
+from secateur.pruning.comparison import Difference, compare, doubled, outputs
 from secateur.pruning.planning import plan_removal
 from secateur.pruning.surgery import cut
-from secateur.pruning.verification import Difference, compare, doubled, jumps, outputs
+from secateur.pruning.ties import jumps
 from secateur.tracing.code.reachable import Reached
 from secateur.tracing.program import Program
 from secateur.tracing.recording import Recording, record
