@@ -25,7 +25,7 @@ class Written:
     def __init__(self, named: Mapping[str, Tensor]) -> None:
         self.named = named
         self.values: dict[str, Tensor] = {}
-        self.places = {name: tensor.data for name, tensor in named.items()}
+        self.memory = {name: tensor.data for name, tensor in named.items()}
         """The tensors' memory, which ``tensor.data = …`` and ``tensor.resize_`` exchange for another."""
 
     @functools.cached_property
@@ -47,12 +47,16 @@ class Written:
     def put_back(self) -> None:
         """Give all tensors their values again."""
         with torch.no_grad():
-            for name, place in self.places.items():
-                tensor = self.named[name]
-                if tensor.data_ptr() != place.data_ptr() or tensor.shape != place.shape or tensor.dtype != place.dtype:
-                    tensor.data = place
-            for name, value in self.values.items():
-                self.named[name].data.copy_(value)
+            for name, memory in self.memory.items():
+                restore(self.named[name], memory, self.values.get(name))
+
+
+def restore(tensor: Tensor, memory: Tensor, value: Tensor | None) -> None:
+    """Give a tensor the memory that it had, and this memory the value that it held, if one is known."""
+    if tensor.data_ptr() != memory.data_ptr() or tensor.shape != memory.shape or tensor.dtype != memory.dtype:
+        tensor.data = memory
+    if value is not None and not (memory.is_meta or torch.equal(memory, value)):
+        memory.copy_(value)
 
 
 def address(tensor: Tensor) -> int:
