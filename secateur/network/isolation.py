@@ -21,6 +21,8 @@ from secateur.network.writes import restore
 
 _FIXED = frozenset({bool, int, float, str, tuple, type(None)})
 """What most attributes of modules are: nothing can be put into it."""
+_HOOKS = [name for name, value in vars(nn.Module()).items() if name.endswith("_hooks") and isinstance(value, dict)]
+"""Where a module keeps its hooks."""
 _CONTAINERS: tuple[Any, ...] = (OrderedDict, dict, list, set, deque)
 
 
@@ -44,8 +46,8 @@ def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
 def left_as_found(*models: nn.Module) -> Iterator[None]:
     """Run forwards inside, and leave no mark: what they change of the networks and of torch's state is put back.
 
-    That is: modes; attributes of modules, and what the dicts, lists and sets among them hold; buffers; parameters that
-    a module changes when its mode is set; random states; torch's switches.
+    That is: modes; attributes of modules, and what the dicts, lists and sets among them hold; hooks; buffers;
+    parameters that a module changes when its mode is set; random states; torch's switches.
     """
     modules = [m for model in models for m in modules_of(model).values()]
     devices = {p.device for m in modules for p in m._parameters.values() if p is not None}
@@ -103,34 +105,39 @@ def _tensors(modules: list[nn.Module]) -> Callable[[], None]:
 
 
 def _attributes(modules: list[nn.Module]) -> Callable[[], None]:
-    """Look at the attributes of modules, and at what containers among them hold; return what puts them back.
+    """Look at the attributes of modules, at what containers among them hold, and at hooks; return what puts them back.
 
-    What a run leaves there may have the run's sizes, or count runs.
+    What a run leaves in attributes may have the run's sizes, or count runs. A library may install hooks when a model
+    first runs, and note this on a module: note and hooks are put back together, or the next run would install them
+    once more. Where a run changed hooks and nothing else, the note is kept elsewhere, and the hooks are left with it.
     """
     # A lazy layer counts its channels when it first sees them, and keeps that.
     known = [(m, dict(vars(m))) for m in modules if not any(map(is_lazy, m._parameters.values()))]  # type: ignore[arg-type]
     held_by = (v for _, own in known for name, v in own.items() if type(v) not in _FIXED and name not in BOOKS)
     containers = [found for value in held_by for found in _containers(value)]
+    hooks = [(own[name], _held(own[name])) for _, own in known for name in _HOOKS if name in own]
 
     def put_back() -> None:
-        for module, before in known:
-            _set_back(module, before)
-        for container, held in containers:
-            _refill(container, held)
+        changed = [_set_back(module, before) for module, before in known]
+        changed += [_refill(container, held) for container, held in containers]
+        if any(changed):
+            for table, held in hooks:
+                _refill(table, held)
 
     return put_back
 
 
-def _set_back(module: nn.Module, before: Mapping[str, Any]) -> None:
-    """Give a module the attributes that it had, and no others."""
+def _set_back(module: nn.Module, before: Mapping[str, Any]) -> bool:
+    """Give a module the attributes that it had, and no others; tell whether it had lost or got any."""
     own = vars(module)
-    for name in [n for n, value in own.items() if n not in BOOKS and (n not in before or value is not before[n])]:
+    changed = [n for n, value in own.items() if n not in BOOKS and (n not in before or value is not before[n])]
+    changed += before.keys() - own.keys()
+    for name in changed:
         if name in before:
             own[name] = before[name]
         else:
             del own[name]
-    for name in before.keys() - own.keys():
-        own[name] = before[name]
+    return bool(changed)
 
 
 def _containers(value: Any, depth: int = 3) -> Iterator[tuple[Any, list[Any]]]:
@@ -148,11 +155,11 @@ def _held(container: Any) -> list[Any]:
     return [*container, *container.values()] if isinstance(container, dict) else list(container)
 
 
-def _refill(container: Any, held: list[Any]) -> None:
-    """Give a container what it held again, the same objects in the same order, where it holds something else."""
+def _refill(container: Any, held: list[Any]) -> bool:
+    """Give a container what it held again, the same objects in the same order; tell whether it held something else."""
     now = _held(container)
     if len(now) == len(held) and all(map(operator.is_, now, held)):
-        return
+        return False
     # The plain container's own ways: a class of its own may allow them to nobody.
     kind = next(kind for kind in _CONTAINERS if isinstance(container, kind))
     kind.clear(container)
@@ -161,3 +168,4 @@ def _refill(container: Any, held: list[Any]) -> None:
             kind.__setitem__(container, key, value)
     else:
         (kind.update if kind is set else kind.extend)(container, held)
+    return True
