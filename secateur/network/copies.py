@@ -125,8 +125,6 @@ class _Copier:
             return items
         if kind is tuple:
             return value if _is_atomic(value) else tuple(map(self.copy, value))
-        if kind is set and _ATOMS.issuperset(map(type, value)):
-            return self.memo.setdefault(id(value), set(value))
         if kind is types.FunctionType:
             return self._function(value) if self._reaches(value) else value
         if kind is types.MethodType:
@@ -224,9 +222,5 @@ def _is_plain(kind: Any) -> bool:
 
 
 def is_set(cell: types.CellType) -> bool:
-    """Tell whether a variable of a closure has a value yet."""
-    try:
-        cell.cell_contents  # noqa: B018 - it raises where the variable has no value yet
-    except ValueError:
-        return False
-    return True
+    """Tell whether a variable of a closure has a value yet: a cell without one equals an empty cell, and no other."""
+    return cell != types.CellType()

@@ -16,13 +16,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the network itself, out of data parallel and compiled wrappers, which put a prefix before every name."""
-    while True:
-        if isinstance(model, DataParallel | DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
+    parallel = isinstance(model, DataParallel | DistributedDataParallel)
+    inner = model.module if parallel else getattr(model, "_orig_mod", None)
+    return unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -7,7 +7,7 @@ import random
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -63,16 +63,13 @@ def left_as_found(*models: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_as_written())
+        # Compiled parts run as they are written, for no kernel to stand for several operators. Where nothing has
+        # imported the compiler, which takes seconds, nothing is compiled.
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         # The fused attention kernel is one opaque operator; the plain path is made of those that have rules.
         torch.backends.mha.set_fastpath_enabled(False)
         yield
-
-
-def _as_written() -> AbstractContextManager[Any]:
-    """Have compiled parts of a network run as they are written: no kernel stands for several operators."""
-    # Its own import takes seconds, and where nothing has imported it, nothing is compiled.
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from secateur.network.named import tensors_in
 
@@ -46,9 +48,8 @@ class Written:
 
     def put_back(self) -> None:
         """Give all tensors their values again."""
-        with torch.no_grad():
-            for name, memory in self.memory.items():
-                restore(self.named[name], memory, self.values.get(name))
+        for name, memory in self.memory.items():
+            restore(self.named[name], memory, self.values.get(name))
 
 
 def restore(tensor: Tensor, memory: Tensor, value: Tensor | None) -> None:
@@ -67,10 +68,21 @@ def address(tensor: Tensor) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def targets(func: Any) -> tuple[tuple[int, str], ...]:
-    """Return place and name of every argument that an operator writes into."""
+def targets(func: Any, *, statistics: bool = True) -> tuple[tuple[int, str], ...]:
+    """Return place and name of every argument that an operator writes into; with those that norms do, unless told."""
     return tuple(
         (place, argument.name)
         for place, argument in enumerate(func._schema.arguments)
-        if argument.name in _STATISTICS or (argument.alias_info is not None and argument.alias_info.is_write)
+        if (argument.alias_info is not None and argument.alias_info.is_write)
+        or (statistics and argument.name in _STATISTICS)
     )
+
+
+def read_as(
+    change: Callable[[Tensor], Tensor], written: Iterable[tuple[int, str]], args: Any, kwargs: Any
+) -> tuple[list[Any], dict[str, Any]]:
+    """Return an operator's arguments with every tensor changed, but for those that it writes into."""
+    spared = set(chain(*written))
+    changed = functools.partial(tree_map_only, Tensor, change)
+    given = {k: v if k in spared else changed(v) for k, v in (kwargs or {}).items()}
+    return [a if i in spared else changed(a) for i, a in enumerate(args)], given

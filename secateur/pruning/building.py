@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from secateur.errors import PlanError
 from secateur.graph import shuffles
+from secateur.graph.channels import ChannelGraph, ChannelGroup, LayerPort, Member
 from secateur.graph.places import lost
 from secateur.graph.plan import PruningPlan, Removed, masks
 from secateur.graph.shuffles import Order, Ranks
 
-if TYPE_CHECKING:
-    from secateur.graph.channels import ChannelGraph, ChannelGroup, LayerPort, Member
-
-Cut = tuple["Member", np.ndarray]
+Cut = tuple[Member, np.ndarray]
 """A dimension of a tensor, and which of its positions are removed; at least one is."""
 
 

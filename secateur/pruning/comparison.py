@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur.graph.plan import PruningPlan
 from secateur.network.copies import replica
 from secateur.network.inputs import call, leaves_of
 from secateur.network.isolation import left_as_found
 from secateur.network.named import modules_of
 from secateur.pruning.readings import Readings, masked, watched
-
-if TYPE_CHECKING:
-    from secateur.graph.plan import PruningPlan
 
 READERS = (nn.modules.conv._ConvNd, nn.Linear)
 """Layers that read channels of their own; what these read is compared, whether the plan names them or not."""
@@ -115,26 +114,25 @@ def compare_outputs(want: list[Tensor], found: list[Tensor]) -> Difference:
     """Compare what the original returns with what the pruned network returns, one by one."""
     result = Difference(wanted=want)
     if len(want) != len(found):
-        result.error = float("inf")
+        result.error = math.inf
         result.notes.append(f"outputs: the original returns {len(want)} tensors, the pruned network {len(found)}")
         return result
     for index, (a, b) in enumerate(zip(want, found, strict=True)):
-        error = float("inf")
-        if a.shape == b.shape:
-            result.compared += 1
-            error = _gap(a, b) if a.numel() else 0.0
-        else:
+        result.gaps.append(_gap(a, b))
+        if a.shape != b.shape:
             result.notes.append(f"output {index}: shape {tuple(b.shape)} instead of {tuple(a.shape)}")
-        result.gaps.append(error if error == error else float("inf"))
+    result.compared = sum(a.shape == b.shape for a, b in zip(want, found, strict=True))
     result.error = max(result.gaps, default=0.0)
     return result
 
 
 def _gap(want: Tensor, found: Tensor) -> float:
-    """Return the largest absolute difference over the largest finite value; equal infinities do not differ.
+    """Return the largest absolute difference over the largest finite value; infinite where shapes differ, or for NaN.
 
-    Part by part: in fp64, a whole output would take many times its own memory.
+    Equal infinities do not differ. Part by part: in fp64, a whole output would take many times its own memory.
     """
+    if want.shape != found.shape or not want.numel():
+        return 0.0 if want.shape == found.shape else math.inf
     kind = torch.complex128 if want.is_complex() else torch.float64
     gaps, sizes = [], []
     parts = (torch.split(tensor.flatten(), _PART) for tensor in (want, found))
@@ -143,4 +141,5 @@ def _gap(want: Tensor, found: Tensor) -> float:
         size = left.abs()
         gaps.append(torch.where(left == right, 0.0, (left - right).abs()).max())
         sizes.append(torch.where(torch.isfinite(size), size, 0.0).max())
-    return float(torch.stack(gaps).max()) / max(float(torch.stack(sizes).max()), 1e-30)
+    gap = float(torch.stack(gaps).max()) / max(float(torch.stack(sizes).max()), 1e-30)
+    return math.inf if math.isnan(gap) else gap

@@ -5,21 +5,18 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
 from secateur.errors import PlanError, UsageError
 from secateur.graph import cost
+from secateur.graph.channels import ChannelGraph, ChannelGroup
 from secateur.graph.plan import PruningPlan, Removed
 from secateur.graph.steps import steps
 from secateur.pruning.building import build, checked
 from secateur.pruning.limits import Limit, Limits, totals
-
-if TYPE_CHECKING:
-    from secateur.graph.channels import ChannelGraph, ChannelGroup
-
 
 Ranking = Literal["normalized", "global", "uniform"]
 

@@ -9,18 +9,16 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from secateur.graph.plan import PruningPlan
 from secateur.network.named import modules_of
 from secateur.pruning.masking import zeroed
-
-if TYPE_CHECKING:
-    from secateur.graph.plan import PruningPlan
 
 Readings = dict[str, list[tuple[Tensor, int]]]
 """Layer -> for every call, sums of what it reads (or makes) of each channel, and over how many values."""
@@ -36,12 +34,13 @@ def channel_dim(layer: nn.Module, x: Tensor) -> int:
     return 1 if not isinstance(weight, Tensor) or x.ndim == weight.ndim else 0
 
 
-def sums(x: Tensor, dim: int) -> tuple[Tensor, int]:
+def sums(x: Tensor, dim: int, kept: list[int] | None = None) -> tuple[Tensor, int]:
     """Sum every channel twice: its values, and its values times weights drawn at random; all over their number.
 
     Args:
         x: What a layer reads or makes.
         dim: The dimension that counts its channels.
+        kept: Those of its channels to return; None: all.
 
     Returns:
         The sums, shape ``(C, 2)``, and the number of values of a channel.
@@ -51,9 +50,10 @@ def sums(x: Tensor, dim: int) -> tuple[Tensor, int]:
     before, size, after = math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1 :])
     weights = _weights(before * after).to(x)
     if after == 1:
-        return x.reshape(before, size).t() @ weights, before
-    # One product for each index of the dimensions before the channels': so the tensor need not be laid out anew.
-    return (x.reshape(before, size, after) @ weights.view(before, after, 2)).sum(0), before * after
+        found = x.reshape(before, size).t() @ weights
+    else:  # one product for each index of the dimensions before the channels': so the tensor need not be laid out anew
+        found = (x.reshape(before, size, after) @ weights.view(before, after, 2)).sum(0)
+    return found if kept is None else found[kept], before * after
 
 
 def _unwrapped(x: Tensor, dim: int) -> tuple[Tensor, int]:
@@ -94,14 +94,11 @@ def watched(network: nn.Module, kept: Kept, readings: Readings) -> ExitStack:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             x = args[0] if args else kwargs["input"]
             dim = channel_dim(layer, x)
-            found, count = sums(x, dim)
+            readings[name].append(sums(x, dim, channels))
             if channels is None:
-                readings[name].append((found, count))
                 return None
-            index = torch.tensor(channels, device=x.device)
-            readings[name].append((found.index_select(0, index), count))
-            mask = torch.ones(x.shape[dim], dtype=torch.bool, device=x.device).index_fill(0, index, False)
-            x = x.index_fill(dim, mask.nonzero().flatten(), 0)
+            removed = torch.from_numpy(np.setdiff1d(np.arange(x.shape[dim]), channels))
+            x = x.index_fill(dim, removed.to(x.device), 0)
             return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
 
         return hook
@@ -116,8 +113,7 @@ def made(network: nn.Module, kept: Kept, readings: Readings) -> ExitStack:
     def hook_of(name: str, channels: list[int] | None) -> Callable[..., None]:
         def hook(layer: nn.Module, args: Any, out: Any) -> None:
             if isinstance(out, Tensor):  # a layer of the user's own may return more than it makes
-                found, count = sums(out, channel_dim(layer, out))
-                readings[name].append((found if channels is None else found[channels], count))
+                readings[name].append(sums(out, channel_dim(layer, out), channels))
 
         return hook
 

@@ -6,21 +6,19 @@ import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import PlanError
+from secateur.graph.plan import PruningPlan
 from secateur.network.copies import replica
 from secateur.network.custom_layers import layer_rule
 from secateur.network.inputs import tensors_of, unwrapped
 from secateur.network.isolation import set_modes, switches
 from secateur.network.named import modules_of, tensors_named
-
-if TYPE_CHECKING:
-    from secateur.graph.plan import PruningPlan
 
 _KINDS: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     nn.modules.conv._ConvTransposeNd: ("weight", ("in_channels", "out_channels")),

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur.graph.plan import PruningPlan
 from secateur.network.inputs import mapped
 from secateur.network.named import modules_of
 from secateur.pruning.comparison import READERS, Difference, compare_outputs, outputs
 from secateur.pruning.readings import Kept, Readings, held, made, masked
-
-if TYPE_CHECKING:
-    from contextlib import ExitStack
-
-    from secateur.graph.plan import PruningPlan
 
 _NUDGES = 3
 """Number of times that the original is run with slight changes, at most."""

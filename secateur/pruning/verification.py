@@ -9,19 +9,16 @@ by channel, which tells a wrong channel from a right one even where the outputs 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import nn
 
 from secateur.errors import UsageError
+from secateur.graph.plan import PruningPlan
 from secateur.network.inputs import call, mapped, tensors_of, unwrapped, varied
 from secateur.network.isolation import left_as_found
-from secateur.pruning.comparison import Difference, compare, doubled, outputs
+from secateur.pruning.comparison import Difference, compare, compare_outputs, doubled, outputs
 from secateur.pruning.ties import jumps
-
-if TYPE_CHECKING:
-    from secateur.graph.plan import PruningPlan
 
 _JUMPING = (
     "outputs: the original's own jump where its inputs, or what its layers make, change by rounding (a sort, a "
@@ -144,12 +141,10 @@ def _failure_in_training(model: nn.Module, small: nn.Module, example_inputs: Any
 def _repeats(model: nn.Module, example_inputs: Any) -> bool:
     """Tell whether a network gives the same outputs when it is run again."""
     try:
-        first, second = (outputs(model, example_inputs) for _ in range(2))
+        first, second = ([t.nan_to_num() for t in outputs(model, example_inputs)] for _ in range(2))
     except Exception:  # noqa: BLE001 - a network that fails has been reported already
         return True
-    return len(first) == len(second) and all(
-        a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True)
-    )
+    return compare_outputs(first, second).error == 0
 
 
 def _first_line(error: Exception) -> str:
