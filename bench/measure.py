@@ -207,7 +207,7 @@ Stage = Callable[[dict[str, Any]], None]
 def secateur(entry: Entry, stage: Stage) -> dict[str, Any]:
     """Trace, plan, apply and compare with Secateur: first the exact groups, then all."""
     import secateur as sc
-    from secateur.pruning.verification import masked
+    from secateur.pruning.readings import masked
 
     model, inputs, row = _prepare(entry, scattered)
     stage(row)

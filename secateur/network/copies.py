@@ -19,9 +19,12 @@ import torch
 from torch import nn
 
 from secateur.errors import PlanError, SecateurError
-from secateur.network.named import modules_of
+from secateur.network.named import modules_of, tensors_named
 
-_ATOMS = frozenset({int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device})
+_ATOMS = frozenset(
+    {int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device, types.ModuleType}
+)
+"""Types of values that a network and its copy share."""
 _TABLES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
 """Every module's own tables of parameters, submodules and hooks: nobody shares them."""
 _VIEWS: Any = (type({}.keys()), type({}.values()), type({}.items()))
@@ -45,14 +48,14 @@ def replica(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
             copied.
     """
     memo = {} if memo is None else memo
-    modules = modules_of(model).values()
-    for module in modules:
+    modules = modules_of(model)
+    for module in modules.values():
         for value in vars(module).values():
             # A tensor computed from parameters can't be deep-copied; it is computed anew at the next forward.
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo.setdefault(id(value), value.detach().clone())
-    copied = _Copier(model, memo).copy(model)
-    own = {id(module) for module in modules}
+    copied = _Copier(modules, memo).copy(model)
+    own = {id(module) for module in modules.values()}
     for path, module in modules_of(copied).items():
         for held, value in vars(module).items():
             if not _is_atomic(value) and held not in _TABLES and _holds(value, own):
@@ -91,16 +94,15 @@ def _is_atomic(value: Any) -> bool:
 
 
 class _Copier:
-    def __init__(self, model: nn.Module, memo: dict[int, Any]) -> None:
-        self.memo = memo
-        self.model = model
+    def __init__(self, modules: dict[str, nn.Module], memo: dict[int, Any]) -> None:
+        self.modules, self.memo = modules, memo
 
     @functools.cached_property
     def owned(self) -> set[int]:
         """The identities of what is the model's own: modules, tensors, and the containers that modules hold."""
-        found = {id(t) for t in (*self.model.parameters(), *self.model.buffers())}
-        for module in modules_of(self.model).values():
-            found.add(id(module))
+        tensors = tensors_named(self.modules[""], self.modules)
+        found = {id(own) for own in (*self.modules.values(), *tensors.values())}
+        for module in self.modules.values():
             held = (v for name, v in vars(module).items() if name not in _TABLES)
             found |= {id(v) for v in held if isinstance(v, (list, dict, set))}
         return found
@@ -123,16 +125,12 @@ class _Copier:
             return items
         if kind is tuple:
             return value if _is_atomic(value) else tuple(map(self.copy, value))
-        if kind is set and _ATOMS.issuperset(map(type, value)):
-            return self.memo.setdefault(id(value), set(value))
         if kind is types.FunctionType:
-            return self._function(value) if self._reaches((value,)) else value
+            return self._function(value) if self._reaches(value) else value
         if kind is types.MethodType:
             return types.MethodType(self.copy(value.__func__), self.copy(value.__self__))
         if kind is functools.partial:
             return functools.partial(self.copy(value.func), *map(self.copy, value.args), **self.copy(value.keywords))
-        if kind is types.ModuleType:
-            return value
         if kind in _VIEWS:  # of the keys of a ModuleDict, say: there is no other way to the dict that it views
             (table,) = gc.get_referents(value)
             return getattr(self.copy(table), kind.__name__.removeprefix("dict_"))()
@@ -164,9 +162,7 @@ class _Copier:
         except SecateurError:
             raise
         except Exception as error:  # whatever the value's own code raises
-            path = next(
-                (path for path, found in modules_of(self.model).items() if found is module), type(module).__name__
-            )
+            path = next((path for path, own in self.modules.items() if own is module), type(module).__name__)
             text = f"{type(error).__name__}: {error}".rstrip(".")
             raise PlanError(
                 f"{f'{path}.{name}'.lstrip('.')}: this {type(value).__name__} can't be copied ({text}), so neither can "
@@ -189,20 +185,17 @@ class _Copier:
 
     def _held(self, value: Any) -> Any:
         """Return what a function of the copy holds: what has nothing to do with the model is shared with the user's."""
-        return self.copy(value) if self._reaches((value,)) else value
+        return self.copy(value) if self._reaches(value) else value
 
-    def _reaches(self, values: Iterable[Any], depth: int = _DEPTH) -> bool:
-        """Tell whether any of these values is the model's own, or holds what is."""
-        return any(self._reaches_one(value, depth) for value in values)
-
-    def _reaches_one(self, value: Any, depth: int) -> bool:
+    def _reaches(self, value: Any, depth: int = _DEPTH) -> bool:
+        """Tell whether a value is the model's own, or holds what is."""
         kind = type(value)
+        inside: Iterable[Any] = ()
         if kind in _ATOMS or not depth:
             return False
         if kind is types.FunctionType:
             held = [cell.cell_contents for cell in value.__closure__ or () if is_set(cell)]
-            given = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
-            inside: Iterable[Any] = (*held, *given, *vars(value).values())
+            inside = (*held, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *vars(value).values())
         elif id(value) in self.owned:
             return True
         elif kind is types.MethodType:
@@ -213,11 +206,9 @@ class _Copier:
             inside = value
         elif isinstance(value, dict):
             inside = value.values()
-        elif isinstance(value, (type, types.ModuleType, torch.Tensor)) or not hasattr(value, "__dict__"):
-            return False
-        else:
+        elif hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType, torch.Tensor)):
             inside = vars(value).values()
-        return self._reaches(inside, depth - 1)
+        return any(self._reaches(item, depth - 1) for item in inside)
 
 
 @functools.lru_cache(maxsize=256)
@@ -231,9 +222,5 @@ def _is_plain(kind: Any) -> bool:
 
 
 def is_set(cell: types.CellType) -> bool:
-    """Tell whether a variable of a closure has a value yet."""
-    try:
-        cell.cell_contents  # noqa: B018 - it raises where the variable has no value yet
-    except ValueError:
-        return False
-    return True
+    """Tell whether a variable of a closure has a value yet: a cell without one equals an empty cell, and no other."""
+    return cell != types.CellType()

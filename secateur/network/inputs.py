@@ -16,13 +16,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the network itself, out of data parallel and compiled wrappers, which put a prefix before every name."""
-    while True:
-        if isinstance(model, DataParallel | DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
+    parallel = isinstance(model, DataParallel | DistributedDataParallel)
+    inner = model.module if parallel else getattr(model, "_orig_mod", None)
+    return unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -32,6 +28,12 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     return (example_inputs,), {}
+
+
+def call(network: nn.Module, example_inputs: Any) -> Any:
+    """Call a network on copies of the tensors in example inputs, since its code may write into them."""
+    positional, keyword = arguments(mapped(example_inputs, torch.clone))
+    return network(*positional, **keyword)
 
 
 def are_images(value: Any) -> bool:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import operator
 import random
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import _disable_current_modes
 
 from secateur.network.named import BOOKS, modules_of
+from secateur.network.writes import restore
 
-
-def _version(tensor: Tensor | None) -> int | None:
-    """Return the count of writes into a tensor; None where none is kept."""
-    return None if tensor is None or tensor.is_inference() else tensor._version
+_FIXED = frozenset({bool, int, float, str, tuple, type(None)})
+"""What most attributes of modules are: nothing can be put into it."""
+_HOOKS = [name for name, value in vars(nn.Module()).items() if name.endswith("_hooks") and isinstance(value, dict)]
+"""Where a module keeps its hooks."""
+_CONTAINERS: tuple[Any, ...] = (OrderedDict, dict, list, set, deque)
 
 
 def switches(module: nn.Module) -> bool:
@@ -38,127 +42,127 @@ def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
             module.training = training
 
 
-def _put_back(module: nn.Module, before: Mapping[str, Any]) -> None:
-    """Give a module the attributes again that it had: what a run left there may have the run's sizes, or count runs."""
+@contextmanager
+def left_as_found(*models: nn.Module) -> Iterator[None]:
+    """Run forwards inside, and leave no mark: what they change of the networks and of torch's state is put back.
+
+    That is: modes; attributes of modules, and what the dicts, lists and sets among them hold; hooks; buffers;
+    parameters that a module changes when its mode is set; random states; torch's switches.
+    """
+    modules = [m for model in models for m in modules_of(model).values()]
+    devices = {p.device for m in modules for p in m._parameters.values() if p is not None}
+    cuda = sorted(device.index for device in devices if device.type == "cuda")
+    with ExitStack() as stack:  # what is entered last is put back first
+        stack.callback(_tensors(modules))
+        stack.callback(_attributes(modules))
+        stack.callback(set_modes, [(m, m.training) for m in modules])
+        stack.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002 - the model's own code may draw from it
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        # In inference mode operators reach the labels whole, and what is made there can never be trained.
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stack.enter_context(torch.no_grad())
+        # Compiled parts run as they are written, for no kernel to stand for several operators. Where nothing has
+        # imported the compiler, which takes seconds, nothing is compiled.
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        # The fused attention kernel is one opaque operator; the plain path is made of those that have rules.
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+
+
+@contextmanager
+def _without_modes() -> Iterator[None]:
+    """Read and write tensors as they are, where modes around the run have operators read others in their place."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        yield
+
+
+@_without_modes()
+def _tensors(modules: list[nn.Module]) -> Callable[[], None]:
+    """Look at tensors that a run in eval mode writes; return what puts them back.
+
+    These are buffers, and parameters of modules that do something of their own where their mode is set: what is added
+    to a weight and subtracted again is not what it was, to the last bit.
+    """
+    buffers = [(m._buffers, name, tensor) for m in modules for name, tensor in m._buffers.items()]
+    tensors = [tensor for *_, tensor in buffers]
+    tensors += [p for m in modules if switches(m) for p in m._parameters.values()]
+    known = [(t, t.data, t.detach().clone()) for t in tensors if t is not None and not is_lazy(t)]
+
+    @_without_modes()
+    def put_back() -> None:
+        for table, name, buffer in buffers:
+            table[name] = buffer
+        for tensor, memory, value in known:
+            restore(tensor, memory, value)
+
+    return put_back
+
+
+def _attributes(modules: list[nn.Module]) -> Callable[[], None]:
+    """Look at the attributes of modules, at what containers among them hold, and at hooks; return what puts them back.
+
+    What a run leaves in attributes may have the run's sizes, or count runs. A library may install hooks when a model
+    first runs, and note this on a module: note and hooks are put back together, or the next run would install them
+    once more. Where a run changed hooks and nothing else, the note is kept elsewhere, and the hooks are left with it.
+    """
+    # A lazy layer counts its channels when it first sees them, and keeps that.
+    known = [(m, dict(vars(m))) for m in modules if not any(map(is_lazy, m._parameters.values()))]  # type: ignore[arg-type]
+    held_by = (v for _, own in known for name, v in own.items() if type(v) not in _FIXED and name not in BOOKS)
+    containers = [found for value in held_by for found in _containers(value)]
+    hooks = [(own[name], _held(own[name])) for _, own in known for name in _HOOKS if name in own]
+
+    def put_back() -> None:
+        changed = [_set_back(module, before) for module, before in known]
+        changed += [_refill(container, held) for container, held in containers]
+        if any(changed):
+            for table, held in hooks:
+                _refill(table, held)
+
+    return put_back
+
+
+def _set_back(module: nn.Module, before: Mapping[str, Any]) -> bool:
+    """Give a module the attributes that it had, and no others; tell whether it had lost or got any."""
     own = vars(module)
-    for name in [name for name, value in own.items() if value is not before.get(name) and name not in BOOKS]:
+    changed = [n for n, value in own.items() if n not in BOOKS and (n not in before or value is not before[n])]
+    changed += before.keys() - own.keys()
+    for name in changed:
         if name in before:
             own[name] = before[name]
         else:
             del own[name]
-    for name in before.keys() - own.keys():
-        own[name] = before[name]
+    return bool(changed)
 
 
-def _as_written() -> AbstractContextManager[Any]:
-    """Have compiled parts of a network run as they are written: no kernel stands for several operators."""
-    # Its own import takes seconds, and where nothing has imported it, nothing is compiled.
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
-_FIXED = frozenset({bool, int, float, str, tuple, type(None)})
-"""What most attributes of modules are: nothing can be put into it."""
-
-
-_State = tuple[Any, list[Any]]
-"""A container in which code may keep something from one run to the next, and what it holds."""
-
-
-def _contents(value: Any, depth: int = 3) -> Iterator[_State]:
+def _containers(value: Any, depth: int = 3) -> Iterator[tuple[Any, list[Any]]]:
     """Yield the dicts, lists and sets that an attribute of a module is or holds, with what they hold now."""
-    if isinstance(value, dict):
-        held: list[Any] = list(value.items())
-        inside: Iterable[Any] = value.values()
-    elif isinstance(value, (list, set, deque)):
-        held = inside = list(value)
-    else:
-        return
-    yield value, held
-    if depth > 1:
-        for item in inside:
+    if isinstance(value, _CONTAINERS):
+        held = _held(value)
+        yield value, held
+        for item in held if depth > 1 else ():
             if type(item) not in _FIXED:
-                yield from _contents(item, depth - 1)
+                yield from _containers(item, depth - 1)
 
 
-def _refill(value: Any, held: list[Any]) -> None:
-    """Give a container what it held again, the same objects in the same order, where it holds something else."""
-    now = list(value.items()) if isinstance(value, dict) else list(value)
-    if len(now) == len(held) and all(map(_is_same, now, held)):
-        return
+def _held(container: Any) -> list[Any]:
+    """Return what a container holds: of a dict its keys, then its values."""
+    return [*container, *container.values()] if isinstance(container, dict) else list(container)
+
+
+def _refill(container: Any, held: list[Any]) -> bool:
+    """Give a container what it held again, the same objects in the same order; tell whether it held something else."""
+    now = _held(container)
+    if len(now) == len(held) and all(map(operator.is_, now, held)):
+        return False
     # The plain container's own ways: a class of its own may allow them to nobody.
-    kind: Any = next(kind for kind in (OrderedDict, dict, list, set, deque) if isinstance(value, kind))
-    kind.clear(value)
-    for item in held:
-        if isinstance(value, dict):
-            kind.__setitem__(value, *item)
-        elif isinstance(value, set):
-            kind.add(value, item)
-        else:
-            kind.append(value, item)
-
-
-def _is_same(now: Any, before: Any) -> bool:
-    """Tell whether a container holds the same object, or under the same key the same one."""
-    pairs = isinstance(now, tuple) and isinstance(before, tuple) and len(now) == len(before) == 2
-    return now is before or (pairs and now[0] is before[0] and now[1] is before[1])
-
-
-@contextmanager
-def left_as_found(*models: nn.Module) -> Iterator[None]:
-    """Run forwards inside, and leave no mark: modes, buffers, random states and backend flags are put back.
-
-    So are the attributes of modules, and what the dicts, lists and sets among them hold.
-    """
-    modules = [m for model in models for m in modules_of(model).values()]
-    modes = [(m, m.training) for m in modules]
-    # A lazy layer counts its channels when it first sees them, and keeps that.
-    attributes = [(m, dict(vars(m))) for m in modules if not any(map(is_lazy, m._parameters.values()))]  # type: ignore[arg-type]
-    held_by = (v for _, own in attributes for n, v in own.items() if type(v) not in _FIXED and n not in BOOKS)
-    kept = [state for value in held_by for state in _contents(value)]
-    buffers = [
-        (m, key, tensor, tensor.clone() if tensor is not None else None, _version(tensor))
-        for m in modules
-        for key, tensor in m._buffers.items()
-    ]
-    # What is added to a weight and subtracted again is not what it was, to the last bit.
-    switched = [
-        (p, p.data, p.detach().clone())
-        for module in modules
-        if switches(module)
-        for p in module._parameters.values()
-        if p is not None and not is_lazy(p)
-    ]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    devices = {p.device for m in modules for p in m._parameters.values() if p is not None}
-    cuda = sorted(device.index for device in devices if device.type == "cuda")
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the model's own code may draw from it
-    try:
-        # In inference mode operators reach the labels whole, and what is made there can never be trained.
-        with torch.inference_mode(False), torch.random.fork_rng(devices=cuda), torch.no_grad(), _as_written():
-            # The fused attention kernel is one opaque operator; the plain path is made of those that have rules.
-            torch.backends.mha.set_fastpath_enabled(False)
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        set_modes(modes)
-        for module, before in attributes:
-            _put_back(module, before)
-        for container, held in kept:
-            _refill(container, held)
-        for parameter, place, was in switched:
-            if parameter.data_ptr() != place.data_ptr():
-                parameter.data = place
-            if not (place.is_meta or torch.equal(place, was)):
-                place.copy_(was)
-        for module, key, tensor, value, version in buffers:
-            module._buffers[key] = tensor
-            if tensor is None or value is None:
-                continue
-            if tensor.shape != value.shape or tensor.dtype != value.dtype:  # resized, or given other memory
-                tensor.data = value
-            # Norms write without counting.
-            elif version is None or tensor._version != version or not (tensor.is_meta or torch.equal(tensor, value)):
-                with torch.no_grad():
-                    tensor.copy_(value)
+    kind = next(kind for kind in _CONTAINERS if isinstance(container, kind))
+    kind.clear(container)
+    if isinstance(container, dict):
+        for key, value in zip(held[: len(held) // 2], held[len(held) // 2 :], strict=True):
+            kind.__setitem__(container, key, value)
+    else:
+        (kind.update if kind is set else kind.extend)(container, held)
+    return True

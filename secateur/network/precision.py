@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+
+from secateur.network.writes import exchanged, read_as, targets
 
 _DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 _SETTERS = ("__get__", "__set__", "__setitem__")
@@ -42,7 +43,8 @@ class _Functions(TorchFunctionMode):
         if func == _DTYPE:
             return torch.float64 if (found := func(*args)) is torch.float32 else found
         if _reads_alone(func) and "out" not in kwargs:
-            args, kwargs = _double(args), {key: _double(value) for key, value in kwargs.items()}
+            args = exchanged(_doubled, args)
+            kwargs = {key: exchanged(_doubled, value) for key, value in kwargs.items()}
         return func(*args, **kwargs)
 
 
@@ -53,22 +55,16 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        written = _written(func)
-        args = [a if i in written else _double(a) for i, a in enumerate(args)]
-        given = {k: v if k in written else _double(v) for k, v in (kwargs or {}).items()}
+        written = targets(func, statistics=False)
+        args, given = read_as(_doubled, written, args, kwargs)
         if given.get("dtype") is torch.float32:
             given["dtype"] = torch.float64
         out = func(*args, **given)
-        return out if written else _double(out)
+        return out if written else exchanged(_doubled, out)
 
 
-def _double(value: Any) -> Any:
-    """Convert the tensors among arguments, in lists too: PyTorch's own way through containers takes longer."""
-    if isinstance(value, Tensor):
-        return value.double() if value.dtype is torch.float32 else value
-    if isinstance(value, (list, tuple)) and any(isinstance(v, (Tensor, list, tuple)) for v in value):
-        return type(value)(map(_double, value)) if type(value) in (list, tuple) else tree_map(_double, value)
-    return value
+def _doubled(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.dtype is torch.float32 else tensor
 
 
 @functools.lru_cache(maxsize=1024)
@@ -76,13 +72,3 @@ def _reads_alone(func: Any) -> bool:
     """Tell by its name whether a function leaves what it is given as it is, and where it is."""
     name = getattr(func, "__name__", "_")
     return not (name in _SETTERS or name.startswith("__i") or (name.endswith("_") and not name.endswith("__")))
-
-
-@functools.lru_cache(maxsize=1024)
-def _written(func: Any) -> frozenset[int | str]:
-    """Return the places and names of the arguments that an operator writes into."""
-    found: set[int | str] = set()
-    for place, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            found |= {place, argument.name}
-    return frozenset(found)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from secateur.network.named import tensors_in
+from secateur.network.named import ATOMS, tensors_in
 
 _STATISTICS = ("running_mean", "running_var")
 """Arguments of norms that write into them in training, which their schema does not say."""
@@ -25,7 +27,7 @@ class Written:
     def __init__(self, named: Mapping[str, Tensor]) -> None:
         self.named = named
         self.values: dict[str, Tensor] = {}
-        self.places = {name: tensor.data for name, tensor in named.items()}
+        self.memory = {name: tensor.data for name, tensor in named.items()}
         """The tensors' memory, which ``tensor.data = …`` and ``tensor.resize_`` exchange for another."""
 
     @functools.cached_property
@@ -46,13 +48,16 @@ class Written:
 
     def put_back(self) -> None:
         """Give all tensors their values again."""
-        with torch.no_grad():
-            for name, place in self.places.items():
-                tensor = self.named[name]
-                if tensor.data_ptr() != place.data_ptr() or tensor.shape != place.shape or tensor.dtype != place.dtype:
-                    tensor.data = place
-            for name, value in self.values.items():
-                self.named[name].data.copy_(value)
+        for name, memory in self.memory.items():
+            restore(self.named[name], memory, self.values.get(name))
+
+
+def restore(tensor: Tensor, memory: Tensor, value: Tensor | None) -> None:
+    """Give a tensor the memory that it had, and this memory the value that it held, if one is known."""
+    if tensor.data_ptr() != memory.data_ptr() or tensor.shape != memory.shape or tensor.dtype != memory.dtype:
+        tensor.data = memory
+    if value is not None and not (memory.is_meta or torch.equal(memory, value)):
+        memory.copy_(value)
 
 
 def address(tensor: Tensor) -> int:
@@ -63,10 +68,32 @@ def address(tensor: Tensor) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def targets(func: Any) -> tuple[tuple[int, str], ...]:
-    """Return place and name of every argument that an operator writes into."""
+def targets(func: Any, *, statistics: bool = True) -> tuple[tuple[int, str], ...]:
+    """Return place and name of every argument that an operator writes into; with those that norms do, unless told."""
     return tuple(
         (place, argument.name)
         for place, argument in enumerate(func._schema.arguments)
-        if argument.name in _STATISTICS or (argument.alias_info is not None and argument.alias_info.is_write)
+        if (argument.alias_info is not None and argument.alias_info.is_write)
+        or (statistics and argument.name in _STATISTICS)
     )
+
+
+def exchanged(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Return an argument with every tensor changed, in lists too.
+
+    Most arguments are tensors or numbers, which PyTorch's own way through containers takes longer for than an operator.
+    """
+    if isinstance(value, Tensor):
+        return change(value)
+    if type(value) in (list, tuple):
+        return type(value)(exchanged(change, v) for v in value)
+    return value if type(value) in ATOMS else tree_map_only(Tensor, change, value)
+
+
+def read_as(
+    change: Callable[[Tensor], Tensor], written: Iterable[tuple[int, str]], args: Any, kwargs: Any
+) -> tuple[list[Any], dict[str, Any]]:
+    """Return an operator's arguments with every tensor changed, but for those that it writes into."""
+    spared = set(chain(*written))
+    given = {k: v if k in spared else exchanged(change, v) for k, v in (kwargs or {}).items()}
+    return [a if i in spared else exchanged(change, a) for i, a in enumerate(args)], given

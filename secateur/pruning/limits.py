@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 from secateur.errors import UsageError
-
-if TYPE_CHECKING:
-    from secateur.graph.channels import ChannelGraph, ChannelGroup
+from secateur.graph.channels import ChannelGraph, ChannelGroup
 
 EVERY = "*"
 """In a mapping of fractions, the groups that no other pattern of it names."""

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_map_only
 
+from secateur.graph.plan import PruningPlan
 from secateur.network.named import tensors_named
-from secateur.network.writes import address, targets
-
-if TYPE_CHECKING:
-    from secateur.graph.plan import PruningPlan
+from secateur.network.writes import address, read_as, targets
 
 
-@contextmanager
-def zeroed(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
+def zeroed(model: nn.Module, plan: PruningPlan) -> AbstractContextManager[Any]:
     """Have every operator read the weights that the plan says are read with their removed columns zeroed.
 
     A weight is copied at each operator that reads it, and let go: no second copy of the network is held. Whatever
@@ -33,11 +29,9 @@ def zeroed(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
     ([False, True, True], False)
     """
     if not plan.reads:
-        yield
-        return
+        return nullcontext()
     tensors = tensors_named(model)
-    with _Zeroing({name: tensors[name] for name in plan.reads}, plan):
-        yield
+    return _Zeroing({name: tensors[name] for name in plan.reads}, plan)
 
 
 class _Zeroing(TorchDispatchMode):
@@ -56,9 +50,7 @@ class _Zeroing(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        written = {way for place_and_name in targets(func) for way in place_and_name}
-        args = [a if i in written else tree_map_only(Tensor, self._read, a) for i, a in enumerate(args)]
-        given = {k: v if k in written else tree_map_only(Tensor, self._read, v) for k, v in (kwargs or {}).items()}
+        args, given = read_as(self._read, targets(func), args, kwargs)
         return func(*args, **given)
 
     def _read(self, tensor: Tensor) -> Tensor:
@@ -71,20 +63,14 @@ class _Zeroing(TorchDispatchMode):
                 return self._without(tensor, weights)
 
     def _without(self, tensor: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """Return what a view of some memory reads in a copy of it in which the weights that lie there are zeroed."""
+        one = next(iter(weights.values()))
+        memory = one.as_strided((one.untyped_storage().nbytes() // one.itemsize,), (1,), 0).clone()
         for name, weight in weights.items():
-            if _geometry(tensor) == _geometry(weight):
-                value = weight.clone()
-                self._zero(name, value)
-                return value
-        weight = next(iter(weights.values()))
-        memory = weight.as_strided((weight.untyped_storage().nbytes() // weight.itemsize,), (1,), 0).clone()
-        for name, weight in weights.items():
-            self._zero(name, memory.as_strided(*_geometry(weight)))
+            value = memory.as_strided(*_geometry(weight))
+            for dim, kept in self.plan.reads[name].items():
+                _zero_others(value, dim, kept, self.plan.blocks.get(name, 1) if dim == 1 else 1)
         return memory.view(tensor.dtype).as_strided(*_geometry(tensor))
-
-    def _zero(self, name: str, value: Tensor) -> None:
-        for dim, kept in self.plan.reads[name].items():
-            _zero_others(value, dim, kept, self.plan.blocks.get(name, 1) if dim == 1 else 1)
 
 
 def _geometry(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int]:
@@ -92,11 +78,8 @@ def _geometry(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int]:
 
 
 def _zero_others(value: Tensor, dim: int, kept: list[int], blocks: int) -> None:
-    """Zero what is not kept along a dimension, which may hold a block of the channels for each block of rows."""
-    gone = torch.ones(value.shape[dim] * blocks, dtype=torch.bool, device=value.device)
-    gone[torch.tensor(kept, device=value.device)] = False
-    if blocks == 1:
-        value.masked_fill_(gone.view([-1 if d == dim else 1 for d in range(value.ndim)]), 0)
-        return
-    rows = gone.view(blocks, -1).repeat_interleave(value.shape[0] // blocks, 0)
-    value.masked_fill_(rows.view(*rows.shape, *[1] * (value.ndim - 2)), 0)
+    """Zero what is not kept along a dimension; each of some blocks of rows may hold its own block of the channels."""
+    mask = torch.ones(value.shape[dim] * blocks, dtype=torch.bool, device=value.device)
+    mask[torch.tensor(kept, device=value.device)] = False
+    for rows, own in zip(value.chunk(blocks), mask.chunk(blocks), strict=True):
+        rows.movedim(dim, -1).masked_fill_(own, 0)

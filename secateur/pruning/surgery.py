@@ -6,23 +6,33 @@ import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import PlanError
+from secateur.graph.plan import PruningPlan
 from secateur.network.copies import replica
 from secateur.network.custom_layers import layer_rule
 from secateur.network.inputs import tensors_of, unwrapped
 from secateur.network.isolation import set_modes, switches
 from secateur.network.named import modules_of, tensors_named
 
-if TYPE_CHECKING:
-    from secateur.graph.plan import PruningPlan
+_KINDS: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
+    nn.modules.conv._ConvTransposeNd: ("weight", ("in_channels", "out_channels")),
+    nn.modules.conv._ConvNd: ("weight", ("out_channels", "in_channels")),
+    nn.Linear: ("weight", ("out_features", "in_features")),
+    nn.Embedding: ("weight", ("num_embeddings", "embedding_dim")),
+    nn.PReLU: ("weight", ("num_parameters",)),
+    nn.RNNBase: ("weight_ih_l0", ("", "input_size")),
+    nn.RNNCellBase: ("weight_ih", ("", "input_size")),
+}
+"""Kind of layer -> the tensor that holds its channels, and for each dimension of it the attribute that counts them.
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+Along dimension 1, the weight of a grouped convolution holds the channels of one group only.
+"""
 
 
 @torch.inference_mode(False)  # what is made in inference mode can never be trained
@@ -180,25 +190,35 @@ def _cut_layer(
     tensors: Mapping[str, Tensor],
     memo: dict[int, Any],
 ) -> None:
+    """Cut the weight and the bias of a layer, where the memo does not hold what they become yet."""
     prefix = f"{name}." if name else ""
     weight, bias = tensors.get(f"{prefix}weight"), tensors.get(f"{prefix}bias")
-    kept_in, kept_out = plan.kept_inputs.get(name), plan.kept_outputs.get(name)
     if weight is not None and id(weight) not in memo:
-        transposed = isinstance(layer, _TRANSPOSED)
-        full, half = (kept_in, kept_out) if transposed else (kept_out, kept_in)
+        rows, columns = _kept_by_dim(name, layer, plan)
         groups = getattr(layer, "groups", 1)
         if groups == 1:
-            value = _select(weight, {0: full, 1: half})
-        elif is_depthwise(layer):
-            value = _select(weight, {0: full})
+            value = _select(weight, {0: rows, 1: columns})
+        elif _is_depthwise(layer):
+            value = _select(weight, {0: rows})
         else:
-            value = _cut_blocks(weight, full, half, groups)
+            value = _cut_blocks(weight, rows, columns, groups)
         memo[id(weight)] = _like(weight, value)
-    if bias is not None and kept_out is not None:
-        memo[id(bias)] = _like(bias, _select(bias, {0: kept_out}))
+    if bias is not None and (kept := plan.kept_outputs.get(name)) is not None:
+        memo[id(bias)] = _like(bias, _select(bias, {0: kept}))
 
 
-def is_depthwise(layer: nn.Module) -> bool:
+def _kind_of(layer: nn.Module | None) -> tuple[str, tuple[str, ...]]:
+    """Return the entry of a layer in the table of kinds; an empty one for a layer without channels of its own."""
+    return next((entry for kind, entry in _KINDS.items() if isinstance(layer, kind)), ("", ()))
+
+
+def _kept_by_dim(name: str, layer: nn.Module, plan: PruningPlan) -> list[list[int] | None]:
+    """Return the channels that a layer keeps along each dimension of its weight that counts channels; None: all."""
+    kept = {"in": plan.kept_inputs.get(name), "out": plan.kept_outputs.get(name)}
+    return [kept[attribute.partition("_")[0]] for attribute in _kind_of(layer)[1]]
+
+
+def _is_depthwise(layer: nn.Module) -> bool:
     """Tell whether a convolution reads one input channel a group, so that a removed channel takes its group along."""
     groups = getattr(layer, "groups", 1)
     return groups > 1 and groups == getattr(layer, "in_channels", 0)
@@ -240,52 +260,48 @@ def _like(old: Tensor, value: Tensor) -> Tensor:
     return value.contiguous()
 
 
-def _count_weight(layer: nn.Linear | nn.modules.conv._ConvNd) -> None:
-    """Let a layer's numbers of channels be those of its weight."""
-    first, second = layer.weight.shape[:2]
-    if isinstance(layer, nn.Linear):
-        layer.out_features, layer.in_features = first, second
-    else:
-        if is_depthwise(layer):
-            layer.groups = first * layer.in_channels // (layer.in_channels if layer.transposed else layer.out_channels)
-        second *= layer.groups
-        layer.in_channels, layer.out_channels = (first, second) if layer.transposed else (second, first)
-
-
 def _set_attributes(modules: Mapping[str, Any], plan: PruningPlan) -> None:
+    """Let the attributes that count channels follow: of layers by what they keep, of others by their cut tensors."""
     for name in plan.kept_outputs.keys() | plan.kept_inputs.keys():
         layer = modules[name]
-        kept_in, kept_out = plan.kept_inputs.get(name), plan.kept_outputs.get(name)
         if (rule := layer_rule(layer)) is not None:
-            rule.resize(layer, kept_in, kept_out)
-            continue
-        if isinstance(layer, nn.Linear):
-            layer.in_features = len(kept_in) if kept_in is not None else layer.in_features
-            layer.out_features = len(kept_out) if kept_out is not None else layer.out_features
-            continue
-        if is_depthwise(layer) and kept_in is not None:
-            layer.groups = len(kept_in)
-        layer.in_channels = len(kept_in) if kept_in is not None else layer.in_channels
-        layer.out_channels = len(kept_out) if kept_out is not None else layer.out_channels
+            rule.resize(layer, plan.kept_inputs.get(name), plan.kept_outputs.get(name))
+        else:
+            _set_counts(layer, [None if kept is None else len(kept) for kept in _kept_by_dim(name, layer, plan)])
     for name in plan.kept_tensors:
         path, _, own = name.rpartition(".")
-        owner = modules.get(path)
-        if isinstance(owner, (nn.Linear, nn.modules.conv._ConvNd)) and own == "weight":
-            _count_weight(owner)  # of a layer that runs in train mode alone, or whose weight the code uses elsewhere
-        elif isinstance(owner, nn.PReLU):
-            owner.num_parameters = owner.weight.numel()
-        elif isinstance(owner, nn.Embedding):
-            owner.num_embeddings, owner.embedding_dim = owner.weight.shape
-        elif isinstance(owner, nn.RNNBase):
-            owner.input_size = owner.get_parameter("weight_ih_l0").shape[1]
-        elif isinstance(owner, nn.RNNCellBase):
-            owner.input_size = owner.weight_ih.shape[1]
+        layer = modules[path]
+        if own == _kind_of(layer)[0]:  # a convolution or linear layer may run in train mode alone, or lend its weight
+            _set_counts(layer, _sizes(layer, getattr(layer, own)))
     for name, values in plan.attributes.items():
         for attribute, value in values.items():
-            plain, _, index = attribute.removesuffix("]").partition("[")
-            old = getattr(modules[name], plain)
-            if index:
-                new = type(old)(value if i == int(index) else v for i, v in enumerate(old))
-            else:
-                new = type(old)((value,)) if isinstance(old, tuple) else value
-            setattr(modules[name], plain, new)
+            _set_listed(modules[name], attribute, value)
+
+
+def _sizes(layer: Any, tensor: Tensor) -> list[int]:
+    """Return how many channels lie along each dimension of a layer's cut tensor, those of all groups together."""
+    sizes = list(tensor.shape)
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        groups, rows = layer.groups, getattr(layer, _kind_of(layer)[1][0])
+        sizes[1] *= groups * sizes[0] // rows if _is_depthwise(layer) else groups
+    return sizes
+
+
+def _set_counts(layer: Any, sizes: Sequence[int | None]) -> None:
+    """Let a layer's attributes count so many channels along each dimension of its tensor; None: as many as before."""
+    depthwise = _is_depthwise(layer)
+    for attribute, size in zip(_kind_of(layer)[1], sizes, strict=False):
+        if attribute and size is not None:
+            setattr(layer, attribute, size)
+    if depthwise:
+        layer.groups = layer.in_channels
+
+
+def _set_listed(module: nn.Module, attribute: str, value: int) -> None:
+    """Set an attribute to a number, or with ``name[i]`` element i of it; a tuple that counts channels holds one."""
+    plain, _, index = attribute.removesuffix("]").partition("[")
+    old = getattr(module, plain)
+    if index:
+        setattr(module, plain, type(old)(value if i == int(index) else v for i, v in enumerate(old)))
+    else:
+        setattr(module, plain, type(old)((value,)) if isinstance(old, tuple) else value)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import secateur as sc
 from secateur.network.precision import in_double
-from secateur.pruning import verification
-from secateur.pruning.verification import Difference, _compare_outputs, _sums, _weights, doubled, outputs
+from secateur.pruning import comparison
+from secateur.pruning.comparison import compare_outputs, doubled, outputs
+from secateur.pruning.readings import _weights, sums
 
 
 class Tied(nn.Module):
@@ -58,10 +59,10 @@ def test_a_copy_in_fp64_is_as_the_plain_way_makes_it(build: type[nn.Module]) -> 
 def test_a_channel_is_summed_over_all_its_values(shape: tuple[int, ...], dim: int, dtype: torch.dtype) -> None:
     x = (10 * torch.randn(shape)).to(dtype)
     for laid_out in (x, x.mT.contiguous().mT if x.ndim > 1 else x):
-        sums, count = _sums(laid_out, dim)
+        found, count = sums(laid_out, dim)
         rows = x.double().movedim(dim, 0).reshape(shape[dim], math.prod(shape) // shape[dim])
         assert count == rows.shape[1]
-        assert torch.allclose(sums.double(), rows @ _weights(count), atol=1e-5)
+        assert torch.allclose(found.double(), rows @ _weights(count), atol=1e-5)
 
 
 class Mapped(nn.Module):
@@ -147,9 +148,8 @@ def test_operators_in_fp64_keep_what_fp32_can_not_hold() -> None:
 def test_outputs_differ_by_the_largest_gap_over_the_largest_value(
     want: list[complex], found: list[complex], error: float, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verification, "_PART", at_once)
-    difference = Difference()
-    _compare_outputs([torch.tensor(want)], [torch.tensor(found)], difference)
+    monkeypatch.setattr(comparison, "_PART", at_once)
+    difference = compare_outputs([torch.tensor(want)], [torch.tensor(found)])
     assert difference.error == pytest.approx(error, abs=1e-9)
     assert difference.compared == 1
 

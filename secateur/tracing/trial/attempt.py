@@ -21,9 +21,10 @@ from secateur.graph.plan import PruningPlan, masks
 from secateur.graph.steps import steps
 from secateur.network.inputs import mapped
 from secateur.network.precision import in_double
+from secateur.pruning.comparison import Difference, compare, doubled, outputs
 from secateur.pruning.planning import plan_removal
 from secateur.pruning.surgery import cut
-from secateur.pruning.verification import Difference, compare, doubled, jumps, outputs
+from secateur.pruning.ties import jumps
 from secateur.tracing.assumptions import Assumptions
 from secateur.tracing.grouping import Grouping
 from secateur.tracing.program import WORTH, Program
