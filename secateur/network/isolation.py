@@ -8,6 +8,7 @@ import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -46,8 +47,8 @@ def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
 def left_as_found(*models: nn.Module) -> Iterator[None]:
     """Run forwards inside, and leave no mark: what they change of the networks and of torch's state is put back.
 
-    That is: modes; attributes of modules, and what the dicts, lists and sets among them hold; hooks; buffers;
-    parameters that a module changes when its mode is set; random states; torch's switches.
+    That is: modes; attributes of modules, and what the dicts, lists, sets and plain objects among them hold; hooks;
+    buffers; parameters that a module changes when its mode is set; random states; torch's switches.
     """
     modules = [m for model in models for m in modules_of(model).values()]
     devices = {p.device for m in modules for p in m._parameters.values() if p is not None}
@@ -111,7 +112,9 @@ def _attributes(modules: list[nn.Module]) -> Callable[[], None]:
     # A lazy layer counts its channels when it first sees them, and keeps that.
     known = [(m, dict(vars(m))) for m in modules if not any(map(is_lazy, m._parameters.values()))]  # type: ignore[arg-type]
     held_by = (v for _, own in known for name, v in own.items() if type(v) not in _FIXED and name not in BOOKS)
-    containers = [found for value in held_by for found in _containers(value)]
+    # A configuration that all modules share is looked at once.
+    held_once = {id(value): value for value in held_by}.values()
+    containers = [found for value in held_once for found in _containers(value)]
     hooks = [(own[name], _held(own[name])) for _, own in known for name in _HOOKS if name in own]
 
     def put_back() -> None:
@@ -138,7 +141,12 @@ def _set_back(module: nn.Module, before: Mapping[str, Any]) -> bool:
 
 
 def _containers(value: Any, depth: int = 3) -> Iterator[tuple[Any, list[Any]]]:
-    """Yield the dicts, lists and sets that an attribute of a module is or holds, with what they hold now."""
+    """Yield the dicts, lists and sets that an attribute of a module is or holds, with what they hold now.
+
+    The attributes of a plain object, such as one that holds a state, are a dict like any other.
+    """
+    if not (isinstance(value, _CONTAINERS) or callable(value) or isinstance(value, (torch.Tensor, ModuleType))):
+        value = getattr(value, "__dict__", None)
     if isinstance(value, _CONTAINERS):
         held = _held(value)
         yield value, held

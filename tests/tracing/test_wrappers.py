@@ -112,13 +112,22 @@ def test_an_exported_program_is_refused_in_words() -> None:
         sc.trace(program, X)
 
 
-class Remembering(nn.Module):
-    """A network whose output depends on the run before, by what it keeps where no run's end puts it back."""
+KEPT: dict[int, SimpleNamespace] = {}
+"""Where no run's end puts anything back."""
 
-    def __init__(self) -> None:
+
+class Remembering(nn.Module):
+    """A network whose output depends on the run before: by an object of its own, or by one that is not."""
+
+    def __init__(self, kept: SimpleNamespace | None) -> None:
         super().__init__()
         self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
-        self.kept = SimpleNamespace(last=None)
+        self.own = kept
+
+    @property
+    def kept(self) -> SimpleNamespace:
+        """What it remembers."""
+        return self.own or KEPT.setdefault(id(self), SimpleNamespace(last=None))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x).relu()
@@ -128,12 +137,21 @@ class Remembering(nn.Module):
 
 
 def test_a_network_that_keeps_state_between_runs_is_said_to_do_so() -> None:
-    model = Remembering().eval()
+    KEPT.clear()
+    model = Remembering(None).eval()
     graph = sc.trace(model, X)
     plan = sc.plan_removal(graph, {"conv": [0, 3]})
     report = sc.verify(model, sc.apply(model, plan), plan, X)
     assert not report.exact
     assert any("differ from run to run" in reason for reason in report.refused)
+
+
+def test_what_a_network_keeps_in_an_object_of_its_own_is_put_back() -> None:
+    kept = SimpleNamespace(last=None)
+    model = Remembering(kept).eval()
+    plan = sc.plan_removal(sc.trace(model, X), {"conv": [0, 3]})
+    assert sc.verify(model, sc.apply(model, plan), plan, X).exact
+    assert kept.last is None
 
 
 def test_magnitudes_of_weight_norm_follow_and_their_momentum_is_only_cut() -> None:
