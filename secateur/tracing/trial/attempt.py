@@ -149,7 +149,8 @@ def _run(trials: Trials, grouping: Grouping, chosen: list[int], plan: PruningPla
         misread = _differing(trials, plan, small, fine=bool(told(trials, grouping).intersection(chosen)))
         # Values of a network that keeps state differ from run to run; its program tells all the same.
         if misread is not None and can_tell(trials.recording) and not program.steps:
-            misread = None if _is_told_by_program(trials, grouping, plan, small, program) else misread
+            fresh = cut(trials.model, plan, share=True)
+            misread = None if _is_told_by_program(trials, grouping, plan, fresh, program) else misread
     except SecateurError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever the model's own code raises; it is the finding
