@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,7 +113,7 @@ def test_an_exported_program_is_refused_in_words() -> None:
         sc.trace(program, X)
 
 
-KEPT: dict[int, SimpleNamespace] = {}
+KEPT: weakref.WeakKeyDictionary[nn.Module, SimpleNamespace] = weakref.WeakKeyDictionary()
 """Where no run's end puts anything back."""
 
 
@@ -127,7 +128,7 @@ class Remembering(nn.Module):
     @property
     def kept(self) -> SimpleNamespace:
         """What it remembers."""
-        return self.own or KEPT.setdefault(id(self), SimpleNamespace(last=None))
+        return self.own or KEPT.setdefault(self, SimpleNamespace(last=None))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x).relu()
