@@ -127,6 +127,8 @@ def train(
     records = [] if before is None else before.epochs
     if before is not None:
         model.load_state_dict(before.model)
+        if write:  # it may have been killed before the line of its last epoch was written
+            _write_lines(file, records)
     stage = Stage(model, settings, epochs=epochs, seed=seed, **options)
     try:
         if before is not None:
@@ -151,6 +153,10 @@ def _write(
     tensors = {f"model/{k}": v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     state = flatten(stage.state(), "stage", tensors)
     write_record(file, _KEY, FORMAT_VERSION, {"request": request, "epochs": records, "stage": state}, tensors)
+    _write_lines(file, records)
+
+
+def _write_lines(file: Path, records: list[dict[str, Any]]) -> None:
     lines = "".join(json.dumps(record) + "\n" for record in records)
     checkpoint.write_atomic(file.with_suffix(".jsonl"), lines.encode())
 

@@ -90,56 +90,60 @@ def doomed(folder: Path, draw: random.Random) -> None:
 
 
 def main(folder: Path, seed: int, kills: int) -> None:
-    """Kill the run some times; then let it end."""
+    """Run to the end in one folder; in another, be killed some times first. Prints how often that was."""
     torch.set_num_threads(1)
+    attempt(folder / "one" / "whole")
     died = 0
     for number in range(kills):
         child = os.fork()
         if child == 0:
-            doomed(folder, random.Random(1000 * seed + number))
+            doomed(folder / "two" / "killed", random.Random(1000 * seed + number))
         _, status = os.waitpid(child, 0)
         died += os.WIFSIGNALED(status)
-    if not (folder / "result.json").is_file():
-        attempt(folder)
+    if not (folder / "two" / "killed" / "result.json").is_file():
+        attempt(folder / "two" / "killed")
     sys.stdout.write(json.dumps({"died": died}) + "\n")
-
-
-def killed(folder: Path, seed: int, kills: int) -> int:
-    command = [sys.executable, "-m", "tests.runfile.test_baselines", str(folder), str(seed), str(kills)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return int(json.loads(done.stdout.splitlines()[-1])["died"])
-
-
-def networks(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in ("baseline.safetensors", "model.safetensors")}
 
 
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_in_the_baseline_the_run_ends_in_the_same_bits(tmp_path: Path, seed: int) -> None:
-    assert killed(tmp_path / "one" / "whole", 0, 0) == 0
-    assert killed(tmp_path / "two" / "killed", seed, 3) >= 2
-    assert networks(tmp_path / "two" / "killed") == networks(tmp_path / "one" / "whole")
-    assert not (tmp_path / "two" / "killed" / "checkpoint" / "baseline.safetensors").exists()
-    lines = (tmp_path / "two" / "killed" / "checkpoint" / "baseline.jsonl").read_text().splitlines()
+    command = [sys.executable, "-m", "tests.runfile.test_baselines", str(tmp_path), str(seed), "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1])["died"] >= 2
+    whole, cut = tmp_path / "one" / "whole", tmp_path / "two" / "killed"
+    for name in ("baseline.safetensors", "model.safetensors"):
+        assert (whole / name).read_bytes() == (cut / name).read_bytes()
+    assert not (cut / "checkpoint" / "baseline.safetensors").exists()
+    lines = (cut / "checkpoint" / "baseline.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
 
 
-def test_runs_that_ask_alike_share_one_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def handed_on(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """Return a list to which each run adds its baseline's fingerprint and record, in place of going on."""
+    found: list[tuple[str, dict[str, Any]]] = []
+
+    def compress(model: Any, *_: Any, describe: dict[str, Any], **__: Any) -> None:
+        found.append((baseline.fingerprint(model), describe["baseline"]))
+
+    monkeypatch.setattr(configured_run, "compress", compress)
+    return found
+
+
+def test_runs_that_ask_alike_share_one_baseline(
+    tmp_path: Path, handed_on: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = request(tmp_path / "first", baseline={"epochs": 1, "lr": 0.02})
     configured_run.start(first, Quiet())
-    told = json.loads((tmp_path / "first" / "config.json").read_text())["baseline"]
+    monkeypatch.setattr(baseline, "train", lambda *_, **__: pytest.fail("the baseline was trained again"))
+    second = first.model_copy(update={"run_dir": str(tmp_path / "second"), "method": "l1"})
+    configured_run.start(second, Quiet())
+    (one, told), (other, again) = handed_on
+    assert one == other
     assert Path(told["file"]).parent == tmp_path / "baselines"
-    assert told["trained_here"]
-    with monkeypatch.context() as patch:
-        patch.setattr(baseline, "train", lambda *_, **__: pytest.fail("the baseline was trained again"))
-        second = first.model_copy(update={"run_dir": str(tmp_path / "second"), "method": "l1"})
-        configured_run.start(second, Quiet())
-    again = json.loads((tmp_path / "second" / "config.json").read_text())["baseline"]
-    assert again == {"file": told["file"], "trained_here": False}
-    ones = [networks(tmp_path / name)["baseline.safetensors"] for name in ("first", "second")]
-    assert ones[0] == ones[1]
+    assert (told["trained_here"], again) == (True, {"file": told["file"], "trained_here": False})
     assert checkpoint.read_header(told["file"]).extra["request"]["baseline"]["epochs"] == 1
 
 
@@ -171,19 +175,17 @@ def test_every_difference_makes_another_baseline(tmp_path: Path, monkeypatch: py
     assert len({baseline.file_name(a) for a in asked}) == len(CHANGES) + 1
 
 
-def test_what_the_users_code_makes_is_not_shared(tmp_path: Path) -> None:
+def test_what_the_users_code_makes_is_not_shared(tmp_path: Path, handed_on: list[Any]) -> None:
     (tmp_path / "net.py").write_text("from secateur.models import lenet5\n\ndef build():\n    return lenet5()\n")
     run = request(tmp_path / "run", model=f"{tmp_path / 'net.py'}:build", baseline={"epochs": 1})
     configured_run.start(run, Quiet())
-    told = json.loads((tmp_path / "run" / "config.json").read_text())["baseline"]
-    assert Path(told["file"]).parent == tmp_path / "run" / "checkpoint"
+    assert Path(handed_on[0][1]["file"]).parent == tmp_path / "run" / "checkpoint"
     assert not (tmp_path / "baselines").exists()
 
 
-def test_a_folder_of_ones_own_for_baselines(tmp_path: Path) -> None:
-    run = request(tmp_path / "run", baselines=str(tmp_path / "mine"), baseline={"epochs": 1})
-    configured_run.start(run, Quiet())
-    assert [p.suffix for p in (tmp_path / "mine").iterdir()] == [".safetensors"]
+def test_a_folder_of_ones_own_for_baselines(tmp_path: Path, handed_on: list[Any]) -> None:
+    configured_run.start(request(tmp_path / "run", baselines=str(tmp_path / "mine"), baseline={"epochs": 1}), Quiet())
+    assert [str(p) for p in (tmp_path / "mine").iterdir()] == [handed_on[0][1]["file"]]
     assert config.load(tmp_path / "run" / config.FILE).baselines == str(tmp_path / "mine")
 
 
