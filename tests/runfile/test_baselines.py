@@ -1,6 +1,7 @@
 """Runs that train their network first: killed in the middle of that, and sharing it with runs that ask alike.
 
-``python -m tests.runfile.test_baselines FOLDER SEED KILLS`` is the run that is killed, in a process of its own.
+``python -m tests.runfile.test_baselines FOLDER SEED KILLS PART`` is the run that is killed, in a process of its own;
+PART is ``whole``, or ``baseline`` for what comes before the compression.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 VALUES: dict[str, Any] = {
     "model": "lenet5",
+    "model_options": {"widths": [4, 6], "hidden": 8},
     "data": "digits",
-    "data_options": {"train_size": 300},
+    "data_options": {"size": 16, "train_size": 300},
     "target": {"macs": 0.3},
     "settings": {"device": "cpu", "max_rounds": 1, "optimise_epochs": 0, "finetune_epochs": 1, "fraction": 0.2},
     "baseline": {"epochs": 3, "lr": 0.02},
@@ -89,9 +91,18 @@ def doomed(folder: Path, draw: random.Random) -> None:
     os._exit(0)
 
 
-def main(folder: Path, seed: int, kills: int) -> None:
+def only_kept(model: Any, *_: Any, run_dir: Path, **__: Any) -> None:
+    """Stand in for the compression: write down what it would have begun with."""
+    checkpoint.save(model, None, run_dir / "baseline.safetensors")
+    checkpoint.save(model, None, run_dir / "model.safetensors")
+    checkpoint.write_json(run_dir / "result.json", {})
+
+
+def main(folder: Path, seed: int, kills: int, part: str) -> None:
     """Run to the end in one folder; in another, be killed some times first. Prints how often that was."""
     torch.set_num_threads(1)
+    if part == "baseline":
+        configured_run.compress = only_kept  # type: ignore[assignment]
     attempt(folder / "one" / "whole")
     died = 0
     for number in range(kills):
@@ -105,9 +116,11 @@ def main(folder: Path, seed: int, kills: int) -> None:
     sys.stdout.write(json.dumps({"died": died}) + "\n")
 
 
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
-def test_killed_in_the_baseline_the_run_ends_in_the_same_bits(tmp_path: Path, seed: int) -> None:
-    command = [sys.executable, "-m", "tests.runfile.test_baselines", str(tmp_path), str(seed), "3"]
+@pytest.mark.parametrize(
+    ("part", "seed"), [("baseline", 1), *(pytest.param("whole", seed, marks=pytest.mark.slow) for seed in (2, 3, 4))]
+)
+def test_killed_in_the_baseline_the_run_ends_in_the_same_bits(tmp_path: Path, part: str, seed: int) -> None:
+    command = [sys.executable, "-m", "tests.runfile.test_baselines", str(tmp_path), str(seed), "3", part]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -151,8 +164,8 @@ CHANGES: list[dict[str, Any]] = [
     {"seed": 1},
     {"baseline": {"epochs": 1, "lr": 0.03}},
     {"batch_size": 64},
-    {"data_options": {"train_size": 300, "seed": 1}},
-    {"model_options": {"widths": [6, 10]}},
+    {"data_options": {"size": 16, "train_size": 300, "seed": 1}},
+    {"model_options": {"widths": [6, 10], "hidden": 8}},
     {"settings": {**VALUES["settings"], "precision": "bf16"}},
     {"settings": {**VALUES["settings"], "channels_last": False}},
 ]
@@ -176,7 +189,9 @@ def test_every_difference_makes_another_baseline(tmp_path: Path, monkeypatch: py
 
 
 def test_what_the_users_code_makes_is_not_shared(tmp_path: Path, handed_on: list[Any]) -> None:
-    (tmp_path / "net.py").write_text("from secateur.models import lenet5\n\ndef build():\n    return lenet5()\n")
+    (tmp_path / "net.py").write_text(
+        "from secateur.models import lenet5\n\ndef build(**options):\n    return lenet5(**options, in_size=16)\n"
+    )
     run = request(tmp_path / "run", model=f"{tmp_path / 'net.py'}:build", baseline={"epochs": 1})
     configured_run.start(run, Quiet())
     assert Path(handed_on[0][1]["file"]).parent == tmp_path / "run" / "checkpoint"
@@ -236,4 +251,4 @@ def test_the_baseline_goes_on_in_the_precision_that_it_began_in(
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
