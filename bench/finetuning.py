@@ -33,6 +33,7 @@ from secateur.data import Batches, DataBundle, load
 from secateur.graph.channels import ChannelGraph
 from secateur.pruning.surgery import cut
 from secateur.tracing.tracing import trace
+from secateur.training.arithmetic import Arithmetic
 from secateur.training.stages import TrainingSettings, accelerator, evaluate, fit
 
 RATIO, BATCH = 0.5, 128
@@ -74,8 +75,8 @@ class Table:
     def epoch(self, model: nn.Module, number: int, peak: float) -> None:
         """Train for one epoch: the same order and augmentation of the images in every cell."""
         batches = Batches(self.data.train, BATCH, shuffle=True, augment=True, drop_last=True)
-        runtime = accelerator("cpu", "bf16")
-        fit(model, batches, epochs=1, settings=settings(peak), seed=0, stage=number, runtime=runtime)
+        options: dict[str, Any] = {"runtime": accelerator("cpu"), "arithmetic": Arithmetic("bf16")}
+        fit(model, batches, epochs=1, settings=settings(peak), seed=0, stage=number, **options)
 
     def try_peaks(self, compensation: str) -> None:
         """Measure, on the images held out, one epoch of ``l1`` with a compensation from every peak."""

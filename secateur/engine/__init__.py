@@ -204,10 +204,12 @@ def _configuration(engine: Engine, describe: Mapping[str, Any] | None) -> dict[s
         "target": None if target is None else {target.what: target.fraction},
         "seed": engine.seed,
         "settings": engine.settings.plain(),
+        "arithmetic": engine.arithmetic.reason,
         "versions": versions,
         "machine": {
             "system": platform.platform(), "processor": platform.processor() or platform.machine(),
             "python": platform.python_version(), "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
             "device": str(engine.runtime.device), "processes": engine.runtime.num_processes,
         },
         **dict(describe or {}),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from secateur.pruning.planning import Target, plan_removal
 from secateur.pruning.surgery import cut
 from secateur.tracing.tracing import trace
 from secateur.training import stages
+from secateur.training.arithmetic import decide
 from secateur.training.stages import Batches, Distillation, Loss, Metric, Stage
 
 if TYPE_CHECKING:
@@ -77,9 +79,19 @@ class Engine:
         self.loss, self.metric = loss, metric
         self.progress: Progress = progress or (lambda _event: None)
         self._check_request()
-        self.runtime: Accelerator = stages.accelerator(self.settings.device, self.settings.precision)
+        self.runtime: Accelerator = stages.accelerator(self.settings.device)
         self.original = replica(unwrapped(model)).to(self.runtime.device)
         self.example_inputs = self._example(example_inputs)
+        self.arithmetic = decide(
+            self.original,
+            self.example_inputs,
+            self.runtime.device,
+            self.settings.precision,
+            self.settings.channels_last,
+        )
+        self.settings = replace(
+            self.settings, precision=self.arithmetic.precision, channels_last=self.arithmetic.channels_last
+        )
         self.graph: ChannelGraph = trace(self.original, self.example_inputs)
         self.selection = Selection(self.graph, method, self.settings, target=target, seed=seed, train=train, loss=loss)
         self.groups, self.goals = self.selection.groups, self.selection.goals
@@ -398,7 +410,7 @@ class Engine:
                 state.network, settings, epochs=epochs, seed=self.seed, number=state.stages, runtime=self.runtime,
                 loss=self.loss, teacher=self.original if listens else None,
                 distillation=Distillation(self.settings.distillation, self.settings.temperature) if listens else None,
-                **options,
+                arithmetic=self.arithmetic, **options,
             )  # fmt: skip
             if state.training is not None:
                 self._stage.restore(state.training)

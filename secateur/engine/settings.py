@@ -12,6 +12,7 @@ from secateur.compensation import parse
 from secateur.compensation.least_squares import refit
 from secateur.criteria.papers.singh2020cfp import Form, Order
 from secateur.errors import UsageError
+from secateur.training.arithmetic import PRECISIONS
 from secateur.training.stages import Distillation, TrainingSettings
 
 Share = Literal["mean", "macs", "first"]
@@ -113,7 +114,11 @@ class Settings:
 
     # How it is computed
     device: str = "auto"
-    precision: str = "no"
+    precision: str = "auto"
+    """What convolutions and matrix products compute in while training; evaluation stays in fp32. ``auto`` takes bf16
+    where the machine gains by it, see :func:`secateur.training.arithmetic.decide`; a run keeps to what it began in."""
+    channels_last: bool | Literal["auto"] = "auto"
+    """Whether convolutions' weights lie in memory with the channels last while training; ``auto`` as above."""
     criterion: dict[str, Any] = field(default_factory=dict)
     """Options of the criterion, for methods other than ``cfp``. With one that decides a selection and no score, such
     as ``threshold`` of ``corrnet`` or ``budget`` of ``cshe``, the criterion selects by itself, at most as many channels
@@ -135,6 +140,10 @@ class Settings:
         _choice("form", self.form, get_args(Form))
         _choice("order", self.order, get_args(Order))
         _choice("optimise", self.optimise, ("correlation", "none"))
+        _choice("precision", self.precision, ("auto", *PRECISIONS))
+        _require(
+            self.channels_last in (True, False, "auto"), "channels_last", "is true, false or auto", self.channels_last
+        )
         _choice("pace", self.pace, ("geometric", "linear"))
         _require(self.min_width >= 1, "min_width", "is at least 1", self.min_width)
         for name in ("optimise_epochs", "finetune_epochs", "final_epochs", "criterion_batches"):

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from secateur.checkpoint import write_atomic
+from secateur.checkpoint.records import flatten, read_record, restore, write_record
 from secateur.errors import CheckpointError
 
 FORMAT_VERSION = 1
@@ -88,13 +83,9 @@ class State:
         }
         if self.accepted is not None:
             tensors |= {f"accepted/{k}": v for k, v in self.accepted.items()}
-        training = _flatten(self.training, "training", tensors)
-        record = {
-            "version": FORMAT_VERSION, "state": self.plain(), "training": training,
-            "accepted": self.accepted is not None,
-        }  # fmt: skip
-        stored = {k: v.detach().to("cpu").clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-        write_atomic(path, to_bytes(stored, metadata={_KEY: json.dumps(record, separators=(",", ":"))}))
+        training = flatten(self.training, "training", tensors)
+        record = {"state": self.plain(), "training": training, "accepted": self.accepted is not None}
+        write_record(path, _KEY, FORMAT_VERSION, record, tensors)
 
     @classmethod
     def load(cls, path: Path) -> tuple[State, dict[str, Tensor]]:
@@ -103,54 +94,18 @@ class State:
         Raises:
             CheckpointError: If the file is missing, damaged or something else.
         """
-        tensors, record = _read(path)
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path}: no such file, so there is no run to resume; the run directory or its name is another."
+            )
+        record, tensors = read_record(path, _KEY, FORMAT_VERSION, "the state of a run")
         try:
             state = cls(**record["state"])
             if record["accepted"]:
                 state.accepted = {
                     k.removeprefix("accepted/"): v for k, v in tensors.items() if k.startswith("accepted/")
                 }
-            state.training = _restore(record["training"], tensors)
+            state.training = restore(record["training"], tensors)
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: damaged, or written by another release: {error}.") from error
         return state, {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")}
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path}: no such file, so there is no run to resume; the run directory or its name is another."
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            record = json.loads((file.metadata() or {})[_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: damaged, or not the state of a run: {' '.join(str(error).split())}.") from error
-    if record.get("version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format version {record.get('version')}, this release resumes {FORMAT_VERSION} only."
-        )
-    return tensors, record
-
-
-def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Turn nested data with tensors into JSON, the tensors put aside under names; integer keys are kept as pairs."""
-    if isinstance(value, Tensor):
-        tensors[name] = value
-        return {"tensor": name}
-    if isinstance(value, Mapping):
-        return {"items": [[k, _flatten(v, f"{name}/{k}", tensors)] for k, v in value.items()]}
-    if isinstance(value, (list, tuple)):
-        return {"list": [_flatten(v, f"{name}/{i}", tensors) for i, v in enumerate(value)]}
-    return {"value": value}
-
-
-def _restore(value: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
-    if "tensor" in value:
-        return tensors[value["tensor"]]
-    if "items" in value:
-        return {k: _restore(v, tensors) for k, v in value["items"]}
-    if "list" in value:
-        return [_restore(v, tensors) for v in value["list"]]
-    return value["value"]

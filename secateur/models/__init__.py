@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from secateur.models.cifar_resnet import CifarResNet, resnet20, resnet56, resnet110
+from secateur.models.cifar_resnet import CifarResNet, projected, resnet20, resnet56, resnet110
 from secateur.models.lenet import LeNet5, lenet5
 from secateur.models.pad_shortcut import PadShortcut
 from secateur.models.vgg import CifarVGG, vgg16
@@ -34,6 +34,7 @@ __all__ = [
     "LeNet5",
     "PadShortcut",
     "lenet5",
+    "projected",
     "resnet20",
     "resnet56",
     "resnet110",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -13,6 +13,8 @@ from secateur.errors import UsageError
 from secateur.models.pad_shortcut import PadShortcut, centred
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 STREAMS = (16, 32, 64)
@@ -135,6 +137,84 @@ class CifarResNet(nn.Module):
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: Tensor = self.linear(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
         return logits
+
+
+def projected(model: CifarResNet, images: Iterable[Tensor]) -> CifarResNet:
+    """Return a network with 1×1 projections that computes what one with padded shortcuts computes.
+
+    CFP's ResNet-56 has projections, in the first block too, and the published weights are of padded shortcuts. The
+    projections are 0 and 1 as the padding's map says; their batch norms have the moments of their channels on the
+    images, and scale and shift that undo them, so that the networks agree in train mode, too, where batches have
+    those moments. Channels that the padding fills with zeros get scale 0, and stay 0 in training.
+
+    Args:
+        model: With shortcuts of option A; left as it is.
+        images: Batches ``(N, C, H, W)``, at least one.
+
+    Returns:
+        A network of option B with ``free_stem``, in eval mode.
+
+    Raises:
+        UsageError: If there is no image, or a shortcut is a projection already.
+    """
+    stages = [cast("list[BasicBlock]", list(stage)) for stage in (model.layer1, model.layer2, model.layer3)]
+    inner = [[block.conv1.out_channels for block in blocks] for blocks in stages]
+    streams = [blocks[0].conv2.out_channels for blocks in stages]
+    result = CifarResNet(
+        6 * len(stages[0]) + 2, "B", model.conv1.out_channels, streams, inner, model.linear.out_features,
+        model.conv1.in_channels, free_stem=True,
+    )  # fmt: skip
+    result.to(model.linear.weight).load_state_dict(model.state_dict(), strict=False)
+    first = [blocks[0] for blocks in stages]
+    if not all(isinstance(block.shortcut, PadShortcut) or not len(block.shortcut) for block in first):  # type: ignore[arg-type]
+        raise UsageError("projected: a shortcut is a 1x1 projection already; give a network of option A.")
+    moments = _moments(model, first, images)
+    for block, stage, (mean, variance) in zip(first, ("layer1", "layer2", "layer3"), moments, strict=True):
+        sources = block.shortcut.source if isinstance(block.shortcut, PadShortcut) else range(len(mean))
+        conv, norm = cast("tuple[nn.Conv2d, nn.BatchNorm2d]", result.get_submodule(f"{stage}.0.shortcut").children())
+        with torch.no_grad():
+            conv.weight.zero_()
+            norm.weight.zero_()
+            norm.bias.zero_()
+            norm.running_var.zero_()  # type: ignore[union-attr]
+            for out, source in enumerate(sources):
+                if source >= 0:
+                    conv.weight[out, source] = 1
+                    norm.running_mean[out], norm.running_var[out] = mean[source], variance[source]  # type: ignore[index]
+                    norm.weight[out], norm.bias[out] = (variance[source] + norm.eps).sqrt(), mean[source]
+    return result.eval()
+
+
+def _moments(model: CifarResNet, blocks: Sequence[BasicBlock], images: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return mean and variance of each channel that the blocks' shortcuts read, in fp64."""
+    sums: list[list[Tensor]] = [[] for _ in blocks]
+
+    def watch(number: int, step: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0][:, :, ::step, ::step].double()
+            count = x.new_tensor(x.numel() // x.shape[1]).expand(x.shape[1])
+            now = torch.stack([count, x.sum((0, 2, 3)), x.square().sum((0, 2, 3))])
+            sums[number] = [sums[number][0] + now] if sums[number] else [now]
+
+        return hook
+
+    modes = {module: module.training for module in model.modules()}
+    handles = [
+        block.register_forward_pre_hook(watch(number, block.conv1.stride[0])) for number, block in enumerate(blocks)
+    ]
+    try:
+        model.eval()
+        with torch.no_grad():
+            for batch in images:
+                model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    if not all(sums):
+        raise UsageError("projected: there is no image to measure the shortcuts' channels on.")
+    return [(s / n, (q / n - (s / n) ** 2).clamp(min=0)) for (n, s, q) in (total.unbind() for (total,) in sums)]
 
 
 def _block_widths(

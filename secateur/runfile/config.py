@@ -129,6 +129,9 @@ class RunConfig(_Section):
     )
     workers: int = Field(0, ge=0, description="Processes that read image files; 0 reads them in the run's own.")
     seed: int = Field(0, ge=0, description="Seed of weights, data order and every other draw.")
+    baselines: str | None = Field(
+        None, description="Folder where runs that ask for the same baseline share it; baselines/ beside run_dir's."
+    )
     run_dir: str | None = Field(None, description="Folder of the run's files; runs/MODEL-METHOD unless given.")
 
     @field_validator("method")

@@ -8,20 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur import checkpoint
+from secateur.data import DATASETS
 from secateur.engine import CompressResult, Engine, Event, RunDirectory, compress, resume
 from secateur.engine.events import Steps
 from secateur.engine.selection import selective
 from secateur.errors import UsageError
+from secateur.models import MODELS
 from secateur.pruning.planning import Target
 from secateur.runfile import config, sources
 from secateur.runfile.config import RunConfig
-from secateur.training import stages, tasks
+from secateur.training import baseline, stages, tasks
 from secateur.training.stages import TrainingSettings
 
 if TYPE_CHECKING:
     from torch import nn
 
     from secateur.data import DataBundle
+    from secateur.training.arithmetic import Arithmetic
 
 
 def start(run: RunConfig, steps: Steps) -> CompressResult:
@@ -52,17 +55,27 @@ def start(run: RunConfig, steps: Steps) -> CompressResult:
         "target": None if run.target is None else Target(**run.target.model_dump()),
         "seed": run.seed,
     }
-    config.save(run, folder / config.FILE)
+    model = found.model
+    described: dict[str, Any] = {"model": run.model, "data": run.data, "weights": run.weights}
     if run.weights is None:
         # Settings that this network can't meet are refused before its baseline is trained.
-        Engine(found.model, method, settings=run.settings, **request)
-        _train_baseline(found.model, run, request, steps)
+        engine = Engine(model, method, settings=run.settings, **request)
+        # What was decided for this machine is written down first: the baseline, too, goes on as it began.
+        run = run.model_copy(update={"settings": engine.settings})
+        training = _BaselineTraining(run, folder, model, engine.arithmetic)
+        config.save(run, folder / config.FILE)
+        model = training.trained(model, request, steps)
+        described |= {"baseline": training.record}
+        if engine.arithmetic.reason:
+            described["arithmetic"] = engine.arithmetic.reason
+    else:
+        config.save(run, folder / config.FILE)
     result = compress(
-        found.model,
+        model,
         method,
         run_dir=folder,
         progress=Show(steps),
-        describe={"model": run.model, "data": run.data, "weights": run.weights},
+        describe=described,
         **request,
         **run.settings.plain(),
     )
@@ -83,7 +96,7 @@ def go_on(folder: Path, steps: Steps) -> CompressResult:
         )
     run = config.load(folder / config.FILE, {"run_dir": str(folder.absolute())})
     if not RunDirectory(folder).started:
-        # The run was interrupted while its baseline was trained; that training begins anew from the same seed.
+        # The run was interrupted while its baseline was trained; that training goes on from its last whole epoch.
         return start(run, steps)
     bundle, found = _found(run, steps, fresh=run.weights == sources.PRETRAINED)
     result = resume(
@@ -130,6 +143,7 @@ def grounded(run: RunConfig) -> RunConfig:
             "data": sources.absolute(run.data),
             "method": sources.absolute(run.method),
             "weights": weights,
+            "baselines": run.baselines and str(Path(run.baselines).expanduser().absolute()),
             "run_dir": str(Path(run.run_dir or f"runs/{name}-{by}").expanduser().absolute()),
         }
     )
@@ -167,28 +181,64 @@ def _data(run: RunConfig, bundle: DataBundle) -> dict[str, Any]:
     }
 
 
-def _train_baseline(model: nn.Module, run: RunConfig, data: Mapping[str, Any], steps: Steps) -> None:
-    plan = run.baseline
-    given: dict[str, Any] = {f.name: getattr(plan, f.name) for f in fields(TrainingSettings)}
-    epoch = 0
+class _BaselineTraining:
+    """The training of the network that a run begins with, in the run's folder, or what another run made of the same.
 
-    def on_batch(done: int, total: int | None, loss: float) -> None:
-        each = total or done
-        steps("training the baseline", epoch * each + done, plan.epochs * each, f"loss {loss:.3f}")
+    Shared are networks and data that are known by name. What the user's own code does can't be told from its name, so
+    such a baseline stays in the run's folder.
 
-    def on_epoch(number: int, _: stages.EpochRecord) -> None:
-        nonlocal epoch
-        epoch = number + 1
+    Raises:
+        UsageError: If another training is under way in the folder.
+        CheckpointError: If its file is damaged.
+    """
 
-    stages.fit(
-        model,
-        data["train"],
-        epochs=plan.epochs,
-        loss=data["loss"],
-        settings=TrainingSettings(**given),
-        seed=run.seed,
-        on_epoch=on_epoch,
-        on_batch=on_batch,
-        runtime=stages.accelerator(run.settings.device, run.settings.precision),
-    )
-    model.eval()
+    def __init__(self, run: RunConfig, folder: Path, model: nn.Module, arithmetic: Arithmetic) -> None:
+        self.run, self.folder, self.arithmetic = run, folder, arithmetic
+        self.request = {
+            **run.model_dump(
+                mode="json",
+                include={"model", "model_options", "data", "data_options", "baseline", "batch_size", "seed"},
+            ),
+            "precision": arithmetic.precision,
+            "channels_last": arithmetic.channels_last,
+            "begins": baseline.fingerprint(model),
+        }
+        self.under_way = folder / "checkpoint" / "baseline.safetensors"
+        known = (
+            run.model.partition(":")[0] in (*MODELS, "torchvision", "timm") and run.data.partition(":")[0] in DATASETS
+        )
+        shared = Path(run.baselines or folder.parent / "baselines") if known else folder / "checkpoint"
+        self.file = shared / baseline.file_name(self.request)
+        self.record: dict[str, Any] = {"file": str(self.file), "trained_here": not self.file.is_file()}
+        baseline.read(self.under_way, self.request)
+
+    def trained(self, model: nn.Module, data: Mapping[str, Any], steps: Steps) -> nn.Module:
+        """Return the trained network."""
+        runtime = stages.accelerator(self.run.settings.device)
+        # Every process looks before one of them writes.
+        found = baseline.kept(model, self.file, self.request)
+        runtime.wait_for_everyone()
+        if found is not None:
+            return found.eval()
+        plan, epoch = self.run.baseline, 0
+
+        def on_batch(done: int, total: int | None, loss: float) -> None:
+            each = total or done
+            steps("training the baseline", epoch * each + done, plan.epochs * each, f"loss {loss:.3f}")
+
+        def on_epoch(done: int) -> None:
+            nonlocal epoch
+            epoch = done
+
+        write = runtime.is_main_process
+        with RunDirectory(self.folder, write=write):
+            records = baseline.train(
+                model, data["train"], self.under_way, self.request,
+                epochs=plan.epochs, seed=self.run.seed, write=write, on_epoch=on_epoch, on_batch=on_batch,
+                settings=TrainingSettings(**{f.name: getattr(plan, f.name) for f in fields(TrainingSettings)}),
+                loss=data["loss"], runtime=runtime, arithmetic=self.arithmetic,
+            )  # fmt: skip
+            if write:
+                baseline.keep(model, self.file, self.request, records)
+                self.under_way.unlink(missing_ok=True)
+        return model.eval()

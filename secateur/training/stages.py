@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from secateur.errors import DataError, RunError, UsageError
 from secateur.network.inputs import are_images
 from secateur.network.isolation import set_modes
+from secateur.training.arithmetic import Arithmetic, put_channels_last, put_contiguous
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -140,24 +141,23 @@ class EpochRecord:
     """True where the stage's stop rule ended the epoch."""
 
 
-def accelerator(device: str = "auto", precision: str = "no") -> Accelerator:
-    """Make the Accelerate runtime that places models and batches.
+def accelerator(device: str = "auto") -> Accelerator:
+    """Make the Accelerate runtime that places models and batches; precision is each stage's own.
 
     Args:
         device: ``cpu``, or ``auto`` for the accelerator where there is one.
-        precision: ``no`` (fp32), ``bf16`` or ``fp16``.
 
     Raises:
-        UsageError: If either is unknown, or the process already runs with another precision.
+        UsageError: If it is neither, or the process already runs Accelerate in another precision.
     """
     from accelerate import Accelerator
 
-    if device not in ("auto", "cpu") or precision not in ("no", "bf16", "fp16"):
-        raise UsageError(f"device is auto or cpu, precision no, bf16 or fp16; found {device!r} and {precision!r}.")
+    if device not in ("auto", "cpu"):
+        raise UsageError(f"device: is auto or cpu, found {device!r}.")
     try:
-        return Accelerator(cpu=device == "cpu", mixed_precision=precision)
+        return Accelerator(cpu=device == "cpu", mixed_precision="no")
     except (ValueError, ImportError) as error:
-        raise UsageError(f"device {device}, precision {precision}: {' '.join(str(error).split())}") from error
+        raise UsageError(f"device {device}: {' '.join(str(error).split())}") from error
 
 
 def derived_seed(*parts: int) -> int:
@@ -259,6 +259,7 @@ class Stage:
         stop: Called after each step; True ends the stage.
         teacher: Unpruned network, for distillation.
         distillation: How to listen to it.
+        arithmetic: In which precision and memory format to compute; fp32 and contiguous when None.
     """
 
     def __init__(
@@ -275,6 +276,7 @@ class Stage:
         stop: Callable[[], bool] | None = None,
         teacher: nn.Module | None = None,
         distillation: Distillation | None = None,
+        arithmetic: Arithmetic | None = None,
     ) -> None:
         self.model = model
         self.settings = settings or TrainingSettings()
@@ -286,8 +288,13 @@ class Stage:
         self.teacher = None if teacher is None else teacher.to(self.runtime.device)
         self.distillation = distillation or Distillation()
         self.model.to(self.runtime.device)
+        optimizer = self.settings.build(self.model.parameters())
+        self.arithmetic = arithmetic or Arithmetic()
+        listens = [] if self.teacher is None else [self.teacher]
+        self._moved = put_channels_last(self.model, *listens) if self.arithmetic.channels_last else []
+        self._scaler = torch.amp.GradScaler(self.runtime.device.type) if self.arithmetic.precision == "fp16" else None
         self._marks = {name: value for name, value in vars(self.model).items() if name in _MARKS}
-        self._prepared, self._optimizer = self.runtime.prepare(self.model, self.settings.build(self.model.parameters()))
+        self._prepared, self._optimizer = self.runtime.prepare(self.model, optimizer)
 
     def run_epoch(
         self, batches: Batches, epoch: int, on_batch: Callable[[int, int | None, float], None] | None = None
@@ -343,24 +350,40 @@ class Stage:
         return EpochRecord(mean, seen * runtime.num_processes, stopped)
 
     def _step(self, inputs: Any, target: Any) -> Tensor:
-        output = forward(self._prepared, inputs)
-        with self.runtime.autocast():
-            loss = self.loss(output, target)
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
-                found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-                raise UsageError(f"loss: must return a scalar tensor, found {found}; take the mean over the batch.")
-            if self.teacher is not None:
-                with torch.no_grad():
-                    taught = forward(self.teacher, inputs)
-                loss = self.distillation(loss, output, taught)
+        output = self._forward(self._prepared, inputs)
+        loss = self.loss(output, target)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise UsageError(f"loss: must return a scalar tensor, found {found}; take the mean over the batch.")
+        if self.teacher is not None:
+            with torch.no_grad():
+                taught = self._forward(self.teacher, inputs)
+            loss = self.distillation(loss, output, taught)
         if self.regulariser is not None:
             loss = loss + self.regulariser()
         self._optimizer.zero_grad()
-        self.runtime.backward(loss)
+        self._descend(loss)
+        return loss.detach()
+
+    def _forward(self, model: nn.Module, inputs: Any) -> Any:
+        with self.arithmetic.autocast(self.runtime.device):
+            output = forward(model, inputs)
+        return self.arithmetic.widened(output)
+
+    def _descend(self, loss: Tensor) -> None:
+        scaler, optimizer = self._scaler, self._optimizer
+        # The gradients of fp16 would be rounded to zero unscaled.
+        self.runtime.backward(loss if scaler is None else scaler.scale(loss))
+        if scaler is not None:
+            optimizer = self._optimizer.optimizer
+            scaler.unscale_(optimizer)
         if self.settings.clip_norm is not None:
             self.runtime.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
-        self._optimizer.step()
-        return loss.detach()
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
 
     def _set_rate(self, progress: float) -> None:
         for group in self._optimizer.param_groups:
@@ -373,15 +396,15 @@ class Stage:
     def state(self) -> dict[str, Any]:
         """Return the optimizer's state dict: tensors and numbers that :meth:`restore` takes back."""
         state: dict[str, Any] = {"optimizer": self._optimizer.state_dict()}
-        if self.runtime.scaler is not None:
-            state["scaler"] = self.runtime.scaler.state_dict()
+        if self._scaler is not None:
+            state["scaler"] = self._scaler.state_dict()
         return state
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from what :meth:`state` returned."""
         self._optimizer.load_state_dict(state["optimizer"])
-        if self.runtime.scaler is not None and state.get("scaler"):
-            self.runtime.scaler.load_state_dict(state["scaler"])
+        if self._scaler is not None:
+            self._scaler.load_state_dict(state["scaler"])
 
     def close(self) -> nn.Module:
         """Take the model off the runtime again, as it was but for its weights, and return it."""
@@ -390,6 +413,8 @@ class Stage:
         for name in _MARKS:
             vars(self.model).pop(name, None)
         vars(self.model).update(self._marks)
+        # Sums over weights are taken in memory's order: what is measured next must not depend on where training ended.
+        put_contiguous(self._moved)
         # Accelerate keeps every prepared object alive until told.
         self.runtime.free_memory()
         return self.model
@@ -418,7 +443,8 @@ def fit(
         stage: Number of the stage within the run; the order of the examples follows ``(seed, stage, epoch)``.
         on_epoch: Called after each epoch with its number from 0 and its record.
         on_batch: Called after each batch; see :meth:`Stage.run_epoch`.
-        options: ``runtime``, ``loss``, ``regulariser``, ``stop``, ``teacher``, ``distillation`` of :class:`Stage`.
+        options: ``runtime``, ``loss``, ``regulariser``, ``stop``, ``teacher``, ``distillation``, ``arithmetic`` of
+            :class:`Stage`.
 
     Returns:
         One record an epoch; fewer than ``epochs`` where ``stop`` ended the training.

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ from secateur.errors import SecateurError
 from secateur.models import lenet5
 from secateur.pruning.planning import Ranking
 from secateur.runfile import config, sources
-from secateur.training import stages, tasks
+from secateur.training import baseline, stages, tasks
 
 LENET = ["lenet5", "--model-option", "widths=[4, 6]", "--model-option", "hidden=8"]
 DIGITS = ["--data", "digits", "--data-option", "size=16", "--data-option", "train_size=200"]
@@ -360,7 +361,7 @@ def test_a_criterion_of_a_file_goes_by_its_place_in_every_way(
 def test_what_can_not_be_had_is_refused_before_the_baseline_is_trained(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "fit", lambda *_, **__: pytest.fail("the baseline was trained"))
+    monkeypatch.setattr(baseline, "train", lambda *_, **__: pytest.fail("the baseline was trained"))
     for setting in ("skip=[conv9]", "pairs={conv9: 1}", "widths={conv9: 3}"):
         assert run("compress", *LENET, *DIGITS, "--set", setting) == 2
         assert "conv9" in capsys.readouterr().err
@@ -372,13 +373,14 @@ def test_an_interrupted_run_says_how_it_goes_on_and_ends_the_same(
     words = ["compress", *LENET, *DIGITS, *QUICK, "--tolerance", "30"]
     assert run(*words, "--run-dir", "whole", "--json") == 0
     whole = json.loads(capsys.readouterr().out)
+    shutil.rmtree(here / "baselines")  # which the other run would take its own from
     original = stages.Stage.run_epoch
     epochs = 0
 
     def interrupted(self: stages.Stage, *given: Any, **named: Any) -> stages.EpochRecord:
         nonlocal epochs
         epochs += 1
-        # The second epoch of the baseline; then, resumed (baseline anew), one in the middle of an episode.
+        # The second epoch of the baseline; then, resumed, one in the middle of an episode.
         if epochs in (2, 6):
             raise KeyboardInterrupt
         return original(self, *given, **named)

@@ -21,7 +21,9 @@ from secateur.training import stages
 from tests.engine.nets import Residual, Small, digits, trained
 
 TRAIN, VALIDATION, TEST = digits(200)
-QUICK: dict[str, Any] = {"lr": 0.02, "finetune_epochs": 1, "optimise_epochs": 1}
+QUICK: dict[str, Any] = {
+    "lr": 0.02, "finetune_epochs": 1, "optimise_epochs": 1, "precision": "fp32", "channels_last": False,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,12 @@ from torch.nn import functional as F
 from secateur.checkpoint import load, save
 from secateur.errors import UsageError
 from secateur.graph.plan import PruningPlan
-from secateur.models import MODELS, CifarResNet, PadShortcut, lenet5, resnet20, resnet56, resnet110, vgg16
+from secateur.models import MODELS, CifarResNet, PadShortcut, lenet5, projected, resnet20, resnet56, resnet110, vgg16
 from secateur.models.pad_shortcut import centred
 from secateur.pruning.planning import plan_removal
 from secateur.pruning.surgery import cut
 from secateur.tracing.tracing import trace
+from secateur.training.stages import fit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -100,6 +101,50 @@ def test_a_free_stem_computes_the_same_network():
     x = torch.randn(2, 3, 32, 32)
     assert isinstance(free.layer1[0].shortcut, PadShortcut)
     assert torch.equal(plain(x), free(x))
+
+
+@pytest.mark.parametrize("build", [resnet20, lambda: resnet20(free_stem=True), lambda: resnet20(streams=(5, 12, 20))])
+def test_projections_in_place_of_padding_compute_the_same_in_either_mode(build):
+    torch.manual_seed(0)
+    padded = build().double()
+    x = torch.randn(20, 3, 16, 16, dtype=torch.float64)
+    for _ in range(3):
+        padded(x)  # batch norms with moments of their own
+    before = copy.deepcopy(padded.state_dict())
+    # The moments of the whole batch are those of its parts together.
+    small = projected(padded, [x[:7], x[7:]])
+    assert not any(isinstance(m, PadShortcut) for m in small.modules())
+    assert isinstance(small.layer1[0].shortcut[0], nn.Conv2d)
+    assert padded.training
+    assert all(torch.equal(value, before[name]) for name, value in padded.state_dict().items())
+    padded.eval()
+    assert torch.allclose(small(x), padded(x), atol=1e-10)
+    # In train mode the layers before a shortcut normalise by the batch; let them keep to their moments in both.
+    for net in (small, padded):
+        for name, module in net.named_modules():
+            module.training = "shortcut" in name
+    assert torch.allclose(small(x), padded(x), atol=1e-10)
+
+
+def test_what_the_padding_fills_with_zeros_stays_zero_in_training():
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 16, 16)
+    small = projected(resnet20(), [x])
+    assert fit(small, [(x, torch.arange(8))], epochs=3)[-1].images == 8
+    conv, norm = small.layer2[0].shortcut
+    zeros = [o for o, source in enumerate(centred(16, 32)) if source < 0]
+    assert len(zeros) == 16
+    assert not conv.weight[zeros].any()
+    assert not norm.weight[zeros].any()
+    assert conv.weight[8, 1] != 0
+    assert small.eval()(x).isfinite().all()
+
+
+def test_projections_are_not_projected_again():
+    with pytest.raises(UsageError, match="a shortcut is a 1x1 projection already"):
+        projected(resnet20("B"), [torch.zeros(1, 3, 8, 8)])
+    with pytest.raises(UsageError, match="no image"):
+        projected(resnet20(), [])
 
 
 def test_vgg16_convolutions_take_the_published_macs():

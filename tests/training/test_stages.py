@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from secateur.checkpoint.records import flatten, restore
 from secateur.errors import DataError, RunError, SecateurError, UsageError
 from secateur.training import stages
+from secateur.training.arithmetic import Arithmetic
 from secateur.training.stages import Distillation, Stage, TrainingSettings, evaluate, fit
 from tests.engine.nets import Small, digits
 
@@ -257,7 +259,7 @@ def test_inputs_as_tuples_mappings_and_labelled_mappings() -> None:
         (lambda m, d: TrainingSettings(schedule="step"), UsageError, "choose constant"),
         (lambda m, d: TrainingSettings(warmup=1.0), UsageError, "share of the stage"),
         (lambda m, d: Distillation(2.0), UsageError, "weight is in"),
-        (lambda m, d: stages.accelerator("tpu"), UsageError, "device is auto or cpu"),
+        (lambda m, d: stages.accelerator("tpu"), UsageError, "device: is auto or cpu"),
     ],
 )
 def test_bad_requests_are_one_clear_line(
@@ -273,20 +275,51 @@ def test_a_diverging_loss_stops_the_run() -> None:
         fit(model_of(), digits()[0], epochs=3, settings=TrainingSettings(lr=1e25))
 
 
-def test_a_second_stage_has_the_same_precision() -> None:
-    from accelerate.state import AcceleratorState
-
+def test_stages_of_one_process_compute_each_in_its_own_precision() -> None:
     model, seen = model_of(), []
     before = set(vars(model))
     layer = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
     layer.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
-    AcceleratorState._reset_state(reset_partial_state=True)  # a process has one precision
-    try:
-        for number in range(2):
-            runtime = stages.accelerator("cpu", "bf16")
-            fit(model, digits()[0], epochs=1, stage=number, runtime=runtime)
-            assert set(seen) == {torch.bfloat16}
-            assert set(vars(model)) == before
-            seen.clear()
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    for number, name in enumerate(("bf16", "bf16", "fp32", "fp16")):
+        fit(model, digits(80)[0], epochs=1, stage=number, arithmetic=Arithmetic(name))
+        assert set(seen) == {getattr(torch, {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}[name])}
+        assert set(vars(model)) == before
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        seen.clear()
+    evaluate(model, digits()[1])
+    assert set(seen) == {torch.float32}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_learns_as_fp32_does(precision: str) -> None:
+    losses = [
+        fit(model_of(), digits()[0], epochs=4, arithmetic=Arithmetic(name))[-1].loss for name in ("fp32", precision)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_an_interrupted_stage_with_its_channels_last_ends_in_the_same_bits(precision: str) -> None:
+    train, way = digits()[0], Arithmetic(precision, channels_last=True)
+    settings = TrainingSettings(clip_norm=1.0)
+    whole, part, other = model_of(), model_of(), model_of(99)
+    fit(whole, train, epochs=4, settings=settings, arithmetic=way)
+    first = Stage(part, settings, epochs=4, arithmetic=way)
+    for epoch in range(2):
+        first.run_epoch(train, epoch)
+    other.load_state_dict({k: v.clone(memory_format=torch.contiguous_format) for k, v in part.state_dict().items()})
+    second = Stage(other, settings, epochs=4, arithmetic=way)
+    tensors: dict[str, Tensor] = {}
+    plain = flatten(first.state(), "stage", tensors)
+    second.restore(restore(plain, {k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}))
+    for epoch in range(2, 4):
+        second.run_epoch(train, epoch)
+    second.close()
+    assert equal(whole, other)
+    assert other.get_submodule("conv2").get_parameter("weight").is_contiguous()
+
+
+def test_a_teacher_lies_as_it_did_after_training() -> None:
+    teacher, model = model_of(1), model_of(2)
+    fit(model, digits(80)[0], epochs=1, teacher=teacher, arithmetic=Arithmetic(channels_last=True))
+    assert all(p.is_contiguous() for net in (teacher, model) for p in net.parameters())

@@ -1,0 +1,86 @@
+"""Where something under way stands, as one file: JSON and tensors, nested in any way, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from secateur.checkpoint.atomic import write_atomic
+from secateur.errors import CheckpointError
+
+
+def write_record(
+    path: str | os.PathLike[str], key: str, version: int, record: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Write a record with its tensors, atomically; tensors are stored contiguous.
+
+    Args:
+        path: File to write.
+        key: Key of the safetensors metadata that tells this kind of file from others.
+        version: Version of the record's layout.
+        record: JSON values; see :func:`flatten` for what has tensors in it.
+        tensors: By name.
+
+    Raises:
+        UsageError: If the place can't be written to.
+        RunError: If the disk fails or is full.
+    """
+    stored = {k: v.detach().to("cpu").clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    text = json.dumps({"version": version, **record}, separators=(",", ":"))
+    write_atomic(path, to_bytes(stored, metadata={key: text}))
+
+
+def read_record(
+    path: str | os.PathLike[str], key: str, version: int, what: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what :func:`write_record` wrote.
+
+    Args:
+        path: An existing file.
+        key: As it was written.
+        version: The one version that is read.
+        what: What the file ought to be, for errors: ``the state of a run``.
+
+    Raises:
+        CheckpointError: If the file is damaged, something else, or of another version.
+    """
+    try:
+        with safe_open(Path(path), framework="pt") as file:
+            record = json.loads((file.metadata() or {})[key])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: damaged, or not {what}: {' '.join(str(error).split())}.") from error
+    if record.get("version") != version:
+        raise CheckpointError(f"{path}: format version {record.get('version')}, this release resumes {version} only.")
+    return record, tensors
+
+
+def flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Turn nested data with tensors into JSON, the tensors put aside under names; integer keys are kept as pairs."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {"items": [[k, flatten(v, f"{name}/{k}", tensors)] for k, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return {"list": [flatten(v, f"{name}/{i}", tensors) for i, v in enumerate(value)]}
+    return {"value": value}
+
+
+def restore(value: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """Undo :func:`flatten`; tuples come back as lists."""
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "items" in value:
+        return {k: restore(v, tensors) for k, v in value["items"]}
+    if "list" in value:
+        return [restore(v, tensors) for v in value["list"]]
+    return value["value"]
