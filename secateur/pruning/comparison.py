@@ -18,7 +18,7 @@ from secateur.network.named import modules_of
 from secateur.pruning.readings import Readings, masked, watched
 
 READERS = (nn.modules.conv._ConvNd, nn.Linear)
-"""Layers that read channels of their own; what these read is compared, whether the plan names them or not."""
+"""Kinds of layers; what a layer of these reads is compared, whether the plan names it or not."""
 _PART = 1 << 18
 """So many values are compared at once."""
 
@@ -56,7 +56,7 @@ def outputs(network: nn.Module, example_inputs: Any) -> list[Tensor]:
     """Run a network in eval mode, with the same random numbers every time, and return its output tensors."""
     with left_as_found(network):
         torch.manual_seed(0)
-        if any(module.training for module in modules_of(network).values()):  # setting modes takes long
+        if any(module.training for module in modules_of(network).values()):  # to set modes takes long
             network.eval()
         returned = leaves_of(call(network, example_inputs), {})
         return [leaf.detach() for leaf in returned if isinstance(leaf, Tensor)]
