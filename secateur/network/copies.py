@@ -110,8 +110,7 @@ class _Copier:
     @functools.cached_property
     def owned(self) -> set[int]:
         """The identities of what is the model's own: modules, tensors, and the containers that modules hold."""
-        tensors = tensors_named(self.modules[""], self.modules)
-        found = {id(own) for own in (*self.modules.values(), *tensors.values())}
+        found = {id(own) for own in (*self.modules.values(), *tensors_named(self.modules[""]).values())}
         for module in self.modules.values():
             held = (v for name, v in vars(module).items() if name not in _TABLES)
             found |= {id(v) for v in held if isinstance(v, (list, dict, set))}

@@ -41,14 +41,8 @@ class Difference:
 
 
 def doubled(network: nn.Module) -> nn.Module:
-    """Return a copy in fp64; no copy in the network's own precision is made on the way."""
-    memo: dict[int, Any] = {}
-    for tensor in (*network.parameters(), *network.buffers()):
-        if tensor.is_floating_point():
-            value = tensor.detach().to(torch.float64, copy=True)
-            kept = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = nn.Parameter(value, requires_grad=tensor.requires_grad) if kept else value
-    copied: nn.Module = replica(network, memo)
+    """Return a copy in fp64."""
+    copied: nn.Module = replica(network)
     return copied.double()
 
 

@@ -54,7 +54,7 @@ def cut(model: nn.Module, plan: PruningPlan, *, share: bool = False) -> nn.Modul
     """
     model = unwrapped(model)
     modules = modules_of(model)
-    tensors = tensors_named(model, modules)
+    tensors = tensors_named(model)
     for name, shape in plan.shapes.items():
         if name not in tensors:
             raise PlanError(f"{name}: the plan prunes it, but the model has no such tensor. Is this the right model?")
