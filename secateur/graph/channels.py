@@ -49,31 +49,33 @@ class Member:
     channels: IndexArray
     blocks: int = 1
     read: bool = False
-    """Whether the code reads the channels along it, as every consumer does; a tied weight may do so as a producer."""
+    """Whether the code reads channels along this dimension: of every consumer, and of a producer whose weight is tied
+    to a consumer's."""
     order: Order | None = None
-    """Of ``positions``, behind a shuffle."""
+    """How ``positions`` lie behind a shuffle; None where none moves them."""
 
 
 @dataclass(frozen=True, eq=False)
 class Staying:
-    """Channels of a group of which some have to stay, whichever.
+    """Channels of a group of which some have to stay, no matter which.
 
-    Code squeezes away a dimension of which one index is left, or does something else where a number of channels comes
-    to equal another.
+    With fewer, code would squeeze away a dimension of size 1, or do something else since one number of channels equals
+    another.
     """
 
     channels: IndexArray
     least: int
+    """How many of them have to stay."""
 
 
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
     """Channels coupled across layers: channel ``i`` is removed from all members at once, or from none.
 
-    A channel is the smallest thing that can go. In a producer it is mostly one filter; it is several where filters only
-    go together (those that a shuffle interleaves, those of one attention head). ``blocks[i]`` numbers its block: every
-    block must lose the same fraction of its channels (grouped convolution, a cut into halves). ``removable[i]`` is
-    False for a channel that must stay.
+    A channel is the smallest thing that can be removed. In a producer it is mostly one filter, and several where these
+    can only be removed together (filters that a shuffle interleaves, filters of one attention head). ``blocks[i]`` is
+    the number of the block that channel ``i`` is in: all blocks must lose the same fraction of their channels (grouped
+    convolution, a cut into halves). ``removable[i]`` is False for a channel that must stay.
     """
 
     name: str
@@ -87,14 +89,14 @@ class ChannelGroup:
     reason: str = ""
     """Why the group is inexact; empty when it is exact."""
     schedule: IndexArray | None = None
-    """How many channels each block has lost after each step, shape ``(steps, blocks)``, where fractions can't be equal:
-    shuffles that are cut into halves of odd length. None: every block loses the same fraction."""
+    """How many channels each block has lost after each step, shape ``(steps, blocks)``; None where every block loses
+    the same fraction, as all can but those behind a shuffle that is cut into halves of odd length."""
     staying: tuple[Staying, ...] = ()
     """Sets of channels some of which have to stay."""
     least: int = 1
-    """How many channels have to stay: with fewer, code that counts with their number fails or does something else."""
+    """How many channels have to stay: with fewer, code that computes with their number fails or does something else."""
     multiple: int = 1
-    """Channels go in multiples of so many: code asks for the remainder of their number."""
+    """Channels are removed in multiples of this: code asks for the remainder of their number."""
 
     @property
     def quota(self) -> IndexArray:
@@ -133,7 +135,7 @@ class ChannelGroup:
 def quotas(blocks: IndexArray, multiple: int = 1) -> IndexArray:
     """Return how many channels each block loses in one step: the smallest counts in proportion to the blocks' sizes.
 
-    Together they are a multiple of the number given.
+    Their sum is a multiple of the number given.
 
     >>> quotas(np.array([0, 0, 1, 1, 1, 1])), quotas(np.array([0, 0, 1, 1, 1, 1]), multiple=2)
     (array([1, 2]), array([2, 4]))
@@ -187,9 +189,10 @@ class LayerPort:
     out_group: IndexArray | None = None
     out_channel: IndexArray | None = None
     in_order: Order | None = None
+    """How the input channels lie behind a shuffle; None where none moves them."""
     out_order: Order | None = None
     parts: tuple[str, ...] = ()
-    """Names of all parameters and buffers that the weight is computed from, where it is not the layer's own."""
+    """Names of all parameters and buffers that the weight is computed from, where it is not the layer's parameter."""
 
     @property
     def name(self) -> str:
@@ -207,7 +210,7 @@ class LayerPort:
 
 @dataclass(frozen=True)
 class Magnitude:
-    """A weight that is computed as g·v/‖v‖ (weight norm): g has to shrink as ‖v‖ does, so that g/‖v‖ stays."""
+    """A weight that is computed as g·v/‖v‖ (weight norm): g has to shrink as ‖v‖ does, for g/‖v‖ to stay the same."""
 
     tensor: str
     """Qualified name of g."""
@@ -224,7 +227,7 @@ class AttributeRule:
     module: str
     name: str
     value: int
-    """Its value in the unpruned network."""
+    """The attribute's value in the unpruned network."""
     group: IndexArray
     """Index of the group of each thing counted, or -1; see ``LayerPort``."""
     channel: IndexArray
@@ -247,10 +250,13 @@ class ChannelGraph:
     batch: int = 1
     """Number of examples in the inputs that the model was traced on."""
     notes: tuple[str, ...] = ()
+    """What the user should know of the trace, such as layers that never run."""
     attributes: tuple[AttributeRule, ...] = ()
+    """Attributes that follow numbers of channels, besides those that surgery reads off the weights of layers."""
     magnitudes: tuple[Magnitude, ...] = ()
+    """The weights under weight norm."""
     shuffles: tuple[Shuffle, ...] = ()
-    """Each behind those whose places its own order names."""
+    """Every shuffle, behind those that its own order names."""
 
     def group(self, name: str) -> ChannelGroup:
         """Return the group of that name.

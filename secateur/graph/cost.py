@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from secateur.graph.channels import ChannelGraph, LayerPort
-from secateur.graph.places import lost
+from secateur.graph.places import mask_at
 from secateur.graph.plan import PruningPlan, masks
 
 _BYTES = 4
+"""Of a number in fp32."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,11 @@ class LayerCost:
     """Bytes of its weight in fp32: ``4 · k_w · k_h · c_in / g · c_o`` (eq. 5)."""
 
 
-def _layer(port: LayerPort, batch: int, inputs_lost: int, outputs_lost: int) -> LayerCost:
-    in_channels, out_channels = port.in_channels - inputs_lost, port.out_channels - outputs_lost
-    groups = port.groups
-    if groups == port.in_channels and groups > 1:
-        groups = in_channels
+def _layer(port: LayerPort, batch: int, masks: list[np.ndarray]) -> LayerCost:
+    in_channels = port.in_channels - int(mask_at(port.in_group, port.in_channel, masks).sum())
+    out_channels = port.out_channels - int(mask_at(port.out_group, port.out_channel, masks).sum())
+    depthwise = port.groups > 1 and port.groups == port.in_channels
+    groups = in_channels if depthwise else port.groups
     fan_in = in_channels // groups
     weight = fan_in * out_channels * port.kernel
     positions = port.positions // batch
@@ -54,17 +55,8 @@ def layer_costs(graph: ChannelGraph, plan: PruningPlan | None = None) -> list[La
         graph: The traced network.
         plan: A plan made for this graph; None for the network as it is.
     """
-    removed = masks(graph, plan.removed if plan is not None else {})
-    return [
-        _layer(
-            port,
-            graph.batch,
-            int(lost(port.in_group, port.in_channel, removed).sum()),
-            int(lost(port.out_group, port.out_channel, removed).sum()),
-        )
-        for port in graph.layers
-        if port.kind != "registered"
-    ]
+    group_masks = masks(graph, plan.removed if plan is not None else {})
+    return [_layer(port, graph.batch, group_masks) for port in graph.layers if port.kind != "registered"]
 
 
 def macs(graph: ChannelGraph, plan: PruningPlan | None = None) -> int:
@@ -80,12 +72,10 @@ def parameters(graph: ChannelGraph, plan: PruningPlan | None = None) -> int:
     """Count the elements of all parameters, tied ones once."""
     sizes = {name: list(graph.shapes[name]) for name in graph.parameters}
     if plan is not None:
-        removed = masks(graph, plan.removed)
-        for index, group in enumerate(graph.groups):
+        for group, mask in zip(graph.groups, masks(graph, plan.removed), strict=True):
             for member in group.members:
                 if member.tensor in sizes:
-                    gone = int(removed[index][member.channels].sum())
-                    sizes[member.tensor][member.dim] -= gone // member.blocks
+                    sizes[member.tensor][member.dim] -= int(mask[member.channels].sum()) // member.blocks
     return int(sum(np.prod(shape, dtype=np.int64) for shape in sizes.values()))
 
 

@@ -1,4 +1,4 @@
-"""What to keep of a network, as plain data, and which channels of each layer that takes away."""
+"""What to keep of a network, as plain data."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ FORMAT_VERSION = 1
 """Version of the plan's JSON form; raised when an older reader could misread a newer plan."""
 
 
-Removed = dict[str, list[int]]
+Selection = dict[str, list[int]]
+"""Group name -> channels of the group that are removed."""
 
 
 @dataclass(frozen=True)
 class PruningPlan:
     """What to keep of a network, as plain data: names and integers.
 
-    Kept indices ascend, but behind a shuffle that mixes blocks which lost different indices: there they stand in the
+    Kept indices ascend, with one exception: behind a shuffle of blocks that lose different indices they stand in the
     order in which the pruned network holds them.
 
     A plan needs nothing but a freshly built original model to be applied: no graph, no trace, no data.
@@ -44,7 +45,7 @@ class PruningPlan:
     reads: dict[str, dict[int, list[int]]] = field(default_factory=dict)
     """Name of a parameter or buffer that code reads channels with outside a layer of its own, or computes such a kernel
     from -> dimension -> kept indices; it is for ``verify``, which zeroes the others."""
-    removed: Removed = field(default_factory=dict)
+    removed: Selection = field(default_factory=dict)
     """Group name -> removed channels of that group; for people and reports, not read by ``apply``."""
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Shape in the original model of every tensor that the plan touches, to refuse another model."""
@@ -110,7 +111,7 @@ class PruningPlan:
 
 
 def masks(graph: ChannelGraph, removed: Mapping[str, list[int]]) -> list[np.ndarray]:
-    """Return for every group of the graph which of its channels are removed."""
+    """Return the mask of every group of the graph: which of its channels are removed."""
     result = []
     for group in graph.groups:
         mask = np.zeros(group.size, dtype=bool)

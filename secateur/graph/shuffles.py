@@ -1,4 +1,4 @@
-"""In which order the channels that are left lie, behind shuffles that mix blocks which lost different indices."""
+"""The order in which kept channels lie behind shuffles, where the blocks that these mix lose different indices."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from secateur.errors import PlanError
-from secateur.graph.places import IndexArray, lost
+from secateur.graph.places import IndexArray, mask_at
 
 Ranks = list[np.ndarray]
-"""For every shuffle, the place at which each of its places is found in the pruned network, or -1 where it goes."""
+"""For every shuffle, the place at which each of its places is found in the pruned network, or -1 if it is removed."""
 
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """Where the positions of one dimension lie in shuffled vectors, whose order what is left of them keeps.
+    """Where the positions of one dimension lie in shuffled vectors; kept positions stay in the order of these.
 
-    Position ``i`` is place ``place[i]`` of shuffle ``shuffle[i]``; both are -1 where it keeps its own order.
+    Position ``i`` is place ``place[i]`` of shuffle ``shuffle[i]``; both are -1 for one that no shuffle moves.
     """
 
     shuffle: IndexArray
@@ -28,7 +28,7 @@ class Order:
     def stretches(self) -> IndexArray:
         """Return the number of the stretch that each position is in: neighbours that follow one another in a shuffle.
 
-        Within a stretch what is left keeps the shuffle's order; stretches keep theirs.
+        Within a stretch kept positions are in the shuffle's order; the stretches themselves keep their order.
         """
         step = np.diff(self.place)
         together = (np.diff(self.shuffle) == 0) & ((self.shuffle[1:] < 0) | (step == 0) | (step == 1))
@@ -39,7 +39,7 @@ class Order:
 class Shuffle:
     """A vector of channels read in rows and laid out in columns.
 
-    Place ``s · rows + r`` of the result is the ``s``-th of row ``r``, of those left.
+    Place ``s · rows + r`` of the result is the ``s``-th kept channel of row ``r``.
     """
 
     rows: int
@@ -49,29 +49,28 @@ class Shuffle:
     order: Order
 
 
-def ranks(shuffles: Sequence[Shuffle], removed: list[np.ndarray]) -> Ranks:
-    """Follow a selection through all shuffles, each behind those that its source comes from.
+def ranks(shuffles: Sequence[Shuffle], masks: list[np.ndarray]) -> Ranks:
+    """Follow a selection through all shuffles of a graph.
 
     Args:
         shuffles: Those of a graph, each behind those that its source comes from.
-        removed: For every group, which of its channels go.
+        masks: The mask of every group, see :func:`secateur.graph.plan.masks`.
 
     Raises:
         PlanError: If a shuffle would mix rows of different lengths.
     """
     result: Ranks = []
     for shuffle in shuffles:
-        gone = lost(shuffle.group, shuffle.channel, removed)
-        rank = np.full(gone.size, -1, dtype=np.int64)
-        columns = gone.size // shuffle.rows
-        # Positions of the source in the pruned network's order; each row's have to follow one another.
-        left = arranged(np.flatnonzero(~gone), shuffle.order, result)
-        row = left // columns
-        if left.size % shuffle.rows or (row != np.repeat(np.arange(shuffle.rows), left.size // shuffle.rows)).any():
+        mask = mask_at(shuffle.group, shuffle.channel, masks)
+        columns = mask.size // shuffle.rows
+        # Positions of the source in the pruned network's order, in which those of a row have to follow one another.
+        kept = arranged(np.flatnonzero(~mask), shuffle.order, result)
+        row, width = kept // columns, kept.size // shuffle.rows
+        if kept.size % shuffle.rows or (row != np.repeat(np.arange(shuffle.rows), width)).any():
             raise PlanError("a shuffle of the network would mix rows of different lengths; choose along the schedule.")
-        width = left.size // shuffle.rows
-        place = np.arange(left.size)
-        rank[(left % columns) * shuffle.rows + row] = (place % width) * shuffle.rows + place // width
+        place = np.arange(kept.size)
+        rank = np.full(mask.size, -1, dtype=np.int64)
+        rank[(kept % columns) * shuffle.rows + row] = (place % width) * shuffle.rows + place // width
         result.append(rank)
     return result
 
@@ -81,8 +80,8 @@ def arranged(kept: np.ndarray, order: Order | None, found: Ranks) -> np.ndarray:
 
     Args:
         kept: Ascending positions.
-        order: How all positions of the dimension lie behind shuffles; None: they keep their order.
-        found: What :func:`ranks` returned, as far as needed.
+        order: How all positions of the dimension lie behind shuffles; None where none moves them.
+        found: What :func:`ranks` returned, at least for the shuffles that ``order`` names.
     """
     if order is None or (order.shuffle < 0).all():
         return kept

@@ -1,4 +1,4 @@
-"""Which channels of a group may go together: a removal order cut into the smallest steps that keep its constraint."""
+"""A removal order cut into the smallest steps that keep a group's constraint."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from secateur.graph.channels import ChannelGroup
 def steps(group: ChannelGroup, order: Sequence[int]) -> list[list[int]]:
     """Cut a removal order into the smallest steps that keep the group's constraint, the least important first.
 
-    Each step takes from every block of the group in proportion to the block's size, so that after any number of steps
-    all blocks have lost the same fraction; or as many as the group's schedule says. At least one channel of every block
-    stays, and of every layer; and of the group as many as it says.
+    Each step removes channels of every block in proportion to the block's size, so that after any number of steps all
+    blocks have lost the same fraction; or as many of each as the group's schedule says. One channel at least of every
+    block and of every layer stays, and ``group.least`` of the group.
     """
     found = _steps(group, order)
-    left = group.size - np.cumsum([len(step) for step in found])
-    return found[: int(np.searchsorted(-left, -group.least, side="right"))]
+    kept = group.size - np.cumsum([len(step) for step in found])
+    return found[: int(np.searchsorted(-kept, -group.least, side="right"))]
 
 
 def _steps(group: ChannelGroup, order: Sequence[int]) -> list[list[int]]:
     sizes = np.bincount(group.blocks)
-    quota = group.quota
     ordered = np.asarray(order, dtype=np.int64).reshape(-1)
     place = np.full(group.size, -1, dtype=np.int64)
     place[ordered] = np.arange(ordered.size)
     free = group.removable.copy()
-    # The most important channel of every layer stays: a layer may make only some of the group's channels.
     if group.schedule is None:
-        # Of layers that make all of them it is the same one.
+        # The most important channel of every layer stays, since a layer may make only some of the group's channels.
+        # For all layers that make every channel it is the same one, so that one of these layers stands for the others.
         made = {m.channels.size: m.channels for m in group.members if m.channels.size == group.size}
         partial = (m.channels for m in group.members if 0 < m.channels.size < group.size)
         free[[int(channels[place[channels].argmax()]) for channels in (*made.values(), *partial)]] = False
     for some in group.staying:
         free[some.channels[np.argsort(place[some.channels])[-some.least :]]] = False
+    # The free channels of each block follow one another in the queue, each block's in the order of removal.
     queue = ordered[free[ordered]]
     blocks = group.blocks[queue]
     queue = queue[np.argsort(blocks, kind="stable")]
@@ -48,7 +48,10 @@ def _steps(group: ChannelGroup, order: Sequence[int]) -> list[list[int]]:
             [int(c) for start, i, j in zip(starts, low, high, strict=True) for c in queue[start + i : start + j]]
             for low, high in pairwise(before)
         ]
+    quota = group.quota
     count = int((np.minimum(lengths, sizes - 1) // quota).min())
-    taken = [queue[i : i + count * k].reshape(count, k) for i, k in zip(starts.tolist(), quota.tolist(), strict=True)]
-    found: list[list[int]] = np.concatenate(taken, axis=1).tolist()
+    of_blocks = [
+        queue[i : i + count * k].reshape(count, k) for i, k in zip(starts.tolist(), quota.tolist(), strict=True)
+    ]
+    found: list[list[int]] = np.concatenate(of_blocks, axis=1).tolist()
     return found

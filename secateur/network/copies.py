@@ -1,7 +1,7 @@
-"""Copies of networks: as ``copy.deepcopy`` makes them, but faster, and with functions that speak of the copy.
+"""Copies of networks: as ``copy.deepcopy`` makes them, but faster, and with functions that call the copy.
 
-``copy.deepcopy`` leaves functions as they are. A hook, or a forward put on an instance, that holds the network in its
-closure would go on to call and to write into the network that it was made for.
+``copy.deepcopy`` shares functions. In a copy, a hook that holds the network in its closure, or a forward put on an
+instance, would still call the network that it was made for, and write into it.
 """
 
 from __future__ import annotations
@@ -28,20 +28,25 @@ _ATOMS = frozenset(
 _TABLES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
 """Every module's own tables of parameters, submodules and hooks: nobody shares them."""
 _VIEWS: Any = (type({}.keys()), type({}.values()), type({}.items()))
+"""Types of views of a dict: the only way to the dict is through Python's garbage collector."""
 _DEPTH = 6
+"""How many containers deep a function's variables are searched for the model."""
 _MOST = 20_000
-"""So many objects are looked at in search of the model."""
+"""How many objects are searched for the model in what a copy holds, at most."""
 
 
 def replica(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
     """Return ``copy.deepcopy(model, memo)``, with a short way for what modules are mostly made of.
 
-    ``memo`` gives by identity what takes a value's place. A network has thousands of empty hook tables and plain
-    numbers, over which the general copy takes longer than one forward. A module that says itself how it is copied is
-    left to the general copy.
+    A network has thousands of empty hook tables and plain numbers, over which the general copy takes longer than one
+    forward. A module of a class that defines how it is copied is left to the general copy.
 
-    Functions that reach the model through their closure or defaults are made anew, around what stands in the copy for
-    what they hold. Python modules that a network holds, as its backend, are shared with it.
+    Functions that reach the model through their closure or defaults are made anew; they hold the copies of what the
+    model's functions hold. Python modules that a network holds, as its backend, are shared with it.
+
+    Args:
+        model: The network to copy.
+        memo: By identity of a value, what takes its place in the copy.
 
     Raises:
         PlanError: If the copy would go on to call the model all the same, or a value that a module holds can't be
@@ -67,7 +72,12 @@ def replica(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
 
 
 def _holds(value: Any, own: set[int]) -> bool:
-    """Tell whether what a copy holds beside modules and tensors leads to one of these modules, of what it copies."""
+    """Tell whether a value that a copy holds, and that is neither module nor tensor, leads to one of these modules.
+
+    Args:
+        value: An attribute of a module of the copy.
+        own: The identities of the modules that were copied.
+    """
     if isinstance(value, (torch.Tensor, nn.Module)) or not gc.is_tracked(value):
         return False
     waiting, seen = [value], {id(value)}
@@ -89,7 +99,7 @@ def _is_namespace(value: Any) -> bool:
 
 
 def _is_atomic(value: Any) -> bool:
-    """Tell whether a value is a number or the like, or a tuple of such, which copies share."""
+    """Tell whether copies share a value: a number or the like, or a tuple of such."""
     return type(value) in _ATOMS or (type(value) is tuple and _ATOMS.issuperset(map(type, value)))
 
 
@@ -100,8 +110,7 @@ class _Copier:
     @functools.cached_property
     def owned(self) -> set[int]:
         """The identities of what is the model's own: modules, tensors, and the containers that modules hold."""
-        tensors = tensors_named(self.modules[""], self.modules)
-        found = {id(own) for own in (*self.modules.values(), *tensors.values())}
+        found = {id(own) for own in (*self.modules.values(), *tensors_named(self.modules[""]).values())}
         for module in self.modules.values():
             held = (v for name, v in vars(module).items() if name not in _TABLES)
             found |= {id(v) for v in held if isinstance(v, (list, dict, set))}
@@ -131,7 +140,7 @@ class _Copier:
             return types.MethodType(self.copy(value.__func__), self.copy(value.__self__))
         if kind is functools.partial:
             return functools.partial(self.copy(value.func), *map(self.copy, value.args), **self.copy(value.keywords))
-        if kind in _VIEWS:  # of the keys of a ModuleDict, say: there is no other way to the dict that it views
+        if kind in _VIEWS:  # such as the keys of a ModuleDict
             (table,) = gc.get_referents(value)
             return getattr(self.copy(table), kind.__name__.removeprefix("dict_"))()
         if not isinstance(value, nn.Module) or not _is_plain(kind):
@@ -142,14 +151,14 @@ class _Copier:
         small: Any = kind.__new__(kind)
         self.memo[id(module)] = small
         state: dict[str, Any] = module.__getstate__()  # type: ignore[no-untyped-call]
-        # What a state is made of may live no longer than the state, and its identity be another's then.
+        # The memo knows values by their identity, which another value may get once a state made for copying is freed.
         self.memo.setdefault(id(self.memo), []).append(state)
         copied = {}
         for name, item in state.items():
             if _is_atomic(item):
                 copied[name] = item
             elif name in _TABLES and type(item) in (dict, set, OrderedDict) and not item:
-                # A handle of a hook, which a module may hold, refers to the table that held the hook.
+                # A module may hold the handle of a hook, which refers to the table of hooks.
                 copied[name] = self.memo.setdefault(id(item), type(item)())
             else:
                 copied[name] = self._attribute(module, name, item)
@@ -184,11 +193,11 @@ class _Copier:
         return made
 
     def _held(self, value: Any) -> Any:
-        """Return what a function of the copy holds: what has nothing to do with the model is shared with the user's."""
+        """Return what a function of the copy holds for a value: a copy if it reaches the model, otherwise the value."""
         return self.copy(value) if self._reaches(value) else value
 
     def _reaches(self, value: Any, depth: int = _DEPTH) -> bool:
-        """Tell whether a value is the model's own, or holds what is."""
+        """Tell whether a value is one of ``owned``, or holds one."""
         kind = type(value)
         inside: Iterable[Any] = ()
         if kind in _ATOMS or not depth:

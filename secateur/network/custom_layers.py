@@ -1,7 +1,7 @@
-"""Layers of the user's own: how channels flow through them, and what changes in them when channels go.
+"""Layers of the user's own: how channels flow through them, and what changes in them when channels are removed.
 
-Tracing sees operators, so most layers need nothing. Register a class whose code fixes what a plan has to change, such
-as an index that names channels:
+Tracing sees operators, so most layers need no registration. Register a class whose code holds what a plan has to
+change, such as an index that names channels:
 
     import numpy as np
     from secateur.network.custom_layers import register_layer
@@ -53,10 +53,10 @@ _REGISTERED: dict[type[nn.Module], LayerRule] = {}
 def register_layer(
     cls: type[nn.Module], flow: Callable[[Any, Any, tuple[Any, ...], Any], None], resize: Resize
 ) -> None:
-    """Take over a layer class: its operators are not looked at; ``flow`` and ``resize`` speak for it.
+    """Register a layer class: ``flow`` and ``resize`` stand for its operators, which are not traced.
 
     Args:
-        cls: The class; subclasses are taken over too.
+        cls: The class; its subclasses are registered, too.
         flow: ``flow(call, layer, args, out)``: reads the labels of ``args`` by ``call.axes``, gives ``out`` its own by
             ``call.give``, and tells ``call.registered_layer`` what the layer reads and makes; see
             :class:`secateur.tracing.call.Call`.

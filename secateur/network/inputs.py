@@ -1,4 +1,4 @@
-"""Example inputs: one tensor, positional arguments or keyword arguments, and the isolation of a run on them."""
+"""Example inputs: one tensor, positional arguments or keyword arguments; and the tensors among what a model takes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the network itself, out of data parallel and compiled wrappers, which put a prefix before every name."""
+    """Return the network inside data parallel and compiled wrappers, which put a prefix before every name."""
     parallel = isinstance(model, DataParallel | DistributedDataParallel)
     inner = model.module if parallel else getattr(model, "_orig_mod", None)
     return unwrapped(inner) if isinstance(inner, nn.Module) else model
@@ -55,7 +55,7 @@ def mapped(value: Any, change: Any) -> Any:
 
 
 def varied(example_inputs: Any) -> Any:
-    """Replace inputs that hold one value throughout by random ones: what is made of zeros tells little."""
+    """Replace inputs that hold one value throughout by random ones: of zeros, many networks compute the same."""
     generator = torch.Generator().manual_seed(0)
 
     def vary(tensor: Tensor) -> Tensor:
@@ -75,20 +75,23 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 
 
 _HOLDING = (list, tuple, set, frozenset, deque, MappingView)
-"""Containers but for mappings. Other things that can be gone through may have no end, as text has none."""
+"""Containers other than mappings. Iterables of other types may be endless, or hold themselves, as text does."""
 
 
 def leaves_of(value: Any, seen: dict[int, Any], *, taking: bool = True) -> Iterator[Any]:
-    """Yield everything in nested containers that is none itself: tensors, numbers, arrays; each object once.
+    """Yield everything in nested containers that is no container itself, such as tensors, numbers and arrays.
 
-    Iterators are used up if ``taking``, but for those within an object, which may be its own: a file that it reads.
+    Args:
+        value: What to search.
+        seen: By identity, the containers searched already, which are not searched again.
+        taking: Whether iterators are used up; those within an object never are: it may need them, as a file it reads.
     """
     if isinstance(value, (Tensor, str, bytes, bool, int, float, type(None), type, ModuleType)):
         yield value
         return
     if id(value) in seen:
         return
-    seen[id(value)] = value  # which has to live for its identity to be its own
+    seen[id(value)] = value  # kept, since another object may get the identity of one that is freed
     inside: Any
     if isinstance(value, Mapping):
         inside = value.values()

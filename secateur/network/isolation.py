@@ -21,24 +21,24 @@ from secateur.network.named import BOOKS, modules_of
 from secateur.network.writes import restore
 
 _FIXED = frozenset({bool, int, float, str, tuple, type(None)})
-"""What most attributes of modules are: nothing can be put into it."""
+"""Types of most attributes of modules, into which nothing can be put."""
 _HOOKS = [name for name, value in vars(nn.Module()).items() if name.endswith("_hooks") and isinstance(value, dict)]
 """Where a module keeps its hooks."""
 _CONTAINERS: tuple[Any, ...] = (OrderedDict, dict, list, set, deque)
 
 
 def switches(module: nn.Module) -> bool:
-    """Tell whether a module does something of its own where its mode is set, such as to merge or to swap weights."""
+    """Tell whether a module does something of its own when its mode is set, such as to merge or to swap weights."""
     return type(module).train is not nn.Module.train
 
 
 def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
-    """Put modules into train mode or eval mode, each by itself; those that do something of their own then, do it."""
+    """Put each module into train or eval mode by itself; ``train`` is called of those alone that have their own."""
     modes = list(modes)
     for module, training in modes:
         if module.training != training and switches(module):
             module.train(training)
-    for module, training in modes:  # which the above set for all modules inside
+    for module, training in modes:  # a module's own ``train`` set the mode of all modules inside it
         if module.training != training:
             module.training = training
 
@@ -51,8 +51,7 @@ def left_as_found(*models: nn.Module) -> Iterator[None]:
     buffers; parameters that a module changes when its mode is set; random states; torch's switches.
     """
     modules = [m for model in models for m in modules_of(model).values()]
-    devices = {p.device for m in modules for p in m._parameters.values() if p is not None}
-    cuda = sorted(device.index for device in devices if device.type == "cuda")
+    cuda = sorted({p.device.index for m in modules for p in m._parameters.values() if p is not None and p.is_cuda})
     with ExitStack() as stack:  # what is entered last is put back first
         stack.callback(_tensors(modules))
         stack.callback(_attributes(modules))
@@ -88,8 +87,7 @@ def _tensors(modules: list[nn.Module]) -> Callable[[], None]:
     to a weight and subtracted again is not what it was, to the last bit.
     """
     buffers = [(m._buffers, name, tensor) for m in modules for name, tensor in m._buffers.items()]
-    tensors = [tensor for *_, tensor in buffers]
-    tensors += [p for m in modules if switches(m) for p in m._parameters.values()]
+    tensors = [*(t for *_, t in buffers), *(p for m in modules if switches(m) for p in m._parameters.values())]
     known = [(t, t.data, t.detach().clone()) for t in tensors if t is not None and not is_lazy(t)]
 
     @_without_modes()

@@ -20,22 +20,13 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     return dict(model.named_modules())
 
 
-def tensors_named(model: nn.Module, modules: dict[str, nn.Module] | None = None) -> dict[str, Tensor]:
-    """Return every parameter, then every buffer, once by its name; of modules listed before, if given.
+def tensors_named(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter, then every buffer, once by its name.
 
     >>> list(tensors_named(nn.BatchNorm2d(2)))
     ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
     """
-    modules = modules or modules_of(model)
-    found: dict[str, Tensor] = {}
-    for kind in ("_parameters", "_buffers"):
-        seen: set[int] = set()
-        for path, module in modules.items():
-            for name, tensor in getattr(module, kind).items():
-                if tensor is not None and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    found[f"{path}.{name}".lstrip(".")] = tensor
-    return found
+    return dict[str, Tensor](model.named_parameters()) | dict(model.named_buffers())
 
 
 ATOMS = frozenset({int, float, bool, type(None), str})

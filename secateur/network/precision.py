@@ -20,10 +20,10 @@ _SETTERS = ("__get__", "__set__", "__setitem__")
 
 @contextmanager
 def in_double() -> Iterator[None]:
-    """Have every operator read fp64 in place of fp32, and make it, however often the code asks for fp32.
+    """Have every operator read and make fp64 in place of fp32, also where the code asks for fp32.
 
-    A weight is converted at each operator that reads it, and let go: no second copy of the network is held, as there
-    is where the network itself is converted. Only what an operator writes into keeps its precision.
+    A weight is converted for each operator that reads it, and the converted one is freed after it: no second copy of
+    the network is held, as there would be of a converted network. What an operator writes into keeps its precision.
 
     >>> layer = torch.nn.Conv1d(3, 2, 1)
     >>> with torch.no_grad(), in_double():
@@ -36,7 +36,7 @@ def in_double() -> Iterator[None]:
 
 
 class _Functions(TorchFunctionMode):
-    """Converts what functions are given: some compare precisions before any operator is called."""
+    """Converts the arguments of functions, some of which compare precisions before they call an operator."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -69,6 +69,6 @@ def _doubled(tensor: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def _reads_alone(func: Any) -> bool:
-    """Tell by its name whether a function leaves what it is given as it is, and where it is."""
+    """Tell by its name whether a function only reads its arguments: it is no setter, and writes into none."""
     name = getattr(func, "__name__", "_")
     return not (name in _SETTERS or name.startswith("__i") or (name.endswith("_") and not name.endswith("__")))

@@ -1,4 +1,4 @@
-"""What a forward writes into parameters and buffers is put back, whichever way it is written."""
+"""What operators write into: values that a forward writes are put back, and arguments that are read are exchanged."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from torch.utils._pytree import tree_map_only
 from secateur.network.named import ATOMS, tensors_in
 
 _STATISTICS = ("running_mean", "running_var")
-"""Arguments of norms that write into them in training, which their schema does not say."""
+"""Arguments that norms write into in training, though their schema does not say so."""
 
 
 class Written:
     """The values that the tensors of a network had before a run wrote into them.
 
-    A momentum encoder writes into parameters, and observers write through ``tensor.data``: neither shows in a
-    tensor's version. Every operator that writes is looked at before it runs.
+    Code may write into parameters, as a momentum encoder does, and through ``tensor.data``, as observers do, which a
+    tensor's version does not show. So the values are remembered before each operator that writes into them.
     """
 
     def __init__(self, named: Mapping[str, Tensor]) -> None:
         self.named = named
         self.values: dict[str, Tensor] = {}
         self.memory = {name: tensor.data for name, tensor in named.items()}
-        """The tensors' memory, which ``tensor.data = …`` and ``tensor.resize_`` exchange for another."""
+        """The tensors' memory, which ``tensor.data = …`` and ``tensor.resize_`` replace by another."""
 
     @functools.cached_property
     def _owners(self) -> dict[int, list[str]]:
@@ -61,7 +61,7 @@ def restore(tensor: Tensor, memory: Tensor, value: Tensor | None) -> None:
 
 
 def address(tensor: Tensor) -> int:
-    """Return where a tensor's memory lies; of one without memory that can be looked at, what tells it apart."""
+    """Return the address of a tensor's memory; for a tensor that has none, such as a sparse one, its identity."""
     if tensor.layout is not torch.strided:
         return id(tensor)
     return tensor.untyped_storage().data_ptr() or id(tensor)
@@ -69,7 +69,12 @@ def address(tensor: Tensor) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def targets(func: Any, *, statistics: bool = True) -> tuple[tuple[int, str], ...]:
-    """Return place and name of every argument that an operator writes into; with those that norms do, unless told."""
+    """Return place and name of every argument that an operator writes into.
+
+    Args:
+        func: The operator.
+        statistics: Whether running statistics of norms count, though in eval mode they are only read.
+    """
     return tuple(
         (place, argument.name)
         for place, argument in enumerate(func._schema.arguments)

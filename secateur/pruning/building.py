@@ -9,8 +9,8 @@ import numpy as np
 from secateur.errors import PlanError
 from secateur.graph import shuffles
 from secateur.graph.channels import ChannelGraph, ChannelGroup, LayerPort, Member
-from secateur.graph.places import lost
-from secateur.graph.plan import PruningPlan, Removed, masks
+from secateur.graph.places import mask_at
+from secateur.graph.plan import PruningPlan, Selection, masks
 from secateur.graph.shuffles import Order, Ranks
 
 Cut = tuple[Member, np.ndarray]
@@ -72,7 +72,7 @@ def _check_blocks(group: ChannelGroup, channels: list[int]) -> None:
         )
 
 
-def build(graph: ChannelGraph, removed: Removed) -> PruningPlan:
+def build(graph: ChannelGraph, removed: Selection) -> PruningPlan:
     """Write down what a choice of channels leaves of a network.
 
     Args:
@@ -97,7 +97,7 @@ def build(graph: ChannelGraph, removed: Removed) -> PruningPlan:
     kept_tensors = _kept_of_tensors(graph, others, ranks)
     attributes: dict[str, dict[str, int]] = {}
     for rule in graph.attributes:
-        if count := int(lost(rule.group, rule.channel, group_masks).sum()):
+        if count := int(mask_at(rule.group, rule.channel, group_masks).sum()):
             attributes.setdefault(rule.module, {})[rule.name] = rule.value - count
     return PruningPlan(
         kept_outputs=kept_outputs,
@@ -130,7 +130,7 @@ def _kept_by_layers(
             (outputs, port.out_group, port.out_channel, port.out_order),
             (inputs, port.in_group, port.in_channel, port.in_order),
         ):
-            mask = lost(group, channel, group_masks)
+            mask = mask_at(group, channel, group_masks)
             if not port.owned or not mask.any():
                 continue
             if mask.all():

@@ -18,7 +18,7 @@ from secateur.network.named import modules_of
 from secateur.pruning.readings import Readings, masked, watched
 
 READERS = (nn.modules.conv._ConvNd, nn.Linear)
-"""Layers that read channels of their own; what these read is compared, whether the plan names them or not."""
+"""Kinds of layers; what a layer of these reads is compared, whether the plan names it or not."""
 _PART = 1 << 18
 """So many values are compared at once."""
 
@@ -41,14 +41,8 @@ class Difference:
 
 
 def doubled(network: nn.Module) -> nn.Module:
-    """Return a copy in fp64; no copy in the network's own precision is made on the way."""
-    memo: dict[int, Any] = {}
-    for tensor in (*network.parameters(), *network.buffers()):
-        if tensor.is_floating_point():
-            value = tensor.detach().to(torch.float64, copy=True)
-            kept = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = nn.Parameter(value, requires_grad=tensor.requires_grad) if kept else value
-    copied: nn.Module = replica(network, memo)
+    """Return a copy in fp64."""
+    copied: nn.Module = replica(network)
     return copied.double()
 
 
@@ -56,7 +50,7 @@ def outputs(network: nn.Module, example_inputs: Any) -> list[Tensor]:
     """Run a network in eval mode, with the same random numbers every time, and return its output tensors."""
     with left_as_found(network):
         torch.manual_seed(0)
-        if any(module.training for module in modules_of(network).values()):  # setting modes takes long
+        if any(module.training for module in modules_of(network).values()):  # to set modes takes long
             network.eval()
         returned = leaves_of(call(network, example_inputs), {})
         return [leaf.detach() for leaf in returned if isinstance(leaf, Tensor)]

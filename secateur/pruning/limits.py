@@ -1,4 +1,4 @@
-"""How much of each group a request lets go: ratios, caps and skips by pattern, and where two of them contradict."""
+"""How many channels each group may lose: ratios, caps and skips by pattern, and where two of them contradict."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from secateur.errors import UsageError
 from secateur.graph.channels import ChannelGraph, ChannelGroup
 
 EVERY = "*"
-"""In a mapping of fractions, the groups that no other pattern of it names."""
+"""The pattern of a general request: it stands for the groups that no other pattern of the same mapping names."""
 
 
 def matches(group: ChannelGroup, pattern: str, graph: ChannelGraph) -> bool:
     """Tell whether a pattern names a group.
 
-    It does by the group's name, by a layer that makes its channels or a module around such a layer, and by the class of
-    either: ``layer1`` names the groups of all layers in it.
+    A group is named by its own name; by the name of a layer that makes its channels, or of a module around such a
+    layer; and by the class of either. So ``layer1`` names the groups of all layers in it.
     """
     return fnmatchcase(group.name, pattern) or any(names(pattern, m.module, graph) for m in group.producers)
 
@@ -31,26 +31,28 @@ def names(pattern: str, module: str, graph: ChannelGraph) -> bool:
 
 @dataclass(frozen=True)
 class Limit:
-    """How many channels of one group go."""
+    """How many channels one group loses."""
 
     most: int
-    """Channels that may go at most."""
+    """Channels that may be removed at most."""
     forced: bool = False
     """Whether a ratio asks for that many, whatever the target says."""
     demand: str = ""
-    """The ratio in words where it names this very group, so that fewer won't do."""
+    """The ratio in words where a pattern other than ``*`` asks for it, so that to remove fewer is an error."""
 
 
 @dataclass(frozen=True)
 class _Request:
-    """A fraction that a pattern asks for."""
+    """A fraction that is asked for of the groups that a pattern names."""
 
     what: str
+    """``ratio`` or ``max_ratio``."""
     pattern: str
     value: float
 
     @property
     def general(self) -> bool:
+        """Whether it gives way to other requests, where any that is not general contradicts them."""
         return self.pattern == EVERY
 
     def __str__(self) -> str:
@@ -64,15 +66,15 @@ class Limits:
     Args:
         graph: The traced network.
         groups: Those of its groups that may lose channels at all.
-        ratios: Pattern -> fraction that has to go, in [0, 1).
-        max_ratio: Fraction that may go at most, in (0, 1]; or pattern -> fraction, in [0, 1].
+        ratios: Pattern -> fraction to remove, in [0, 1).
+        max_ratio: Largest fraction that may be removed, in (0, 1]; or pattern -> fraction, in [0, 1].
         skip: Patterns of groups that lose nothing.
         round_to: Kept channels are a multiple of this in every group that loses any.
         min_channels: A group keeps at least this many channels.
 
     Raises:
-        UsageError: If a number is out of range, a pattern names no layer, a ratio names nothing that may go, or two
-            requests contradict each other.
+        UsageError: If a number is out of range, a pattern names no layer, a ratio names nothing that may be removed, or
+            two requests contradict each other.
     """
 
     def __init__(
@@ -101,10 +103,10 @@ class Limits:
         self._limits = {group.name: self._limit(group) for group in groups}
         for ratio in self._ratios:
             if ratio.value > 0 and not ratio.general and not any(matches(g, ratio.pattern, graph) for g in groups):
-                raise UsageError(self._in_vain(ratio))
+                raise UsageError(self._why_in_vain(ratio))
 
     def of(self, group: ChannelGroup) -> Limit:
-        """Return how many channels of a group go."""
+        """Return how many channels a group loses."""
         return self._limits[group.name]
 
     def _check_numbers(self) -> None:
@@ -127,11 +129,11 @@ class Limits:
         if not named and not any(matches(group, pattern, graph) for group in graph.groups):
             raise UsageError(f"{pattern}: no layer has this name or class. See `secateur trace`.")
 
-    def _named(self, group: ChannelGroup, requests: Sequence[_Request]) -> _Request | None:
-        """Return the request that names a group; the general one where no other does."""
+    def _request_for(self, group: ChannelGroup, requests: Sequence[_Request]) -> _Request | None:
+        """Return the request whose pattern names a group; the general one where no other does."""
         found = [r for r in requests if not r.general and matches(group, r.pattern, self._graph)]
         if any(r.pattern == group.name for r in found):
-            # A layer may make channels of several groups, of which one has its name: there the name means that one.
+            # A layer may make channels of several groups, one of which has its name: that one alone is meant then.
             others = {g.name for g in self._graph.groups} - {group.name}
             found = [r for r in found if r.pattern not in others]
         for other in found[1:]:
@@ -140,7 +142,7 @@ class Limits:
         return found[0] if found else next((r for r in requests if r.general), None)
 
     def _limit(self, group: ChannelGroup) -> Limit:
-        ratio, cap = self._named(group, self._ratios), self._named(group, self._caps)
+        ratio, cap = self._request_for(group, self._ratios), self._request_for(group, self._caps)
         skipped = next((p for p in self._skip if matches(group, p, self._graph)), None)
         if skipped is not None:
             if ratio is not None and ratio.value > 0 and not ratio.general:
@@ -156,41 +158,41 @@ class Limits:
                 raise UsageError(f"{group.name}: {ratio} contradicts {cap}; lower the one or raise the other.")
             self._check_ratio(group, ratio)
             fraction = min(ratio.value, fraction)
-        most = min(_count(fraction, group), group.size - self._min_channels)
+        most = min(_channels_in(fraction, group), group.size - self._min_channels)
         demand = "" if ratio is None or ratio.general else str(ratio)
         return Limit(max(most, 0), ratio is not None, demand)
 
     def _check_ratio(self, group: ChannelGroup, ratio: _Request) -> None:
-        """Refuse a ratio for this group that ``min_channels`` or ``round_to`` takes back; a general one gives way."""
+        """Refuse a ratio that ``min_channels`` or ``round_to`` forbids; a general one gives way to them."""
         if ratio.general:
             return
-        size, going = group.size, _count(ratio.value, group)
-        if size - going < self._min_channels:
+        size, count = group.size, _channels_in(ratio.value, group)
+        if size - count < self._min_channels:
             raise UsageError(f"{group.name}: {ratio} of {size} channels contradicts min_channels {self._min_channels}.")
-        least = self._least(group)
-        if any(n <= going for n in totals(group)) and (least is None or going < least):
+        least = self._fewest(group)
+        if any(n <= count for n in totals(group)) and (least is None or count < least):
             raise UsageError(
                 f"{group.name}: {ratio} of {size} channels contradicts round_to {self._round_to}: "
-                f"{_choice(group, least)}."
+                f"{_rounded(group, least)}."
             )
 
     def _check_cap(self, group: ChannelGroup, cap: _Request) -> None:
-        """Refuse a cap for this group under which ``round_to`` leaves nothing that may go; a general one gives way."""
-        least = self._least(group)
+        """Refuse a cap under which ``round_to`` lets the group lose nothing; a general one gives way to it."""
+        least = self._fewest(group)
         if cap.general or cap.value == 0 or self._round_to == 1 or least is None:
             return
-        if _count(cap.value, group) < least <= group.size - self._min_channels:
+        if _channels_in(cap.value, group) < least <= group.size - self._min_channels:
             raise UsageError(
                 f"{group.name}: {cap} of {group.size} channels contradicts round_to {self._round_to}: "
-                f"{_choice(group, least)}. Raise the one, lower the other, or give 0."
+                f"{_rounded(group, least)}. Raise the one, lower the other, or give 0."
             )
 
-    def _least(self, group: ChannelGroup) -> int | None:
-        """Return the smallest number of channels that may go if any do; None where rounding lets none go."""
+    def _fewest(self, group: ChannelGroup) -> int | None:
+        """Return the smallest number of channels that a group may lose if any; None where rounding forbids all."""
         return next((n for n in totals(group) if (group.size - n) % self._round_to == 0), None)
 
-    def _in_vain(self, ratio: _Request) -> str:
-        """Say why a ratio names nothing that may go."""
+    def _why_in_vain(self, ratio: _Request) -> str:
+        """Say why a ratio names nothing that may be removed."""
         named = [g for g in self._graph.groups if matches(g, ratio.pattern, self._graph)]
         inexact = next((g for g in named if not g.exact), None)
         if inexact is not None:
@@ -208,20 +210,21 @@ class Limits:
         return f"{ratio.pattern}: {ratio}, but it names no channels that can be removed. See `secateur trace`."
 
 
-def _count(fraction: float, group: ChannelGroup) -> int:
-    # 0.3 of 10 channels are 3, though 0.3 * 10 may fall short of it in binary.
+def _channels_in(fraction: float, group: ChannelGroup) -> int:
+    """Return how many whole channels a fraction of a group is: 0.3 of 10 are 3, though 0.3 * 10 may be less in fp64."""
     return int(fraction * group.size + 1e-9)
 
 
 def totals(group: ChannelGroup) -> list[int]:
-    """Return the numbers of channels that a group can have lost as far as its constraint goes, ascending."""
+    """Return the numbers of channels that can be removed of a group by its constraint, ascending."""
     if group.schedule is not None:
         return [int(n) for n in group.schedule.sum(1) if n <= group.size - group.least]
     step = int(group.quota.sum())
     return list(range(step, group.size - group.least + 1, step))
 
 
-def _choice(group: ChannelGroup, least: int | None) -> str:
+def _rounded(group: ChannelGroup, least: int | None) -> str:
+    """Say what rounding leaves of a group's choices."""
     if least is None:
         return "no number of channels that may go leaves a multiple"
     return f"the group loses at least {least} channels ({least / group.size:.3g}) or none"

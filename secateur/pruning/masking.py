@@ -18,8 +18,8 @@ from secateur.network.writes import address, read_as, targets
 def zeroed(model: nn.Module, plan: PruningPlan) -> AbstractContextManager[Any]:
     """Have every operator read the weights that the plan says are read with their removed columns zeroed.
 
-    A weight is copied at each operator that reads it, and let go: no second copy of the network is held. Whatever
-    views a weight's memory is read so, too. Only what an operator writes into is given as it is.
+    A weight is copied for each operator that reads it, and the copy is freed after it: no second copy of the network is
+    held. Views of a weight's memory are read in the same way. What an operator writes into is given as it is.
 
     >>> from secateur import PruningPlan
     >>> layer = torch.nn.Linear(3, 2, bias=False)
@@ -40,7 +40,7 @@ class _Zeroing(TorchDispatchMode):
         self.plan = plan
         self.held: dict[int, dict[str, Tensor]] = {}
         """By address of memory, the weights that lie there."""
-        with torch._C.DisableTorchFunction():  # modes that convert would make another tensor of it
+        with torch._C.DisableTorchFunction():  # a mode that converts tensors would have the address of another one
             for name, weight in weights.items():
                 self.held.setdefault(address(weight), {})[name] = weight
 
@@ -78,7 +78,7 @@ def _geometry(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int]:
 
 
 def _zero_others(value: Tensor, dim: int, kept: list[int], blocks: int) -> None:
-    """Zero what is not kept along a dimension; each of some blocks of rows may hold its own block of the channels."""
+    """Zero what is not kept along a dimension, on which each block of rows may hold its own block of the channels."""
     mask = torch.ones(value.shape[dim] * blocks, dtype=torch.bool, device=value.device)
     mask[torch.tensor(kept, device=value.device)] = False
     for rows, own in zip(value.chunk(blocks), mask.chunk(blocks), strict=True):

@@ -1,4 +1,4 @@
-"""Scores and a target become a plan: which channels go, in names and integers."""
+"""Scores and a target become a selection of channels, and this a plan."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from secateur.errors import PlanError, UsageError
 from secateur.graph import cost
 from secateur.graph.channels import ChannelGraph, ChannelGroup
-from secateur.graph.plan import PruningPlan, Removed
+from secateur.graph.plan import PruningPlan, Selection
 from secateur.graph.steps import steps
 from secateur.pruning.building import build, checked
 from secateur.pruning.limits import Limit, Limits, totals
@@ -76,7 +76,7 @@ def plan_removal(graph: ChannelGraph, removed: Mapping[str, Sequence[int]]) -> P
             breaks the group's constraint.
     """
     groups = {g.name: g for g in graph.groups}
-    found: Removed = {}
+    found: Selection = {}
     for name, chosen in removed.items():
         if name not in groups:
             raise PlanError(f"{name}: the graph has no such group. See `secateur trace`.")
@@ -87,18 +87,20 @@ def plan_removal(graph: ChannelGraph, removed: Mapping[str, Sequence[int]]) -> P
 
 @dataclass(eq=False)
 class _Candidate:
-    """One group that may lose channels: its steps, least important first, and what each costs in importance."""
+    """One group that may lose channels, in steps, the least important first."""
 
     name: str
     channels: np.ndarray
     """The channels of all steps, one step after the other."""
     ends: np.ndarray
-    """Number of channels after each step."""
+    """Number of channels that all steps up to each remove."""
     keys: np.ndarray
+    """By what steps of all groups are ordered: none is lower than the one before it."""
     size: int
+    """Number of the group's channels."""
 
     def removed(self, count: int, round_to: int) -> list[int]:
-        """Return the channels of the first ``count`` steps, less those that rounding gives back."""
+        """Return the channels of the first ``count`` steps, or of as many fewer as rounding asks for."""
         while count and (self.size - int(self.ends[count - 1])) % round_to:
             count -= 1
         return [int(c) for c in np.sort(self.channels[: self.ends[count - 1] if count else 0])]
@@ -154,7 +156,7 @@ def plan(
         graph, groups, ratios=ratios or {}, max_ratio=max_ratio, skip=skip, round_to=round_to, min_channels=min_channels
     )
     candidates: list[_Candidate] = []
-    forced: Removed = {}
+    forced: Selection = {}
     for group in groups:
         limit = limits.of(group)
         candidate = _candidate(group, scores[group.name], limit, ranking)
@@ -166,10 +168,10 @@ def plan(
 
 
 def _candidate(group: ChannelGroup, scores: Tensor, limit: Limit, ranking: Ranking) -> _Candidate:
-    """Cut a group's channels into steps, as many as its limit lets go, and rank them.
+    """Cut a group's channels into steps, as many as its limit allows, and rank them.
 
     Raises:
-        UsageError: If a ratio names this very group, and the group's constraint lets fewer go.
+        UsageError: If a ratio names this very group, and fewer can be removed by the group's constraint.
     """
     values = _values(group, scores)
     found = steps(group, np.argsort(values, kind="stable").tolist())
@@ -201,8 +203,8 @@ def _values(group: ChannelGroup, scores: Tensor) -> np.ndarray:
 
 
 def _search(
-    graph: ChannelGraph, candidates: list[_Candidate], forced: Removed, target: Target, round_to: int
-) -> Removed:
+    graph: ChannelGraph, candidates: list[_Candidate], forced: Selection, target: Target, round_to: int
+) -> Selection:
     """Find the fewest steps, in order of importance over all groups, that meet the target: by bisection.
 
     Raises:
@@ -214,7 +216,7 @@ def _search(
     keys = np.concatenate([np.zeros(0), *(c.keys for c in candidates)])
     order = owner[np.lexsort((owner, place, keys))]
 
-    def first(count: int) -> Removed:
+    def first(count: int) -> Selection:
         """Return what the first steps remove of all groups."""
         counts = np.bincount(order[:count], minlength=len(candidates)).tolist()
         found = {c.name: c.removed(n, round_to) for c, n in zip(candidates, counts, strict=True)}

@@ -47,14 +47,14 @@ def cut(model: nn.Module, plan: PruningPlan, *, share: bool = False) -> nn.Modul
         model: The model the plan was made for, or one of the same architecture. A data parallel or compiled wrapper is
             taken off.
         plan: What to keep.
-        share: Let the copy hold the model's own tensors wherever nothing goes; for a copy that is only looked at.
+        share: Let the copy hold the model's own tensors, but for those that are cut; for a copy that is only looked at.
 
     Raises:
         PlanError: If the plan names a module or tensor that the model lacks, or that has another shape.
     """
     model = unwrapped(model)
     modules = modules_of(model)
-    tensors = tensors_named(model, modules)
+    tensors = tensors_named(model)
     for name, shape in plan.shapes.items():
         if name not in tensors:
             raise PlanError(f"{name}: the plan prunes it, but the model has no such tensor. Is this the right model?")
@@ -72,12 +72,14 @@ def cut(model: nn.Module, plan: PruningPlan, *, share: bool = False) -> nn.Modul
 
 
 def _forget(copied: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Let modules drop what they computed from their weights and kept, as they do when their mode is set.
+    """Let modules drop what they computed from their whole weights and keep, as they do when their mode is set.
 
-    The modes are the model's: a module that says itself how it is copied may leave its own behind.
+    Args:
+        copied: The cut copy.
+        modules: The model's, whose modes the copy gets: code of a module's own may have copied it, and not its mode.
     """
-    whole = {name: module.training for name, module in modules.items()}
-    modes = [(module, whole.get(name, module.training)) for name, module in modules_of(copied).items()]
+    original = {name: module.training for name, module in modules.items()}
+    modes = [(module, original.get(name, module.training)) for name, module in modules_of(copied).items()]
     for module, training in modes:
         if switches(module):
             module.train(training)
@@ -105,9 +107,9 @@ def _cut_tensors(modules: Mapping[str, nn.Module], plan: PruningPlan, tensors: M
     for name, (direction, dim) in plan.magnitudes.items():
         tensor, whole = tensors[name], tensors[direction]
         gain = memo.get(id(tensor), tensor).detach()
-        left = _norms(memo[id(whole)].detach(), dim)
+        after = _norms(memo[id(whole)].detach(), dim)
         before = _norms(_select(whole, {dim: plan.kept_tensors[direction].get(dim)}), dim)
-        share = torch.where(before > 0, left / before, 1.0).to(gain.dtype)
+        share = torch.where(before > 0, after / before, 1.0).to(gain.dtype)
         memo[id(tensor)] = _like(tensor, gain * share.view([-1 if d == dim else 1 for d in range(whole.ndim)]))
     return memo
 
@@ -150,12 +152,12 @@ def carry_optimizer(
     defaults = {name: value for name, value in optimizer.defaults.items() if name in accepted}
     carried = type(optimizer)(groups, **defaults)
     for key in {k for state in optimizer.state.values() for k in state}:
-        # Whatever a parameter holds element by element is cut as the parameter itself is.
+        # State that holds a value for each element of a parameter is cut as the parameter itself is.
         found = {name: optimizer.state.get(p, {}).get(key) for name, p in old.items()}
         states = {name: value for name, value in found.items() if value is not None}
         held = {name: v.expand_as(old[name]) for name, v in states.items() if _is_laid_out(name, key, v, old[name])}
         stand_ins: dict[str, Tensor] = {name: held.get(name, p) for name, p in old.items()}
-        # What an optimizer holds for a magnitude is no magnitude itself.
+        # State of a magnitude of weight norm is sliced; only the magnitude itself is computed anew.
         sliced = replace(plan, magnitudes={})
         cut_state = _cut_tensors(modules_of(model), sliced, {**dict(model.named_buffers()), **stand_ins})
         for name, value in states.items():
@@ -224,7 +226,8 @@ def _is_depthwise(layer: nn.Module) -> bool:
     return groups > 1 and groups == getattr(layer, "in_channels", 0)
 
 
-def _select(tensor: Tensor, kept: dict[int, list[int] | None] | dict[int, list[int]]) -> Tensor:
+def _select(tensor: Tensor, kept: Mapping[int, list[int] | None]) -> Tensor:
+    """Return a copy of a tensor with the kept indices of some dimensions; None: all."""
     value = tensor.detach()
     for dim, indices in kept.items():
         if indices is not None:
@@ -233,28 +236,39 @@ def _select(tensor: Tensor, kept: dict[int, list[int] | None] | dict[int, list[i
     return value.clone() if value.data_ptr() == tensor.data_ptr() else value
 
 
-def _cut_blocks(tensor: Tensor, full: Sequence[int] | None, half: Sequence[int] | None, blocks: int) -> Tensor:
-    """Cut a weight that holds, on dimension 1, one block of the channels that ``half`` counts: each block its own."""
-    rows, columns = tensor.shape[0] // blocks, tensor.shape[1]
-    kept_rows = np.arange(tensor.shape[0]) if full is None else np.asarray(full, dtype=np.int64)
-    kept_columns = np.arange(columns * blocks) if half is None else np.asarray(half, dtype=np.int64)
-    kept_rows = kept_rows[np.argsort(kept_rows // rows, kind="stable")]
-    kept_columns = kept_columns[np.argsort(kept_columns // columns, kind="stable")]
-    counts = np.bincount(kept_columns // columns, minlength=blocks)
-    block_of = kept_rows // rows
+def _cut_blocks(tensor: Tensor, rows: Sequence[int] | None, channels: Sequence[int] | None, blocks: int) -> Tensor:
+    """Cut a grouped convolution's weight: each block of rows holds, on dimension 1, its own block of the channels.
+
+    Args:
+        tensor: The weight.
+        rows: Kept indices of dimension 0; None: all.
+        channels: Kept channels of all blocks together; None: all.
+        blocks: Number of blocks.
+
+    Raises:
+        PlanError: If blocks keep different numbers of channels.
+    """
+    height, width = tensor.shape[0] // blocks, tensor.shape[1]
+    kept_rows = np.arange(tensor.shape[0]) if rows is None else np.asarray(rows, dtype=np.int64)
+    kept_columns = np.arange(width * blocks) if channels is None else np.asarray(channels, dtype=np.int64)
+    kept_rows = kept_rows[np.argsort(kept_rows // height, kind="stable")]
+    kept_columns = kept_columns[np.argsort(kept_columns // width, kind="stable")]
+    counts = np.bincount(kept_columns // width, minlength=blocks)
+    block_of = kept_rows // height
     widths = np.unique(counts[block_of])
     if widths.size != 1:
         raise PlanError(
             f"plan: groups of a convolution keep {', '.join(map(str, widths))} input channels; keep as many of each."
         )
-    # For every row that stays, the columns that its block keeps.
-    taken = (np.cumsum(counts) - counts)[block_of][:, None] + np.arange(widths[0])
-    index = torch.from_numpy(kept_columns[taken] % columns).to(tensor.device)
+    # For every kept row, the places in ``kept_columns`` of the columns that its block keeps.
+    places = (np.cumsum(counts) - counts)[block_of][:, None] + np.arange(widths[0])
+    index = torch.from_numpy(kept_columns[places] % width).to(tensor.device)
     value = tensor.detach().index_select(0, torch.from_numpy(kept_rows).to(tensor.device))
     return value.gather(1, index.view(*index.shape, *[1] * (tensor.ndim - 2)).expand(-1, -1, *tensor.shape[2:]))
 
 
 def _like(old: Tensor, value: Tensor) -> Tensor:
+    """Return a value as a parameter, frozen or not, where the tensor that it replaces is one."""
     if isinstance(old, nn.Parameter):
         return nn.Parameter(value.contiguous(), requires_grad=old.requires_grad)
     return value.contiguous()

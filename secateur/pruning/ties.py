@@ -19,7 +19,7 @@ from secateur.pruning.readings import Kept, Readings, held, made, masked
 _NUDGES = 3
 """Number of times that the original is run with slight changes, at most."""
 _ABOUT = 10
-"""A jump accounts for a difference of so many times its size."""
+"""A jump explains a difference of up to so many times its size."""
 _ROUNDING = {torch.float64: 1e-12}
 """By precision, the relative change that stands for rounding in sums of many terms; 1e-6 where not given."""
 
@@ -29,9 +29,9 @@ def jumps(
 ) -> bool:
     """Tell whether outputs differ only because the original's own outputs jump.
 
-    They do where a change by no more than rounding of the inputs, and of what layers make, changes the original's
-    outputs beyond the tolerance, and about as much. Inputs alone do not show it all: where scores tie, as where a deep
-    layer makes the same everywhere, the order of the layers' own sums decides which comes first. Such outputs tell
+    Outputs jump where a change of the inputs, and of what layers make, by no more than rounding changes them beyond the
+    tolerance, and about as much as they differ. To change the inputs alone is not enough: where scores tie, since a
+    deep layer makes the same everywhere, the order in which layers sum decides which comes first. Such outputs tell
     nothing of a pruned network; what every layer of the plan makes is compared in their stead.
 
     Args:

@@ -89,7 +89,7 @@ def record(
         TraceError: If the model fails on the example inputs.
     """
     modules = modules_of(model)
-    labels = TensorLabels(tensors_named(model, modules))
+    labels = TensorLabels(tensors_named(model))
     written = Written(labels.named)
     run = _Run(model, modules, Call(labels, Findings(), assumptions), light or Program(), light is not None, written)
     notes: list[str] = []

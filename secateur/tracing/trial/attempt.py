@@ -16,7 +16,7 @@ from torch import nn
 from secateur.errors import SecateurError, TraceError
 from secateur.graph.channels import ChannelGraph, ChannelGroup
 from secateur.graph.cost import macs
-from secateur.graph.places import lost
+from secateur.graph.places import mask_at
 from secateur.graph.plan import PruningPlan, masks
 from secateur.graph.steps import steps
 from secateur.network.inputs import mapped
@@ -179,7 +179,7 @@ def _is_told_by_program(
     except TraceError:
         return False
     own = grouping.partition
-    gone = lost(own.group_of, own.channel_of, masks(grouping.graph, plan.removed))
+    gone = mask_at(own.group_of, own.channel_of, masks(grouping.graph, plan.removed))
     return not program.kept() and is_same(trials.recording, left, own.classes, gone)
 
 
