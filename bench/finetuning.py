@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
