@@ -42,7 +42,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
     RULES.clear()
     RULES.update(rules)
-    criteria.unregister("linf")
+    criteria.unregister("largest")
     sys.modules.pop("net", None)
 
 
@@ -114,7 +114,7 @@ def test_every_package_and_every_module_of_tracing_is_named() -> None:
 
 
 def test_every_name_in_the_prose_is_one_of_the_source() -> None:
-    """Words in backticks that look like names: each part of ``ChannelGroup.least`` is a word of some source file, or of a block."""
+    """Words in backticks that look like names: each part of them is a word of the source, or of a block."""
     folders = ("secateur", "tests", "bench")
     source = "\n".join(p.read_text(encoding="utf-8") for f in folders for p in (ROOT / f).rglob("*.py"))
     words = set(re.findall(r"\w+", source + "".join(text for _, text in BLOCKS)))
