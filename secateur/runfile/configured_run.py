@@ -218,7 +218,10 @@ class _BaselineTraining:
         # Every process looks before one of them writes.
         found = baseline.kept(model, self.file, self.request)
         runtime.wait_for_everyone()
+        write = runtime.is_main_process
         if found is not None:
+            if write:  # this run may have been killed right after it kept the network
+                self.under_way.unlink(missing_ok=True)
             return found.eval()
         plan, epoch = self.run.baseline, 0
 
@@ -230,7 +233,6 @@ class _BaselineTraining:
             nonlocal epoch
             epoch = done
 
-        write = runtime.is_main_process
         with RunDirectory(self.folder, write=write):
             records = baseline.train(
                 model, data["train"], self.under_way, self.request,

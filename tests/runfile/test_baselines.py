@@ -1,7 +1,7 @@
 """Runs that train their network first: killed in the middle of that, and sharing it with runs that ask alike.
 
-``python -m tests.runfile.test_baselines FOLDER SEED KILLS PART`` is the run that is killed, in a process of its own;
-PART is ``whole``, or ``baseline`` for what comes before the compression.
+``python -m tests.runfile.test_baselines FOLDER PART KIND:N ...`` is the run that is killed, in a process of its own;
+PART is ``whole``, or ``baseline`` for what comes before the compression; each KIND:N is an attempt, and where it dies.
 """
 
 from __future__ import annotations
@@ -67,14 +67,13 @@ def attempt(folder: Path, on_batch: Any = None) -> None:
         configured_run.start(request(folder), Quiet(on_batch))
 
 
-def doomed(folder: Path, draw: random.Random) -> None:
-    """Run until a place drawn at random, and die there: at a batch, at the n-th writing of a file, or after a time."""
-    kind, at, count = draw.choice(["batch", "batch", "write", "written", "time"]), draw.randrange(1, 7), [0]
-    replace = os.replace
+def doomed(folder: Path, kind: str, number: int) -> None:
+    """Die at a batch of the baseline, or as a file is written, before or after it takes its name; or after a time."""
+    replace, count = os.replace, [0]
 
     def die() -> None:
         count[0] += 1
-        if count[0] == at:
+        if count[0] == number:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def dying_replace(*names: Any, **options: Any) -> None:
@@ -85,8 +84,8 @@ def doomed(folder: Path, draw: random.Random) -> None:
             die()
 
     os.replace = dying_replace
-    if kind == "time":
-        threading.Timer(draw.uniform(0.0, 1.0), lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+    if kind == "centiseconds":
+        threading.Timer(number / 100, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
     attempt(folder, die if kind == "batch" else None)
     os._exit(0)
 
@@ -98,17 +97,18 @@ def only_kept(model: Any, *_: Any, run_dir: Path, **__: Any) -> None:
     checkpoint.write_json(run_dir / "result.json", {})
 
 
-def main(folder: Path, seed: int, kills: int, part: str) -> None:
+def main(folder: Path, part: str, places: list[str]) -> None:
     """Run to the end in one folder; in another, be killed some times first. Prints how often that was."""
     torch.set_num_threads(1)
     if part == "baseline":
         configured_run.compress = only_kept  # type: ignore[assignment]
     attempt(folder / "one" / "whole")
     died = 0
-    for number in range(kills):
+    for place in places:
+        kind, _, number = place.partition(":")
         child = os.fork()
         if child == 0:
-            doomed(folder / "two" / "killed", random.Random(1000 * seed + number))
+            doomed(folder / "two" / "killed", kind, int(number))
         _, status = os.waitpid(child, 0)
         died += os.WIFSIGNALED(status)
     if not (folder / "two" / "killed" / "result.json").is_file():
@@ -116,15 +116,32 @@ def main(folder: Path, seed: int, kills: int, part: str) -> None:
     sys.stdout.write(json.dumps({"died": died}) + "\n")
 
 
+PLACES = [
+    "batch:5",  # in the second epoch, of three batches each
+    "write:4",  # after run.yaml, the lines of the first epoch and the second's state: before the lines of the second
+    "written:3",  # after run.yaml, the lines and the last epoch's state
+    "write:3",  # before the finished network takes its name
+    "written:3",  # after it did, before the state that led to it is cleared away
+]
+
+
+def anywhere(seed: int) -> list[str]:
+    draw = random.Random(seed)
+    kinds = {"batch": 9, "write": 8, "written": 8, "centiseconds": 100}
+    return [f"{kind}:{draw.randrange(1, kinds[kind])}" for kind in draw.choices([*kinds], k=6)]
+
+
 @pytest.mark.parametrize(
-    ("part", "seed"), [("baseline", 1), *(pytest.param("whole", seed, marks=pytest.mark.slow) for seed in (2, 3, 4))]
+    ("part", "places"),
+    [("baseline", PLACES), *(pytest.param("whole", anywhere(seed), marks=pytest.mark.slow) for seed in range(3))],
 )
-def test_killed_in_the_baseline_the_run_ends_in_the_same_bits(tmp_path: Path, part: str, seed: int) -> None:
-    command = [sys.executable, "-m", "tests.runfile.test_baselines", str(tmp_path), str(seed), "3", part]
+def test_killed_in_the_baseline_the_run_ends_in_the_same_bits(tmp_path: Path, part: str, places: list[str]) -> None:
+    command = [sys.executable, "-m", "tests.runfile.test_baselines", str(tmp_path), part, *places]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1])["died"] >= 2
+    died = json.loads(done.stdout.splitlines()[-1])["died"]
+    assert died == len(PLACES) if places is PLACES else died >= 2
     whole, cut = tmp_path / "one" / "whole", tmp_path / "two" / "killed"
     for name in ("baseline.safetensors", "model.safetensors"):
         assert (whole / name).read_bytes() == (cut / name).read_bytes()
@@ -251,4 +268,4 @@ def test_the_baseline_goes_on_in_the_precision_that_it_began_in(
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
