@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from secateur.network.modes import OperatorMode
 from secateur.network.writes import exchanged, read_as, targets
 
 _DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
@@ -31,7 +31,7 @@ def in_double() -> Iterator[None]:
     >>> found.dtype, layer.weight.dtype
     (torch.float64, torch.float32)
     """
-    with _Functions(), _Operators():  # type: ignore[no-untyped-call]
+    with _Functions(), _Operators():
         yield
 
 
@@ -48,12 +48,7 @@ class _Functions(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Be called as it is: the wrapper that PyTorch puts around modes takes longer than most operators."""
-        return False
-
+class _Operators(OperatorMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         written = targets(func, statistics=False)
         args, given = read_as(_doubled, written, args, kwargs)

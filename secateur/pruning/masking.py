@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
 from secateur.graph.plan import PruningPlan
+from secateur.network.modes import OperatorMode
 from secateur.network.named import tensors_named
 from secateur.network.writes import address, read_as, targets
 
@@ -34,20 +35,15 @@ def zeroed(model: nn.Module, plan: PruningPlan) -> AbstractContextManager[Any]:
     return _Zeroing({name: tensors[name] for name in plan.reads}, plan)
 
 
-class _Zeroing(TorchDispatchMode):
+class _Zeroing(OperatorMode):  # type: ignore[no-untyped-call]
     def __init__(self, weights: Mapping[str, Tensor], plan: PruningPlan) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.plan = plan
         self.held: dict[int, dict[str, Tensor]] = {}
         """By address of memory, the weights that lie there."""
         with torch._C.DisableTorchFunction():  # a mode that converts tensors would have the address of another one
             for name, weight in weights.items():
                 self.held.setdefault(address(weight), {})[name] = weight
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Be called as it is: the wrapper that PyTorch puts around modes takes longer than most operators."""
-        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, given = read_as(self._read, targets(func), args, kwargs)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_registry
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.errors import TraceError
 from secateur.network.custom_layers import layer_rule
 from secateur.network.inputs import arguments, leaves_of, mapped, tensors_of
 from secateur.network.isolation import left_as_found
+from secateur.network.modes import OperatorMode
 from secateur.network.named import modules_of, tensors_in, tensors_named
 from secateur.network.writes import Written, targets
 from secateur.tracing.assumptions import Assumptions, Cause
@@ -135,20 +135,15 @@ def _evaluate(model: nn.Module) -> None:
         ) from error
 
 
-class _LabelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _LabelMode(OperatorMode):  # type: ignore[no-untyped-call]
     """Runs every operator, then lets the labels flow by its rule, and notes the call in the program.
 
     With ``light``, of operators that take long only the shapes of what they make are right.
     """
 
     def __init__(self, call: Call, program: Program, light: bool, written: Written, functions: FunctionMode) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.call, self.program, self.light, self.written, self.functions = call, program, light, written, functions
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Be called as it is: the wrapper that PyTorch puts around modes imports its compiler, which takes seconds."""
-        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

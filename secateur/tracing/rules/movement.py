@@ -108,11 +108,12 @@ def view(call: Call, x: Tensor, *_: Any) -> Axes:
     if old == new:
         _keep_sizes(call, axes)
         return axes
-    untouched = {a[0]: b[0] for a, b in pieces(old, new) if len(a) == len(b) == 1}
+    cut = pieces(old, new)
+    untouched = {a[0]: b[0] for a, b in cut if len(a) == len(b) == 1}
     fixed = {untouched[d]: labels for d, labels in axes.items() if d in untouched}
     if fixed and not call.is_weight(x):
         _keep_sizes(call, fixed)
-    for left, right in pieces(old, new):
+    for left, right in cut:
         if len(left) == 1 and len(right) == 2 and left[0] in axes:
             # What later operators do with the two dimensions tells whether it is a shuffle.
             rows = axes[left[0]].reshape([new[d] for d in right])
