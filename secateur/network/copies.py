@@ -63,7 +63,7 @@ def replica(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
     own = {id(module) for module in modules.values()}
     for path, module in modules_of(copied).items():
         for held, value in vars(module).items():
-            if not _is_atomic(value) and held not in _TABLES and _holds(value, own):
+            if held not in _TABLES and not _is_atomic(value) and _holds(value, own):
                 raise PlanError(
                     f"{f'{path}.{held}'.lstrip('.')}: this {type(value).__name__} holds a function that goes on to "
                     "call the unpruned network, also in a copy. Make it a method, or keep it in a list or dict."
@@ -155,11 +155,11 @@ class _Copier:
         self.memo.setdefault(id(self.memo), []).append(state)
         copied = {}
         for name, item in state.items():
-            if _is_atomic(item):
-                copied[name] = item
-            elif name in _TABLES and type(item) in (dict, set, OrderedDict) and not item:
+            if name in _TABLES and not item and type(item) in (dict, set, OrderedDict):
                 # A module may hold the handle of a hook, which refers to the table of hooks.
                 copied[name] = self.memo.setdefault(id(item), type(item)())
+            elif _is_atomic(item):
+                copied[name] = item
             else:
                 copied[name] = self._attribute(module, name, item)
         small.__setstate__(copied)

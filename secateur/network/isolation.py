@@ -113,7 +113,8 @@ def _attributes(modules: list[nn.Module]) -> Callable[[], None]:
     # A configuration that all modules share is looked at once.
     held_once = {id(value): value for value in held_by}.values()
     containers = [found for value in held_once for found in _containers(value)]
-    hooks = [(own[name], _held(own[name])) for _, own in known for name in _HOOKS if name in own]
+    tables = [own[name] for _, own in known for name in _HOOKS if name in own]
+    hooks = [(table, _held(table) if table else []) for table in tables]
 
     def put_back() -> None:
         changed = [_set_back(module, before) for module, before in known]
@@ -128,6 +129,8 @@ def _attributes(modules: list[nn.Module]) -> Callable[[], None]:
 def _set_back(module: nn.Module, before: Mapping[str, Any]) -> bool:
     """Give a module the attributes that it had, and no others; tell whether it had lost or got any."""
     own = vars(module)
+    if len(own) == len(before) and all(map(operator.is_, own.values(), before.values())):
+        return False
     changed = [n for n, value in own.items() if n not in BOOKS and (n not in before or value is not before[n])]
     changed += before.keys() - own.keys()
     for name in changed:

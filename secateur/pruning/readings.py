@@ -48,12 +48,13 @@ def sums(x: Tensor, dim: int, kept: list[int] | None = None) -> tuple[Tensor, in
     x, dim = _unwrapped(x.detach(), dim)
     x = x if x.dtype in (torch.float32, torch.float64) else x.float()
     before, size, after = math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1 :])
-    weights = _weights(before * after).to(x)
+    weights = _weights(before * after, x.dtype, x.device)
     if after == 1:
-        found = x.reshape(before, size).t() @ weights
+        found = weights @ x.reshape(before, size)
     else:  # one product for each index of the dimensions before the channels': so the tensor need not be laid out anew
-        found = (x.reshape(before, size, after) @ weights.view(before, after, 2)).sum(0)
-    return found if kept is None else found[kept], before * after
+        rows = weights.view(2, before, after).transpose(0, 1)
+        found = (rows @ x.reshape(before, size, after).transpose(1, 2)).sum(0)
+    return (found if kept is None else found[:, kept]).t(), before * after
 
 
 def _unwrapped(x: Tensor, dim: int) -> tuple[Tensor, int]:
@@ -67,13 +68,14 @@ def _unwrapped(x: Tensor, dim: int) -> tuple[Tensor, int]:
 
 
 @functools.lru_cache(maxsize=8)
-def _weights(count: int) -> Tensor:
-    """Return one column of equal weights and one of random weights in [-1.5, 1.5], the same in every run.
+def _weights(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return one row of equal weights and one of random weights in [-1.5, 1.5], the same in every run.
 
     NumPy draws them: inside a map of torch's, torch draws none.
     """
     drawn = np.random.default_rng(count).random(count)
-    return torch.from_numpy(np.stack([np.ones(count), 3 * drawn - 1.5], 1) / max(count, 1))
+    weights = torch.from_numpy(np.stack([np.ones(count), 3 * drawn - 1.5]) / max(count, 1))
+    return weights.to(device, dtype)
 
 
 def held(hooks: Iterable[RemovableHandle]) -> ExitStack:
@@ -94,11 +96,16 @@ def watched(network: nn.Module, kept: Kept, readings: Readings) -> ExitStack:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             x = args[0] if args else kwargs["input"]
             dim = channel_dim(layer, x)
-            readings[name].append(sums(x, dim, channels))
+            found, values = sums(x, dim)
+            readings[name].append((found if channels is None else found[channels], values))
             if channels is None:
                 return None
-            removed = torch.from_numpy(np.setdiff1d(np.arange(x.shape[dim]), channels))
-            x = x.index_fill(dim, removed.to(x.device), 0)
+            keep = torch.zeros(x.shape[dim], dtype=x.dtype, device=x.device)
+            keep[channels] = 1
+            if found.isfinite().all():  # a product takes a fraction of the time that filling takes
+                x = x * keep.view(-1, *[1] * (x.ndim - dim - 1))
+            else:
+                x = x.index_fill(dim, (keep == 0).nonzero().flatten(), 0)
             return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
 
         return hook

@@ -21,7 +21,7 @@ BY_VALUE = frozenset({
     "aten::bincount", "aten::_unique", "aten::_unique2", "aten::unique_dim", "torchvision::nms",
 })  # fmt: skip
 """Operators that hand out values, or of whose result values decide the shape."""
-WORTH = 2_000_000
+WORTH = 1_000_000
 """From so many multiply-accumulate operations a call, running them takes longer than looking at labels."""
 _ORIGIN = "_secateur_origin"
 _SIZES = {

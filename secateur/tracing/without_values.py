@@ -18,8 +18,8 @@ _LARGE = 1 << 16
 """From so many elements read, running an operator takes longer than asking for the shapes of what it makes."""
 
 
-_AS_IT_IS = ("aten::_unsafe_view", "aten::native_batch_norm")
-"""Operators that are run whatever they read: one is a view; the other, asked for shapes, tells those of training."""
+_AS_IT_IS = ("aten::_unsafe_view",)
+"""Operators that are run whatever they read: views, whose schemas do not say so."""
 
 
 _PRODUCTS = frozenset({
@@ -94,7 +94,10 @@ def _shapes(func: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...
             return value.value
         return tuple(map(twin, value)) if isinstance(value, tuple) else value
 
-    return _likes(func(*twin(args), **{key: twin(value) for key, value in kwargs}))
+    made = func(*twin(args), **{key: twin(value) for key, value in kwargs})
+    if func._schema.name == "aten::native_batch_norm" and not twin(args[5]):
+        made = (made[0], *(moment.new_empty(0) for moment in made[1:]))  # meta tensors tell the shapes of training
+    return _likes(made)
 
 
 def _zeros(like: _Like) -> Tensor:

@@ -22,7 +22,7 @@ def test_a_channel_is_summed_over_all_its_values(shape: tuple[int, ...], dim: in
         found, count = sums(laid_out, dim)
         rows = x.double().movedim(dim, 0).reshape(shape[dim], math.prod(shape) // shape[dim])
         assert count == rows.shape[1]
-        assert torch.allclose(found.double(), rows @ _weights(count), atol=1e-5)
+        assert torch.allclose(found.double(), rows @ _weights(count, torch.float64, rows.device).T, atol=1e-5)
 
 
 class Mapped(nn.Module):

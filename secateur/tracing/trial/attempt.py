@@ -92,7 +92,7 @@ def _odd(group: ChannelGroup, found: list[list[int]], fraction: float) -> int:
     left = group.size - np.cumsum([0, *map(len, found)])
     unit = math.gcd(group.size, *map(len, found))
     wanted = max(1, int(len(found) * fraction))
-    near = sorted(range(1, len(left)), key=lambda taken: (abs(taken - wanted), -taken))
+    near = (taken for d in range(len(left)) for taken in (wanted + d, wanted - d) if 0 < taken < len(left))
     return next((taken for taken in near if _is_prime(int(left[taken]) // unit)), wanted)
 
 
