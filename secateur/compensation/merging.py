@@ -224,7 +224,7 @@ def _run(
 
 def _folded(model: nn.Module, made: Slices, norm: str | None, size: int) -> tuple[Tensor, Tensor]:
     """A producer's filters and offsets with its batch norm folded in: ``(C, F)`` and ``(C, q)``, in fp64."""
-    rows = made.rows(made.weight(model).detach()).double()
+    rows = weights.rows_of(made.weight(model).detach().double(), made.dim, made.blocks)
     bias = getattr(model.get_submodule(made.module), "bias", None)
     offset = rows.new_zeros(len(rows)) if bias is None else bias.detach().double()
     if norm is not None:
@@ -323,9 +323,7 @@ def _fold_into(
 ) -> str:
     """Add each removed channel's weights to its partner's, and clear them; return what was left out."""
     layer: Any = model.get_submodule(read.module)
-    places = {
-        c: [q for q in row if q >= 0] for c, row in zip(read.channels.tolist(), read.table.tolist(), strict=True)
-    }
+    places = {c: [q for q in row if q >= 0] for c, row in zip(read.channels.tolist(), read.table.tolist(), strict=True)}
     transposed = isinstance(layer, weights.TRANSPOSED)
     padded = any(getattr(layer, "_reversed_padding_repeated_twice", ())) or transposed
     takes_shift = layer.bias is not None and not padded

@@ -82,7 +82,9 @@ def moved(value: Any, device: torch.device | str) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(moved(part, device) for part in value)
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{one.name: moved(getattr(value, one.name), device) for one in fields(value) if one.init})
+        return replace(
+            value, **{one.name: moved(getattr(value, one.name), device) for one in fields(value) if one.init}
+        )
     return value
 
 
@@ -161,7 +163,9 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error of the user's own code, with what helps where that is known."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     if "Expected more than 1 value per channel" in text:
-        text = f"{text.rstrip('.')}. Batch norm needs more than one value a channel: leave such a batch out (drop_last)."
+        text = (
+            f"{text.rstrip('.')}. Batch norm needs more than one value a channel: leave such a batch out (drop_last)."
+        )
     return text
 
 
@@ -311,9 +315,7 @@ def observe(
     for group in wanted:
         if why := unseen(model, graph, group):
             raise CriterionError(f"{group.name}: {why}. Leave the group out.")
-    moments = gather_moments(
-        model, graph, data, wanted, positions=positions, exact=exact, seed=seed, memory=memory
-    )
+    moments = gather_moments(model, graph, data, wanted, positions=positions, exact=exact, seed=seed, memory=memory)
     for name, statistics in moments.items():
         if why := unread(statistics.count.diagonal()):
             raise CriterionError(f"{name}: {why}. Leave the group out.")

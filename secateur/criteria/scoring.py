@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from secateur.criteria import Criterion, Returns, Selection, feature_maps, get, weights
 from secateur.criteria.gathering import Gatherer, Loss
+from secateur.criteria.papers.li2017l1 import l2
 from secateur.criteria.registry import NotDefinedError
 from secateur.errors import CriterionError, UsageError
 from secateur.graph.channels import ChannelGraph, ChannelGroup
@@ -36,7 +37,9 @@ class _Scoring:
     gatherer: Gatherer
     unseen: Unseen
 
-    def each(self, one: Callable[[ChannelGroup], Any], instead: Callable[[ChannelGroup, Tensor], Any]) -> dict[str, Any]:
+    def each(
+        self, one: Callable[[ChannelGroup], Any], instead: Callable[[ChannelGroup, Tensor], Any]
+    ) -> dict[str, Any]:
         """Call a function for every group, in their order.
 
         Args:
@@ -58,7 +61,7 @@ class _Scoring:
         weighed = [group for group in order if group.name in left and self.unseen == "weights"]
         for group in weighed:
             if weights.making(gatherer.model, gatherer.graph, group):
-                scores = torch.linalg.vector_norm(weights.filters(gatherer.model, gatherer.graph, group).double(), dim=1)
+                scores = l2(weights.filters(gatherer.model, gatherer.graph, group))
                 result[group.name] = instead(group, scores.cpu())
         self._tell(left, result)
         return {group.name: result[group.name] for group in order if group.name in result}
@@ -69,7 +72,9 @@ class _Scoring:
             return
         where, (name, why) = f"criterion {self.gatherer.criterion.name}", next(iter(left.items()))
         if self.unseen == "error" or not result:
-            raise CriterionError(f"{where}: {name}: {why}. Use a criterion of weights, such as l1, or leave the group out.")
+            raise CriterionError(
+                f"{where}: {name}: {why}. Use a criterion of weights, such as l1, or leave the group out."
+            )
         by_reason: dict[str, list[str]] = {}
         for name, why in left.items():
             fate = "scored by weights" if name in result else "left out"

@@ -34,6 +34,8 @@ class Slices:
     """The module that has the weight: the layer itself, or where code calls the function, whichever holds the tensor."""
     attribute: str
     """The weight's name there."""
+    layer: str
+    """The layer's name in the graph, see :attr:`secateur.graph.channels.LayerPort.name`."""
     called: bool
     """Whether the module is a convolution or linear layer that is called, so that its inputs can be seen."""
     dim: int
@@ -47,30 +49,12 @@ class Slices:
         """Return the weight as the next forward applies it."""
         return weight_of(model.get_submodule(self.module), self.attribute)
 
-    def planes(self, weight: Tensor) -> Tensor:
-        """View a weight, or anything of its shape, as ``(R, P, K)``.
-
-        P are the positions and K those of the kernel; R are the channels on the weight's other side, in a weight of
-        several blocks those of one block.
-        """
-        if self.blocks > 1:
-            rows, width = weight.shape[0] // self.blocks, weight.shape[1]
-            apart = weight.reshape(self.blocks, rows, width, -1)
-            return apart.movedim(1, 0).reshape(rows, self.blocks * width, -1)
-        turned = weight.movedim(self.dim, 1)
-        return turned.reshape(*turned.shape[:2], -1)
-
     def filters(self, weight: Tensor, size: int) -> Tensor:
         """Arrange a weight by channel, shape ``(size, F)``; zeros where a channel has fewer positions, or none.
 
         Where every channel has one position, in order, nothing is copied.
         """
-        return self.spread(self.rows(weight), size)
-
-    def rows(self, weight: Tensor) -> Tensor:
-        """View a weight as one row a position, ``(P, R·K)``."""
-        planes = self.planes(weight).movedim(1, 0)
-        return planes.reshape(len(planes), -1)
+        return self.spread(rows_of(weight, self.dim, self.blocks), size)
 
     def spread(self, rows: Tensor, size: int) -> Tensor:
         """Arrange rows of positions ``(P, n)`` by channel, shape ``(size, q·n)``; zeros as in :meth:`filters`."""
@@ -78,17 +62,20 @@ class Slices:
 
     def reading(self, weight: Tensor, size: int) -> Tensor:
         """Arrange a weight that reads the channels, shape ``(R, size, q·K)``; zeros as in :meth:`filters`."""
-        planes = self.planes(weight)
+        planes = planes_of(weight, self.dim, self.blocks)
         return self._by_channel(planes, size, 1).reshape(len(planes), size, -1)
 
-    def select(self, weight: Tensor, which: Tensor) -> Tensor:
-        """Return the filters of some of the rows of ``table``, one a row, at the cost of those rows only."""
-        at = self.table[which].flatten().to(weight.device)
+    def places(self, which: Tensor) -> Tensor:
+        """Return the positions of some of the rows of ``table``, as :meth:`select` takes them."""
+        return self.table[which].flatten()
+
+    def select(self, weight: Tensor, places: Tensor, count: int) -> Tensor:
+        """Return the filters of ``count`` rows of ``table``, one a row, at the cost of those only."""
         if self.blocks > 1:
             rows, width = weight.shape[0] // self.blocks, weight.shape[1]
             apart = weight.reshape(self.blocks, rows, width, -1)
-            return apart[at // width, :, at % width].reshape(len(which), -1)
-        return weight.index_select(self.dim, at).movedim(self.dim, 0).reshape(len(which), -1)
+            return apart[places // width, :, places % width].reshape(count, -1)
+        return weight.index_select(self.dim, places).movedim(self.dim, 0).reshape(count, -1)
 
     def _by_channel(self, values: Tensor, size: int, dim: int) -> Tensor:
         """Give each channel its positions along a dimension, ``(…, P, …)`` to ``(…, size · q, …)``."""
@@ -104,6 +91,26 @@ class Slices:
         at = (self.channels[:, None] * q + torch.arange(q)).flatten().to(values.device)
         result = values.new_zeros(*values.shape[:dim], size * q, *values.shape[dim + 1 :])
         return result.index_copy_(dim, at, values)
+
+
+def planes_of(weight: Tensor, dim: int, blocks: int) -> Tensor:
+    """View a weight, or anything of its shape, as ``(R, P, K)``.
+
+    P are the positions along ``dim`` and K those of the kernel; R are the channels on the weight's other side, in a
+    weight of several blocks those of one block.
+    """
+    if blocks > 1:
+        rows, width = weight.shape[0] // blocks, weight.shape[1]
+        apart = weight.reshape(blocks, rows, width, -1)
+        return apart.movedim(1, 0).reshape(rows, blocks * width, -1)
+    turned = weight.movedim(dim, 1)
+    return turned.reshape(*turned.shape[:2], -1)
+
+
+def rows_of(weight: Tensor, dim: int, blocks: int) -> Tensor:
+    """View a weight as one row a position along ``dim``, ``(P, R·K)``."""
+    planes = planes_of(weight, dim, blocks).movedim(1, 0)
+    return planes.reshape(len(planes), -1)
 
 
 def weight_of(module: nn.Module, attribute: str = "weight") -> Tensor:
@@ -169,7 +176,10 @@ def _slices(
             # Of what a weight is computed from, the tensor with the weight's own layout tells where its channels lie.
             if tuple(weight_of(model.get_submodule(path), attribute).shape) == graph.shapes[member.tensor]:
                 channels, table = positions_of(member)
-                found[path, attribute] = Slices(path, attribute, False, member.dim, member.blocks, channels, table)
+                layer_name = graph.layer_of(member)
+                found[path, attribute] = Slices(
+                    path, attribute, layer_name, False, member.dim, member.blocks, channels, table
+                )
     return list(found.values())
 
 
@@ -203,7 +213,7 @@ def _of_layer(port: LayerPort, layer: nn.Module, index: int, makes: bool) -> Sli
         dim = 1 - dim
     blocks = int(getattr(layer, "groups", 1)) if dim == 1 else 1
     found, table = _arranged(at, channels[at])
-    return Slices(port.module, "weight", True, dim, blocks, found, table)
+    return Slices(port.module, "weight", port.name, True, dim, blocks, found, table)
 
 
 def producers(model: nn.Module, graph: ChannelGraph, group: ChannelGroup) -> tuple[Tensor, ...]:
