@@ -367,10 +367,11 @@ def _normal(model: nn.Module, group: ChannelGroup, path: _Path) -> tuple[Tensor,
     """Mean and deviation of each channel in front of its ReLU, if its batch norm says; None where it doesn't."""
     if len(path.made) != 1 or path.made[0].module not in path.norms:
         return None
-    made, norm = path.made[0], model.get_submodule(path.norms[path.made[0].module])
+    made = path.made[0]
+    norm: Any = model.get_submodule(path.norms[made.module])
     if norm.weight is None or norm.bias is None:
         return None
-    centre, deviation = norm.bias.detach().double(), norm.weight.detach().double().abs()  # type: ignore[operator, union-attr]
+    centre, deviation = norm.bias.detach().double(), norm.weight.detach().double().abs()
     return made.spread(centre[:, None], group.size).flatten(), made.spread(deviation[:, None], group.size).flatten()
 
 

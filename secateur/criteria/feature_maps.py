@@ -2,8 +2,8 @@ r"""Streamed statistics of feature maps: second moments in fp64, in O(C²) memor
 
 A group's feature maps are taken where they are read: at the inputs of its consumers, so after batch norm and
 activation. Where several consumers read a group (a residual stream), each input is an observation of its channels; an
-input that several consumers share counts once. :mod:`secateur.criteria.readings` has the rule, also for layers that read
-a group in part. Statistics of several batches or processes add up.
+input that several consumers share counts once. :mod:`secateur.criteria.readings` has the rule, also for layers that
+read a group in part. Statistics of several batches or processes add up.
 """
 
 from __future__ import annotations
@@ -90,22 +90,24 @@ def moved(value: Any, device: torch.device | str) -> Any:
 
 def _size(inputs: Any, number: int) -> int:
     """Return the number of examples of a batch: the length of the first tensor in it, or of a list of images."""
-    found = _first_length(inputs)
+    found = examples(inputs)
     if found is None:
         raise DataError(
-            f"batch {number}: its inputs, a {type(inputs).__name__}, hold no tensor. Give (input, labels), or the input "
-            "alone."
+            f"batch {number}: its inputs, a {type(inputs).__name__}, hold no tensor. Give (input, labels), or the "
+            "input alone."
         )
     if found == 0:
         raise DataError(f"batch {number} is empty: its first tensor has length 0. Leave it out.")
     return found
 
 
-def _first_length(inputs: Any) -> int | None:
-    """Return the length of the first tensor, in any nesting; 1 where all are single numbers, None where there is none."""
-    lengths = _lengths(inputs)
-    first = next(lengths, None)
-    return first if first is None or first >= 0 else next((n for n in lengths if n >= 0), 1)
+def examples(inputs: Any) -> int | None:
+    """Return the length of the first tensor or list of images, however deep it lies; None where there is none.
+
+    Single numbers count only where there is nothing else, as 1.
+    """
+    lengths = list(_lengths(inputs))
+    return next((length for length in lengths if length >= 0), 1 if lengths else None)
 
 
 def _lengths(inputs: Any) -> Iterator[int]:

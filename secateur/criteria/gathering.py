@@ -184,7 +184,7 @@ class Gatherer:
             for number, batch in enumerate(feature_maps.batches(data, device), start=1):
                 batch = Batch(_plain(batch.args), _plain(batch.kwargs), _plain(batch.labels), batch.size)
                 # A weight that is computed is computed once, so that it is the one that the outputs depend on.
-                with parametrize.cached():  # type: ignore[no-untyped-call]
+                with parametrize.cached():
                     outputs = feature_maps.forward(self.model, batch, number)
                     loss = _loss(outputs, batch, loss_of, number, self.criterion.name)
                     applied = {key: getattr(self.model.get_submodule(key[0]), key[1]) for key in every}
@@ -273,8 +273,8 @@ def _gradients(loss: Tensor, applied: Mapping[tuple[str, str], Tensor], where: s
     remedy = "Use a criterion without gradients, such as l1"
     if not loss.requires_grad:
         raise CriterionError(
-            f"{where}: the loss has no gradient: the network or the loss detaches its values, or runs without gradients. "
-            f"{remedy}, or give another loss."
+            f"{where}: the loss has no gradient: the network or the loss detaches its values, or runs without "
+            f"gradients. {remedy}, or give another loss."
         )
     asked = {key: tensor for key, tensor in applied.items() if tensor.requires_grad}
     try:

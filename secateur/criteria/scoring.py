@@ -48,7 +48,7 @@ class _Scoring:
                 weights are to stand in.
 
         Raises:
-            CriterionError: If the criterion is defined on none of the groups, or an error was asked for.
+            NotDefinedError: If the criterion is defined on none of the groups, or an error was asked for.
         """
         gatherer, order = self.gatherer, list(self.gatherer.groups)
         result, left = {}, gatherer.left
@@ -72,7 +72,7 @@ class _Scoring:
             return
         where, (name, why) = f"criterion {self.gatherer.criterion.name}", next(iter(left.items()))
         if self.unseen == "error" or not result:
-            raise CriterionError(
+            raise NotDefinedError(
                 f"{where}: {name}: {why}. Use a criterion of weights, such as l1, or leave the group out."
             )
         by_reason: dict[str, list[str]] = {}

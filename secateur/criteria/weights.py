@@ -31,7 +31,7 @@ class Slices:
     """
 
     module: str
-    """The module that has the weight: the layer itself, or where code calls the function, whichever holds the tensor."""
+    """The module that has the weight: the layer itself, or where code calls the function, whichever holds it."""
     attribute: str
     """The weight's name there."""
     layer: str
@@ -122,7 +122,7 @@ def weight_of(module: nn.Module, attribute: str = "weight") -> Tensor:
         CriterionError: If the module has no such tensor.
     """
     for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == attribute:  # type: ignore[attr-defined]
+        if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == attribute:
             masked: Tensor = hook.apply_mask(module)  # type: ignore[no-untyped-call]
             return masked
     value = getattr(module, attribute, None)
@@ -172,15 +172,18 @@ def _slices(
         layer = None if port is None else model.get_submodule(port.module)
         if port is not None and isinstance(layer, READERS):
             found.setdefault((port.module, "weight"), _of_layer(port, layer, index, makes))
-        elif len(graph.shapes[member.tensor]) > 1 and (path, attribute) not in found:
-            # Of what a weight is computed from, the tensor with the weight's own layout tells where its channels lie.
-            if tuple(weight_of(model.get_submodule(path), attribute).shape) == graph.shapes[member.tensor]:
-                channels, table = positions_of(member)
-                layer_name = graph.layer_of(member)
-                found[path, attribute] = Slices(
-                    path, attribute, layer_name, False, member.dim, member.blocks, channels, table
-                )
+        elif (path, attribute) not in found and _is_like(
+            weight_of(model.get_submodule(path), attribute), graph, member
+        ):
+            channels, table = positions_of(member)
+            name = graph.layer_of(member)
+            found[path, attribute] = Slices(path, attribute, name, False, member.dim, member.blocks, channels, table)
     return list(found.values())
+
+
+def _is_like(weight: Tensor, graph: ChannelGraph, member: Member) -> bool:
+    """Tell whether a tensor is a weight, or of those that it is computed from the one with its layout."""
+    return weight.dim() > 1 and tuple(weight.shape) == graph.shapes[member.tensor]
 
 
 def owner(model: nn.Module, tensor: str) -> tuple[str, str]:

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from secateur.criteria import weights
+from secateur.criteria import Selection, weights
 from secateur.criteria.papers import singh2020cfp as cfp
+from secateur.criteria.scoring import possible
 from secateur.criteria.weights import Slices
 from secateur.engine.settings import Share
 from secateur.errors import CriterionError, PlanError
@@ -172,29 +174,38 @@ def select_pairs(
     scores = correlations(model, graph, group, share=share, signed=signed, order=order) if wanted else None
     if scores is None:
         return []
-    lengths, free = norms(model, graph, group), torch.from_numpy(group.removable)
+    lengths, free = norms(model, graph, group), torch.from_numpy(group.removable.copy())
 
-    def choose(own: Tensor, n: int, blocks: Tensor | None) -> list[tuple[int, int]]:
+    def choose(own: Tensor, n: int) -> list[tuple[int, int]]:
         between = scores[own][:, own]
         if order == "residual":
-            return cfp.select_least_lost(-between, n, removable=free[own], blocks=blocks)
-        return cfp.select_pairs(between, n, norms=lengths[own], removable=free[own], blocks=blocks)
+            found = cfp.select_least_lost(-between, n, removable=free[own])
+        else:
+            found = cfp.select_pairs(between, n, norms=lengths[own], removable=free[own])
+        return [(int(own[dropped]), int(own[kept])) for dropped, kept in found]
 
-    if group.schedule is None:
-        return choose(torch.arange(group.size), wanted, torch.from_numpy(group.blocks))
-    pairs: list[tuple[int, int]] = []
-    for block, n in enumerate(_row(group, wanted).tolist()):
-        own = torch.from_numpy(np.flatnonzero(group.blocks == block))
-        pairs += [(int(own[dropped]), int(own[kept])) for dropped, kept in choose(own, n, None)]
-    return pairs
+    while True:
+        pairs: list[tuple[int, int]] = []
+        for block, n in enumerate(_shares(group, wanted, free.numpy())):
+            pairs += choose(torch.from_numpy(np.flatnonzero(group.blocks == block)), n)
+        selection = Selection(tuple(dropped for dropped, _ in pairs))
+        # Another channel goes in place of one that is the last of its layer.
+        last = set(selection.removed) - set(possible(group, selection).removed)
+        if not last:
+            return pairs
+        free[list(last)] = False
 
 
-def _row(group: ChannelGroup, count: int) -> np.ndarray:
-    """Return what each block loses at the latest step of a schedule that leaves every block a partner."""
-    assert group.schedule is not None
-    sizes = np.bincount(group.blocks)
-    rows = [row for row in group.schedule if row.sum() <= count and (row < sizes).all()]
-    return rows[-1] if rows else np.zeros_like(sizes)
+def _shares(group: ChannelGroup, count: int, free: NDArray[np.bool_]) -> list[int]:
+    """Return how many channels each block loses: as many as asked for, or as its free ones and a partner allow."""
+    sizes, able = np.bincount(group.blocks), np.bincount(group.blocks[free], minlength=int(group.blocks.max()) + 1)
+    most = np.minimum(able, sizes - 1)
+    if group.schedule is not None:
+        rows = [row for row in group.schedule if row.sum() <= count and (row <= most).all()]
+        return [int(n) for n in rows[-1]] if rows else [0] * len(sizes)
+    quota = group.quota
+    rounds = min(int((most // quota).min()), count // int(quota.sum()))
+    return [rounds * int(n) for n in quota]
 
 
 def select_lowest(group: ChannelGroup, scores: Tensor, count: int, *, min_width: int = 1) -> list[int]:

@@ -189,7 +189,7 @@ def _cut_layer(
         groups = getattr(layer, "groups", 1)
         if groups == 1:
             value = _select(weight, {0: full, 1: half})
-        elif is_depthwise(layer):
+        elif weight.shape[1] == 1:  # each block holds one channel of those that dimension 1 counts
             value = _select(weight, {0: full})
         else:
             value = _cut_blocks(weight, full, half, groups)

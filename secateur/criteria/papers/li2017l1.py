@@ -16,7 +16,7 @@ BLOCK = 2**20
 def by_blocks(filters: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply a function of rows to the filters in fp64, a block of rows at a time, so that no copy of all is made."""
     rows = max(1, BLOCK // max(1, filters.shape[1]))
-    return torch.cat([norm(block.double()) for block in filters.split(rows)])
+    return torch.cat([norm(block.double()) for block in torch.split(filters, rows)])
 
 
 @criterion("l1", needs=["filters"], source="Li et al. 2017, smallest L1 norm")
