@@ -111,7 +111,7 @@ def unseen(model: nn.Module, graph: ChannelGraph, group: ChannelGroup) -> str:
         if not slices.called
     )
     if others:
-        why = f"code applies {', '.join(others)} to them without calling a layer"
+        why = f"code applies {', '.join(others)} to them without calling a convolution or linear layer"
     else:
         why = "no convolution or linear layer reads them"
     return f"the maps of {missing} of its {group.size} channels can't be seen, as {why}"

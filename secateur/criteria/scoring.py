@@ -51,13 +51,15 @@ class _Scoring:
             NotDefinedError: If the criterion is defined on none of the groups, or an error was asked for.
         """
         gatherer, order = self.gatherer, list(self.gatherer.groups)
-        result, left = {}, gatherer.left
-        gatherer.gather()
-        for group in list(gatherer.groups):
-            try:
-                result[group.name] = one(group)
-            except NotDefinedError as error:
-                left[group.name] = str(error)
+        result: dict[str, Any] = {}
+        left = gatherer.left
+        with torch.inference_mode(False):  # in which gradients and sums over batches can't be had
+            gatherer.gather()
+            for group in list(gatherer.groups):
+                try:
+                    result[group.name] = one(group)
+                except NotDefinedError as error:
+                    left[group.name] = str(error)
         weighed = [group for group in order if group.name in left and self.unseen == "weights"]
         for group in weighed:
             if weights.making(gatherer.model, gatherer.graph, group):

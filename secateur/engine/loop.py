@@ -238,6 +238,8 @@ class Engine:
                 f"{reached:.3f} is gone. Ask for less, or let more groups go (linear, skip, internal_only, max_ratio, "
                 f"min_width).{why}"
             )
+        if len(self.selection.left) == len(self.groups):
+            raise RunError(f"compress: the method is defined on none of the groups:{why} Choose another, such as l1.")
         if self.goals:
             raise RunError(f"widths: {self.goals[state.goal]} can't be reached within the groups' constraints.{why}")
         self._next_place(state)

@@ -218,6 +218,8 @@ class Selection:
                 )  # fmt: skip
                 if paired:
                     pairs[name] = paired
+                elif not pairing.producers(state.network, graph, graph.group(name)):
+                    self.left[name] = "it has no filters of 2 elements or more to correlate"
             return pairs, {name: [d for d, _ in paired] for name, paired in pairs.items()}
         try:
             found = self._by_criterion(state, graph, wanted)

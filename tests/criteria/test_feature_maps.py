@@ -275,7 +275,9 @@ def test_maps_that_no_hook_sees_are_an_error_where_they_are_asked_for() -> None:
     x = torch.randn(5, 3)
     graph = trace(model, x)
     assert [g.name for g in graph.groups] == ["first"]
-    reason = r"first: the maps of 4 of its 4 channels can't be seen, as code applies second.weight to them without"
+    reason = (
+        r"first: the maps of 4 of its 4 channels can't be seen, as code applies second.weight to them without calling a"
+    )
     with pytest.raises(CriterionError, match=reason):
         feature_maps.observe(model, graph, [x])
 
