@@ -29,11 +29,9 @@ def _steps(group: ChannelGroup, order: Sequence[int]) -> list[list[int]]:
     place[ordered] = np.arange(ordered.size)
     free = group.removable.copy()
     if group.schedule is None:
-        # The most important channel of every layer stays, since a layer may make only some of the group's channels.
-        # For all layers that make every channel it is the same one, so that one of these layers stands for the others.
-        made = {m.channels.size: m.channels for m in group.members if m.channels.size == group.size}
-        partial = (m.channels for m in group.members if 0 < m.channels.size < group.size)
-        free[[int(channels[place[channels].argmax()]) for channels in (*made.values(), *partial)]] = False
+        # The most important channel of every layer stays, since a layer may hold only some of the group's channels.
+        held = {m.channels.tobytes(): m.channels for m in group.members if m.channels.size}
+        free[[int(channels[place[channels].argmax()]) for channels in held.values()]] = False
     for some in group.staying:
         free[some.channels[np.argsort(place[some.channels])[-some.least :]]] = False
     # The free channels of each block follow one another in the queue, each block's in the order of removal.

@@ -68,8 +68,10 @@ class Trials:
         """Return a part at random of a group's channels."""
         key = key_of(group)
         if key not in self.removed:
-            order = np.random.default_rng(index).permutation(group.size).tolist()
-            found = steps(group, order)
+            order = np.random.default_rng(index).permutation(group.size)
+            # Channels that may go come first: one of them, last in the order, would stay as the last of its layer.
+            order = order[np.argsort(~group.removable[order], kind="stable")]
+            found = steps(group, order.tolist())
             self.removed[key] = sorted(chain(*found[: _odd(group, found, _FRACTIONS[index % len(_FRACTIONS)])]))
         return self.removed[key]
 
