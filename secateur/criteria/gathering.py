@@ -116,13 +116,11 @@ class Gatherer:
         return torch.as_tensor(values)
 
     def _stream_maps(self, data: Iterable[Any]) -> None:
-        device = feature_maps.device_of(self.model)
-        averages = {group.name: Average.empty(group.size, "cpu") for group in self.groups}
-        pooled: dict[str, list[Tensor]] = {group.name: [] for group in self.groups}
-        current: dict[str, Average] = {}
-        labels: list[Tensor] = []
-        needs = self.criterion.needs
+        device, needs = feature_maps.device_of(self.model), self.criterion.needs
         sizes = {group.name: group.size for group in self.groups}
+        averages = {name: Average.empty(size, "cpu") for name, size in sizes.items()}
+        pooled = _Pooled(sizes)
+        labels: list[Tensor] = []
 
         def see(name: str, maps: Tensor, channels: Tensor | None) -> None:
             feature_maps.check_finite(maps, name)
@@ -130,29 +128,16 @@ class Gatherer:
             if Need.MAPS in needs:
                 averages[name].update(self._per_batch(name, {"maps": maps}), index)
             if Need.POOLED in needs:
-                mean = maps.flatten(2).double().mean(2) if maps.dim() > 2 else maps.double()
-                # Sums a sample; a group that is read several times has the mean of its readings.
-                flat = current.setdefault(name, Average.empty(len(maps) * sizes[name], "cpu"))
-                if len(flat.total) != len(maps) * sizes[name]:
-                    raise CriterionError(
-                        f"{name}: it is read once for {len(flat.total) // sizes[name]} samples and once for "
-                        f"{len(maps)}, so its maps can't be told by sample. Use another criterion, or leave it out."
-                    )
-                where = torch.arange(sizes[name]) if index is None else index
-                at = (torch.arange(len(maps))[:, None] * sizes[name] + where).flatten()
-                flat.update(mean.cpu().flatten(), at)
+                pooled.see(name, maps, index)
 
         def end(batch: Batch) -> None:
-            for name in sizes if Need.POOLED in needs else ():
-                flat = current.get(name, Average.empty(sizes[name]))
-                if why := feature_maps.unread(flat.count.reshape(-1, sizes[name])[0]):
-                    self.left[name] = why
-                pooled[name].append(flat.mean.reshape(-1, sizes[name]))
-            current.clear()
+            if Need.POOLED in needs:
+                pooled.end(batch.size)
             if Need.LABELS in needs:
                 labels.append(_class_labels(batch, self.criterion.name).cpu())
 
         feature_maps.stream(self.model, self.graph, [self.groups], data, see, end)
+        self.left |= pooled.left
         for name in sizes:
             if Need.MAPS in needs:
                 averages[name].all_reduce()
@@ -160,9 +145,7 @@ class Gatherer:
                     self.left[name] = why
             self.averages[name] = averages[name].mean.to(device)
             if Need.POOLED in needs:
-                self.given[name]["pooled"] = _gather(
-                    torch.cat(pooled[name]) if pooled[name] else torch.empty(0, sizes[name], dtype=torch.float64)
-                )
+                self.given[name]["pooled"] = _gather(pooled.of(name))
             if Need.LABELS in needs:
                 self.given[name]["labels"] = _gather(torch.cat(labels) if labels else torch.empty(0, dtype=torch.long))
         self._leave()
@@ -251,6 +234,46 @@ class Gatherer:
         if criterion.per_batch is not None:
             given["average"] = self.averages[group.name]
         return function(**given, **extra, **options_of(function, self.options))
+
+
+class _Pooled:
+    """Every example's maps, averaged over positions; of a group that is read several times the mean of its readings."""
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        self.sizes = sizes
+        self.left: dict[str, str] = {}
+        """Groups whose maps can't be told by example -> why."""
+        self._batch: dict[str, Average] = {}
+        self._all: dict[str, list[Tensor]] = {name: [] for name in sizes}
+
+    def see(self, name: str, maps: Tensor, index: Tensor | None) -> None:
+        """Add the maps ``(N, c, *spatial)`` of some channels."""
+        size = self.sizes[name]
+        mean = maps.flatten(2).double().mean(2) if maps.dim() > 2 else maps.double()
+        flat = self._batch.setdefault(name, Average.empty(len(maps) * size))
+        if len(flat.total) != len(maps) * size:
+            found = f"{len(flat.total) // size} samples and once for {len(maps)}"
+            self.left[name] = f"layers read it once for {found}, so its maps can't be told by example"
+            return
+        where = torch.arange(size) if index is None else index
+        flat.update(mean.cpu().flatten(), (torch.arange(len(maps))[:, None] * size + where).flatten())
+
+    def end(self, examples: int) -> None:
+        """Close a batch."""
+        for name, size in self.sizes.items():
+            flat = self._batch.get(name, Average.empty(size))
+            counts = flat.count.reshape(-1, size)
+            if why := feature_maps.unread(counts[0]):
+                self.left[name] = why
+            elif len(counts) != examples:
+                found = f"{len(counts)} samples of a batch of {examples}"
+                self.left.setdefault(name, f"layers read {found}, so its maps can't be told by example")
+            self._all[name].append(flat.mean.reshape(-1, size))
+        self._batch.clear()
+
+    def of(self, name: str) -> Tensor:
+        """Return a group's pooled maps of all batches, shape ``(N, C)``."""
+        return torch.cat(self._all[name]) if self._all[name] else torch.empty(0, self.sizes[name], dtype=torch.float64)
 
 
 _FROM_MAPS = frozenset({Need.MOMENTS, Need.MAPS, Need.POOLED})
