@@ -6,7 +6,8 @@ update) or under a mask of :mod:`torch.nn.utils.prune`. What is arranged here is
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -131,6 +132,22 @@ def weight_of(module: nn.Module, attribute: str = "weight") -> Tensor:
             f"{type(module).__name__}.{attribute}: the model has no such tensor. Trace the model that is to be scored."
         )
     return value
+
+
+@contextmanager
+def masks_kept(model: nn.Module) -> Iterator[None]:
+    """Put weights under masks back: forwards inside leave tensors with gradients, with which no network can be copied."""
+    held = [
+        (module, name, module.__dict__[name])
+        for module in model.modules()
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, prune.BasePruningMethod) and (name := hook._tensor_name) in module.__dict__
+    ]
+    try:
+        yield
+    finally:
+        for module, name, value in held:
+            module.__dict__[name] = value
 
 
 def is_computed(module: nn.Module, attribute: str = "weight") -> bool:

@@ -445,7 +445,7 @@ def grouped_to_the_last() -> Net:
 
 
 @network("narrow")
-def grouped_twice() -> Net:
+def grouped_by_two_and_four() -> Net:
     """Two grouped convolutions of other numbers of blocks."""
 
     def forward(m: Net, x: Tensor) -> Tensor:
@@ -485,7 +485,7 @@ def halved_twice() -> Net:
 
 
 @network("positions")
-def mixer() -> Net:
+def mixed_positions() -> Net:
     """Linear layers along the positions (MLP-Mixer)."""
 
     def forward(m: Net, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import subprocess
 import sys
@@ -103,6 +104,7 @@ def test_taylor_of_computed_weights_is_that_of_the_weights_applied(name: str) ->
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     scores = scoring.score(model, graph, "taylor", [(x, Y)])
+    model(x)  # a mask's attribute is that of the last forward
     weight = model[0].weight.detach().clone().requires_grad_(True)
     maps = F.conv2d(x, weight, model[0].bias)
     F.cross_entropy(model[1:](maps), Y).backward()
@@ -110,6 +112,16 @@ def test_taylor_of_computed_weights_is_that_of_the_weights_applied(name: str) ->
     expected = (weight * weight.grad).detach().flatten(1).sum(1).square()
     torch.testing.assert_close(scores["0"], expected)
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_masked_network_can_be_copied_after_taylor() -> None:
+    model, graph, x = traced("masked")
+    with torch.no_grad():
+        model(x)
+    before = model[0].weight
+    scoring.score(model, graph, "taylor", [(x, Y)])
+    assert model[0].weight is before
+    copy.deepcopy(model)
 
 
 def test_a_mask_is_read_as_the_next_forward_applies_it() -> None:
