@@ -136,7 +136,7 @@ def weight_of(module: nn.Module, attribute: str = "weight") -> Tensor:
 
 @contextmanager
 def masks_kept(model: nn.Module) -> Iterator[None]:
-    """Put weights under masks back: forwards inside leave tensors with gradients, with which no network can be copied."""
+    """Put weights under masks back: a forward leaves tensors with gradients there, which can't be copied."""
     held = [
         (module, name, module.__dict__[name])
         for module in model.modules()
