@@ -200,7 +200,7 @@ def _cut_layer(
         groups = getattr(layer, "groups", 1)
         if groups == 1:
             value = _select(weight, {0: rows, 1: columns})
-        elif _is_depthwise(layer):
+        elif weight.shape[1] == 1:  # each block holds one channel of those that dimension 1 counts
             value = _select(weight, {0: rows})
         else:
             value = _cut_blocks(weight, rows, columns, groups)

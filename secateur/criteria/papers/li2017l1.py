@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from secateur.criteria.registry import criterion
+
+BLOCK = 2**20
+"""Weights that are converted to fp64 at once: a linear layer may have 100 million."""
+
+
+def by_blocks(filters: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply a function of rows to the filters in fp64, a block of rows at a time, so that no copy of all is made."""
+    rows = max(1, BLOCK // max(1, filters.shape[1]))
+    return torch.cat([norm(block.double()) for block in torch.split(filters, rows)])
 
 
 @criterion("l1", needs=["filters"], source="Li et al. 2017, smallest L1 norm")
@@ -21,14 +32,13 @@ def l1(filters: Tensor) -> Tensor:
     Returns:
         Shape ``(C,)``, in the weights' unit, in fp64; higher = keep.
     """
-    return filters.double().abs().sum(1)
+    return by_blocks(filters, lambda block: block.abs().sum(1))
 
 
 @criterion("l2", needs=["filters"], source="smallest Euclidean norm")
 def l2(filters: Tensor) -> Tensor:
     r"""Score every filter by :math:`\sqrt{\sum w^2}`; arguments and shapes are those of :func:`l1`."""
-    norm: Tensor = torch.linalg.vector_norm(filters.double(), dim=1)
-    return norm
+    return by_blocks(filters, lambda block: torch.linalg.vector_norm(block, dim=1))
 
 
 @criterion("random", needs=["filters", "generator"], source="a permutation drawn at random: the baseline to beat")
