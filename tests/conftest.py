@@ -1,7 +1,5 @@
 """Settings that hold for every test."""
 
-import gc
-
 from hypothesis import settings
 
 # No timed asserts: how long an example takes says something about the machine, not about the code.
@@ -9,9 +7,3 @@ from hypothesis import settings
 settings.register_profile("secateur", deadline=None, derandomize=True)
 settings.register_profile("search", deadline=None, print_blob=True)
 settings.load_profile("secateur")
-
-
-def pytest_collection_finish() -> None:
-    """Let garbage collection pass over what was imported: each stage of training collects, which takes 0.4 s else."""
-    gc.collect()
-    gc.freeze()
