@@ -161,7 +161,7 @@ class Gatherer:
             torch.inference_mode(False),
             torch.enable_grad(),
             self._thawed(every.values()),
-            weights.masks_kept(self.model),
+            weights.computed_kept(self.model),
         ):
             if (prepare := getattr(loss_of, "prepare", None)) is not None:
                 prepare(self.model)

@@ -135,19 +135,19 @@ def weight_of(module: nn.Module, attribute: str = "weight") -> Tensor:
 
 
 @contextmanager
-def masks_kept(model: nn.Module) -> Iterator[None]:
-    """Put weights under masks back: a forward leaves tensors with gradients there, which can't be copied."""
+def computed_kept(model: nn.Module) -> Iterator[None]:
+    """Put back computed weights, of masks or weight norm: a forward leaves some with gradients, which no copy takes."""
     held = [
-        (module, name, module.__dict__[name])
+        (vars(module), name, value)
         for module in model.modules()
-        for hook in module._forward_pre_hooks.values()
-        if isinstance(hook, prune.BasePruningMethod) and (name := hook._tensor_name) in module.__dict__
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
     ]
     try:
         yield
     finally:
-        for module, name, value in held:
-            module.__dict__[name] = value
+        for own, name, value in held:
+            own[name] = value
 
 
 def is_computed(module: nn.Module, attribute: str = "weight") -> bool:

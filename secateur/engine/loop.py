@@ -28,6 +28,7 @@ from secateur.graph.channels import ChannelGraph
 from secateur.graph.plan import PruningPlan
 from secateur.network.copies import replica
 from secateur.network.inputs import are_images, unwrapped
+from secateur.pruning.applied import note
 from secateur.pruning.planning import Target
 from secateur.pruning.surgery import cut
 from secateur.tracing.tracing import trace
@@ -301,7 +302,7 @@ class Engine:
     def _drop(self, state: State) -> None:
         removed, graph = union(state.removed, state.going), self.present(state)
         plan = difference(graph, self.plan(state.removed), self.plan(removed))
-        state.model = self._compensated(state, graph, plan)
+        state.model = self._compensated(state, graph, plan, self.plan(removed))
         state.removed = removed
         state.episode["metric_dropped"] = self._measure(state.network)
         tunes = self.settings.finetune_epochs > 0
@@ -309,9 +310,17 @@ class Engine:
             state.episode["metric_tuned"] = state.episode["metric_dropped"]
         state.stage, state.epoch = ("finetune" if tunes else "judge"), 0
 
-    def _compensated(self, state: State, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
-        """Return the present network cut by the plan, compensated as the settings say."""
+    def _compensated(self, state: State, graph: ChannelGraph, plan: PruningPlan, whole: PruningPlan) -> nn.Module:
+        """Return the present network cut by the plan, compensated as the settings say.
+
+        Args:
+            state: Where the run stands.
+            graph: The present network's channel graph.
+            plan: From the present network.
+            whole: From the unpruned network, which the result knows.
+        """
         small = cut(state.network, plan)
+        note(small, self.original, whole)
         methods = parse(self.settings.compensate)
         if self.settings.merge and state.pairs and "merge" not in methods:
             methods.insert(0, "merge")
