@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel
 
 from secateur.checkpoint.atomic import write_atomic
 from secateur.checkpoint.weights import looks_like_safetensors, read_bytes, why_unreadable
@@ -24,6 +25,7 @@ from secateur.graph import plan as plan_form
 from secateur.graph.plan import PruningPlan
 from secateur.network.copies import replica
 from secateur.network.inputs import unwrapped
+from secateur.pruning.applied import plans_of, require_made_by
 from secateur.pruning.surgery import cut
 
 FORMAT_VERSION = 1
@@ -49,8 +51,8 @@ class Header:
 
 def save(
     model: nn.Module,
-    plan: PruningPlan | Sequence[PruningPlan] | None,
-    path: str | os.PathLike[str],
+    plan: PruningPlan | Sequence[PruningPlan] | None = None,
+    path: str | os.PathLike[str] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a pruned network and its plans to one file, whole or not at all.
@@ -62,23 +64,29 @@ def save(
 
     Args:
         model: The pruned network.
-        plan: The plan that was applied to the original; a sequence where several were, one after another; None or
-            an empty sequence for an unpruned network.
+        plan: The plan that was applied to the original; a sequence where several were, one after another. By default
+            those that the network knows: what came out of ``apply``, ``prune``, ``compress`` or ``load`` knows its own,
+            also after training. An empty sequence saves the network as if it were unpruned.
         path: File to write; its folder is made if need be.
         extra: Anything to keep beside, as JSON values.
 
     Raises:
         CheckpointError: If the state dict holds something that safetensors has no form for: a tensor on the meta
             device, sparse, quantised or of a subclass; extra state that is no tensor.
-        UsageError: If ``extra`` is no JSON, or the place can't be written to.
+        PlanError: If the plan is not what made the network.
+        UsageError: If ``extra`` is no JSON, no path is given, or the place can't be written to.
         RunError: If the disk fails or is full.
     """
+    if path is None:
+        raise UsageError("save: where to? Pass path=, as in save(model, path='small.safetensors').")
     model = unwrapped(model)
+    if isinstance(model, AveragedModel):
+        raise UsageError(f"{path}: an AveragedModel is a wrapper of the network; save its averages: save(ema.module).")
+    plans = _plans(model, plan, path)
     state = _checked_state(model)
     names = _shared_names(state)
     aliases = {name: first for first, *others in names for name in others}
     tensors = {name: _plain(value) for name, value in state.items() if name not in aliases}
-    plans = [] if plan is None else [plan] if isinstance(plan, PruningPlan) else list(plan)
     header = {
         "format_version": FORMAT_VERSION,
         "model": type(model).__qualname__,
@@ -97,6 +105,19 @@ def save(
         kinds = sorted({f"{v.dtype}" for v in tensors.values()})
         raise CheckpointError(f"{path}: a tensor's type can't be stored ({error}); the model holds {kinds}.") from error
     write_atomic(path, content)
+
+
+def _plans(
+    model: nn.Module, plan: PruningPlan | Sequence[PruningPlan] | None, path: str | os.PathLike[str]
+) -> list[PruningPlan]:
+    if plan is None:
+        plan = plans_of(model)
+    plans = [plan] if isinstance(plan, PruningPlan) else list(plan)
+    try:
+        require_made_by(model, plans)
+    except PlanError as error:
+        raise PlanError(f"{path}: not saved: {error}") from error
+    return plans
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], *, any_class: bool = False) -> nn.Module:

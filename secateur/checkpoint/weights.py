@@ -89,7 +89,10 @@ def why_unreadable(content: bytes) -> str:
     if not content:
         return "the file is empty"
     if content[:4] == b"PK\x03\x04":
-        return "this is a zip archive, as torch.save writes; expected a safetensors file"
+        return (
+            "this is a zip archive, as torch.save writes; expected a safetensors file with a plan: a state dict "
+            "alone fits what apply(model, plan) returns"
+        )
     if not looks_like_safetensors(content):
         return "this is no safetensors file"
     return "the file is truncated or damaged; copy it again"

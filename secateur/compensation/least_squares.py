@@ -24,11 +24,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 
 from secateur.compensation.report import LayerCompensation
-from secateur.criteria import feature_maps, moments
+from secateur.criteria import feature_maps, moments, weights
 from secateur.errors import CriterionError, PlanError, UsageError
 from secateur.graph.plan import PruningPlan
 
@@ -37,6 +36,10 @@ RIDGE = 1e-4
 
 class _Reached(BaseException):
     """The layer has run; what comes after it in the forward is not needed."""
+
+
+class _Unlike(Exception):
+    """A layer's outputs have lost indices of other dimensions, so those of the two networks can't be compared."""
 
 
 @dataclass
@@ -53,11 +56,13 @@ class NormalEquations:
     """Summed square of the outputs wanted, a scalar."""
     count: Tensor
     """Number of observations."""
+    unlike: Tensor
+    """Number of outputs that were left out, since those of the two networks can't be compared."""
 
     @classmethod
     def empty(cls, blocks: int, width: int, outputs: int, device: torch.device) -> NormalEquations:
         """Return the moments of no observation."""
-        shapes: list[tuple[int, ...]] = [(blocks, width, width), (blocks, width, outputs // blocks), (), (), ()]
+        shapes: list[tuple[int, ...]] = [(blocks, width, width), (blocks, width, outputs // blocks), (), (), (), ()]
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
     def update(self, rows: Tensor, wanted: Tensor, given: Tensor) -> None:
@@ -72,7 +77,7 @@ class NormalEquations:
 
     def all_reduce(self) -> None:
         """Add the observations of all processes, when there are several."""
-        moments.all_reduce(self.inputs, self.errors, self.error_power, self.output_power, self.count)
+        moments.all_reduce(self.inputs, self.errors, self.error_power, self.output_power, self.count, self.unlike)
 
     def solve(self, ridge: float, bias: bool) -> tuple[Tensor, float]:
         """Solve for the change of the weights.
@@ -115,7 +120,7 @@ def unfold(layer: nn.Module, x: Tensor, at: Tensor | None) -> Tensor:
     """
     if isinstance(layer, nn.Linear):
         return x.reshape(1, -1, x.shape[-1])
-    assert isinstance(layer, feature_maps.CONVOLUTIONS)
+    assert isinstance(layer, weights.CONVOLUTIONS)
     x = _padded(layer, x)
     extent = x.shape[2:]
     kernel = layer.kernel_size
@@ -158,6 +163,14 @@ def _outputs(layer: nn.Module, y: Tensor, at: Tensor | None, channels: Tensor | 
     return y if channels is None else y.index_select(1, channels.to(y.device))
 
 
+def _extent(layer: nn.Module, y: Tensor) -> tuple[int, ...]:
+    """Return the sizes of a layer's outputs but for the channels."""
+    if isinstance(layer, nn.Linear):
+        return tuple(y.shape[:-1])
+    places = layer.weight.dim() - 2  # type: ignore[operator]
+    return (len(y) if y.dim() == places + 2 else 1, *y.shape[y.dim() - places :])
+
+
 def _shrunk(original: nn.Module, pruned: nn.Module, plan: PruningPlan) -> list[str]:
     """Names of the layers that lost inputs."""
     names = []
@@ -178,12 +191,12 @@ def _shrunk(original: nn.Module, pruned: nn.Module, plan: PruningPlan) -> list[s
 
 def _refusal(name: str, layer: nn.Module, tied: Mapping[int, list[str]], memory: int) -> str:
     """Why a layer can't be refitted; empty when it can."""
-    if not isinstance(layer, (*feature_maps.CONVOLUTIONS, nn.Linear)):
+    if not isinstance(layer, (*weights.CONVOLUTIONS, nn.Linear)):
         return f"least squares is not defined for {type(layer).__name__}"
     if not isinstance(layer, nn.Linear) and layer.groups > 1 and layer.weight.shape[1] == 1:
         return "depthwise: every output reads one channel, so none can stand in for another"
-    if is_parametrized(layer):
-        return "its weight is computed by a parametrization"
+    if weights.is_computed(layer):
+        return "its weight is computed at each forward, by a parametrization or under a mask"
     others = [other for other in tied[id(layer.weight)] if other != name]
     if others:
         return f"its weight is shared with {', '.join(others)}"
@@ -263,7 +276,12 @@ def refit(
         if refusals[name]:
             report.append(LayerCompensation("least_squares", name, False, refusals[name]))
             continue
-        equations = _accumulate(pruned, name, wanted, data, draw)
+        try:
+            equations = _accumulate(pruned, name, wanted, data, draw)
+        except _Unlike:
+            why = "removed channels lie along other dimensions of its outputs, so they can't be compared"
+            report.append(LayerCompensation("least_squares", name, False, why))
+            continue
         report.append(_replace(name, pruned.get_submodule(name), equations, ridge))
     return report
 
@@ -273,7 +291,7 @@ def _calls(model: nn.Module, data: Iterable[Any], device: torch.device) -> dict[
     calls: dict[str, int] = {}
     with feature_maps.evaluating(model), torch.no_grad(), ExitStack() as stack:
         for name, module in model.named_modules():
-            if isinstance(module, feature_maps.READERS):
+            if isinstance(module, weights.READERS):
 
                 def count(_: nn.Module, __: Any, ___: Any, name: str = name) -> None:
                     calls[name] = calls.get(name, 0) + 1
@@ -313,6 +331,10 @@ class _Draw:
         return torch.randperm(count, generator=generator)[: self.positions].sort().values
 
 
+_Output = tuple[tuple[int, ...], Tensor]
+"""Sizes of a layer's outputs but for the channels, and outputs at the positions drawn, ``(n, C_out)``."""
+
+
 class _Wanted:
     """What the layers gave in the original network.
 
@@ -337,7 +359,7 @@ class _Wanted:
             name: torch.tensor(plan.kept_outputs[name], dtype=torch.long) if name in plan.kept_outputs else None
             for name in names
         }
-        self.kept: dict[str, list[list[Tensor]]] = {}
+        self.kept: dict[str, list[list[_Output]]] = {}
         self.marks: list[Any] = []
 
     def start(self, name: str) -> None:
@@ -350,7 +372,7 @@ class _Wanted:
         """Let go of a layer's outputs."""
         self.kept.pop(name, None)
 
-    def outputs(self, name: str, batch: feature_maps.Batch, number: int) -> list[Tensor] | None:
+    def outputs(self, name: str, batch: feature_maps.Batch, number: int) -> list[_Output] | None:
         """Return the outputs kept of a batch, one a call of the layer; None where the layer has to be run."""
         if name not in self.kept:
             return None
@@ -358,11 +380,14 @@ class _Wanted:
             raise _Changed
         return self.kept[name][number - 1]
 
-    def run(self, name: str, batch: feature_maps.Batch, number: int, at: Sequence[Tensor | None]) -> list[Tensor]:
+    def run(self, name: str, batch: feature_maps.Batch, number: int, at: Sequence[Tensor | None]) -> list[_Output]:
         """Run the original up to a layer."""
         layer = self.original.get_submodule(name)
         made = _run_to(self.original, layer, batch, number, self.calls[name])
-        return [_outputs(layer, y, places, self.channels[name]) for (_, y), places in zip(made, at, strict=True)]
+        return [
+            (_extent(layer, y), _outputs(layer, y, places, self.channels[name]))
+            for (_, y), places in zip(made, at, strict=True)
+        ]
 
     def distrust(self) -> None:
         """Keep nothing from here on: the data are not the same in every pass."""
@@ -372,10 +397,10 @@ class _Wanted:
     def _record(self) -> None:
         """Run the original once over the data, and keep what the next layers give until the memory is full."""
         names = list(self.waiting)
-        kept: dict[str, list[list[Tensor]]] = {name: [] for name in names}
+        kept: dict[str, list[list[_Output]]] = {name: [] for name in names}
         generators = {name: self.draw.generator() for name in names}
         held = dict.fromkeys(names, 0)
-        current: dict[str, list[Tensor]] = {}
+        current: dict[str, list[_Output]] = {}
         self.marks = []
         with feature_maps.evaluating(self.original), torch.no_grad(), ExitStack() as stack:
             for name in names:
@@ -385,7 +410,7 @@ class _Wanted:
                     if name not in kept or len(current.setdefault(name, [])) == self.calls[name]:
                         return
                     at = self.draw(layer, y, generators[name])
-                    current[name].append(_outputs(layer, y, at, self.channels[name]).clone())
+                    current[name].append((_extent(layer, y), _outputs(layer, y, at, self.channels[name]).clone()))
 
                 stack.callback(layer.register_forward_hook(see).remove)
             for number, batch in enumerate(
@@ -396,7 +421,7 @@ class _Wanted:
                 self.marks.append(_mark(batch))
                 for name in kept:
                     kept[name].append(current.get(name, []))
-                    held[name] += sum(y.numel() * y.element_size() for y in kept[name][-1])
+                    held[name] += sum(y.numel() * y.element_size() for _, y in kept[name][-1])
                 while kept and sum(held[name] for name in kept) > self.memory:
                     kept.pop(next(reversed(kept)))
                 if not kept:
@@ -423,12 +448,14 @@ def _accumulate(pruned: nn.Module, name: str, wanted: _Wanted, data: Iterable[An
         equations = _sums(pruned, name, wanted, data, draw)
     wanted.end(name)
     equations.all_reduce()
+    if equations.unlike:
+        raise _Unlike
     return equations
 
 
 def _sums(pruned: nn.Module, name: str, wanted: _Wanted, data: Iterable[Any], draw: _Draw) -> NormalEquations:
     layer = pruned.get_submodule(name)
-    assert isinstance(layer, (*feature_maps.CONVOLUTIONS, nn.Linear))
+    assert isinstance(layer, (*weights.CONVOLUTIONS, nn.Linear))
     blocks, bias = getattr(layer, "groups", 1), layer.bias is not None
     device, generator = feature_maps.device_of(pruned), draw.generator()
     sums_on = torch.device("cpu") if device.type == "mps" else device
@@ -440,7 +467,10 @@ def _sums(pruned: nn.Module, name: str, wanted: _Wanted, data: Iterable[Any], dr
             at = [draw(layer, made, generator) for _, made in given]
             if targets is None:
                 targets = wanted.run(name, batch, number, at)
-            for target, (x, made), places in zip(targets, given, at, strict=True):
+            for (extent, target), (x, made), places in zip(targets, given, at, strict=True):
+                if extent != _extent(layer, made):
+                    equations.unlike += 1
+                    continue
                 rows = unfold(layer, x, places)
                 if bias:
                     rows = torch.cat((rows, rows.new_ones(*rows.shape[:2], 1)), 2)
@@ -475,7 +505,7 @@ def _run_to(
 
 
 def _replace(name: str, layer: nn.Module, equations: NormalEquations, ridge: float) -> LayerCompensation:
-    assert isinstance(layer, (*feature_maps.CONVOLUTIONS, nn.Linear))
+    assert isinstance(layer, (*weights.CONVOLUTIONS, nn.Linear))
     bias = layer.bias is not None
     change, after = equations.solve(ridge, bias)
     weight, shift = (change[:, :-1], change[:, -1].flatten()) if bias else (change, None)

@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.compensation.report import LayerCompensation
-from secateur.criteria import feature_maps
-from secateur.criteria.weights import arrange
+from secateur.criteria import feature_maps, weights
+from secateur.criteria.readings import Reading
+from secateur.criteria.weights import Slices
 from secateur.errors import PlanError, UsageError
-from secateur.graph.channels import ChannelGraph, ChannelGroup, Member
+from secateur.graph.channels import ChannelGraph, ChannelGroup
 from secateur.graph.plan import PruningPlan
 from secateur.network.copies import replica
 
@@ -45,6 +46,10 @@ class _NotDefinedError(Exception):
 class _Path:
     """What lies between the producers of a group and the layers that read it."""
 
+    made: list[Slices]
+    """The layers that make the channels."""
+    read: list[Slices]
+    """The layers that read them."""
     norms: dict[str, str]
     """Producer module -> the batch norm right behind it."""
     negatable: bool
@@ -91,7 +96,7 @@ def merge(
             continue
         lost = _passed_on(graph, group, removed)
         try:
-            path = _examine(model, group, example)
+            path = _examine(model, graph, group, example)
             done, note = _merge_group(merged, group, removed, path, (pairs or {}).get(group.name))
             report.append(LayerCompensation("merge", group.name, done > 0, "; ".join([note, *lost][not note :])))
         except _NotDefinedError as reason:
@@ -121,36 +126,39 @@ def _passed_on(graph: ChannelGraph, group: ChannelGroup, removed: list[int]) -> 
     return [f"{module} hands them on to other channels, which is lost" for module in dict.fromkeys(found)]
 
 
-def _examine(model: nn.Module, group: ChannelGroup, example: feature_maps.Batch) -> _Path:
+def _examine(model: nn.Module, graph: ChannelGraph, group: ChannelGroup, example: feature_maps.Batch) -> _Path:
     """Find the batch norm behind each producer, and try what lies between them and the readers."""
-    makers = [m.module for m in group.producers]
-    for member in group.consumers:
-        if not isinstance(model.get_submodule(member.module), feature_maps.READERS):
-            raise _NotDefinedError(f"{member.module} reads the channels and is no convolution or linear layer")
-    if not group.consumers:
+    made, read = weights.making(model, graph, group), weights.reading(model, graph, group)
+    makers, readers = [one.module for one in made], [one.module for one in read]
+    for slices, members, does in ((read, group.consumers, "reads"), (made, group.producers, "makes")):
+        called = {one.module for one in slices if one.called}
+        for member in members:
+            if weights.owner(model, member.tensor)[0] not in called:
+                raise _NotDefinedError(f"{member.tensor} {does} the channels and is of no convolution or linear layer")
+    for one in read:
+        if weights.is_computed(model.get_submodule(one.module)):
+            raise _NotDefinedError(f"the weight of {one.module}, which reads the channels, is computed at each forward")
+    if not read:
         raise _NotDefinedError("no layer reads the channels")
-    for name in makers:
-        if not isinstance(model.get_submodule(name), feature_maps.READERS):
-            raise _NotDefinedError(f"{name} makes the channels and is no convolution or linear layer")
-    followers = {m.module for m in group.members} - set(makers) - {m.module for m in group.consumers}
+    followers = {weights.owner(model, m.tensor)[0] for m in group.members} - {*makers, *readers}
     for name in sorted(followers):
         layer = model.get_submodule(name)
-        if isinstance(layer, feature_maps.CONVOLUTIONS):
+        if isinstance(layer, weights.CONVOLUTIONS):
             raise _NotDefinedError(f"{name} is depthwise: two filters in a row can't be merged as one")
         if not isinstance(layer, _BatchNorm) or layer.running_mean is None:
             raise _NotDefinedError(f"{name} ({type(layer).__name__}) treats every channel in its own way")
     norms = _norms(model, makers, followers, example)
     ends = [norms.get(name, name) for name in makers]
     record: dict[str, Tensor] = {}
-    plain = _run(model, group, example, ends, lambda name, y: record.setdefault(name, y.clone()))
-    doubled = _run(model, group, example, ends, lambda name, _: 2 * record[name])
+    plain = _run(model, read, example, ends, lambda name, y: record.setdefault(name, y.clone()))
+    doubled = _run(model, read, example, ends, lambda name, _: 2 * record[name])
     if not _equal(doubled, [2 * x for x in plain]):
         raise _NotDefinedError(
             "what lies between its filters and the layers that read them does not commute with scaling"
         )
-    negated = _run(model, group, example, ends, lambda name, _: -record[name])
-    below = _run(model, group, example, ends, lambda name, _: -record[name].abs())
-    return _Path(norms, _equal(negated, [-x for x in plain]), all(not bool(x.any()) for x in below))
+    negated = _run(model, read, example, ends, lambda name, _: -record[name])
+    below = _run(model, read, example, ends, lambda name, _: -record[name].abs())
+    return _Path(made, read, norms, _equal(negated, [-x for x in plain]), all(not bool(x.any()) for x in below))
 
 
 def _equal(first: list[Tensor], second: list[Tensor]) -> bool:
@@ -189,7 +197,7 @@ def _norms(model: nn.Module, makers: list[str], followers: set[str], example: fe
 
 
 def _run(
-    model: nn.Module, group: ChannelGroup, example: feature_maps.Batch, ends: list[str], change: Any
+    model: nn.Module, read: list[Slices], example: feature_maps.Batch, ends: list[str], change: Any
 ) -> list[Tensor]:
     """Run the model with the outputs of some layers changed; return what the readers see of the group."""
     seen: list[Tensor] = []
@@ -197,12 +205,16 @@ def _run(
         model.get_submodule(name).register_forward_hook(lambda _, __, y, name=name: change(name, y).clone())
         for name in dict.fromkeys(ends)
     ]
+    for one in read:
+        flat = one.table[one.table >= 0]
+        reading = Reading(one.module, flat, flat[:, None])
+
+        def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reading: Reading = reading) -> None:
+            seen.append(reading.maps(args[0] if args else kwargs["input"], layer).clone())
+
+        handles.append(model.get_submodule(one.module).register_forward_pre_hook(see, with_kwargs=True))
     try:
-        with (
-            feature_maps.evaluating(model),
-            torch.no_grad(),
-            feature_maps.watching(model, [group], lambda _, maps, __: seen.append(maps.clone())),
-        ):
+        with feature_maps.evaluating(model), torch.no_grad():
             feature_maps.forward(model, example, 1)
     finally:
         for handle in handles:
@@ -210,18 +222,15 @@ def _run(
     return seen
 
 
-def _folded(model: nn.Module, member: Member, norm: str | None, size: int) -> tuple[Tensor, Tensor]:
+def _folded(model: nn.Module, made: Slices, norm: str | None, size: int) -> tuple[Tensor, Tensor]:
     """A producer's filters and offsets with its batch norm folded in: ``(C, F)`` and ``(C, q)``, in fp64."""
-    layer: Any = model.get_submodule(member.module)
-    weight = layer.weight.detach().double()
-    outputs = weight.shape[member.dim]
-    bias = weight.new_zeros(outputs) if layer.bias is None else layer.bias.detach().double()
+    rows = weights.rows_of(made.weight(model).detach().double(), made.dim, made.blocks)
+    bias = getattr(model.get_submodule(made.module), "bias", None)
+    offset = rows.new_zeros(len(rows)) if bias is None else bias.detach().double()
     if norm is not None:
         scale, shift = _affine(model.get_submodule(norm))
-        weight = (weight.movedim(member.dim, -1) * scale).movedim(-1, member.dim)
-        bias = bias * scale + shift
-    offset_member = Member(member.tensor, member.module, 0, member.role, member.positions, member.channels)
-    return arrange(weight, member, size), arrange(bias[:, None], offset_member, size)
+        rows, offset = rows * scale[:, None], offset * scale + shift
+    return made.spread(rows, size), made.spread(offset[:, None], size)
 
 
 def _affine(norm: Any) -> tuple[Tensor, Tensor]:
@@ -234,12 +243,12 @@ def _affine(norm: Any) -> tuple[Tensor, Tensor]:
 def _merge_group(
     model: nn.Module, group: ChannelGroup, removed: list[int], path: _Path, given: Mapping[int, int] | None
 ) -> tuple[int, str]:
-    parts = [_folded(model, m, path.norms.get(m.module), group.size) for m in group.producers]
+    parts = [_folded(model, one, path.norms.get(one.module), group.size) for one in path.made]
     rows = torch.cat([filters for filters, _ in parts], 1)
     single = all(offset.shape[1] == 1 for _, offset in parts)
     offset = torch.stack([o.flatten() for _, o in parts]).sum(0) if single else None
     normal = _normal(model, group, path) if path.rectified and single else None
-    partners = _partners(group, rows, removed, path, given)
+    partners = _partners(model, group, rows, removed, path, given)
     shifts: dict[int, float] = {}
     scales: dict[int, tuple[int, float]] = {}
     for p, k in partners.items():
@@ -253,15 +262,20 @@ def _merge_group(
             shifts[p] = rectified_mean(s * centre + t, s * deviation) - s * rectified_mean(centre, deviation)
     plainly = len(removed) - len(scales)
     notes = [f"{plainly} of {len(removed)} filters have no partner and are dropped plainly"] if plainly else []
-    for member in group.consumers:
-        left = _fold_into(model, member, removed, scales, shifts)
+    for one in path.read:
+        left = _fold_into(model, one, removed, scales, shifts)
         if left:
             notes.append(left)
     return len(scales), "; ".join(notes)
 
 
 def _partners(
-    group: ChannelGroup, rows: Tensor, removed: list[int], path: _Path, given: Mapping[int, int] | None
+    model: nn.Module,
+    group: ChannelGroup,
+    rows: Tensor,
+    removed: list[int],
+    path: _Path,
+    given: Mapping[int, int] | None,
 ) -> dict[int, int]:
     gone = set(removed)
     if given is not None:
@@ -271,10 +285,10 @@ def _partners(
     norms = torch.linalg.vector_norm(rows, dim=1)
     cosine = rows @ rows.mT / torch.outer(norms, norms).clamp(min=1e-300)
     alike = cosine.abs() if path.negatable else cosine
-    readers = _readers(group)
+    alike_in = _signatures(model, path, group.size)
     partners: dict[int, int] = {}
     for p in removed:
-        allowed = [k for k in range(group.size) if k not in gone and readers[k] == readers[p] and norms[k] > 0]
+        allowed = [k for k in range(group.size) if k not in gone and alike_in[k] == alike_in[p] and norms[k] > 0]
         if given is not None:
             allowed = [k for k in allowed if given.get(p) == k]
         best = max(allowed, key=lambda k: float(alike[p, k]), default=None)
@@ -283,85 +297,82 @@ def _partners(
     return partners
 
 
-def _readers(group: ChannelGroup) -> list[tuple[Any, ...]]:
-    """For each channel, which layers read it and in which block: channels that differ in it can't be merged."""
-    signature: list[list[Any]] = [[] for _ in range(group.size)]
-    for member in group.consumers:
-        channels, table = feature_maps.positions_of(member)
-        total = int(member.positions.max()) + 1 if len(member.positions) else 0
-        width = -(-total // member.blocks)
-        for channel, places in zip(channels.tolist(), table.tolist(), strict=True):
-            signature[channel].append(
-                (
-                    member.tensor,
-                    tuple(place // width if place >= 0 else -1 for place in places)
-                    if member.blocks > 1
-                    else len([q for q in places if q >= 0]),
-                )
-            )
+def _signatures(model: nn.Module, path: _Path, size: int) -> list[tuple[Any, ...]]:
+    """For each channel, which layers make and read it and in which block: where channels differ, they can't be merged.
+
+    Filters of two blocks of a grouped convolution look at different channels, however alike they are.
+    """
+    signature: list[list[Any]] = [[] for _ in range(size)]
+    for slices, side in ((path.made, "out_channels"), (path.read, "in_channels")):
+        for one in slices:
+            layer = model.get_submodule(one.module)
+            for channel, places in zip(one.channels.tolist(), one.table.tolist(), strict=True):
+                blocks = [_block(layer, place, side) for place in places if place >= 0]
+                signature[channel].append((side, one.module, blocks))
     return [tuple(s) for s in signature]
 
 
+def _block(layer: Any, place: int, side: str = "in_channels") -> int:
+    """Return the block of a grouped convolution, transposed or not, that a channel of it is in; 0 of other layers."""
+    groups = getattr(layer, "groups", 1)
+    return place // (int(getattr(layer, side)) // groups) if groups > 1 else 0
+
+
 def _fold_into(
-    model: nn.Module, member: Member, removed: list[int], scales: dict[int, tuple[int, float]], shifts: dict[int, float]
+    model: nn.Module, read: Slices, removed: list[int], scales: dict[int, tuple[int, float]], shifts: dict[int, float]
 ) -> str:
     """Add each removed channel's weights to its partner's, and clear them; return what was left out."""
-    layer: Any = model.get_submodule(member.module)
-    channels, table = feature_maps.positions_of(member)
-    places = {c: [q for q in row if q >= 0] for c, row in zip(channels.tolist(), table.tolist(), strict=True)}
-    padded = any(getattr(layer, "_reversed_padding_repeated_twice", ())) or isinstance(
-        layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-    )
+    layer: Any = model.get_submodule(read.module)
+    places = {c: [q for q in row if q >= 0] for c, row in zip(read.channels.tolist(), read.table.tolist(), strict=True)}
+    transposed = isinstance(layer, weights.TRANSPOSED)
+    padded = any(getattr(layer, "_reversed_padding_repeated_twice", ())) or transposed
     takes_shift = layer.bias is not None and not padded
     left_out = False
     with torch.no_grad():
         for p in removed:
             for index, source in enumerate(places.get(p, ())):
-                column = _column(layer, member, source)
+                column = _column(layer, read.dim, source)
                 if p in scales:
                     k, s = scales[p]
-                    _column(layer, member, places[k][index]).add_(column, alpha=s)
+                    _column(layer, read.dim, places[k][index]).add_(column, alpha=s)
                     if p in shifts and takes_shift:
-                        _bias(layer, member, source).add_(
-                            (column.double().flatten(1).sum(1) * shifts[p]).to(layer.bias)
-                        )
+                        _bias(layer, source).add_((column.double().flatten(1).sum(1) * shifts[p]).to(layer.bias))
                     left_out |= abs(shifts.get(p, 0.0)) > 1e-9 and not takes_shift
                 column.zero_()
     why = "pads its input" if padded else "has no bias"
-    return f"{member.module} {why}: the shift is left out" if left_out else ""
+    return f"{read.module} {why}: the shift is left out" if left_out else ""
 
 
-def _column(layer: Any, member: Member, place: int) -> Tensor:
+def _column(layer: Any, dim: int, place: int) -> Tensor:
     """View the weights that read one input position, outputs first."""
     weight: Tensor = layer.weight
-    if member.blocks > 1:
-        rows, width = weight.shape[0] // member.blocks, weight.shape[1]
+    groups = getattr(layer, "groups", 1)
+    if groups > 1 and dim == 1:
+        rows, width = weight.shape[0] // groups, weight.shape[1]
         block = place // width
         return weight[block * rows : (block + 1) * rows, place % width].reshape(rows, -1)
-    column = weight.select(member.dim, place)
+    column = weight.select(dim, place)
     return column if column.dim() > 1 else column[:, None]
 
 
-def _bias(layer: Any, member: Member, place: int) -> Tensor:
+def _bias(layer: Any, place: int) -> Tensor:
+    """View the biases of the outputs that read one input position."""
     bias: Tensor = layer.bias
-    if member.blocks > 1:
-        rows = layer.weight.shape[0] // member.blocks
-        block = place // layer.weight.shape[1]
-        return bias[block * rows : (block + 1) * rows]
-    return bias
+    rows = len(bias) // getattr(layer, "groups", 1)
+    block = _block(layer, place)
+    return bias[block * rows : (block + 1) * rows]
 
 
 def _normal(model: nn.Module, group: ChannelGroup, path: _Path) -> tuple[Tensor, Tensor] | None:
     """Mean and deviation of each channel in front of its ReLU, if its batch norm says; None where it doesn't."""
-    if len(group.producers) != 1 or group.producers[0].module not in path.norms:
+    if len(path.made) != 1 or path.made[0].module not in path.norms:
         return None
-    norm: Any = model.get_submodule(path.norms[group.producers[0].module])
+    made = path.made[0]
+    norm: Any = model.get_submodule(path.norms[made.module])
     if norm.weight is None or norm.bias is None:
         return None
-    member = group.producers[0]
-    flat = Member(member.tensor, member.module, 0, member.role, member.positions, member.channels)
-    centre, deviation = norm.bias.detach().double()[:, None], norm.weight.detach().double().abs()[:, None]
-    return arrange(centre, flat, group.size).flatten(), arrange(deviation, flat, group.size).flatten()
+    centre, deviation = norm.bias.detach().double(), norm.weight.detach().double().abs()
+    return made.spread(centre[:, None], group.size).flatten(), made.spread(deviation[:, None], group.size).flatten()
 
 
 def rectified_mean(centre: float, deviation: float) -> float:

@@ -2,24 +2,25 @@ r"""Streamed statistics of feature maps: second moments in fp64, in O(C²) memor
 
 A group's feature maps are taken where they are read: at the inputs of its consumers, so after batch norm and
 activation. Where several consumers read a group (a residual stream), each input is an observation of its channels; an
-input that several consumers share counts once. Statistics of several batches or processes add up.
+input that several consumers share counts once. :mod:`secateur.criteria.readings` has the rule, also for layers that
+read a group in part. Statistics of several batches or processes add up.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from secateur.criteria.moments import Moments, all_reduce
+from secateur.criteria.readings import Callback, unseen, watching
 from secateur.errors import CriterionError, DataError, SecateurError, UsageError
-from secateur.graph.channels import ChannelGraph, ChannelGroup, Member
+from secateur.graph.channels import ChannelGraph, ChannelGroup
 from secateur.network.inputs import are_images
 from secateur.network.isolation import set_modes
 
@@ -27,9 +28,6 @@ POSITIONS = 32
 """Positions of a feature map that are read in each image, unless all are asked for."""
 MEMORY = 2**30
 """Bytes of statistics gathered in one pass over the data, unless stated otherwise."""
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-READERS = (*CONVOLUTIONS, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,13 @@ def batches(data: Iterable[Any], device: torch.device | str) -> Iterator[Batch]:
     """Read batches and move them to a device.
 
     A batch is a tensor (the input); a tuple or list of two (input, labels); or a dict of keyword arguments, of which
-    ``labels`` is set apart. An input may itself be a tuple of positional arguments or a dict of keyword arguments.
+    ``labels`` is set apart. An input may itself be a tuple of positional arguments or a dict of keyword arguments, and
+    each argument any nesting of containers that the model takes.
 
     Raises:
-        DataError: If a batch is none of these.
+        DataError: If a batch is none of these, holds no tensor, or is empty.
     """
-    for item in data:
+    for number, item in enumerate(data, start=1):
         inputs, labels = item, None
         if isinstance(item, (tuple, list)):
             if len(item) not in (1, 2):
@@ -63,7 +62,7 @@ def batches(data: Iterable[Any], device: torch.device | str) -> Iterator[Batch]:
             labels = item.get("labels")
             inputs = {key: value for key, value in item.items() if key != "labels"}
         inputs, labels = moved(inputs, device), moved(labels, device)
-        size = _size(inputs)
+        size = _size(inputs, number)
         if isinstance(inputs, Mapping):
             yield Batch((), dict(inputs), labels, size)
         elif isinstance(inputs, tuple):
@@ -78,23 +77,53 @@ def moved(value: Any, device: torch.device | str) -> Any:
         return value.to(device)
     if isinstance(value, Mapping):
         return {key: moved(part, device) for key, part in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(moved(part, device) for part in value))
     if isinstance(value, (tuple, list)):
         return type(value)(moved(part, device) for part in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(
+            value, **{one.name: moved(getattr(value, one.name), device) for one in fields(value) if one.init}
+        )
     return value
 
 
-def _size(inputs: Any) -> int:
-    if isinstance(inputs, Tensor):
-        return len(inputs) if inputs.dim() else 1
-    if isinstance(inputs, list):
-        return len(inputs)
-    parts = inputs.values() if isinstance(inputs, Mapping) else inputs
-    tensors = [p for p in parts if isinstance(p, Tensor) or are_images(p)] if isinstance(parts, Iterable) else []
-    if not tensors:
+def _size(inputs: Any, number: int) -> int:
+    """Return the number of examples of a batch: the length of the first tensor in it, or of a list of images."""
+    found = examples(inputs)
+    if found is None:
         raise DataError(
-            f"a batch of type {type(inputs).__name__} holds no tensor. Give (input, labels), or the input alone."
+            f"batch {number}: its inputs, a {type(inputs).__name__}, hold no tensor. Give (input, labels), or the "
+            "input alone."
         )
-    return _size(tensors[0])
+    if found == 0:
+        raise DataError(f"batch {number} is empty: its first tensor has length 0. Leave it out.")
+    return found
+
+
+def examples(inputs: Any) -> int | None:
+    """Return the length of the first tensor or list of images, however deep it lies; None where there is none.
+
+    Single numbers count only where there is nothing else, as 1.
+    """
+    lengths = list(_lengths(inputs))
+    return next((length for length in lengths if length >= 0), 1 if lengths else None)
+
+
+def _lengths(inputs: Any) -> Iterator[int]:
+    """Yield the lengths of the tensors and lists of images in nested containers; -1 of a single number."""
+    if isinstance(inputs, Tensor):
+        yield len(inputs) if inputs.dim() else -1
+    elif are_images(inputs):
+        yield len(inputs)
+    elif isinstance(inputs, Mapping):
+        for part in inputs.values():
+            yield from _lengths(part)
+    elif isinstance(inputs, (tuple, list)):
+        for part in inputs:
+            yield from _lengths(part)
+    elif is_dataclass(inputs):
+        yield from _lengths(vars(inputs))
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -126,117 +155,20 @@ def forward(model: nn.Module, batch: Batch, number: int) -> Any:
     except SecateurError:
         raise
     except Exception as error:
-        shapes = [tuple(v.shape) for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor)]
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"batch {number} with inputs of shape {shapes} does not fit the model: {first}") from error
+        shapes = [tuple(leaf.shape) for leaf in tree_leaves((batch.args, batch.kwargs)) if isinstance(leaf, Tensor)]
+        raise DataError(
+            f"batch {number} with inputs of shape {shapes} does not fit the model: {first_line(error)}"
+        ) from error
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How one layer reads a group: channel ``channels[i]`` at input positions ``positions[i]``."""
-
-    module: str
-    channels: Tensor
-    """Shape ``(c,)``."""
-    positions: Tensor
-    """Shape ``(c, q)``: q > 1 where a feature map was flattened."""
-
-    def maps(self, x: Tensor, layer: nn.Module) -> Tensor:
-        """Take the channels out of the layer's input, shape ``(N, c, *spatial)``.
-
-        A map that was flattened comes back as a matrix, as nearly square as its number of positions allows.
-        """
-        if isinstance(layer, nn.Linear):
-            x = x[None] if x.dim() == 1 else x
-            x = x.movedim(-1, 1)
-        elif x.dim() == layer.weight.dim() - 1:  # type: ignore[operator]
-            x = x[None]
-        count, q = self.positions.shape
-        flat = self.positions.flatten().to(x.device)
-        if len(flat) == x.shape[1] and bool((flat == torch.arange(len(flat), device=x.device)).all()):
-            picked = x
-        else:
-            picked = x.index_select(1, flat)
-        if q == 1:
-            return picked
-        height = max(h for h in range(1, int(q**0.5) + 1) if q % h == 0)
-        return picked.reshape(len(x), count, height, q // height, *x.shape[2:])
-
-
-def positions_of(member: Member) -> tuple[Tensor, Tensor]:
-    """Arrange a member's positions by channel.
-
-    Returns:
-        The channels it holds, ascending, shape ``(c,)``, and their positions, shape ``(c, q)``; -1 fills up where a
-        channel has fewer than q.
-    """
-    order = np.lexsort((member.positions, member.channels))
-    channels, counts = np.unique(member.channels, return_counts=True)
-    table = np.full((len(channels), int(counts.max()) if len(counts) else 0), -1, dtype=np.int64)
-    table[np.arange(table.shape[1])[None, :] < counts[:, None]] = member.positions[order]
-    return torch.from_numpy(channels.astype(np.int64)), torch.from_numpy(table)
-
-
-def readings(model: nn.Module, group: ChannelGroup) -> list[Reading]:
-    """Find the layers at whose inputs the group's feature maps can be seen.
-
-    Raises:
-        CriterionError: If no convolution or linear layer reads the group.
-    """
-    found = []
-    for member in group.consumers:
-        layer = model.get_submodule(member.module)
-        if not isinstance(layer, READERS) or member.tensor.rpartition(".")[2] != "weight":
-            continue
-        channels, table = positions_of(member)
-        if table.numel() and bool((table >= 0).all()):
-            found.append(Reading(member.module, channels, table))
-    if not found:
-        raise CriterionError(
-            f"{group.name}: no convolution or linear layer reads its {group.size} channels whole, so their maps "
-            "can't be seen. Use a criterion of weights, such as l1, or leave the group out."
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error of the user's own code, with what helps where that is known."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if "Expected more than 1 value per channel" in text:
+        text = (
+            f"{text.rstrip('.')}. Batch norm needs more than one value a channel: leave such a batch out (drop_last)."
         )
-    return found
-
-
-Callback = Callable[[str, Tensor, Tensor | None], None]
-"""Called with the group's name, its maps ``(N, c, *spatial)``, and their channels (None = all, in order)."""
-
-
-@contextmanager
-def watching(model: nn.Module, groups: Sequence[ChannelGroup], callback: Callback) -> Iterator[None]:
-    """Hand every feature map of the groups to a callback whenever the model runs."""
-    with ExitStack() as stack:
-        for group in groups:
-            seen: list[tuple[weakref.ref[Tensor], int]] = []
-            for reading in readings(model, group):
-                layer = model.get_submodule(reading.module)
-                hook = _hook(group, reading, layer, seen, callback)
-                stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        yield
-
-
-def _hook(
-    group: ChannelGroup,
-    reading: Reading,
-    layer: nn.Module,
-    seen: list[tuple[weakref.ref[Tensor], int]],
-    callback: Callback,
-) -> Callable[..., None]:
-    whole = len(reading.channels) == group.size
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["input"]
-        # Two layers that read one tensor see one feature map; a tensor written to in between is another one.
-        seen[:] = [(ref, version) for ref, version in seen if ref() is not None]
-        now = -1 if x.is_inference() else x._version
-        if any(ref() is x and version == now for ref, version in seen):
-            return
-        seen.append((weakref.ref(x), now))
-        maps = reading.maps(x.detach(), layer)
-        callback(group.name, maps, None if whole else reading.channels.to(x.device))
-
-    return hook
+    return text
 
 
 def check_finite(maps: Tensor, group: str) -> None:
@@ -303,6 +235,7 @@ def require_passes(data: Any, count: int) -> None:
 
 def stream(
     model: nn.Module,
+    graph: ChannelGraph,
     rounds: Sequence[Sequence[ChannelGroup]],
     data: Iterable[Any],
     callback: Callback,
@@ -319,7 +252,7 @@ def stream(
     device = device_of(model)
     for groups in rounds:
         samples = 0
-        with evaluating(model), torch.no_grad(), watching(model, groups, callback):
+        with evaluating(model), torch.no_grad(), watching(model, graph, groups, callback):
             for number, batch in enumerate(batches(data, device), start=1):
                 forward(model, batch, number)
                 samples += batch.size
@@ -340,18 +273,12 @@ def require_samples(samples: int, device: torch.device) -> None:
         raise DataError("the data are empty: no batch came from the loader. Check the data set and drop_last.")
 
 
-def require_seen(count: Tensor, group: str) -> None:
-    """Refuse a group with channels that no hooked layer has read: its statistics would be zeros, not measurements.
-
-    Raises:
-        CriterionError: If so.
-    """
-    unseen = int((count == 0).sum())
-    if unseen:
-        raise CriterionError(
-            f"{group}: the maps of {unseen} of its {len(count)} channels were never seen, as the layer that reads them "
-            "is not called as a module. Use a criterion of weights, such as l1, or leave the group out."
-        )
+def unread(count: Tensor) -> str:
+    """Say that channels were read by no layer when the model ran, as ``count`` of each tells; empty if all were."""
+    missing = int((count == 0).sum())
+    if not missing:
+        return ""
+    return f"the maps of {missing} of its {len(count)} channels were never seen, as no layer that reads them ran"
 
 
 def observe(
@@ -386,13 +313,35 @@ def observe(
         CriterionError: If feature maps hold NaN or infinity, or those of a group can't be seen.
         UsageError: If a group is unknown, or ``positions`` less than 1.
     """
+    wanted = chosen_groups(graph, groups)
+    for group in wanted:
+        if why := unseen(model, graph, group):
+            raise CriterionError(f"{group.name}: {why}. Leave the group out.")
+    moments = gather_moments(model, graph, data, wanted, positions=positions, exact=exact, seed=seed, memory=memory)
+    for name, statistics in moments.items():
+        if why := unread(statistics.count.diagonal()):
+            raise CriterionError(f"{name}: {why}. Leave the group out.")
+    return moments
+
+
+def gather_moments(
+    model: nn.Module,
+    graph: ChannelGraph,
+    data: Iterable[Any],
+    groups: Sequence[ChannelGroup],
+    *,
+    positions: int,
+    exact: bool,
+    seed: int,
+    memory: int,
+) -> dict[str, Moments]:
+    """Gather moments as :func:`observe` does, of groups whose maps can be seen; the channels that none saw count 0."""
     if positions < 1:
         raise UsageError(f"positions is {positions}. Use at least 1, or exact=True for all.")
-    wanted = chosen_groups(graph, groups)
     device = device_of(model)
     if device.type == "mps":  # it has no fp64
         device = torch.device("cpu")
-    moments = {group.name: Moments.empty(group.size, device) for group in wanted}
+    moments = {group.name: Moments.empty(group.size, device) for group in groups}
     generator = torch.Generator().manual_seed(seed)
 
     def update(name: str, maps: Tensor, channels: Tensor | None) -> None:
@@ -400,8 +349,7 @@ def observe(
         check_finite(rows, name)
         moments[name].update(rows, channels)
 
-    stream(model, passes(wanted, lambda group: 16 * group.size**2, memory), data, update)
-    for name, statistics in moments.items():
+    stream(model, graph, passes(groups, lambda group: 16 * group.size**2, memory), data, update)
+    for statistics in moments.values():
         statistics.all_reduce()
-        require_seen(statistics.count.diagonal(), name)
     return moments

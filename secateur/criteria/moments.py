@@ -14,6 +14,11 @@ class Moments:
 
     An observation is one position of one image. All sums are in fp64. Moments of disjoint data :meth:`merge` into
     those of all data, in any order and grouping.
+
+    Not every observation has to see every channel. Two channels that were seen in the very same observations have
+    their second moment; all others count as never seen together, with 0. So the channels fall into sets of which each
+    has moments of one set of observations, and all second moments are positive semi-definite. Means over whichever
+    observations two channels happen to share would not be.
     """
 
     count: Tensor
@@ -64,6 +69,12 @@ class Moments:
         all_reduce(self.count, self.total, self.cross)
 
     @property
+    def together(self) -> Tensor:
+        """Which pairs of channels were seen in the same observations, shape ``(C, C)``."""
+        own = self.count.diagonal()
+        return (self.count == own[:, None]) & (self.count == own[None, :])
+
+    @property
     def mean(self) -> Tensor:
         r""":math:`E[x_i]`, shape ``(C,)``."""
         return self.total / self.count.diagonal().clamp(min=1)
@@ -71,13 +82,13 @@ class Moments:
     @property
     def second(self) -> Tensor:
         r""":math:`E[x_i x_j]`, shape ``(C, C)``; 0 for channels never seen together."""
-        return self.cross / self.count.clamp(min=1)
+        return torch.where(self.together, self.cross / self.count.clamp(min=1), 0.0)
 
     @property
     def covariance(self) -> Tensor:
         r""":math:`E[x_i x_j] - E[x_i] E[x_j]`, shape ``(C, C)``; 0 for channels never seen together."""
         mean = self.mean
-        return torch.where(self.count > 0, self.second - torch.outer(mean, mean), 0.0)
+        return torch.where(self.together, self.second - torch.outer(mean, mean), 0.0)
 
     @property
     def constant(self) -> Tensor:

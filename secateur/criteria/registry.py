@@ -60,6 +60,10 @@ class Need(StrEnum):
 STREAMED = frozenset({Need.MAPS, Need.GRADIENTS})
 
 
+class NotDefinedError(CriterionError):
+    """A criterion is not defined on one group's tensors, by their kind and not by their values; others are scored."""
+
+
 class Returns(StrEnum):
     """What the function of a criterion returns."""
 
@@ -93,7 +97,8 @@ class Selection:
 class Criterion:
     """A way to tell which channels of a group matter least.
 
-    ``function`` receives what ``needs`` names as keyword arguments, and the user's options as further keywords. Where
+    ``function`` receives what ``needs`` names as keyword arguments, and the user's options as further keywords. It must
+    not write into what it receives: filters may be the model's own weights. Where
     ``returns`` is not SCORES it also receives ``remove``, the number of channels to remove, and returns a
     :class:`Selection` of at most as many.
 

@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from secateur.compensation import compensate, parse
 from secateur.engine import pairing
 from secateur.engine.events import Event, Progress
+from secateur.engine.present import difference, remaining
 from secateur.engine.selection import Selection, Some, union
 from secateur.engine.settings import Settings
 from secateur.engine.state import Removed, State
@@ -25,8 +27,9 @@ from secateur.graph import cost
 from secateur.graph.channels import ChannelGraph
 from secateur.graph.plan import PruningPlan
 from secateur.network.copies import replica
-from secateur.network.inputs import unwrapped
-from secateur.pruning.planning import Target, plan_removal
+from secateur.network.inputs import are_images, unwrapped
+from secateur.pruning.applied import note
+from secateur.pruning.planning import Target
 from secateur.pruning.surgery import cut
 from secateur.tracing.tracing import trace
 from secateur.training import stages
@@ -56,6 +59,7 @@ class Engine:
         progress: Called with an :class:`Event` now and then.
     """
 
+    @torch.inference_mode(False)  # what is copied in inference mode can never be trained
     def __init__(
         self,
         model: nn.Module,
@@ -96,8 +100,6 @@ class Engine:
         self.selection = Selection(self.graph, method, self.settings, target=target, seed=seed, train=train, loss=loss)
         self.groups, self.goals = self.selection.groups, self.selection.goals
         self._stage: Stage | None = None
-        self._regulariser: pairing.CorrelationRegulariser | None = None
-        self._traced: tuple[nn.Module, ChannelGraph] | None = None
 
     def _check_request(self) -> None:
         for name, batches in (("train", self.train), ("validation", self.validation), ("test", self.test)):
@@ -131,6 +133,7 @@ class Engine:
 
     # The loop
 
+    @torch.inference_mode(False)
     def init(self) -> State:
         """Return the state before the first round: the unpruned network, measured."""
         state = State(model=replica(self.original))
@@ -151,16 +154,18 @@ class Engine:
     def step(self, state: State) -> State:
         """Take one step, in place, and return the state: at most one epoch of training."""
         started = time.perf_counter()
-        {
-            "select": self._select, "optimise": self._optimise, "drop": self._drop, "finetune": self._finetune,
-            "judge": self._judge, "final": self._final, "settle": self._settle,
-        }[state.stage](state)  # fmt: skip
+        with torch.inference_mode(False), torch.enable_grad():
+            {
+                "select": self._select, "optimise": self._optimise, "drop": self._drop, "finetune": self._finetune,
+                "judge": self._judge, "final": self._final, "settle": self._settle,
+            }[state.stage](state)  # fmt: skip
         spent = time.perf_counter() - started
         state.seconds += spent
         if state.episode:
             state.episode["seconds"] = state.episode.get("seconds", 0.0) + spent
         return state
 
+    @torch.inference_mode(False)
     def resume(self, state: State, tensors: Mapping[str, Tensor]) -> State:
         """Build the network of a stored state, and load its weights."""
         state.model = self.network(state.removed)
@@ -177,9 +182,7 @@ class Engine:
 
     def present(self, state: State) -> ChannelGraph:
         """Return the channel graph of the network as it is now."""
-        if self._traced is None or self._traced[0] is not state.model:
-            self._traced = (state.network, trace(state.network, self.example_inputs))
-        return self._traced[1]
+        return remaining(self.graph, self.plan(state.removed))
 
     # Select
 
@@ -228,15 +231,18 @@ class Engine:
         if self.selection.selective and (self.target is not None or self.goals):
             state.stage, state.epoch, state.goal = "final", 0, max(state.goal, len(self.goals) - 1)
             return
+        why = "".join(f" {name} is left alone: {reason}." for name, reason in self.selection.left.items())
         if self.target is not None:
             reached = self.selection.removed_share(state.removed)
             raise RunError(
                 f"target: {self.target.what} {self.target.fraction:g} is out of reach: with nothing left to remove, "
                 f"{reached:.3f} is gone. Ask for less, or let more groups go (linear, skip, internal_only, max_ratio, "
-                "min_width)."
+                f"min_width).{why}"
             )
+        if len(self.selection.left) == len(self.groups):
+            raise RunError(f"compress: the method is defined on none of the groups:{why} Choose another, such as l1.")
         if self.goals:
-            raise RunError(f"widths: {self.goals[state.goal]} can't be reached within the groups' constraints.")
+            raise RunError(f"widths: {self.goals[state.goal]} can't be reached within the groups' constraints.{why}")
         self._next_place(state)
 
     def _next_place(self, state: State) -> None:
@@ -294,23 +300,27 @@ class Engine:
     # Drop, fine-tune, judge
 
     def _drop(self, state: State) -> None:
-        graph = self.present(state)
-        local = {}
-        for name, channels in state.going.items():
-            place = {channel: i for i, channel in enumerate(self.selection.alive(state, name))}
-            local[name] = sorted(place[c] for c in channels)
-        plan = plan_removal(graph, local)
-        state.model = self._compensated(state, graph, plan)
-        state.removed = union(state.removed, state.going)
+        removed, graph = union(state.removed, state.going), self.present(state)
+        plan = difference(graph, self.plan(state.removed), self.plan(removed))
+        state.model = self._compensated(state, graph, plan, self.plan(removed))
+        state.removed = removed
         state.episode["metric_dropped"] = self._measure(state.network)
         tunes = self.settings.finetune_epochs > 0
         if not tunes:
             state.episode["metric_tuned"] = state.episode["metric_dropped"]
         state.stage, state.epoch = ("finetune" if tunes else "judge"), 0
 
-    def _compensated(self, state: State, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
-        """Return the present network cut by the plan, compensated as the settings say."""
+    def _compensated(self, state: State, graph: ChannelGraph, plan: PruningPlan, whole: PruningPlan) -> nn.Module:
+        """Return the present network cut by the plan, compensated as the settings say.
+
+        Args:
+            state: Where the run stands.
+            graph: The present network's channel graph.
+            plan: From the present network.
+            whole: From the unpruned network, which the result knows.
+        """
         small = cut(state.network, plan)
+        note(small, self.original, whole)
         methods = parse(self.settings.compensate)
         if self.settings.merge and state.pairs and "merge" not in methods:
             methods.insert(0, "merge")
@@ -458,10 +468,20 @@ def _copied(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _first_example(inputs: Any) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs[:1]
-    if isinstance(inputs, Mapping):
-        return {key: _first_example(value) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(_first_example(value) for value in inputs)
-    return inputs
+    if isinstance(inputs, list):  # positional arguments; a tracer takes them as a tuple
+        return inputs[:1] if are_images(inputs) else tuple(map(_first_of, inputs))
+    return _first_of(inputs)
+
+
+def _first_of(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value[:1] if value.dim() else value
+    if are_images(value):
+        return value[:1]
+    if isinstance(value, Mapping):
+        return {key: _first_of(part) for key, part in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_first_of, value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_first_of, value))
+    return value

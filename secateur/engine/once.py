@@ -214,7 +214,7 @@ def _planner(
     """
     decided = deciding(criterion, options)
     scoring = {name: value for name, value in options.items() if name not in decided}
-    scores = score(model, graph, criterion, **{**reading, **scoring})
+    scores = score(model, graph, criterion, inexact=request["inexact"], **{**reading, **scoring})
 
     def planned(round_to: int) -> PruningPlan:
         by_scores = plan(graph, scores, round_to=round_to, **request)

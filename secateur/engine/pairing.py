@@ -8,9 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from secateur.criteria import Selection, weights
 from secateur.criteria.papers import singh2020cfp as cfp
+from secateur.criteria.scoring import possible
+from secateur.criteria.weights import Slices
 from secateur.engine.settings import Share
 from secateur.errors import CriterionError, PlanError
 from secateur.graph import cost
@@ -24,30 +28,21 @@ Pairs = dict[str, list[tuple[int, int]]]
 
 @dataclass(frozen=True)
 class Producer:
-    """One weight whose rows are the filters of a group's channels."""
+    """One weight whose slices are the filters of a group's channels."""
 
-    tensor: str
-    module: str
-    dim: int
-    rows: Tensor
-    """Positions along ``dim`` of each channel that the weight produces, ``(present channels, positions a channel)``."""
+    slices: Slices
     index: Tensor
-    """Row of ``rows`` of each channel of the group; -1 where the weight does not produce it."""
+    """Row of the slices' table of each channel of the group; -1 where the weight does not make it."""
     weight: float
     """Share in the group's score."""
 
     def filters(self, model: nn.Module) -> Tensor:
         """Return the filters, one a row: ``(present channels, elements)``."""
-        return self.select(model, torch.arange(len(self.rows)))
-
-    def select(self, model: nn.Module, which: Tensor) -> Tensor:
-        """Return the filters of some rows, differentiable, at the cost of those rows only."""
-        weight = model.get_parameter(self.tensor)
-        positions = self.rows[which].flatten().to(weight.device)
-        return weight.index_select(self.dim, positions).movedim(self.dim, 0).reshape(len(which), -1)
+        weight = self.slices.weight(model)
+        return self.slices.select(weight, self.slices.table.flatten().to(weight.device), len(self.slices.table))
 
 
-def producers(graph: ChannelGraph, group: ChannelGroup, share: Share = "mean") -> list[Producer]:
+def producers(model: nn.Module, graph: ChannelGraph, group: ChannelGroup, share: Share = "mean") -> list[Producer]:
     """Return the weights of a group that have filters to correlate, with their share in its score.
 
     Biases, weights of one element a filter (a depthwise 1×1) and layouts in which channels own different numbers of
@@ -55,33 +50,20 @@ def producers(graph: ChannelGraph, group: ChannelGroup, share: Share = "mean") -
     """
     macs = layer_macs(graph)
     found: list[Producer] = []
-    for member in group.producers:
-        shape = graph.shapes[member.tensor]
-        rows = _rows(member)
-        if len(shape) < 2 or rows is None:
-            continue
-        elements = int(np.prod(shape)) // shape[member.dim] * rows.shape[1]
-        if elements < 2:
+    for slices in weights.making(model, graph, group):
+        weight = slices.weight(model)
+        elements = weight.numel() // (weight.shape[slices.dim] * slices.blocks) * slices.table.shape[1]
+        if bool((slices.table < 0).any()) or elements < 2:
             continue
         index = torch.full((group.size,), -1, dtype=torch.int64)
-        index[torch.from_numpy(np.unique(member.channels))] = torch.arange(len(rows))
-        weight = float(macs.get(graph.layer_of(member), 0)) if share == "macs" else 1.0
+        index[slices.channels] = torch.arange(len(slices.table))
+        part = float(macs.get(slices.layer, 0)) if share == "macs" else 1.0
         if share == "first" and found:
-            weight = 0.0
-        found.append(Producer(member.tensor, member.module, member.dim, rows, index, weight))
+            part = 0.0
+        found.append(Producer(slices, index, part))
     if found and not any(p.weight > 0 for p in found):
         raise PlanError(f"{group.name}: none of its producers has MACs to weight by; use share 'mean'.")
     return found
-
-
-def _rows(member: Member) -> Tensor | None:
-    if member.blocks > 1 and member.dim != 0:
-        return None
-    order = np.lexsort((member.positions, member.channels))
-    _, counts = np.unique(member.channels, return_counts=True)
-    if not counts.size or counts.min() != counts.max():
-        return None
-    return torch.from_numpy(np.asarray(member.positions)[order].reshape(counts.size, -1).copy()).long()
 
 
 def layer_macs(graph: ChannelGraph) -> dict[str, int]:
@@ -107,7 +89,7 @@ def correlations(
     filters after the column's stand in for them, as a share of the largest mean residual. Channels that are produced
     by different sets of layers can't stand in for each other, and score -2, below every other score.
     """
-    sources = producers(graph, group, share)
+    sources = producers(model, graph, group, share)
     if not sources:
         return None
     total = torch.zeros(group.size, group.size, dtype=torch.float64)
@@ -136,7 +118,7 @@ def correlations(
 def norms(model: nn.Module, graph: ChannelGraph, group: ChannelGroup) -> Tensor:
     """Return the L1 norm of each channel's filters over all producers, ``(size,)``."""
     total = torch.zeros(group.size, dtype=torch.float64)
-    for source in producers(graph, group):
+    for source in producers(model, graph, group):
         with torch.no_grad():
             lengths = source.filters(model).double().abs().sum(dim=1).cpu()
         here = source.index >= 0
@@ -192,29 +174,38 @@ def select_pairs(
     scores = correlations(model, graph, group, share=share, signed=signed, order=order) if wanted else None
     if scores is None:
         return []
-    lengths, free = norms(model, graph, group), torch.from_numpy(group.removable)
+    lengths, free = norms(model, graph, group), torch.from_numpy(group.removable.copy())
 
-    def choose(own: Tensor, n: int, blocks: Tensor | None) -> list[tuple[int, int]]:
+    def choose(own: Tensor, n: int) -> list[tuple[int, int]]:
         between = scores[own][:, own]
         if order == "residual":
-            return cfp.select_least_lost(-between, n, removable=free[own], blocks=blocks)
-        return cfp.select_pairs(between, n, norms=lengths[own], removable=free[own], blocks=blocks)
+            found = cfp.select_least_lost(-between, n, removable=free[own])
+        else:
+            found = cfp.select_pairs(between, n, norms=lengths[own], removable=free[own])
+        return [(int(own[dropped]), int(own[kept])) for dropped, kept in found]
 
-    if group.schedule is None:
-        return choose(torch.arange(group.size), wanted, torch.from_numpy(group.blocks))
-    pairs: list[tuple[int, int]] = []
-    for block, n in enumerate(_row(group, wanted).tolist()):
-        own = torch.from_numpy(np.flatnonzero(group.blocks == block))
-        pairs += [(int(own[dropped]), int(own[kept])) for dropped, kept in choose(own, n, None)]
-    return pairs
+    while True:
+        pairs: list[tuple[int, int]] = []
+        for block, n in enumerate(_shares(group, wanted, free.numpy())):
+            pairs += choose(torch.from_numpy(np.flatnonzero(group.blocks == block)), n)
+        selection = Selection(tuple(dropped for dropped, _ in pairs))
+        # Another channel goes in place of one that is the last of its layer.
+        last = set(selection.removed) - set(possible(group, selection).removed)
+        if not last:
+            return pairs
+        free[list(last)] = False
 
 
-def _row(group: ChannelGroup, count: int) -> np.ndarray:
-    """Return what each block loses at the latest step of a schedule that leaves every block a partner."""
-    assert group.schedule is not None
-    sizes = np.bincount(group.blocks)
-    rows = [row for row in group.schedule if row.sum() <= count and (row < sizes).all()]
-    return rows[-1] if rows else np.zeros_like(sizes)
+def _shares(group: ChannelGroup, count: int, free: NDArray[np.bool_]) -> list[int]:
+    """Return how many channels each block loses: as many as asked for, or as its free ones and a partner allow."""
+    sizes, able = np.bincount(group.blocks), np.bincount(group.blocks[free], minlength=int(group.blocks.max()) + 1)
+    most = np.minimum(able, sizes - 1)
+    if group.schedule is not None:
+        rows = [row for row in group.schedule if row.sum() <= count and (row <= most).all()]
+        return [int(n) for n in rows[-1]] if rows else [0] * len(sizes)
+    quota = group.quota
+    rounds = min(int((most // quota).min()), count // int(quota.sum()))
+    return [rounds * int(n) for n in quota]
 
 
 def select_lowest(group: ChannelGroup, scores: Tensor, count: int, *, min_width: int = 1) -> list[int]:
@@ -302,7 +293,7 @@ class CorrelationRegulariser:
         buckets: dict[int, list[tuple[Producer, Tensor, Tensor, float]]] = {}
         start = 0
         for name, chosen in pairs.items():
-            sources = producers(graph, graph.group(name), share)
+            sources = producers(model, graph, graph.group(name), share)
             ends = torch.tensor(chosen, dtype=torch.int64).reshape(-1, 2)
             for source in sources:
                 rows = source.index[ends]
@@ -312,26 +303,25 @@ class CorrelationRegulariser:
                     length = source.filters(model).shape[1]
                     buckets.setdefault(length, []).append((source, rows[here], slots, source.weight))
             start += len(chosen)
-        self._parts: list[tuple[list[tuple[nn.Parameter, int, Tensor, int]], Tensor, Tensor]] = []
-        self._slots, weights = [], []
+        self._parts: list[tuple[list[tuple[Slices, Tensor, int]], Tensor, Tensor]] = []
+        self._slots: list[Tensor] = []
+        weights_of: list[Tensor] = []
         for entries in buckets.values():
             reads, first, second, offset = [], [], [], 0
             for source, rows, slots, weight in entries:
                 distinct, place = torch.unique(rows, return_inverse=True)
-                parameter = model.get_parameter(source.tensor)
-                reads.append(
-                    (parameter, source.dim, source.rows[distinct].flatten().to(parameter.device), len(distinct))
-                )
+                device = source.slices.weight(model).device
+                reads.append((source.slices, source.slices.places(distinct).to(device), len(distinct)))
                 first.append(place[:, 0] + offset)
                 second.append(place[:, 1] + offset)
                 offset += len(distinct)
                 self._slots.append(slots)
-                weights.append(torch.full((len(slots),), weight, dtype=torch.float64))
-            device = reads[0][0].device
+                weights_of.append(torch.full((len(slots),), weight, dtype=torch.float64))
+            device = reads[0][1].device
             self._parts.append((reads, torch.cat(first).to(device), torch.cat(second).to(device)))
-        device = self._parts[0][0][0][0].device
+        device = self._parts[0][1].device
         slot = torch.cat(self._slots)
-        weight_of = torch.cat(weights)
+        weight_of = torch.cat(weights_of)
         total = torch.zeros(start, dtype=torch.float64).index_add(0, slot, weight_of)
         self._slot, self._weight = slot.to(device), (weight_of / total[slot]).to(device)
         self._total, self._last = start, torch.zeros(start)
@@ -341,8 +331,7 @@ class CorrelationRegulariser:
         found = []
         for reads, first, second in self._parts:
             filters = torch.cat([
-                parameter.index_select(dim, positions).movedim(dim, 0).reshape(count, -1)
-                for parameter, dim, positions, count in reads
+                slices.select(slices.weight(self._model), places, count) for slices, places, count in reads
             ])  # fmt: skip
             found.append(cfp.pair_correlation(filters.index_select(0, first), filters.index_select(0, second)))
         rho = torch.cat(found)
@@ -382,13 +371,13 @@ def largest_correlations(model: nn.Module, graph: ChannelGraph) -> dict[str, flo
     for layer in graph.layers:
         if layer.name in found or not layer.weight:
             continue
-        weight = model.get_parameter(layer.weight).detach()
-        if layer.kind == "conv_transposed":
-            weight = weight.transpose(0, 1)
-        if len(weight) < 2 or weight[0].numel() < 2:
+        owner = (layer.module, "weight") if layer.owned else weights.owner(model, layer.weight)
+        weight = weights.weight_of(model.get_submodule(owner[0]), owner[1]).detach()
+        transposed = layer.kind == "conv_transposed"
+        rows = weights.rows_of(weight, 1 if transposed else 0, layer.groups if transposed else 1)
+        if len(rows) < 2 or rows.shape[1] < 2:
             continue
-        rho = cfp.pearson(weight.reshape(len(weight), -1)).abs()
-        found[layer.name] = float(rho.triu(diagonal=1).max())
+        found[layer.name] = float(cfp.pearson(rows).abs().triu(diagonal=1).max())
     return found
 
 

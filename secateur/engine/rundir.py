@@ -81,7 +81,7 @@ class RunDirectory:
         """Write the configuration and the unpruned network, which don't change during the run."""
         if self.write:
             checkpoint.write_json(self.path / "config.json", dict(configuration))
-            checkpoint.save(original, None, self.path / "baseline.safetensors")
+            checkpoint.save(original, (), self.path / "baseline.safetensors")
 
     def configuration(self) -> dict[str, Any]:
         """Read the configuration.

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from secateur import criteria
 from secateur.criteria.papers import singh2020cfp as cfp
+from secateur.criteria.registry import NotDefinedError
 from secateur.engine import pairing
 from secateur.engine.settings import Settings
 from secateur.engine.state import Removed, State
-from secateur.errors import RunError, UsageError
+from secateur.errors import UsageError
 from secateur.graph.channels import ChannelGraph, ChannelGroup
 from secateur.graph.plan import PruningPlan
 from secateur.pruning.limits import Limits
@@ -53,6 +54,8 @@ class Selection:
         self.graph, self.method, self.settings, self.target = graph, method, settings, target
         self.seed, self.train, self.loss = seed, train, loss
         self.selective = selective(method, settings.criterion)
+        self.left: dict[str, str] = {}
+        """Groups that the criterion turned out not to be defined on -> why."""
         by_name = {"skip": settings.skip, "pairs": settings.pairs if isinstance(settings.pairs, dict) else ()}
         for setting, patterns in by_name.items():
             for pattern in patterns:
@@ -203,7 +206,9 @@ class Selection:
     def _choose(self, state: State, graph: ChannelGraph, counts: Mapping[str, int]) -> tuple[pairing.Pairs, Removed]:
         """Choose pairs or channels, numbered as in the present network."""
         chosen = self.settings
-        wanted = {name: n for name, n in counts.items() if n > 0 and self._still_there(state, graph, name)}
+        wanted = {
+            name: n for name, n in counts.items() if n > 0 and name not in self.left and graph.group(name).size > 1
+        }
         pairs: pairing.Pairs = {}
         if self.method == "cfp":
             for name, count in wanted.items():
@@ -213,29 +218,30 @@ class Selection:
                 )  # fmt: skip
                 if paired:
                     pairs[name] = paired
+                elif not pairing.producers(state.network, graph, graph.group(name)):
+                    self.left[name] = "it has no filters of 2 elements or more to correlate"
             return pairs, {name: [d for d, _ in paired] for name, paired in pairs.items()}
-        if self.selective:
-            found = self._criterion_selection(state, graph, wanted)
-        else:
-            scores = self._criterion_scores(state, graph, list(wanted))
-            found = {
-                name: pairing.select_lowest(graph.group(name), scores[name], n, min_width=self.floors[name])
-                for name, n in wanted.items()
-            }
+        try:
+            found = self._by_criterion(state, graph, wanted)
+        except NotDefinedError as error:
+            self.left |= dict.fromkeys(wanted, str(error).rstrip("."))
+            return {}, {}
+        for name in wanted.keys() - found.keys():
+            self.left[name] = f"criterion {criteria.get(self.method).name} is not defined on it"
         return {}, {name: channels for name, channels in found.items() if channels}
 
-    def _still_there(self, state: State, graph: ChannelGraph, name: str) -> bool:
-        """Tell whether the present network has a group with channels to spare; a last channel is no group any more."""
-        alive = len(self.alive(state, name))
-        if alive <= 1:
-            return False
-        found = [group.size for group in graph.groups if group.name == name]
-        if found != [alive]:
-            raise RunError(
-                f"{name}: the pruned network has {found[0] if found else 'no'} coupled channels there in place "
-                f"of {alive}; its structure depends on its widths. Leave the group out with skip."
-            )
-        return True
+    def _by_criterion(self, state: State, graph: ChannelGraph, wanted: Mapping[str, int]) -> Removed:
+        """Choose channels by the criterion; groups that it is not defined on are missing."""
+        if not wanted:
+            return {}
+        if self.selective:
+            return self._criterion_selection(state, graph, wanted)
+        scores = self._criterion_scores(state, graph, list(wanted))
+        return {
+            name: pairing.select_lowest(graph.group(name), scores[name], wanted[name], min_width=self.floors[name])
+            for name in wanted
+            if name in scores
+        }
 
     def _criterion_scores(self, state: State, graph: ChannelGraph, groups: list[str]) -> dict[str, Tensor]:
         from secateur.criteria.scoring import score

@@ -55,7 +55,7 @@ def summarise(engine: Engine, state: State, directory: RunDirectory | None) -> C
 
 def _figures(engine: Engine, model: nn.Module, plan: PruningPlan) -> dict[str, Any]:
     layers: dict[str, dict[str, Any]] = {}
-    modules = dict(model.named_modules())
+    modules, own_parameters = dict(model.named_modules()), dict(model.named_parameters())
     for layer in cost.layer_costs(engine.graph, plan):
         own = layers.setdefault(
             layer.module,
@@ -64,8 +64,8 @@ def _figures(engine: Engine, model: nn.Module, plan: PruningPlan) -> dict[str, A
         own["macs"] += layer.macs
         own["positions"] += layer.feature_bytes // (4 * layer.out_channels)
     for name, own in layers.items():
-        held = modules[name].parameters(recurse=False) if name in modules else [model.get_parameter(name)]
-        own["parameters"] = sum(p.numel() for p in held)
+        held = modules[name].parameters(recurse=False) if name in modules else [own_parameters.get(name)]
+        own["parameters"] = sum(p.numel() for p in held if p is not None)  # a fixed kernel is a buffer
     return {
         "macs": cost.macs(engine.graph, plan),
         "parameters": cost.parameters(engine.graph, plan),

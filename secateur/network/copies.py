@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from secateur.errors import PlanError, SecateurError
-from secateur.network.named import modules_of, tensors_named
+from secateur.network.named import PLANS, modules_of, tensors_named
 
 _ATOMS = frozenset(
     {int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device, types.ModuleType}
@@ -63,7 +63,7 @@ def replica(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
     own = {id(module) for module in modules.values()}
     for path, module in modules_of(copied).items():
         for held, value in vars(module).items():
-            if held not in _TABLES and not _is_atomic(value) and _holds(value, own):
+            if held not in _TABLES and held != PLANS and not _is_atomic(value) and _holds(value, own):
                 raise PlanError(
                     f"{f'{path}.{held}'.lstrip('.')}: this {type(value).__name__} holds a function that goes on to "
                     "call the unpruned network, also in a copy. Make it a method, or keep it in a list or dict."
@@ -158,7 +158,7 @@ class _Copier:
             if name in _TABLES and not item and type(item) in (dict, set, OrderedDict):
                 # A module may hold the handle of a hook, which refers to the table of hooks.
                 copied[name] = self.memo.setdefault(id(item), type(item)())
-            elif _is_atomic(item):
+            elif _is_atomic(item) or name == PLANS:
                 copied[name] = item
             else:
                 copied[name] = self._attribute(module, name, item)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import random
 import sys
+import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -24,6 +25,8 @@ _FIXED = frozenset({bool, int, float, str, tuple, type(None)})
 """Types of most attributes of modules, into which nothing can be put."""
 _HOOKS = [name for name, value in vars(nn.Module()).items() if name.endswith("_hooks") and isinstance(value, dict)]
 """Where a module keeps its hooks."""
+ONE_AT_A_TIME = threading.RLock()
+"""Held while a network runs that is to be left as found: random states and switches of torch are every thread's."""
 _CONTAINERS: tuple[Any, ...] = (OrderedDict, dict, list, set, deque)
 
 
@@ -48,11 +51,12 @@ def left_as_found(*models: nn.Module) -> Iterator[None]:
     """Run forwards inside, and leave no mark: what they change of the networks and of torch's state is put back.
 
     That is: modes; attributes of modules, and what the dicts, lists, sets and plain objects among them hold; hooks;
-    buffers; parameters that a module changes when its mode is set; random states; torch's switches.
+    buffers; parameters that a module changes when its mode is set; random states; torch's switches. Another thread
+    that runs networks so waits.
     """
     modules = [m for model in models for m in modules_of(model).values()]
     cuda = sorted({p.device.index for m in modules for p in m._parameters.values() if p is not None and p.is_cuda})
-    with ExitStack() as stack:  # what is entered last is put back first
+    with ONE_AT_A_TIME, ExitStack() as stack:  # what is entered last is put back first
         stack.callback(_tensors(modules))
         stack.callback(_attributes(modules))
         stack.callback(set_modes, [(m, m.training) for m in modules])

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 BOOKS = frozenset(vars(nn.Module()))
 """Where a module keeps its parameters, modules, hooks and mode."""
 
+PLANS = "_secateur_plans"
+"""Attribute of a pruned network that holds the plans that made it, as plain data."""
+
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """Return every module by its path, once; the model's own is empty.

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from secateur.errors import PlanError
 from secateur.graph.plan import PruningPlan
@@ -19,6 +20,7 @@ from secateur.network.custom_layers import layer_rule
 from secateur.network.inputs import tensors_of, unwrapped
 from secateur.network.isolation import set_modes, switches
 from secateur.network.named import modules_of, tensors_named
+from secateur.pruning.applied import note
 
 _KINDS: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     nn.modules.conv._ConvTransposeNd: ("weight", ("in_channels", "out_channels")),
@@ -45,7 +47,7 @@ def cut(model: nn.Module, plan: PruningPlan, *, share: bool = False) -> nn.Modul
 
     Args:
         model: The model the plan was made for, or one of the same architecture. A data parallel or compiled wrapper is
-            taken off.
+            taken off; an ``AveragedModel`` stays one, with as many averages behind it.
         plan: What to keep.
         share: Let the copy hold the model's own tensors, but for those that are cut; for a copy that is only looked at.
 
@@ -55,6 +57,9 @@ def cut(model: nn.Module, plan: PruningPlan, *, share: bool = False) -> nn.Modul
     model = unwrapped(model)
     modules = modules_of(model)
     tensors = tensors_named(model)
+    if isinstance(model, AveragedModel) and not plan.shapes.keys() <= tensors.keys():
+        averaged: nn.Module = replica(model, {id(model.module): cut(model.module, plan, share=share)})
+        return averaged
     for name, shape in plan.shapes.items():
         if name not in tensors:
             raise PlanError(f"{name}: the plan prunes it, but the model has no such tensor. Is this the right model?")
@@ -68,6 +73,7 @@ def cut(model: nn.Module, plan: PruningPlan, *, share: bool = False) -> nn.Modul
     small: nn.Module = replica(model, memo)
     _set_attributes(modules_of(small), plan)
     _forget(small, modules)
+    note(small, model, plan)
     return small
 
 
@@ -200,7 +206,7 @@ def _cut_layer(
         groups = getattr(layer, "groups", 1)
         if groups == 1:
             value = _select(weight, {0: rows, 1: columns})
-        elif _is_depthwise(layer):
+        elif weight.shape[1] == 1:  # each block holds one channel of those that dimension 1 counts
             value = _select(weight, {0: rows})
         else:
             value = _cut_blocks(weight, rows, columns, groups)

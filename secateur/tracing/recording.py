@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -247,11 +248,14 @@ class _Run:
         call, functions = self.call, self.functions
         names = {id(module): name for name, module in self.modules.items()}
         stack: list[tuple[str, nn.Module | None, bool]] = [("", None, True)]
+        here = get_ident()  # the hooks are of all modules that run, in whatever thread
         paused = 0
         fused = ExitStack()
 
         def enter(module: nn.Module, args: Any) -> None:
             nonlocal paused
+            if get_ident() != here:
+                return
             stack.append((names.get(id(module), stack[-1][0]), module, id(module) in names))
             call.module, call.layer, call.registered = stack[-1]
             if isinstance(module, nn.RNNBase):
@@ -264,6 +268,8 @@ class _Run:
 
         def leave(module: nn.Module, args: Any, out: Any) -> None:
             nonlocal paused
+            if get_ident() != here:
+                return
             if isinstance(module, nn.RNNBase):
                 fused.close()
             rule = layer_rule(module)

@@ -12,6 +12,7 @@ from torch import nn
 from secateur.errors import TraceError
 from secateur.graph.channels import ChannelGraph
 from secateur.network.inputs import batch_size, unwrapped, varied
+from secateur.network.isolation import ONE_AT_A_TIME
 from secateur.tracing.assumptions import Assumptions
 from secateur.tracing.grouping import group_channels
 from secateur.tracing.recording import record
@@ -28,7 +29,8 @@ def _rest_aside() -> Iterator[None]:
     if aside:
         gc.freeze()
     try:
-        yield
+        with ONE_AT_A_TIME:  # two threads may trace one network
+            yield
     finally:
         if aside:
             gc.unfreeze()

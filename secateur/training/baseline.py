@@ -163,7 +163,7 @@ def _write_lines(file: Path, records: list[dict[str, Any]]) -> None:
 
 def keep(model: nn.Module, file: Path, request: Mapping[str, Any], records: list[dict[str, Any]]) -> None:
     """Write a trained network for other runs with the same request; see :func:`kept`."""
-    checkpoint.save(model, None, file, extra={"request": request, "epochs": records})
+    checkpoint.save(model, (), file, extra={"request": request, "epochs": records})
 
 
 def kept(model: nn.Module, file: Path, request: Mapping[str, Any]) -> nn.Module | None:

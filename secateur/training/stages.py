@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
-from secateur.errors import DataError, RunError, UsageError
-from secateur.network.inputs import are_images
+from secateur.criteria.feature_maps import examples, first_line
+from secateur.errors import DataError, RunError, SecateurError, UsageError
 from secateur.network.isolation import set_modes
 from secateur.training.arithmetic import Arithmetic, put_channels_last, put_contiguous
 
@@ -192,6 +193,27 @@ def forward(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
+@contextmanager
+def _explained(error: type[SecateurError], where: str, what: str, remedy: str) -> Iterator[None]:
+    """Turn what the user's own code raises into one line that says where and what helps."""
+    try:
+        yield
+    except SecateurError:
+        raise
+    except Exception as raised:
+        raise error(f"{where}: {what}: {first_line(raised).rstrip('.')}. {remedy}") from raised
+
+
+def _called(model: nn.Module, inputs: Any, where: str) -> Any:
+    """Call a model on a batch that is not empty."""
+    shapes = [tuple(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    if examples(inputs) == 0:
+        raise DataError(f"{where}: the batch is empty, its inputs of shape {shapes}; leave it out.")
+    what = f"the network fails on inputs of shape {shapes}"
+    with _explained(DataError, where, what, "The data have to fit the network, in training mode too."):
+        return forward(model, inputs)
+
+
 def _walk(batches: Batches, seed: int, where: str) -> Iterator[tuple[Any, Any]]:
     """Walk through an epoch whose order follows ``seed``, and check that batches are pairs."""
     sampler = getattr(batches, "sampler", None)
@@ -221,18 +243,6 @@ def first_inputs(batches: Batches, where: str) -> Any:
     for inputs, _ in _walk(batches, 0, where):
         return inputs
     raise DataError(f"{where}: the data is empty; give at least one batch.")
-
-
-def _examples(inputs: Any) -> int:
-    while not isinstance(inputs, Tensor):
-        if isinstance(inputs, Mapping):
-            inputs = list(inputs.values())
-        if not isinstance(inputs, Sequence) or not inputs:
-            return 1
-        inputs = inputs[0]
-        if are_images(inputs):
-            return len(inputs)
-    return int(inputs.shape[0])
 
 
 def _length(batches: Batches) -> int | None:
@@ -330,8 +340,8 @@ class Stage:
                     break  # every process takes the same number of steps
                 inputs, target = send_to_device((inputs, target), runtime.device)
                 self._set_rate((epoch + done / (length or math.inf)) / self.epochs)
-                loss = self._step(inputs, target)
-                count = _examples(inputs)
+                loss = self._step(inputs, target, f"{where}, batch {done + 1}")
+                count = examples(inputs) or 1
                 # Reading the loss waits for the device, so on an accelerator it is read every 50 batches only.
                 if on_host or done % 50 == 0:
                     self._check(float(loss), f"{where}, batch {done + 1}")
@@ -349,31 +359,39 @@ class Stage:
         self._check(mean, where)
         return EpochRecord(mean, seen * runtime.num_processes, stopped)
 
-    def _step(self, inputs: Any, target: Any) -> Tensor:
-        output = self._forward(self._prepared, inputs)
-        loss = self.loss(output, target)
+    def _step(self, inputs: Any, target: Any, where: str) -> Tensor:
+        output = self._forward(self._prepared, inputs, where)
+        what = f"no loss of what the network returns ({_kind(output)}) and the target ({_kind(target)})"
+        with _explained(UsageError, where, what, "Give loss=function(output, target)."):
+            loss = self.loss(output, target)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise UsageError(f"loss: must return a scalar tensor, found {found}; take the mean over the batch.")
+        if not loss.requires_grad:
+            raise RunError(
+                f"{where}: the loss has no gradient; the network or the loss detaches its values, or runs without "
+                "gradients. Training needs a network whose forward can be differentiated, and such a loss."
+            )
         if self.teacher is not None:
             with torch.no_grad():
-                taught = self._forward(self.teacher, inputs)
+                taught = self._forward(self.teacher, inputs, where)
             loss = self.distillation(loss, output, taught)
         if self.regulariser is not None:
             loss = loss + self.regulariser()
         self._optimizer.zero_grad()
-        self._descend(loss)
+        self._descend(loss, where)
         return loss.detach()
 
-    def _forward(self, model: nn.Module, inputs: Any) -> Any:
+    def _forward(self, model: nn.Module, inputs: Any, where: str) -> Any:
         with self.arithmetic.autocast(self.runtime.device):
-            output = forward(model, inputs)
+            output = _called(model, inputs, where)
         return self.arithmetic.widened(output)
 
-    def _descend(self, loss: Tensor) -> None:
+    def _descend(self, loss: Tensor, where: str) -> None:
         scaler, optimizer = self._scaler, self._optimizer
-        # The gradients of fp16 would be rounded to zero unscaled.
-        self.runtime.backward(loss if scaler is None else scaler.scale(loss))
+        with _explained(RunError, where, "the loss can't be differentiated", "Training needs a forward that can be."):
+            # The gradients of fp16 would be rounded to zero unscaled.
+            self.runtime.backward(loss if scaler is None else scaler.scale(loss))
         if scaler is not None:
             optimizer = self._optimizer.optimizer
             scaler.unscale_(optimizer)
@@ -505,7 +523,10 @@ def evaluate(
             if metric is None or isinstance(metric, TorchMetric):
                 value = _measure(model, batches, metric, device, runtime)
             elif callable(metric):
-                value = float(metric(model, batches))
+                name = f"metric {metric_name(metric)}"
+                with _explained(UsageError, name, "fails", "It is called as metric(model, batches)."):
+                    measured = metric(model, batches)
+                value = _number(measured, name)
             else:
                 raise UsageError(
                     f"metric: is a torchmetrics.Metric or a function (model, batches) -> float, found {_kind(metric)}."
@@ -528,6 +549,13 @@ def _classes(output: Any, target: Any) -> bool:
     )
 
 
+def _number(value: Any, name: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{name}: returns {_kind(value)}; it has to be one number, higher is better.") from error
+
+
 def _kind(value: Any) -> str:
     name = type(value).__name__
     return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else name
@@ -546,6 +574,7 @@ def _measure(
     from accelerate.utils import send_to_device
     from torchmetrics.classification import MulticlassAccuracy
 
+    accuracy = metric is None
     if metric is not None:
         metric.reset()
         metric.to(device)
@@ -556,7 +585,15 @@ def _measure(
         if not own and (metric is not None or number > 0):
             continue
         inputs, target = send_to_device((inputs, target), device)
-        output = forward(model, inputs)
+        where = f"evaluation, batch {number + 1}"
+        output = _called(model, inputs, where)
+        if accuracy and _classes(output, target) and len(target):
+            low, high = int(target.min()), int(target.max())
+            if low < 0 or high >= output.shape[1]:
+                raise DataError(
+                    f"{where}: labels run from {low} to {high}, and the network scores {output.shape[1]} classes, 0 to "
+                    f"{output.shape[1] - 1}. Number the classes so, or give a metric of your own."
+                )
         if metric is None:
             if not _classes(output, target):
                 raise DataError(
@@ -565,7 +602,9 @@ def _measure(
                 )
             metric = MulticlassAccuracy(num_classes=output.shape[1], average="micro", validate_args=False).to(device)
         if own:
-            metric.update(output.float() if isinstance(output, Tensor) else output, target)
+            what = f"metric {metric_name(metric)} takes no {_kind(output)} and {_kind(target)}"
+            with _explained(UsageError, where, what, "Give a metric of such outputs and targets."):
+                metric.update(output.float() if isinstance(output, Tensor) else output, target)
     if metric is None:
         raise DataError("evaluation: the data is empty; give at least one batch.")
-    return float(metric.compute())
+    return _number(metric.compute(), f"metric {metric_name(metric)}")

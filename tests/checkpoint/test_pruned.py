@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load as parse
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from secateur import checkpoint
-from secateur.errors import CheckpointError, UsageError
+from secateur.errors import CheckpointError, PlanError, UsageError
 from secateur.graph import plan as plan_form
 from secateur.graph.plan import PruningPlan
 from secateur.models import lenet5, resnet20
@@ -437,3 +438,72 @@ def test_a_class_whose_own_loading_changes_values_is_refused(stored):
 
     with pytest.raises(CheckpointError, match="steps isn't what the file holds"):
         checkpoint.load(Rounding(), stored, any_class=True)
+
+
+# A network knows its plans
+
+
+def trained(model: nn.Module) -> nn.Module:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.train()(EXAMPLE.repeat(3, 1, 1, 1)).square().mean().backward()
+    optimizer.step()
+    return model
+
+
+def test_what_was_trained_on_is_saved_without_its_plans_also_after_loading(tmp_path):
+    model, first = prune(Net(), {"conv1": [1]})
+    model, second = prune(trained(model), {"conv2": [0, 3]})
+    checkpoint.save(trained(copy.deepcopy(model)), path=tmp_path / "a")
+    assert checkpoint.read_header(tmp_path / "a").plans == (first, second)
+    again = trained(checkpoint.load(Net(), tmp_path / "a"))
+    checkpoint.save(again, path=tmp_path / "b")
+    assert_same(checkpoint.load(Net(), tmp_path / "b"), again)
+
+
+def test_a_network_pickled_whole_knows_its_plans_and_opens_without_this_package(tmp_path):
+    model, plan = prune(Net(), {"conv1": [1]})
+    torch.save(model, tmp_path / "whole.pt")
+    assert b"secateur." not in (tmp_path / "whole.pt").read_bytes()
+    checkpoint.save(torch.load(tmp_path / "whole.pt", weights_only=False), path=tmp_path / "a")
+    assert checkpoint.read_header(tmp_path / "a").plans == (plan,)
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_a_network_that_the_plan_did_not_make_is_not_saved(tmp_path, number):
+    small, plan = prune(Net(), {"conv1": [1]})
+    other, widest = prune(Net(), {"conv1": [2]})[1], prune(Net(), {"conv1": [1, 2]})[1]
+    unknowing = Net(5)
+    unknowing.load_state_dict(small.state_dict())
+    checkpoint.save(unknowing, plan, tmp_path / "f")
+    model, given, part = [
+        (Net(), plan, "conv1: outputs: the plan leaves 5, and the network has 6"),
+        (small, other, "is not the one that made this network"),
+        (small, (plan, other), "is not the one that made this network"),
+        (unknowing, widest, "conv1: outputs: the plan leaves 4, and the network has 5"),
+        (nn.Sequential(nn.Conv2d(2, 5, 3)), plan, "conv1: the plan keeps channels of it"),
+    ][number]
+    with pytest.raises(PlanError, match=part) as raised:
+        checkpoint.save(model, given, tmp_path / "g")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "g").exists()
+
+
+def test_where_to_save_is_asked(tmp_path):
+    with pytest.raises(UsageError, match="Pass path="):
+        checkpoint.save(Net())
+    with pytest.raises(UsageError, match=r"save\(ema\.module\)"):
+        checkpoint.save(AveragedModel(Net()), path=tmp_path / "f")
+
+
+def test_a_plain_state_dict_is_loaded_with_the_plan_beside_it(tmp_path):
+    model, plan = prune(Net(), {"conv1": [1]})
+    torch.save(trained(model).state_dict(), tmp_path / "small.pt")
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    again = cut(Net(), PruningPlan.from_json((tmp_path / "plan.json").read_text()))
+    again.load_state_dict(checkpoint.load_weights(tmp_path / "small.pt"))
+    assert_same(again, model)
+    checkpoint.save(again, path=tmp_path / "a")
+    assert_same(checkpoint.load(Net(), tmp_path / "a"), model)
+    with pytest.raises(CheckpointError) as raised:
+        checkpoint.load(Net(), tmp_path / "small.pt")
+    assert "a state dict alone fits what apply(model, plan) returns" in str(raised.value)

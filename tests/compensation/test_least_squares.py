@@ -14,6 +14,7 @@ from secateur.graph.plan import PruningPlan
 from secateur.pruning.planning import plan_removal
 from secateur.pruning.surgery import cut
 from secateur.tracing.tracing import trace
+from tests.criteria.networks import NETWORKS
 
 
 def drawn(seed: int, *shape: int) -> Tensor:
@@ -276,6 +277,22 @@ def test_where_it_is_not_defined_the_layer_is_left_alone_with_a_reason() -> None
     plan = removal(plain, x, {"0": [2]})
     (entry,) = refit(plain, cut(plain, plan), plan, [x], memory=1000)
     assert "more than" in entry.reason
+
+
+def test_outputs_that_lost_more_than_channels_are_left_alone_and_named() -> None:
+    torch.manual_seed(0)
+    network = NETWORKS["mixed_positions"]
+    model, x = network.build().double().eval(), network.inputs.double()
+    plan = removal(model, x, {"stem": [1], "t1": [0, 4]})
+    small, plain = cut(model, plan), cut(model, plan)
+    report = {entry.module: entry for entry in refit(model, small, plan, [x], exact=True)}
+    assert not report["t2"].applied  # its rows are channels of which one is gone
+    assert report["t2"].reason.startswith("removed channels lie along other dimensions of its outputs")
+    assert torch.equal(small.get_parameter("t2.weight"), plain.get_parameter("t2.weight"))
+    assert report["head"].applied
+    alone = removal(model, x, {"t1": [0, 4]})
+    (entry,) = refit(model, cut(model, alone), alone, [x], exact=True)
+    assert (entry.module, entry.applied) == ("t2", True)
 
 
 def test_fewer_samples_than_inputs_is_said() -> None:

@@ -18,6 +18,7 @@ from secateur.models import resnet20
 from secateur.pruning.planning import plan_removal
 from secateur.pruning.surgery import cut
 from secateur.tracing.tracing import trace
+from tests.criteria.networks import NETWORKS
 
 
 def drawn(seed: int, *shape: int) -> Tensor:
@@ -254,6 +255,99 @@ def test_where_it_is_not_defined_the_group_is_left_alone_with_a_reason(model: nn
     report = compensate(model, small, plan, "merge", graph=graph, example_inputs=x)
     assert torch.equal(small(x), plain)
     assert re.search(reason, report.skipped[0].reason), report.skipped[0].reason
+
+
+UP = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def transposed(dims: int, between: nn.Module) -> nn.Sequential:
+    """A grouped transposed convolution of four blocks of three channels, each block reading two."""
+    torch.manual_seed(0)
+    layers = (CONV[dims](3, 8, 1), nn.ReLU(), UP[dims](8, 12, 2, 2, groups=4), between, CONV[dims](12, 5, 1))
+    return nn.Sequential(*layers).double().eval()
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_filters_in_blocks_along_dimension_1_merge(dims: int) -> None:
+    model = transposed(dims, nn.ReLU())
+    layer = model[2]
+    for block in range(4):  # channel 3b + 2 is a multiple of 3b, whose filter reads the same two inputs
+        inputs = slice(2 * block, 2 * block + 2)
+        layer.weight[inputs, 2] = 0.7 * layer.weight[inputs, 0]
+        layer.bias[3 * block + 2] = 0.7 * layer.bias[3 * block]
+    x = drawn(9, 2, 3, *[4] * dims)
+    graph, plan = removal(model, x, {"2": [2, 5, 8, 11]})
+    small = cut(model, plan)
+    assert float((small(x) - model(x)).abs().max()) > 1e-3
+    (entry,) = compensate(model, small, plan, "merge", graph=graph, example_inputs=x)
+    assert entry.applied
+    torch.testing.assert_close(small(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_channels_that_a_transposed_layer_reads_in_blocks_merge_within_them() -> None:
+    model = transposed(2, nn.ReLU())
+    first = model[0]
+    for p, k in ((1, 0), (3, 2), (5, 4), (7, 6)):
+        first.weight[p], first.bias[p] = 1.5 * first.weight[k], 1.5 * first.bias[k]
+    x = drawn(9, 2, 3, 4, 4)
+    graph, plan = removal(model, x, {"0": [1, 3, 5, 7]})
+    small = apply(model, plan, "merge", graph=graph, example_inputs=x)
+    torch.testing.assert_close(small(x), model(x), rtol=1e-12, atol=1e-12)
+    # A twin in another block is no partner: other outputs read it.
+    first.weight[1], first.bias[1] = first.weight[2], first.bias[2]
+    graph, plan = removal(model, x, {"0": [1, 3, 5, 7]})
+    merged, _ = merge(model, graph, plan, feature_maps.Batch((x,), {}, None, 2))
+    rows = first.weight.flatten(1)
+    s = max(0.0, float(rows[1] @ rows[0] / rows[0].square().sum()))
+    torch.testing.assert_close(merged[2].weight[0], model[2].weight[0] + s * model[2].weight[1])
+    torch.testing.assert_close(merged[2].weight[2], model[2].weight[2] + 1.5 * model[2].weight[3])
+
+
+class Twins(nn.Module):
+    """Filters of two blocks that are alike and look at different channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.grouped = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1, groups=2)
+        self.head = nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.grouped(self.stem(x).relu()))
+
+
+def test_filters_of_two_blocks_are_no_partners_however_alike() -> None:
+    torch.manual_seed(0)
+    model = Twins().double().eval()
+    layer = model.grouped
+    layer.weight[0] = layer.weight[4]  # the same numbers in the other block
+    layer.weight[3] = layer.weight[1]
+    x = drawn(9, 2, 3, 4, 4)
+    graph, plan = removal(model, x, {"grouped": [0, 3]})
+    merged, _ = merge(model, graph, plan, feature_maps.Batch((x,), {}, None, 2))
+    before, after = model.head.weight.flatten(1), merged.head.weight.flatten(1)
+    for p, twin in ((0, 4), (3, 1)):
+        own = [k for k in range(6) if k // 3 == p // 3 and k not in (0, 3)]
+        rows = layer.weight.flatten(1)
+        best = max(own, key=lambda k: float((rows[p] @ rows[k]).abs() / rows[k].norm()))
+        s = rows[p] @ rows[best] / rows[best].square().sum()
+        torch.testing.assert_close(after[:, best], before[:, best] + s * before[:, p])
+        assert not torch.allclose(after[:, twin], before[:, twin] + before[:, p])
+
+
+@pytest.mark.parametrize("name", ["weight_normed", "masked", "low_rank"])
+def test_a_reader_whose_weight_is_computed_is_left_alone_and_named(name: str) -> None:
+    torch.manual_seed(0)
+    network = NETWORKS[name]
+    model, x = network.build().double().eval(), network.inputs.double()
+    graph, plan = removal(model, x, {"0": [1, 2], "2": [3]})
+    small, plain = cut(model, plan), cut(model, plan)
+    report = compensate(model, small, plan, ["merge", "least_squares"], [x], graph=graph, example_inputs=x)
+    reasons = {(entry.method, entry.module): entry.reason for entry in report.skipped}
+    assert "is computed at each forward" in reasons["merge", "0"]
+    assert "is computed at each forward" in reasons["least_squares", "2"]
+    for value, expected in zip(small[2].state_dict().values(), plain[2].state_dict().values(), strict=True):
+        assert torch.equal(value, expected)
 
 
 def test_filters_without_a_partner_are_dropped_plainly() -> None:

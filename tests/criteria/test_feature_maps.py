@@ -1,8 +1,11 @@
 """Streamed moments of feature maps against one pass over everything, and what data are refused."""
 
+import dataclasses
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -88,14 +91,29 @@ def test_correlation_keeps_only_the_sign_of_an_affine_map(seed: int, factor: flo
 
 
 def test_channels_seen_in_parts() -> None:
-    rows = drawn(0, 20, 4)
-    found = Moments.empty(4)
+    rows, other = drawn(0, 20, 5), drawn(1, 30, 5)
+    found = Moments.empty(5)
     found.update(rows[:, [0, 2]], torch.tensor([0, 2]))
-    found.update(rows[:, [1, 2]], torch.tensor([1, 2]))
-    assert found.count[0].tolist() == [20, 0, 20, 0]
-    assert int(found.count[2, 2]) == 40
-    assert float(found.covariance[0, 1]) == 0.0
-    torch.testing.assert_close(found.second[0, 2], (rows[:, 0] * rows[:, 2]).mean())
+    found.update(other[:, [1, 2]], torch.tensor([1, 2]))
+    found.update(rows[:, [3, 4]], torch.tensor([3, 4]))
+    assert found.count.diagonal().tolist() == [20, 30, 50, 20, 20]
+    torch.testing.assert_close(found.second[3, 4], (rows[:, 3] * rows[:, 4]).mean())
+    torch.testing.assert_close(found.second[2, 2], torch.cat((rows, other))[:, 2].square().mean())
+    # 2 was seen with 0 and with 1, but not in the same observations: a mean over those that they share is no moment.
+    assert found.together.long().sum(1).tolist() == [1, 1, 1, 2, 2]
+    apart = [(0, 1), (0, 2), (1, 2), (0, 3), (2, 4)]
+    assert all(float(found.second[i, j]) == float(found.covariance[i, j]) == 0.0 for i, j in apart)
+
+
+@given(seeds, st.lists(st.sets(st.integers(0, 5), min_size=1), min_size=1, max_size=6))
+def test_moments_are_positive_semi_definite_whatever_was_seen_together(seed: int, parts: list[set[int]]) -> None:
+    found = Moments.empty(6)
+    for number, part in enumerate(parts):
+        channels = torch.tensor(sorted(part))
+        found.update(drawn(seed + number, 3 + number % 2, len(part)) + 1, channels)
+    for matrix in (found.second, found.covariance, found.correlation):
+        assert torch.equal(matrix, matrix.T)
+        assert float(torch.linalg.eigvalsh(matrix).min()) > -1e-9
 
 
 def reference(model: Residual, data: list[Tensor]) -> dict[str, Tensor]:
@@ -170,10 +188,43 @@ def test_batches_come_in_many_shapes() -> None:
     assert [list(b.kwargs) for b in found] == [[], [], [], [], ["x"], [], ["x"]]
     assert [b.labels is not None for b in found] == [False, True, True, False, True, True, True]
     assert {b.size for b in found} == {2}
+
+
+class Pair(NamedTuple):
+    left: Tensor
+    right: Tensor
+
+
+@dataclass
+class Scan:
+    name: str
+    image: Tensor
+    size: int = dataclasses.field(init=False, default=0)
+
+
+def test_examples_are_counted_in_any_nesting() -> None:
+    x, y = torch.zeros(2, 3), torch.ones(2)
+    nested = [
+        ({"image": x},), (({"a": {"b": [x]}},), "note"), [[x, x]], Pair(x, x), Scan("one", x), (torch.tensor(0.5), [x]),
+        ({"names": ["p", "q"], "scan": Scan("two", x)},), ([torch.zeros(3, 4, 5), torch.zeros(3, 6, 7)],),
+    ]  # fmt: skip
+    assert [b.size for b in feature_maps.batches([(inputs, y) for inputs in nested], "cpu")] == [2] * len(nested)
+    (moved,) = feature_maps.batches([({"pair": Pair(x, x), "scan": Scan("one", x)}, y)], "meta")
+    assert moved.kwargs["pair"].right.is_meta
+    assert moved.kwargs["scan"].image.is_meta
+    assert moved.kwargs["scan"].name == "one"
+    (lone,) = feature_maps.batches([(torch.tensor(1.0), y)], "cpu")
+    assert lone.size == 1
+
+
+def test_batches_without_examples_are_refused() -> None:
+    x, y = torch.zeros(2, 3), torch.ones(2)
     with pytest.raises(DataError, match="3 parts"):
         list(feature_maps.batches([(x, x, x)], "cpu"))
-    with pytest.raises(DataError, match="holds no tensor"):
-        list(feature_maps.batches([("x", y)], "cpu"))
+    with pytest.raises(DataError, match=r"batch 2: its inputs, a str, hold no tensor"):
+        list(feature_maps.batches([(x, y), ("x", y)], "cpu"))
+    with pytest.raises(DataError, match=r"batch 2 is empty: its first tensor has length 0"):
+        list(feature_maps.batches([(x, y), ({"x": x[:0]}, y[:0])], "cpu"))
 
 
 def test_bad_data_are_refused_in_one_line(network: Residual) -> None:
@@ -219,15 +270,16 @@ class Functional(nn.Module):
         return nn.functional.linear(torch.relu(self.first(x)), self.second.weight)
 
 
-@pytest.mark.parametrize("criterion", ["corrnet", "chip", "redundancy", "corrnet_su"])
-def test_maps_that_no_hook_sees_are_an_error_not_zeros(criterion: str) -> None:
+def test_maps_that_no_hook_sees_are_an_error_where_they_are_asked_for() -> None:
     model = Functional()
     x = torch.randn(5, 3)
     graph = trace(model, x)
     assert [g.name for g in graph.groups] == ["first"]
-    with pytest.raises(CriterionError, match="first: the maps of 4 of its 4 channels were never seen"):
-        scoring.score(model, graph, criterion, [(x, torch.arange(5))])
-    assert scoring.score(model, graph, "l1")["first"].shape == (4,)
+    reason = (
+        r"first: the maps of 4 of its 4 channels can't be seen, as code applies second.weight to them without calling a"
+    )
+    with pytest.raises(CriterionError, match=reason):
+        feature_maps.observe(model, graph, [x])
 
 
 TWO_PROCESSES = """

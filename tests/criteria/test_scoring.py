@@ -56,22 +56,22 @@ def graph(network: Grouped, data: list[tuple[Tensor, Tensor]]) -> ChannelGraph:
 def test_filters_are_the_slices_that_make_a_channel(network: Grouped, graph: ChannelGraph) -> None:
     for name, size in (("first", 8), ("grouped", 6)):
         weight = network.get_submodule(name).weight.detach()  # type: ignore[union-attr, operator]
-        assert torch.equal(weights.filters(network, graph.group(name)), weight.flatten(1))
+        assert torch.equal(weights.filters(network, graph, graph.group(name)), weight.flatten(1))
         assert len(weight) == size
     transposed = network.up.weight.detach()
-    for c, row in enumerate(weights.filters(network, graph.group("up"))):
+    for c, row in enumerate(weights.filters(network, graph, graph.group("up"))):
         assert torch.equal(row, transposed[:, c].flatten())
 
 
 def test_consumers_are_the_slices_that_read_a_channel(network: Grouped, graph: ChannelGraph) -> None:
-    (up,) = weights.consumers(network, graph.group("grouped"))
+    (up,) = weights.consumers(network, graph, graph.group("grouped"))
     for c in range(6):
         assert torch.equal(up[:, c], network.up.weight.detach()[c].flatten(1))
-    (last,) = weights.consumers(network, graph.group("up"))
+    (last,) = weights.consumers(network, graph, graph.group("up"))
     assert last.shape == (4, 5, 25)
     for c in range(5):
         assert torch.equal(last[:, c], network.last.weight.detach()[:, 25 * c : 25 * (c + 1)])
-    (grouped,) = weights.consumers(network, graph.group("first"))
+    (grouped,) = weights.consumers(network, graph, graph.group("first"))
     assert grouped.shape == (3, 8, 9)
     for c in range(8):
         block = c // 4

@@ -17,7 +17,9 @@ from secateur import checkpoint
 from secateur.engine import CompressResult, Engine, Event, Settings, compress, resume
 from secateur.errors import CheckpointError, DataError, RunError, SecateurError, UsageError
 from secateur.graph.cost import layer_costs
+from secateur.graph.steps import steps
 from secateur.training import stages
+from tests.criteria.networks import NETWORKS, Y
 from tests.engine.nets import Residual, Small, digits, trained
 
 TRAIN, VALIDATION, TEST = digits(200)
@@ -453,3 +455,100 @@ def test_bad_requests_are_one_clear_line(
     with pytest.raises(error, match=message) as caught:
         call(network, **{"train": TRAIN, "validation": VALIDATION, **QUICK, **options})
     assert "\n" not in str(caught.value)
+
+
+# Networks that a round changes more than in width, and the user's own code
+
+
+def over(name: str, **options: Any) -> CompressResult:
+    found = NETWORKS[name]
+    torch.manual_seed(0)
+    settings = {"lr": 1e-4, "finetune_epochs": 1, "optimise_epochs": 1, "linear": True, **options}
+    batch = (found.inputs, Y)
+    return compress(found.build(), train=[batch], validation=[batch], example_inputs=found.inputs, **settings)
+
+
+NARROW = [name for name, found in NETWORKS.items() if found.kind == "narrow"]
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        pytest.param(name, method, marks=() if name in ("mixed_depthwise", "shuffled") else pytest.mark.slow)
+        for name in NARROW
+        for method in ("cfp", "l1", "redundancy", "cshe")
+    ],
+)
+def test_rounds_go_on_until_one_channel_is_left_in_each_part(name: str, method: str) -> None:
+    found = NETWORKS[name]
+    model = found.build()
+    graph = sc.trace(model, found.inputs)
+    most = sum(len(step) for group in graph.groups for step in steps(group, range(group.size)))
+    share = 0.95 * most / sum(group.size for group in graph.groups)
+    result = over(name, method=method, target=sc.Target(channels=share), fraction=0.2)
+    assert len(result.history) >= 2
+    assert sum(map(len, result.plan.removed.values())) >= 0.95 * most - 1e-9
+    assert result.report["verification"]["exact"]
+    for port in graph.layers:
+        assert result.plan.kept_inputs.get(port.module, [0])
+        assert result.plan.kept_outputs.get(port.module, [0])
+
+
+def test_a_group_with_nothing_left_is_left_alone() -> None:
+    result = over("grouped_to_the_last", method="l1", target=sc.Target(channels=0.7), fraction=0.3)
+    assert len(result.plan.removed["a"]) == 4
+    last = result.history[-1]["removed"]
+    assert "a" not in last
+    with pytest.raises(RunError, match=r"with nothing left to remove, 0.750 is gone"):
+        over("grouped_to_the_last", method="l1", target=sc.Target(channels=0.9), fraction=0.3)
+
+
+def test_a_group_that_a_criterion_is_not_defined_on_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    result = over("functional_head", method="redundancy", phases=(1,), max_rounds=3, fraction=0.2, tolerance=100)
+    assert set(result.plan.removed) == {"first"}
+    assert len(result.history) == 3
+    lines = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert len(lines) == 1
+    assert lines[0].startswith("criterion redundancy: second: left out, as the maps of 10 of its 10 channels can't be")
+    with pytest.raises(
+        RunError, match=r"target: channels 0.9 is out of reach: .* second is left alone: criterion redund"
+    ):
+        over("functional_head", method="redundancy", target=sc.Target(channels=0.9), fraction=0.3)
+    with pytest.raises(
+        RunError, match=r"the method is defined on none of the groups: second is left alone: .* such as l1"
+    ):
+        over("functional_head", method="redundancy", skip=("first",), tolerance=100)
+
+
+@pytest.mark.parametrize("name", [name for name, found in NETWORKS.items() if found.kind == "computed"])
+def test_computed_weights_are_paired_and_trained_towards_each_other(name: str) -> None:
+    result = over(name, method="cfp", phases=(1,), max_rounds=2, optimise_epochs=30, lr=0.05, tolerance=100)
+    assert len(result.history) == 2
+    before, after = result.history[0]["abs_rho_before"], result.history[0]["abs_rho_after"]
+    assert all(after[group] > before[group] for group in before)
+    assert result.report["verification"]["exact"]
+
+
+def test_a_run_is_the_same_in_inference_mode_and_without_gradients(network: nn.Module) -> None:
+    plain = run(network, "l1", phases=(1,), max_rounds=1, tolerance=100)
+    with torch.inference_mode():
+        first = run(network, "l1", phases=(1,), max_rounds=1, tolerance=100)
+    with torch.no_grad():
+        second = run(network, "l1", phases=(1,), max_rounds=1, tolerance=100)
+    assert same(plain.model, first.model)
+    assert same(plain.model, second.model)
+    assert not any(p.is_inference() for p in first.model.parameters())
+
+
+@pytest.mark.parametrize("name", [name for name, found in NETWORKS.items() if found.kind == "nested"])
+def test_the_first_example_is_taken_out_of_any_nesting(name: str) -> None:
+    found = NETWORKS[name]
+    batch = (found.inputs, Y)
+    if name == "takes_a_pair":  # a pair as the only argument
+        batch = ((found.inputs[0],), Y)
+    result = compress(
+        found.build(), "l1", train=[batch], validation=[batch], phases=(1,), max_rounds=1, finetune_epochs=0,
+        tolerance=100,
+    )  # fmt: skip
+    assert result.report["verification"]["exact"]
+    assert result.history[0]["images"] == 0

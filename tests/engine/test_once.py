@@ -86,7 +86,8 @@ def chain(
     options, threshold = dict(method_options or {}), {}
     if "threshold" in options:
         threshold = {"threshold": options.pop("threshold")}
-    scores = sc.score(model, graph, method, data, loss=loss, seed=seed, **options)
+    inexact = limits.get("inexact", False)
+    scores = sc.score(model, graph, method, data, inexact=inexact, loss=loss, seed=seed, **options)
     plan = sc.plan(graph, scores, target, **limits)
     if threshold:
         counts = {name: len(channels) for name, channels in plan.removed.items()}

@@ -163,7 +163,7 @@ def test_every_selection_is_a_valid_plan(case: Case, order: cfp.Order) -> None:
             removed[group.name] = [d for d, _ in pairs]
             assert not {d for d, _ in pairs} & {k for _, k in pairs}
             assert bool(group.removable[removed[group.name]].all())
-            sources = pairing.producers(graph, group)
+            sources = pairing.producers(model, graph, group)
             made = [tuple(bool(s.index[c] >= 0) for s in sources) for c in range(group.size)]
             assert all(made[d] == made[k] for d, k in pairs), "channels of different layers are no partners"
             assert 0 < float(CorrelationRegulariser(model, graph, {group.name: pairs})().detach()) <= len(pairs)
@@ -183,13 +183,13 @@ def test_regulariser_is_the_slow_sum_and_its_gradient(form: cfp.Form, share: Sha
     model.zero_grad()
     layers = []
     for name, chosen in pairs.items():
-        sources = pairing.producers(graph, graph.group(name), share)
+        sources = pairing.producers(model, graph, graph.group(name), share)
         total = sum(s.weight for s in sources)
         scores = []
         for d, k in chosen:
             score = torch.zeros((), dtype=torch.float64)
             for s in sources:
-                w = model.get_parameter(s.tensor).flatten(1)
+                w = model.get_parameter(f"{s.slices.layer}.weight").flatten(1)
                 a, b = w[d] - w[d].mean(), w[k] - w[k].mean()
                 score = score + s.weight / total * (a @ b / (a.norm() * b.norm())).abs()
             scores.append(score)

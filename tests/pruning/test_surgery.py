@@ -7,6 +7,8 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import lr_scheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import secateur as sc
 from secateur.pruning.surgery import carry_optimizer
@@ -260,3 +262,56 @@ def test_layers_of_train_mode_alone_count_the_channels_that_they_have() -> None:
     assert small.fc.in_features == 4 * 36
     assert [t.shape for t in small.train()(x)] == [(2, 4, 6, 6), (2, 5)]
     assert sc.verify(model, small, plan, x).exact
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda o: lr_scheduler.CosineAnnealingLR(o, 9),
+        lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.9**epoch),
+        lambda o: lr_scheduler.OneCycleLR(o, 0.5, total_steps=9),
+        lambda o: lr_scheduler.MultiStepLR(o, [2, 5]),
+        lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    ],
+)
+def test_a_scheduler_goes_on_with_the_carried_optimizer(build: object) -> None:
+    def rates(pruned: bool) -> list[tuple[float, float]]:
+        model, found = Net(), []
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        scheduler = build(optimizer)  # type: ignore[operator]
+        for epoch in range(8):
+            if pruned and epoch == 4:
+                plan, small = halved(model)
+                optimizer = carry_optimizer(optimizer, model, small, plan)
+                scheduler.optimizer = optimizer
+            optimizer.step()
+            scheduler.step(*[1.0] * isinstance(scheduler, lr_scheduler.ReduceLROnPlateau))
+            (group,) = optimizer.param_groups
+            found.append((group["lr"], group["momentum"]))
+        return found
+
+    assert rates(True) == rates(False)
+    assert len(set(rates(True))) > 2
+
+
+def test_averages_are_pruned_by_the_plan_of_their_network_and_go_on() -> None:
+    model = Net()
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    for _ in range(3):
+        with torch.no_grad():
+            model.conv.weight.add_(1.0)
+        averaged.update_parameters(model)
+    plan, small = halved(model)
+    pruned = sc.apply(averaged, plan)
+    assert type(pruned) is AveragedModel
+    assert pruned.n_averaged == 3
+    expected = sc.apply(averaged.module, plan).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in pruned.module.state_dict().items())
+    before = pruned.module.conv.weight.detach().clone()
+    pruned.update_parameters(small)
+    assert torch.allclose(pruned.module.conv.weight, (before + small.conv.weight) / 2)
+    assert averaged.module.conv.out_channels == 8
+    # A plan that was made for the wrapper itself has its names.
+    own, _ = halved(averaged.eval())
+    assert "module.conv" in own.kept_outputs
+    assert sc.apply(averaged, own).module.conv.out_channels < 8

@@ -323,3 +323,122 @@ def test_a_teacher_lies_as_it_did_after_training() -> None:
     teacher, model = model_of(1), model_of(2)
     fit(model, digits(80)[0], epochs=1, teacher=teacher, arithmetic=Arithmetic(channels_last=True))
     assert all(p.is_contiguous() for net in (teacher, model) for p in net.parameters())
+
+
+# What the user's own code raises
+
+
+def small(*more: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), *more, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+
+
+class Changed(nn.Module):
+    """A network with something done to what it returns."""
+
+    def __init__(self, change: Callable[[nn.Module, Tensor], Any]) -> None:
+        super().__init__()
+        self.inner, self.change = small(), change
+
+    def forward(self, x: Tensor) -> Any:
+        return self.change(self.inner, x)
+
+
+def written_over(model: nn.Module, x: Tensor) -> Tensor:
+    y = model(x).sigmoid()
+    y += 1
+    return y.exp()
+
+
+@torch.no_grad()
+def without_gradients(model: nn.Module, x: Tensor) -> Any:
+    return model(x)
+
+
+@torch.inference_mode()
+def in_inference_mode(model: nn.Module, x: Tensor) -> Any:
+    return model(x)
+
+
+IMAGES, LABELS = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 5
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "loss", "error", "text"),
+    [
+        (Changed(written_over), None, None, RunError, "the loss can't be differentiated: one of the variables needed"),
+        (Changed(without_gradients), None, None, RunError, "the loss has no gradient; the network or the loss"),
+        (Changed(in_inference_mode), None, None, RunError, "the loss has no gradient; the network or the loss"),
+        (small(), None, lambda y, _: y.detach().sum(), RunError, "the loss has no gradient"),
+        (Changed(lambda m, x: (m(x), x)), None, None, UsageError, "no loss of what the network returns (tuple) and"),
+        (small(), None, lambda y, _: y["logits"], UsageError, "no loss of what the network returns (torch.float32 of"),
+        (small(), (IMAGES, LABELS + 3), None, UsageError, "Target 5 is out of bounds. Give loss=function("),
+        (small(), (IMAGES, LABELS[:2]), None, UsageError, "the target (torch.int64 of shape (2,)): Expected"),
+        (small(), (IMAGES[:0], LABELS[:0]), None, DataError, "the batch is empty, its inputs of shape [(0, 1, 8, 8)]"),
+        (small(), (IMAGES[:, :, 0], LABELS), None, DataError, "the network fails on inputs of shape [(6, 1, 8)]"),
+        (
+            small(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4)), (IMAGES[:1], LABELS[:1]), None, DataError,
+            "Batch norm needs more than one value a channel: leave such a batch out (drop_last)",
+        ),
+    ],
+)  # fmt: skip
+def test_what_training_meets_in_the_users_code_is_one_line(
+    model: nn.Module, batch: Any, loss: Any, error: type[SecateurError], text: str
+) -> None:
+    with pytest.raises(error) as caught:
+        fit(model, [batch or (IMAGES, LABELS)], epochs=1, loss=loss)
+    assert str(caught.value).startswith("stage 0, epoch 1, batch 1: ")
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def failing(_model: nn.Module, _batches: Any) -> float:
+    raise ZeroDivisionError("division by zero")
+
+
+@pytest.mark.parametrize(
+    ("batch", "metric", "error", "text"),
+    [
+        (None, lambda _model, _batches: None, UsageError, "metric <lambda>: returns NoneType; it has to be one number"),
+        (
+            None,
+            lambda _model, _batches: torch.ones(2),
+            UsageError,
+            "metric <lambda>: returns torch.float32 of shape (2,)",
+        ),
+        (None, lambda _model, _batches: math.nan, RunError, "evaluation: the metric is nan"),
+        (None, failing, UsageError, "metric failing: fails: division by zero. It is called as metric(model, batches)"),
+        ((IMAGES, LABELS + 3), None, DataError, "batch 1: labels run from 3 to 7, and the network scores 5 classes"),
+        ((IMAGES, LABELS - 1), None, DataError, "batch 1: labels run from -1 to 3, and the network scores 5 classes"),
+        ((IMAGES[:0], LABELS[:0]), None, DataError, "evaluation, batch 1: the batch is empty"),
+        ((IMAGES[:, :, 0], LABELS), None, DataError, "evaluation, batch 1: the network fails on inputs of shape"),
+    ],
+)
+def test_what_evaluation_meets_in_the_users_code_is_one_line(
+    batch: Any, metric: Any, error: type[SecateurError], text: str
+) -> None:
+    with pytest.raises(error) as caught:
+        evaluate(small(), [batch or (IMAGES, LABELS)], metric)
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_metric_that_takes_no_such_output_is_named() -> None:
+    from torchmetrics.classification import MulticlassAccuracy
+
+    with pytest.raises(UsageError, match=r"evaluation, batch 1: metric MulticlassAccuracy takes no tuple and"):
+        evaluate(Changed(lambda m, x: (m(x), x)), [(IMAGES, LABELS)], MulticlassAccuracy(num_classes=5))
+
+
+def test_examples_are_counted_in_any_nesting() -> None:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = small()
+
+        def forward(self, batch: Any) -> Any:
+            return self.inner(batch["views"]["left"][0])
+
+    batch = (({"names": ["a", "b"], "views": {"left": [IMAGES]}},), LABELS)
+    (record,) = fit(Deep(), [batch], epochs=1)
+    assert record.images == len(IMAGES)

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from secateur.criteria.registry import criterion
+
+BLOCK = 2**17
+"""Weights that are in fp64 at once: a linear layer may have 100 million."""
+
+
+def by_blocks(filters: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply a function of rows to the filters in fp64, a block of rows at a time in the same memory.
+
+    The function may change the block that it gets.
+    """
+    rows = max(1, min(len(filters), BLOCK // max(1, filters.shape[1])))
+    memory = filters.new_empty((rows, filters.shape[1]), dtype=torch.float64)
+    return torch.cat([norm(memory[: len(block)].copy_(block)) for block in torch.split(filters.detach(), rows)])
 
 
 @criterion("l1", needs=["filters"], source="Li et al. 2017, smallest L1 norm")
@@ -21,14 +36,13 @@ def l1(filters: Tensor) -> Tensor:
     Returns:
         Shape ``(C,)``, in the weights' unit, in fp64; higher = keep.
     """
-    return filters.double().abs().sum(1)
+    return by_blocks(filters, lambda block: block.abs_().sum(1))
 
 
 @criterion("l2", needs=["filters"], source="smallest Euclidean norm")
 def l2(filters: Tensor) -> Tensor:
     r"""Score every filter by :math:`\sqrt{\sum w^2}`; arguments and shapes are those of :func:`l1`."""
-    norm: Tensor = torch.linalg.vector_norm(filters.double(), dim=1)
-    return norm
+    return by_blocks(filters, lambda block: torch.linalg.vector_norm(block, dim=1))
 
 
 @criterion("random", needs=["filters", "generator"], source="a permutation drawn at random: the baseline to beat")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from secateur.criteria.moments import Moments
-from secateur.criteria.registry import criterion
-from secateur.errors import CriterionError, UsageError
+from secateur.criteria.registry import NotDefinedError, criterion
+from secateur.errors import UsageError
 
 BLOCK = 64
 """Downdates gathered before they are applied at once, as one matrix product."""
@@ -44,13 +44,11 @@ def redundancy(
         moment; rises in the order of elimination. Higher = keep.
 
     Raises:
-        CriterionError: If no consumer reads the channels.
+        NotDefinedError: If no consumer reads the channels.
         UsageError: If the ridge is negative.
     """
     if not consumers:
-        raise CriterionError(
-            "criterion redundancy: no consumer with weights reads these channels. Use another criterion."
-        )
+        raise NotDefinedError("no consumer with weights reads its channels")
     if ridge < 0:
         raise UsageError(f"criterion redundancy: ridge is {ridge}. Use 0 or more.")
     second = moments.covariance if centred else moments.second

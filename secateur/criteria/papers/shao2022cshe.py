@@ -9,10 +9,13 @@ singular values, since a map may be non-square and its eigenvalues complex; a bu
 
 from __future__ import annotations
 
+import random
+import warnings
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 from secateur.criteria.papers.lin2020hrank import as_matrices
@@ -86,10 +89,19 @@ def cluster(filters: Tensor, clusters: int, metric: str = "euclidean", seed: int
     probe = np.random.default_rng(0).standard_normal(rows.shape[1])
     order = np.lexsort(((rows * probe).sum(1), np.linalg.norm(rows, axis=1)))
     distinct = len(np.unique(rows, axis=0))
-    found = KMeans(min(clusters, distinct), n_init=10, random_state=seed).fit_predict(rows[order])
+    found = _kmeans()(min(clusters, distinct), n_init=10, random_state=seed).fit_predict(rows[order])
     labels = np.empty(len(rows), dtype=np.int64)
     labels[order] = found
     return labels
+
+
+def _kmeans() -> Any:
+    """Import k-means where it is used: it takes seconds, draws random numbers and sets filters for warnings."""
+    drawn = random.getstate()
+    with warnings.catch_warnings():
+        from sklearn.cluster import KMeans
+    random.setstate(drawn)
+    return KMeans
 
 
 def share(sizes: Labels, remove: int, priority: NDArray[np.float64]) -> Labels:

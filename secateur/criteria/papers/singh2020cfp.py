@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from secateur.criteria.registry import Pair, Selection, criterion
+from secateur.criteria.registry import NotDefinedError, Pair, Selection, criterion
 from secateur.errors import CriterionError
 
 Form = Literal["paper", "pair", "layer_mean", "log"]
@@ -449,11 +449,12 @@ def correlated_pairs(producers: Sequence[Tensor], remove: int, *, signed: bool =
         The dropped filters in order, each with the partner that stays and their score.
 
     Raises:
-        CriterionError: If no producer has two elements a filter, or a filter holds NaN.
+        NotDefinedError: If no producer has two elements a filter.
+        CriterionError: If a filter holds NaN.
     """
     layers = [weights for weights in producers if weights.shape[1] >= 2]
     if not layers:
-        raise CriterionError("cfp: no producer has at least 2 elements a filter; leave this group out.")
+        raise NotDefinedError("none of its filters has 2 elements, and fewer have no correlation")
     scores = group_score([pearson(weights).double().cpu() for weights in layers], signed=signed)
     norms = torch.stack([weights.double().abs().sum(dim=1).cpu() for weights in layers]).sum(dim=0)
     pairs = select_pairs(scores, remove, norms=norms)
