@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from secateur.checkpoint import load as load
     from secateur.checkpoint import save as save
     from secateur.compensation import apply as apply
+    from secateur.compensation.sensitivity import Sensitivity as Sensitivity
+    from secateur.compensation.sensitivity import sensitivity as sensitivity
     from secateur.criteria import Criterion as Criterion
     from secateur.criteria import criterion as criterion
     from secateur.criteria.scoring import score as score
@@ -65,6 +67,7 @@ _HOME = {
     "Role": "graph.channels",
     "RunError": "errors",
     "SecateurError": "errors",
+    "Sensitivity": "compensation.sensitivity",
     "Settings": "engine",
     "Target": "pruning.planning",
     "TraceError": "errors",
@@ -86,6 +89,7 @@ _HOME = {
     "save": "checkpoint",
     "score": "criteria.scoring",
     "select": "criteria.scoring",
+    "sensitivity": "compensation.sensitivity",
     "trace": "tracing.tracing",
     "verify": "pruning.verification",
 }

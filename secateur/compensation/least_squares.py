@@ -171,7 +171,7 @@ def _extent(layer: nn.Module, y: Tensor) -> tuple[int, ...]:
     return (len(y) if y.dim() == places + 2 else 1, *y.shape[y.dim() - places :])
 
 
-def _shrunk(original: nn.Module, pruned: nn.Module, plan: PruningPlan) -> list[str]:
+def shrunk(original: nn.Module, pruned: nn.Module, plan: PruningPlan) -> list[str]:
     """Names of the layers that lost inputs."""
     names = []
     for name, kept in plan.kept_inputs.items():
@@ -189,7 +189,7 @@ def _shrunk(original: nn.Module, pruned: nn.Module, plan: PruningPlan) -> list[s
     return names
 
 
-def _refusal(name: str, layer: nn.Module, tied: Mapping[int, list[str]], memory: int) -> str:
+def refusal(name: str, layer: nn.Module, tied: Mapping[int, list[str]], memory: int) -> str:
     """Why a layer can't be refitted; empty when it can."""
     if not isinstance(layer, (*weights.CONVOLUTIONS, nn.Linear)):
         return f"least squares is not defined for {type(layer).__name__}"
@@ -254,13 +254,11 @@ def refit(
     """
     if ridge < 0 or positions < 1:
         raise UsageError(f"least squares: ridge {ridge} and positions {positions} must be at least 0 and 1.")
-    shrunk = _shrunk(original, pruned, plan)
+    lost = shrunk(original, pruned, plan)
     device = feature_maps.device_of(pruned)
     calls = _calls(pruned, data, device)
-    ordered = [name for name in calls if name in shrunk]
-    report = [
-        LayerCompensation("least_squares", name, False, "it does not run") for name in shrunk if name not in calls
-    ]
+    ordered = [name for name in calls if name in lost]
+    report = [LayerCompensation("least_squares", name, False, "it does not run") for name in lost if name not in calls]
     if everywhere and ordered:
         names = list(calls)
         ordered = names[names.index(ordered[0]) :]
@@ -268,7 +266,7 @@ def refit(
     for name, module in pruned.named_modules():
         if isinstance(getattr(module, "weight", None), Tensor):
             tied.setdefault(id(module.weight), []).append(name)
-    refusals = {name: _refusal(name, pruned.get_submodule(name), tied, memory) for name in ordered}
+    refusals = {name: refusal(name, pruned.get_submodule(name), tied, memory) for name in ordered}
     feature_maps.require_passes(data, 1 + sum(not reason for reason in refusals.values()))
     draw = _Draw(None if exact else positions, seed)
     wanted = _Wanted(original, plan, calls, [name for name in ordered if not refusals[name]], data, draw, memory)
@@ -323,12 +321,17 @@ class _Draw:
 
     def __call__(self, layer: nn.Module, y: Tensor, generator: torch.Generator) -> Tensor | None:
         """Return flat indices of positions of one output; None for all."""
-        if isinstance(layer, nn.Linear) or self.positions is None:
-            return None
-        count = y.flatten(-(layer.weight.dim() - 2)).shape[-1]  # type: ignore[operator]
-        if count <= self.positions:
-            return None
-        return torch.randperm(count, generator=generator)[: self.positions].sort().values
+        return None if self.positions is None else draw_positions(layer, y, self.positions, generator)
+
+
+def draw_positions(layer: nn.Module, y: Tensor, positions: int, generator: torch.Generator) -> Tensor | None:
+    """Return flat indices of some positions of a layer's output, drawn at random; None for all."""
+    if isinstance(layer, nn.Linear):
+        return None
+    count = y.flatten(-(layer.weight.dim() - 2)).shape[-1]  # type: ignore[operator]
+    if count <= positions:
+        return None
+    return torch.randperm(count, generator=generator)[:positions].sort().values
 
 
 _Output = tuple[tuple[int, ...], Tensor]

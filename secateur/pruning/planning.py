@@ -15,10 +15,12 @@ from secateur.graph import cost
 from secateur.graph.channels import ChannelGraph, ChannelGroup
 from secateur.graph.plan import PruningPlan, Selection
 from secateur.graph.steps import steps
+from secateur.pruning.allocation import Table, allocate, choices, costs_of, require_known
 from secateur.pruning.building import build, checked
 from secateur.pruning.limits import Limit, Limits, totals
 
-Ranking = Literal["normalized", "global", "uniform"]
+Allocation = Literal["normalized", "global", "uniform"] | Table
+"""How many channels each group loses."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def plan(
     max_ratio: float | Mapping[str, float] = 1.0,
     ratios: Mapping[str, float] | None = None,
     skip: Sequence[str] = (),
-    ranking: Ranking = "normalized",
+    allocation: Allocation = "normalized",
     inexact: bool = False,
 ) -> PruningPlan:
     """Choose the channels to remove: the lowest scores first, until the target is met.
@@ -136,8 +138,10 @@ def plan(
             names; a ratio of it gives way to ``skip``, ``min_channels``, ``round_to`` and the caps of other patterns,
             where any other ratio that contradicts them is an error.
         skip: Patterns of groups that lose nothing.
-        ranking: ``normalized`` ranks all channels together, each score divided by its group's mean; ``global`` ranks
-            the scores as they are; ``uniform`` removes the same fraction from every group.
+        allocation: How many channels each group loses. ``normalized`` ranks all channels together, each score divided
+            by its group's mean; ``global`` ranks the scores as they are; ``uniform`` removes the same fraction from
+            every group. A table of :func:`secateur.sensitivity` says what each group's loss does to the network: the
+            plan has the least such damage in sum, exactly solved, and scores decide only which channels of a group go.
         inexact: Whether groups whose removal can't equal zeroing may lose channels.
 
     Returns:
@@ -149,8 +153,7 @@ def plan(
     """
     if target is None and not ratios:
         raise UsageError("plan: nothing is asked for: give a target or ratios.")
-    if ranking not in ("normalized", "global", "uniform"):
-        raise UsageError(f"ranking: expected normalized, global or uniform; found {ranking!r}.")
+    require_known(allocation)
     groups = [g for g in graph.groups if g.name in scores and (g.exact or inexact)]
     limits = Limits(
         graph, groups, ratios=ratios or {}, max_ratio=max_ratio, skip=skip, round_to=round_to, min_channels=min_channels
@@ -159,15 +162,19 @@ def plan(
     forced: Selection = {}
     for group in groups:
         limit = limits.of(group)
-        candidate = _candidate(group, scores[group.name], limit, ranking)
+        candidate = _candidate(group, scores[group.name], limit, allocation)
         if not limit.forced:
             candidates.append(candidate)
         elif channels := candidate.removed(candidate.ends.size, round_to):
             forced[group.name] = channels
-    return build(graph, forced if target is None else _search(graph, candidates, forced, target, round_to))
+    if target is None:
+        return build(graph, forced)
+    if isinstance(allocation, str):
+        return build(graph, _search(graph, candidates, forced, target, round_to))
+    return build(graph, _allocated(graph, candidates, forced, target, round_to, allocation))
 
 
-def _candidate(group: ChannelGroup, scores: Tensor, limit: Limit, ranking: Ranking) -> _Candidate:
+def _candidate(group: ChannelGroup, scores: Tensor, limit: Limit, allocation: Allocation) -> _Candidate:
     """Cut a group's channels into steps, as many as its limit allows, and rank them.
 
     Raises:
@@ -184,12 +191,12 @@ def _candidate(group: ChannelGroup, scores: Tensor, limit: Limit, ranking: Ranki
         )
     ends = ends[ends <= limit.most]
     channels = np.array([c for step in found[: ends.size] for c in step], dtype=np.int64)
-    if ranking == "uniform":
+    if allocation == "uniform":
         keys = ends / group.size
     else:
         scale = float(np.abs(values).mean()) or 1.0
         sums = np.diff(np.cumsum(values[channels])[ends - 1], prepend=0.0)
-        keys = sums / np.diff(ends, prepend=0) / (scale if ranking == "normalized" else 1.0)
+        keys = sums / np.diff(ends, prepend=0) / (scale if allocation == "normalized" else 1.0)
     return _Candidate(group.name, channels, ends, np.maximum.accumulate(keys), group.size)
 
 
@@ -227,8 +234,57 @@ def _search(
 
     enough = target.fraction - 1e-12
     if (most := removed(order.size)) < enough:
-        raise PlanError(
-            f"target: cannot remove {target.fraction:g} of the {target.what}; all that may go is {most:.4g}. "
-            f"Lower --{target.what}, or loosen --skip, --max-ratio, --min-channels or --round-to."
-        )
+        raise _out_of_reach(target, most)
     return first(bisect_left(range(order.size), enough, key=removed))
+
+
+def _out_of_reach(target: Target, most: float) -> PlanError:
+    return PlanError(
+        f"target: cannot remove {target.fraction:g} of the {target.what}; all that may go is {most:.4g}. "
+        f"Lower --{target.what}, or loosen --skip, --max-ratio, --min-channels or --round-to."
+    )
+
+
+def _allocated(
+    graph: ChannelGraph, candidates: list[_Candidate], forced: Selection, target: Target, round_to: int, table: Table
+) -> Selection:
+    """Find what every group loses by a table of damage, so that the plan meets the target.
+
+    Costs are counted by shares of groups; where a layer reads its group unevenly the plan itself may miss the target
+    by a little, and then as much more is asked for.
+
+    Raises:
+        PlanError: If the target is out of reach, or the table is of another network.
+    """
+    costs = costs_of(graph, target.what)
+    places = {group.name: i for i, group in enumerate(graph.groups)}
+    start = np.zeros(len(places))
+    for name, channels in forced.items():
+        start[places[name]] = len(channels)
+    allowed = {c.name: [int(n) for n in c.ends if (c.size - n) % round_to == 0] for c in candidates}
+    found = [choices(table, c.name, c.size, allowed[c.name]) for c in candidates if allowed[c.name]]
+
+    def chosen(removed: np.ndarray) -> Selection:
+        own = {c.name: int(removed[places[c.name]]) for c in candidates}
+        return forced | {
+            c.name: c.removed(int(np.searchsorted(c.ends, own[c.name])) + 1, round_to)
+            for c in candidates
+            if own[c.name]
+        }
+
+    def reached(selection: Selection) -> float:
+        return target.removed(graph, PruningPlan(removed=selection))
+
+    whole = float(costs(np.zeros(len(places))))
+    need = target.fraction * whole
+    most = start.copy()
+    most[[places[one.group] for one in found]] = [one.removed[-1] for one in found]
+    while whole - float(costs(most)) >= need * (1 - 1e-12):
+        selection = chosen(allocate(graph, costs, found, start, need))
+        short = target.fraction - 1e-12 - reached(selection)
+        if short <= 0:
+            return selection
+        need += max(short, 1e-4) * whole
+    if (best := reached(chosen(most))) < target.fraction - 1e-12:
+        raise _out_of_reach(target, best)
+    return chosen(most)

@@ -1,0 +1,360 @@
+r"""Sensitivity: what a network loses when one group keeps fewer channels, measured at several widths of each.
+
+Each cell of the table is one experiment: the group alone is cut to a width, the layers that read it are refitted by
+least squares, and the network's outputs are compared with the unpruned network's on a few hundred unlabelled images.
+For outputs that are logits the damage is
+
+.. math:: D = \frac{1}{N} \sum_n \mathrm{KL}(p_T(x_n) \,\Vert\, q_T(x_n)), \qquad T = 4,
+
+p of the unpruned network, q of the cut one; for other outputs their squared error, as a fraction of their power; with
+``loss`` and labels, by how much the mean loss rises. The refit takes its second moments from the unpruned network, so
+that one run of it serves every width.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from secateur.checkpoint.atomic import write_atomic
+from secateur.compensation.least_squares import RIDGE, NormalEquations, draw_positions, refusal, shrunk, unfold
+from secateur.criteria import feature_maps
+from secateur.criteria.feature_maps import Batch
+from secateur.criteria.scoring import score
+from secateur.errors import DataError, PlanError, UsageError
+from secateur.graph.channels import ChannelGraph, ChannelGroup
+from secateur.graph.plan import PruningPlan
+from secateur.graph.steps import steps
+from secateur.network.inputs import unwrapped
+from secateur.network.named import tensors_named
+from secateur.pruning.planning import plan_removal
+from secateur.pruning.surgery import cut
+
+FORMAT_VERSION = 1
+LEVELS = 8
+TEMPERATURE = 4.0
+ROWS = 1 << 14
+"""So many unfolded inputs of a layer are enough: more tell hardly anything, and products of them take the time."""
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What each group's loss does to one network; ``allocation=`` of :func:`secateur.plan` takes it."""
+
+    sizes: dict[str, int]
+    """Group -> number of its channels."""
+    damage: dict[str, dict[int, float]]
+    """Group -> channels removed -> damage."""
+    measure: str
+    """``kl``, ``squared error`` or ``loss``."""
+    images: int
+    """How many it was measured on."""
+    network: int
+    """Checksum of the network's weights."""
+    made_with: str = ""
+    """Checksum of data and options, by which an interrupted measurement is told from another."""
+
+    def require_of(self, model: nn.Module) -> None:
+        """Refuse a network that this was not measured on.
+
+        Raises:
+            PlanError: If weights differ.
+        """
+        if _checksum(tensors_named(unwrapped(model)).values()) != self.network:
+            raise PlanError("the table of sensitivity was measured with other weights: measure it of this network.")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as JSON, whole or not at all."""
+        write_atomic(path, json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1).encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Sensitivity:
+        """Read what :meth:`save` has written.
+
+        Raises:
+            UsageError: If the file is not there or not of this form.
+        """
+        try:
+            given = json.loads(Path(path).read_bytes())
+            if given.pop("format_version") != FORMAT_VERSION:
+                raise ValueError("its version is unknown")
+            damage = {g: {int(n): float(d) for n, d in own.items()} for g, own in given.pop("damage").items()}
+            return cls(damage=damage, **given)
+        except OSError as error:
+            raise UsageError(f"{path}: can't be read: {error.strerror}.") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{path}: no table of sensitivity ({error}). `secateur sensitivity` makes one.") from error
+
+    def __str__(self) -> str:
+        width = max((len(name) for name in self.damage), default=5)
+        lines = [f"{'group':<{width}}  channels  removed: damage ({self.measure})"]
+        for name, own in sorted(self.damage.items(), key=lambda item: -max(item[1].values(), default=0.0)):
+            cells = "  ".join(f"{n}: {d:.2g}" for n, d in own.items())
+            lines.append(f"{name:<{width}}  {self.sizes[name]:>8}  {cells}")
+        return "\n".join(lines)
+
+
+def sensitivity(
+    model: nn.Module,
+    graph: ChannelGraph,
+    data: Iterable[Any],
+    *,
+    scores: Mapping[str, Tensor] | None = None,
+    levels: int = LEVELS,
+    loss: Loss | None = None,
+    inexact: bool = False,
+    groups: Iterable[str] | None = None,
+    path: str | os.PathLike[str] | None = None,
+    memory: int = feature_maps.MEMORY,
+    progress: Callable[[int, int], None] | None = None,
+) -> Sensitivity:
+    """Measure what each group loses at several widths.
+
+    Args:
+        model: The network; left as it is.
+        graph: Its channel graph.
+        data: Batches, see :func:`secateur.criteria.feature_maps.batches`; a few hundred images, which are held in
+            memory. Labels are read for ``loss`` alone.
+        scores: Which channels of a group go first; ``l2`` by default. After the refit it matters little.
+        levels: Widths of each group, equally far apart, down to the smallest that there is.
+        loss: ``loss(output, target)``; damage is then by how much its mean rises.
+        inexact: Whether groups whose removal can't equal zeroing are measured, too.
+        groups: Names of the groups to measure; all by default.
+        path: A file that is written as measurement goes on, and read where it was interrupted.
+        memory: Bytes of moments that are gathered at once.
+        progress: Called with how many groups are measured, and how many there are.
+
+    Raises:
+        UsageError: If ``levels`` is out of range, or labels are missing for ``loss``.
+        DataError: If the data are empty or don't fit the network.
+    """
+    if levels < 1:
+        raise UsageError(f"sensitivity: levels is {levels}. Use 1 or more.")
+    model = unwrapped(model)
+    device = feature_maps.device_of(model)
+    held = list(feature_maps.batches(data, device))
+    feature_maps.require_samples(sum(batch.size for batch in held), device)
+    chosen = [g for g in feature_maps.chosen_groups(graph, groups) if g.exact or inexact]
+    if scores is None:
+        scores = score(model, graph, "l2", groups=[g.name for g in chosen], inexact=inexact)
+    orders = {g.name: np.argsort(scores[g.name].cpu().double().numpy(), kind="stable").tolist() for g in chosen}
+    with feature_maps.evaluating(model), torch.no_grad():
+        compared = _Compared(model, held, loss)
+        options = f"{levels} {sorted(orders.items())}".encode()
+        seen = _checksum(t for batch in held for t in _tensors((batch.args, batch.kwargs)))
+        made_with = f"{zlib.crc32(options, seen):08x}"
+        network = _checksum(tensors_named(model).values())
+        sizes = {g.name: g.size for g in chosen}
+        table = Sensitivity(sizes, {}, compared.measure, compared.images, network, made_with)
+        table = _resumed(table, path)
+        waiting = [g for g in chosen if g.name not in table.damage]
+        for some in _passes(model, graph, waiting, memory):
+            moments = _input_moments(model, [name for _, names in some for name in names], held)
+            for group, _ in some:
+                if progress is not None:
+                    progress(len(table.damage), len(chosen))
+                table.damage[group.name] = dict(
+                    _cells(model, graph, group, orders[group.name], levels, moments, compared)
+                )
+                if path is not None:
+                    table.save(path)
+    if progress is not None:
+        progress(len(chosen), len(chosen))
+    return table
+
+
+def _resumed(table: Sensitivity, path: str | os.PathLike[str] | None) -> Sensitivity:
+    """Go on where a file has a part of the same table."""
+    if path is None or not Path(path).exists():
+        return table
+    found = Sensitivity.load(path)
+    if (found.network, found.made_with, found.measure) != (table.network, table.made_with, table.measure):
+        raise UsageError(f"{path}: a table of another network, other data or options; name another file.")
+    return found
+
+
+class _Compared:
+    """The unpruned network's outputs, and how far those of a cut one are from them."""
+
+    def __init__(self, model: nn.Module, held: Sequence[Batch], loss: Loss | None) -> None:
+        self.held, self.loss = held, loss
+        self.images = sum(batch.size for batch in held)
+        outputs = [feature_maps.forward(model, batch, n) for n, batch in enumerate(held, start=1)]
+        first = outputs[0]
+        if loss is not None:
+            self.measure = "loss"
+        elif isinstance(first, Tensor) and first.ndim == 2 and first.shape[1] > 1 and first.is_floating_point():
+            self.measure = "kl"
+        else:
+            self.measure = "squared error"
+        self.wanted = [self._kept(output) for output in outputs]
+        self.power = [max(sum(float(t.double().square().sum()) for t in o), 1e-30) for o in self.wanted]
+        if loss is not None:
+            self.before = [self._loss(output, batch) for output, batch in zip(outputs, held, strict=True)]
+
+    def _kept(self, output: Any) -> list[Tensor]:
+        return [t.detach().clone() for t in _tensors(output) if t.is_floating_point()]
+
+    def _loss(self, output: Any, batch: Batch) -> float:
+        if batch.labels is None:
+            raise UsageError("sensitivity: loss needs labels. Pass (input, label) batches, or leave loss out.")
+        assert self.loss is not None
+        return float(self.loss(output, batch.labels)) * batch.size
+
+    def damage(self, small: nn.Module) -> float:
+        """Return the damage of a cut network."""
+        total = 0.0
+        for i, batch in enumerate(self.held):
+            output = feature_maps.forward(small, batch, i + 1)
+            if self.measure == "loss":
+                total += self._loss(output, batch) - self.before[i]
+                continue
+            found = self._kept(output)
+            if [t.shape for t in found] != [t.shape for t in self.wanted[i]]:
+                raise DataError(
+                    f"batch {i + 1}: the cut network's outputs have other shapes, so they can't be compared: pass loss."
+                )
+            if self.measure == "kl":
+                p, q = (torch.log_softmax(o[0].double() / TEMPERATURE, 1) for o in (self.wanted[i], found))
+                total += float((p.exp() * (p - q)).sum())
+            else:
+                pairs = zip(found, self.wanted[i], strict=True)
+                error = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+                total += error / self.power[i] * batch.size
+        return total / self.images
+
+
+def _cells(
+    model: nn.Module,
+    graph: ChannelGraph,
+    group: ChannelGroup,
+    order: Sequence[int],
+    levels: int,
+    moments: Mapping[str, Tensor],
+    compared: _Compared,
+) -> Iterator[tuple[int, float]]:
+    """Yield what removing so many channels of a group does, a level after the other."""
+    ends = steps(group, order)
+    counts = sorted({round(len(ends) * level / levels) for level in range(1, levels + 1)} - {0})
+    for count in counts:
+        removed = sorted(channel for step in ends[:count] for channel in step)
+        plan = plan_removal(graph, {group.name: removed})
+        small = cut(model, plan, share=True)
+        for name in shrunk(model, small, plan):
+            if name in moments:
+                _refit(model.get_submodule(name), small.get_submodule(name), moments[name], plan, name)
+        yield len(removed), compared.damage(small)
+
+
+def _passes(
+    model: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup], memory: int
+) -> list[list[tuple[ChannelGroup, list[str]]]]:
+    """Divide groups, with the layers that read each, so that the moments of those layers fit into memory."""
+    tied: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "weight", None), Tensor):
+            tied.setdefault(id(module.weight), []).append(name)
+    found: dict[str, list[str]] = {}
+    for group in groups:
+        readers = dict.fromkeys(member.module for member in group.members if member.read)
+        own = [name for name in readers if not refusal(name, model.get_submodule(name), tied, memory)]
+        found[group.name] = own
+
+    def need(group: ChannelGroup) -> int:
+        return sum(_bytes(model.get_submodule(name)) for name in found[group.name])
+
+    return [[(g, found[g.name]) for g in some] for some in feature_maps.passes(groups, need, memory)]
+
+
+def _bytes(layer: nn.Module) -> int:
+    blocks, width = _form(layer)
+    return 8 * blocks * width * width
+
+
+def _form(layer: Any) -> tuple[int, int]:
+    """Return how many blocks a layer has, and how many unfolded inputs each, the constant 1 of a bias among them."""
+    return getattr(layer, "groups", 1), layer.weight[0].numel() + (layer.bias is not None)
+
+
+def _input_moments(model: nn.Module, names: Iterable[str], held: Sequence[Batch]) -> dict[str, Tensor]:
+    r"""Run the network once; return :math:`\sum z z^T` of layers' unfolded inputs, ``(blocks, D, D)``, in fp64."""
+    names = list(dict.fromkeys(names))
+    images = sum(batch.size for batch in held)
+    positions = max(1, -(-ROWS // images))
+    moments: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for name in names:
+            layer = model.get_submodule(name)
+            blocks, width = _form(layer)
+            moments[name] = torch.zeros(blocks, width, width, dtype=torch.float64, device=layer.weight.device)
+            generator = torch.Generator().manual_seed(0)
+
+            def see(
+                layer: Any, args: Any, kwargs: Any, made: Tensor, name: str = name, generator: Any = generator
+            ) -> None:
+                rows = unfold(
+                    layer, args[0] if args else kwargs["input"], draw_positions(layer, made, positions, generator)
+                )
+                if layer.bias is not None:
+                    rows = torch.cat((rows, rows.new_ones(*rows.shape[:2], 1)), 2)
+                moments[name] += rows.mT @ rows
+
+            stack.callback(layer.register_forward_hook(see, with_kwargs=True).remove)
+        for number, batch in enumerate(held, start=1):
+            feature_maps.forward(model, batch, number)
+    return moments
+
+
+def _refit(layer: Any, small: Any, moments: Tensor, plan: PruningPlan, name: str) -> None:
+    """Fit a cut layer to what the whole one makes, by the moments of the whole one's inputs."""
+    blocks, width = _form(layer)
+    taps = (width - (layer.bias is not None)) // (layer.weight.shape[1])
+    inputs = layer.weight.shape[1]
+    kept = torch.zeros(blocks * inputs, dtype=torch.bool)
+    kept[plan.kept_inputs[name]] = True
+    columns = kept.reshape(blocks, inputs).repeat_interleave(taps, 1)
+    if layer.bias is not None:
+        columns = torch.cat((columns, torch.ones(blocks, 1, dtype=torch.bool)), 1)
+    weight = layer.weight.detach().double().reshape(blocks, -1, inputs * taps)
+    rows = torch.zeros(len(layer.weight), dtype=torch.bool)
+    rows[plan.kept_outputs.get(name, list(range(len(rows))))] = True
+    changes = []
+    for block in range(blocks):
+        stays, own = columns[block], moments[block]
+        gone = ~stays[: inputs * taps]
+        outputs = weight[block][rows.reshape(blocks, -1)[block]][:, gone]
+        gone = torch.cat((gone, gone.new_zeros(len(stays) - len(gone))))
+        errors = own[stays][:, gone] @ outputs.mT
+        error = (outputs @ own[gone][:, gone] * outputs).sum()
+        equations = NormalEquations(own[stays][:, stays][None], errors[None], error, error, error, error)
+        changes.append(equations.solve(RIDGE, layer.bias is not None)[0][0])
+    change = torch.stack(changes)
+    if layer.bias is not None:
+        small.bias = nn.Parameter(small.bias + change[:, -1].flatten().to(small.bias))
+        change = change[:, :-1]
+    small.weight = nn.Parameter(small.weight + change.mT.reshape(small.weight.shape).to(small.weight))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _checksum(tensors: Iterable[Tensor]) -> int:
+    found = 0
+    for tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        found = zlib.crc32(flat.view(torch.uint8).numpy().data if flat.numel() else b"", found)
+    return found
