@@ -1,5 +1,7 @@
 """Settings that hold for every test."""
 
+import gc
+
 from hypothesis import settings
 
 # No timed asserts: how long an example takes says something about the machine, not about the code.
@@ -7,3 +9,9 @@ from hypothesis import settings
 settings.register_profile("secateur", deadline=None, derandomize=True)
 settings.register_profile("search", deadline=None, print_blob=True)
 settings.load_profile("secateur")
+
+
+def pytest_collection_finish() -> None:
+    """Keep the collector to what tests make: accelerate collects after every stage of a training, through all tests."""
+    gc.collect()
+    gc.freeze()
