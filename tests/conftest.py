@@ -13,7 +13,7 @@ settings.load_profile("secateur")
 
 
 def pytest_collection_finish() -> None:
-    """Have Accelerate not collect garbage at the end of every stage of training: here, that takes longer than a stage."""
+    """Have Accelerate collect no garbage at the end of each stage of training, which takes longer than a stage here."""
     if "secateur.training.stages" in sys.modules:
         from accelerate.utils import memory
 
