@@ -12,9 +12,13 @@ settings.register_profile("search", deadline=None, print_blob=True)
 settings.load_profile("secateur")
 
 
-def pytest_collection_finish() -> None:
+def collect_no_garbage() -> None:
     """Have Accelerate collect no garbage at the end of each stage of training, which takes longer than a stage here."""
-    if "secateur.training.stages" in sys.modules:
-        from accelerate.utils import memory
+    from accelerate.utils import memory
 
-        vars(memory)["gc"] = SimpleNamespace(collect=int)
+    vars(memory)["gc"] = SimpleNamespace(collect=int)
+
+
+def pytest_collection_finish() -> None:
+    if "secateur.training.stages" in sys.modules:
+        collect_no_garbage()

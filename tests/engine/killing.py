@@ -25,6 +25,7 @@ from secateur.engine import Event, compress, resume
 from secateur.pruning.planning import Target
 from secateur.training.detection import DetectionLoss, MeanAveragePrecision
 from tests import detectors
+from tests.conftest import collect_no_garbage
 from tests.engine.nets import Small, digits, trained
 
 SETTINGS: dict[str, Any] = {
@@ -98,6 +99,7 @@ def doomed(case: str, folder: Path, draw: random.Random) -> None:
 def main(case: str, folder: Path, seed: int, kills: int) -> None:
     """Kill ``kills`` attempts, then let the run finish."""
     torch.set_num_threads(1)
+    collect_no_garbage()
     draw, died = random.Random(seed), 0
     started = time.monotonic()
     attempts = 0
