@@ -92,7 +92,7 @@ def doomed(case: str, folder: Path, draw: random.Random) -> None:
     if kind in ("write", "written"):
         os.replace = dying_replace
     elif kind == "time":
-        threading.Timer(draw.uniform(0.0, 2.0), die).start()
+        threading.Timer(draw.uniform(0.0, 0.6), die).start()
     attempt(case, folder, on_event if kind == "batch" else None)
 
 

@@ -63,9 +63,8 @@ def test_a_killed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
     assert len(records) >= 4
 
 
-@pytest.mark.parametrize("name", ["milestone-1.safetensors", "history.jsonl", "model.safetensors", "result.json"])
 def test_no_file_is_missing_after_a_kill_before_it_took_its_name(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Killed(BaseException):
         pass
@@ -74,21 +73,23 @@ def test_no_file_is_missing_after_a_kill_before_it_took_its_name(
     train, validation, test = digits(80)
     data = {"train": train, "validation": validation, "test": test}
     quick: dict[str, Any] = {"pairs": 4, "optimise_epochs": 1, "finetune_epochs": 1, "final_epochs": 1, "lr": 0.02}
-
-    def dying(self: Path, target: Path) -> Path:
-        if target.name == name and (tmp_path / "cut" / "history.jsonl").is_file():
-            raise Killed
-        return replace(self, target)
-
     model = trained(epochs=3)
     compress(model, run_dir=tmp_path / "whole", seed=7, tolerance=100, **data, **quick)
-    monkeypatch.setattr(Path, "replace", dying)
-    with pytest.raises(Killed):
-        compress(model, run_dir=tmp_path / "cut", seed=7, tolerance=100, **data, **quick)
-    monkeypatch.undo()
-    resume(tmp_path / "cut", Small(), **data)
     assert "milestone-1.safetensors" in outcome(tmp_path / "whole")["models"]
-    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+    for name in ("milestone-1.safetensors", "history.jsonl", "model.safetensors", "result.json"):
+        folder = tmp_path / name
+
+        def dying(self: Path, target: Path, *, name: str = name, folder: Path = folder) -> Path:
+            if target.name == name and (folder / "history.jsonl").is_file():
+                raise Killed
+            return replace(self, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", dying)
+            with pytest.raises(Killed):
+                compress(model, run_dir=folder, seed=7, tolerance=100, **data, **quick)
+        resume(folder, Small(), **data)
+        assert outcome(folder) == outcome(tmp_path / "whole"), name
 
 
 @pytest.mark.slow
