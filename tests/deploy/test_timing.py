@@ -88,6 +88,7 @@ def test_a_network_that_fails_at_a_batch_size_is_listed_not_lost() -> None:
     assert "shape" in result.skipped[0].reason
 
 
+@pytest.mark.slow
 def test_peak_memory_grows_with_the_feature_maps() -> None:
     model = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU())
     small, large = cpu_peak_bytes(model, torch.randn(2, 3, 64, 64), (4, 16))

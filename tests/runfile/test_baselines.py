@@ -133,9 +133,10 @@ def anywhere(seed: int) -> list[str]:
     return [f"{kind}:{draw.randrange(1, kinds[kind])}" for kind in draw.choices([*kinds], k=6)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "places"),
-    [("baseline", PLACES), *(pytest.param("whole", anywhere(seed), marks=pytest.mark.slow) for seed in range(3))],
+    [("baseline", PLACES), *(("whole", anywhere(seed)) for seed in range(3))],
 )
 def test_killed_in_the_baseline_the_run_ends_in_the_same_bits(tmp_path: Path, part: str, places: list[str]) -> None:
     command = [sys.executable, "-m", "tests.runfile.test_baselines", str(tmp_path), part, *places]
