@@ -639,6 +639,7 @@ def test_ctrl_c_is_one_line_and_130(capsys: pytest.CaptureFixture[str], monkeypa
     assert capsys.readouterr().err == "error: interrupted.\n"
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_error(here: Path) -> None:
     script = f"{sys.executable} -m secateur config --schema | head -c 1"
     result = subprocess.run(  # noqa: S602 - a pipe is what is tested
