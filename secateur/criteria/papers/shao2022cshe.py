@@ -77,8 +77,6 @@ def cluster(filters: Tensor, clusters: int, metric: str = "euclidean", seed: int
         UsageError: If ``metric`` is neither.
         CriterionError: If a filter holds NaN or an infinity.
     """
-    from sklearn.cluster import KMeans  # takes seconds to import, and no other criterion needs it
-
     if metric not in ("euclidean", "cosine"):
         raise UsageError(f"criterion cshe: unknown metric {metric!r}. Use euclidean or cosine.")
     rows = filters.detach().double().cpu().numpy()
