@@ -322,6 +322,9 @@ def verdict(check: Mapping[str, Any], *, tuned: bool = False) -> str:
     bits = {"float64": "fp64", "float32": "fp32"}.get(check["dtype"], check["dtype"])
     what = "the network as it was cut, before fine-tuning," if tuned else "it"
     unchecked = f"; unchecked: {'; '.join(check['refused'])}" if check["refused"] else ""
+    kept = check.get("kept", ())
+    if kept:
+        unchecked += f"; of {len(kept)} attributes that did not follow, which another forward may read: {kept[0]}"
     return (
         f"verified {'exact' if check['exact'] else 'not exact'}: {what} differs from the original with the removed "
         f"channels zeroed by at most {check['max_error']:.1e} of the output ({bits}){unchecked}"

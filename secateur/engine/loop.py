@@ -7,6 +7,7 @@ anywhere goes on from its last whole step and, on a CPU with the same seed, ends
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -29,6 +30,7 @@ from secateur.graph.plan import PruningPlan
 from secateur.network.copies import replica
 from secateur.network.inputs import are_images, unwrapped
 from secateur.pruning.applied import note
+from secateur.pruning.comparison import outputs
 from secateur.pruning.planning import Target
 from secateur.pruning.surgery import cut
 from secateur.tracing.tracing import trace
@@ -38,6 +40,8 @@ from secateur.training.stages import Batches, Distillation, Loss, Metric, Stage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+_LOG = logging.getLogger(__name__)
 
 
 class Engine:
@@ -138,6 +142,7 @@ class Engine:
         """Return the state before the first round: the unpruned network, measured."""
         state = State(model=replica(self.original))
         state.metric = self._measure(state.network)
+        self._warn_at_chance(state.network, state.metric)
         state.baseline = {
             "validation": state.metric,
             "test": None if self.test is None else self._measure(state.network, self.test),
@@ -146,6 +151,17 @@ class Engine:
             state.accepted = _copied(state.network)
             state.phase = 1 if 1 in self.settings.phases else 2
         return state
+
+    def _warn_at_chance(self, network: nn.Module, accuracy: float) -> None:
+        """Say where the unpruned network scores no more than chance: nothing that pruning costs can be seen of it."""
+        scores = next(iter(outputs(network, self.example_inputs)), None) if self.metric is None else None
+        if isinstance(scores, Tensor) and scores.ndim > 1 and accuracy <= 1.1 / scores.shape[1]:
+            _LOG.warning(
+                "compress: the unpruned network's accuracy is %.1f%%, which is chance with %d classes: train it first, "
+                "or check weights and labels.",
+                100 * accuracy,
+                scores.shape[1],
+            )
 
     def finished(self, state: State) -> bool:
         """Tell whether the run is over."""

@@ -227,6 +227,9 @@ def _search(
 
     enough = target.fraction - 1e-12
     if (most := removed(order.size)) < enough:
+        if not graph.groups:
+            why = f", such as: {graph.refused[0].reason}" if graph.refused else ""
+            raise PlanError(f"target: this network has no channels that can go; trace lists the reasons{why}.")
         raise PlanError(
             f"target: cannot remove {target.fraction:g} of the {target.what}; all that may go is {most:.4g}. "
             f"Lower --{target.what}, or loosen --skip, --max-ratio, --min-channels or --round-to."

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_registry
+from torch.nn.parameter import is_lazy
 
 from secateur.errors import TraceError
 from secateur.network.custom_layers import layer_rule
@@ -90,6 +91,9 @@ def record(
         TraceError: If the model fails on the example inputs.
     """
     modules = modules_of(model)
+    lazy = [n for n, m in modules.items() if any(is_lazy(p) for p in m._parameters.values() if p is not None)]
+    if lazy:
+        raise TraceError(f"trace: {lazy[0]} is a lazy layer, whose shape is not known yet: run the network once.")
     labels = TensorLabels(tensors_named(model))
     written = Written(labels.named)
     run = _Run(model, modules, Call(labels, Findings(), assumptions), light or Program(), light is not None, written)
@@ -110,6 +114,7 @@ def record(
             # Costs are those of inference.
             del run.found.layers[calls:]
         _keep_numbers(labels, run.found)
+        notes.extend(_scripted(modules))
         notes.extend(f"{name}: never runs, so it is left as it is" for name in run.idle())
     notes.extend(_without_elements(labels, run.found))
     if not run.found.layers:
@@ -117,6 +122,17 @@ def record(
     types = {name: type(module).__name__ for name, module in modules.items()}
     kernels = tuple(n for n, m in modules.items() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)))
     return Recording(labels, run.found, run.program, tuple(notes), written, types, kernels)
+
+
+def _scripted(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Note the outermost modules that are programs of TorchScript."""
+    scripted = {name for name, module in modules.items() if isinstance(module, torch.jit.ScriptModule)}
+    return [
+        f"{name or 'the network'}: is compiled by TorchScript, whose copies run with whole weights; prune what it was "
+        "made of"
+        for name in sorted(scripted)
+        if not name or name.rpartition(".")[0] not in scripted
+    ]
 
 
 @contextmanager

@@ -457,6 +457,15 @@ def test_bad_requests_are_one_clear_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("guesses", [True, False])
+def test_an_untrained_network_is_warned_of(network: nn.Module, guesses: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model = Small() if guesses else network
+    if guesses:
+        nn.init.zeros_(next(m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)).weight)
+    Engine(model, "l1", train=TRAIN, validation=[(x, y % 10) for x, y in VALIDATION]).init()
+    assert ("which is chance with 10 classes" in caplog.text) is guesses
+
+
 # Networks that a round changes more than in width, and the user's own code
 
 

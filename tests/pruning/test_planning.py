@@ -351,3 +351,18 @@ def test_a_plan_for_another_model_is_refused() -> None:
     small = sc.apply(Net(), plan)
     with pytest.raises(sc.PlanError, match="made for shape"):
         sc.apply(small, plan)
+
+
+@pytest.mark.parametrize(
+    "mask", [[True] + [False] * 15, np.arange(16) < 1, torch.arange(16) < 1], ids=["list", "numpy", "torch"]
+)
+def test_a_mask_is_no_list_of_channels(mask: Any) -> None:
+    with pytest.raises(sc.PlanError, match=r"inner: a mask is given; give the indices .*mask\.nonzero\(\)"):
+        sc.plan_removal(GRAPH, {"inner": mask})
+
+
+def test_where_nothing_can_go_the_reason_is_told() -> None:
+    x = torch.randn(1, 3, 6, 6)
+    graph = sc.trace(nn.Sequential(nn.Conv2d(3, 4, 3)), x)
+    with pytest.raises(sc.PlanError, match="trace lists the reasons, such as: is returned by the model"):
+        sc.plan(graph, {}, sc.Target(channels=0.3))

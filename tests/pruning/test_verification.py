@@ -36,3 +36,33 @@ def test_a_network_that_can_not_be_trained_any_more_is_no_success(size: int, exa
     assert any("train mode: the pruned network fails" in note for note in report.refused) is not exact
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert not model.training
+
+
+class Block(nn.Module):
+    """Halves of what one layer makes; how wide they are is noted for another forward, and for merging the layers."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.c, self.groups, self.times = width, width, 5
+        self.first = nn.Conv2d(3, 2 * width, 1)
+        self.inner = nn.ModuleDict({"deep": nn.Conv2d(width, width, 3, padding=1, groups=width)})
+        self.last = nn.Conv2d(2 * width, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.first(x).chunk(2, 1)
+        return self.last(torch.cat((a, self.inner["deep"](b)), 1))
+
+
+def test_attributes_that_did_not_follow_are_listed() -> None:
+    x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(Block(), Block(16)).eval()
+    graph = sc.trace(model, x)
+    removed = {g.name: list(range(0, g.size, 4)) for g in graph.groups if g.name.startswith("0.")}
+    plan = sc.plan_removal(graph, removed)
+    check = sc.verify(model, sc.apply(model, plan), plan, x)
+    assert check.exact
+    assert check.kept == (
+        "0: keeps c = 8, which equalled the width of inner.deep",
+        "0: keeps groups = 8, which equalled the width of inner.deep",
+    )
+    assert not sc.verify(model, sc.apply(model, sc.PruningPlan()), sc.PruningPlan(), x).kept
