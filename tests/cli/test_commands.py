@@ -491,7 +491,7 @@ ERRORS: list[tuple[list[str], int, str]] = [
     (["evaluate", "lenet5", "--data", "imagefolder:empty"], 2, "empty"),
     (["evaluate", "lenet5", "--data", "network.py:number"], 2, "returned int; a data source returns"),
     (["evaluate", "lenet5", "--data", "digits", "--data-option", "sise=3"], 2, "'sise'"),
-    (["evaluate", "resnet20", "--data", "digits", "--model-option", "in_channels=3"], 1, "channels"),
+    (["evaluate", "resnet20", "--data", "digits", "--model-option", "in_channels=3"], 2, "channels"),
     # Pruning once
     (["prune", "lenet5"], 2, "how much?"),
     (["prune", "lenet5", "--macs", "0.5", "--params", "0.5"], 2, "contradict each other"),
