@@ -24,7 +24,7 @@ def _by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"CONFIG_DIR": str(tmp_path), "OFFLINE": "true", "AUTOINSTALL": "false"}.items():
         monkeypatch.setenv(f"YOLO_{name}", value)
     monkeypatch.chdir(tmp_path)
-    pytest.importorskip("ultralytics")
+    pytest.importorskip("ultralytics", exc_type=ImportError)
 
 
 def halved(name: str) -> tuple[Any, torch.nn.Module, sc.PruningPlan]:

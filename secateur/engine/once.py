@@ -24,8 +24,10 @@ from secateur.pruning.planning import Ranking, Target, plan, plan_removal
 from secateur.pruning.surgery import cut
 from secateur.pruning.verification import VerificationReport, verify
 from secateur.tracing.tracing import trace
-from secateur.training import stages
-from secateur.training.stages import Batches, Loss, Metric
+from secateur.training import evaluation
+from secateur.training.evaluation import Metric
+from secateur.training.passes import Batches
+from secateur.training.stages import Loss
 
 MEASURED_BATCH = 8
 """Examples in the forward passes that ``round_to="auto"`` times."""
@@ -78,7 +80,7 @@ def prune(
         inexact: As in :func:`secateur.plan`.
         compensate: Methods that adjust the kept channels, see :func:`secateur.compensation.compensate`.
         test: Batches of inputs and targets on which both networks are measured; None to measure neither.
-        metric: What is measured on them, see :func:`secateur.training.stages.evaluate`; accuracy when None.
+        metric: What is measured on them, see :func:`secateur.training.evaluation.evaluate`; accuracy when None.
         seed: Seed of what the criterion draws.
         steps: Where to show which step is running.
 
@@ -138,10 +140,10 @@ def prune(
     if test is not None:
         for network, figures in ((model, before), (small, after)):
             with _shown(steps, "evaluating"):
-                figures["test"] = stages.evaluate(network, test, metric)
+                figures["test"] = evaluation.evaluate(network, test, metric)
     report = {
         "method": criterion.name,
-        "metric": stages.metric_name(metric),
+        "metric": evaluation.metric_name(metric),
         "before": before,
         "after": after,
         "widths": {"before": _widths(graph), "after": _widths(graph, chosen)},

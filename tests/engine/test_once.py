@@ -20,7 +20,7 @@ from secateur.deploy.timing import RoundToChoice
 from secateur.engine import once
 from secateur.errors import DataError, PlanError, SecateurError, UsageError, VerificationError
 from secateur.pruning.verification import VerificationReport
-from secateur.training import stages
+from secateur.training import evaluation
 from tests.engine.nets import digits
 
 BATCHES = list(digits(200)[0])
@@ -108,7 +108,9 @@ def chain(
         "compensation": done,
     }
     if test is not None:
-        report["before"]["test"], report["after"]["test"] = (stages.evaluate(m, test, metric) for m in (model, small))
+        report["before"]["test"], report["after"]["test"] = (
+            evaluation.evaluate(m, test, metric) for m in (model, small)
+        )
     return small, plan, report
 
 
