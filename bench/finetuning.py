@@ -35,7 +35,8 @@ from secateur.graph.channels import ChannelGraph
 from secateur.pruning.surgery import cut
 from secateur.tracing.tracing import trace
 from secateur.training.arithmetic import Arithmetic
-from secateur.training.stages import TrainingSettings, accelerator, evaluate, fit
+from secateur.training.evaluation import evaluate
+from secateur.training.stages import TrainingSettings, accelerator, fit
 
 RATIO, BATCH = 0.5, 128
 REPORTED = (1, 3)

@@ -28,7 +28,8 @@ from secateur.data import Batches, load
 from secateur.engine import compress, resume
 from secateur.graph.plan import PruningPlan
 from secateur.models import lenet5
-from secateur.training.stages import TrainingSettings, evaluate, fit
+from secateur.training.evaluation import evaluate
+from secateur.training.stages import TrainingSettings, fit
 
 GOALS = ({"conv1": 4, "conv2": 5}, {"conv1": 3, "conv2": 5}, {"conv1": 3, "conv2": 4}, {"conv1": 2, "conv2": 3})
 PAPER = {"with optimisation": (0.91, 0.95, 1.20, 1.77), "without": (None, None, 1.81, 2.32)}

@@ -65,7 +65,7 @@ def measure(name: str, batch: int, threads: int, rounds: int, clock: str, with_e
     scores = sc.score(model, graph, "l1")
 
     def plan(round_to: int) -> sc.PruningPlan:
-        return sc.plan(graph, scores, sc.Target(macs=0.5), round_to=round_to, ranking="uniform")
+        return sc.plan(graph, scores, sc.Target(macs=0.5), round_to=round_to, allocation="uniform")
 
     def prune(round_to: int) -> nn.Module:
         return sc.apply(model, plan(round_to))

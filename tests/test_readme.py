@@ -1,5 +1,6 @@
 """The README is held to the program: its commands parse, its code runs, its picture is what the demo prints."""
 
+import functools
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 import secateur as sc
 from secateur.cli import console
 from secateur.cli.commands import app
+from secateur.data import load
 from secateur.runfile import config
 from tests import detectors
 
@@ -86,6 +88,7 @@ def test_the_configuration_shown_is_valid(tmp_path: Path) -> None:
 
 def test_the_code_shown_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("secateur.data.load", functools.partial(load, train_size=100))
     names: dict[str, Any] = {}
     for number, block in enumerate(blocks("python")):
         exec(compile(block, f"README.md, block {number + 1}", "exec"), names)

@@ -253,6 +253,11 @@ def show_pruned(values: Mapping[str, Any]) -> None:
     out.print(comparison(values["before"], values["after"], values["metric"]))
     out.print()
     out.print(verdict(values["verification"]), markup=False)
+    refitted = {layer["method"]: None for layer in (values["compensation"] or {}).get("layers", ())}
+    how = ", ".join([values["method"], f"allocation {values['allocation']}", *refitted])
+    out.print(f"chosen by {how}", markup=False)
+    if "test" not in values["after"]:
+        out.print("accuracy was not measured: give --data, and more of it is kept, too")
     for layer in (values["compensation"] or {}).get("layers", ()):
         if layer["reason"]:
             out.print(f"not compensated: {layer['module']}: {layer['reason']}", markup=False)
@@ -322,6 +327,9 @@ def verdict(check: Mapping[str, Any], *, tuned: bool = False) -> str:
     bits = {"float64": "fp64", "float32": "fp32"}.get(check["dtype"], check["dtype"])
     what = "the network as it was cut, before fine-tuning," if tuned else "it"
     unchecked = f"; unchecked: {'; '.join(check['refused'])}" if check["refused"] else ""
+    kept = check.get("kept", ())
+    if kept:
+        unchecked += f"; of {len(kept)} attributes that did not follow, which another forward may read: {kept[0]}"
     return (
         f"verified {'exact' if check['exact'] else 'not exact'}: {what} differs from the original with the removed "
         f"channels zeroed by at most {check['max_error']:.1e} of the output ({bits}){unchecked}"

@@ -13,7 +13,7 @@ from secateur import checkpoint
 from secateur.engine import RunDirectory
 from secateur.errors import VerificationError
 from secateur.runfile import config, configured_run, sources
-from secateur.training import stages, tasks
+from secateur.training import evaluation, tasks
 
 if TYPE_CHECKING:
     from secateur.cli.console import Steps
@@ -68,7 +68,7 @@ def _run(run_dir: Path | None, seed: int, steps: Steps) -> dict[str, Any]:
         bundle = sources.data(configured.data, configured.data_options)
         fresh = sources.open_model(configured.model, bundle=bundle).model
         small = checkpoint.load(fresh, folder / "model.safetensors")
-        reloaded = stages.evaluate(small, tasks.evaluation_batches(bundle, "test"))
+        reloaded = evaluation.evaluate(small, tasks.evaluation_batches(bundle, "test"))
     if reloaded != result.report["final"]["test"]:
         raise VerificationError(
             f"demo: the saved network's accuracy is {reloaded}, not {result.report['final']['test']}. Please report it."

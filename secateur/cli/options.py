@@ -106,11 +106,13 @@ MaxRatios = Annotated[
         "without a pattern for all that no other names.",
     ),
 ]
-Ranking = Annotated[
-    Literal["normalized", "global", "uniform"],
+Allocation = Annotated[
+    Literal["sensitivity", "normalized", "global", "uniform"] | None,
     typer.Option(
-        help="normalized: rank all channels together, scores divided by their group's mean; global: scores as they "
-        "are; uniform: the same fraction from every group."
+        help="How many channels each group loses. sensitivity: as measured on the data, what costs the network least; "
+        "normalized: rank all channels together, scores divided by their group's mean; global: scores as they are; "
+        "uniform: the same fraction from every group. Unless given: sensitivity for auto with data, else normalized.",
+        show_default=False,
     ),
 ]
 RunDir = Annotated[

@@ -54,10 +54,10 @@ def prune(
         str,
         typer.Option(
             metavar="CRITERION",
-            help=f"How channels are ranked: {options.CRITERIA}; or a criterion of yours, path/to/file.py:FUNCTION or "
-            "package.module:FUNCTION.",
+            help=f"How channels are ranked: auto, the best there is with the data given; {options.CRITERIA}; or a "
+            "criterion of yours, path/to/file.py:FUNCTION or package.module:FUNCTION.",
         ),
-    ] = "l1",
+    ] = "auto",
     method_option: Annotated[
         list[str] | None,
         typer.Option(
@@ -82,7 +82,7 @@ def prune(
     ] = "1",
     min_channels: Annotated[int, typer.Option(metavar="N", min=1, help="Keep at least N channels in every group.")] = 1,
     max_ratio: options.MaxRatios = None,
-    ranking: options.Ranking = "normalized",
+    allocation: options.Allocation = None,
     inexact: Annotated[
         bool,
         typer.Option("--inexact", help="Prune also groups whose removal can't equal zeroing (layer norm, softmax)."),
@@ -91,7 +91,9 @@ def prune(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Adjust the kept channels, before any training: merge, least_squares, bn; several with commas.",
+            help="Adjust the kept channels, before any training: merge, least_squares, bn; several with commas; none. "
+            "Unless given: least_squares for auto with data.",
+            show_default=False,
         ),
     ] = None,
     batches: Annotated[
@@ -123,8 +125,10 @@ def prune(
             raise UsageError("prune: how much? Give --macs, --params or --channels, or --ratio for some layers.")
         if out is not None:
             sources.writable(out)
-        criterion, given = criteria.get(sources.method(method)), options.values("--method-option", method_option)
-        _require_possible(method, criterion, given, compensate, multiple, data)
+        ranked, given = sources.method(method), options.values("--method-option", method_option)
+        adjusted = () if compensate == "none" else compensate
+        criterion = criteria.get(("redundancy" if data else "l1") if ranked == "auto" else ranked)
+        _require_possible(method, criterion, given, adjusted, multiple, data)
         bundle = None
         if data is not None:
             with steps.step("loading the data"):
@@ -148,16 +152,16 @@ def prune(
                 found.model,
                 found.inputs,
                 sc.Target(**goal) if goal else None,
-                method=criterion,
+                method=ranked,
                 method_options=given,
                 ratios=ratios,
                 max_ratio=caps,
                 skip=skip or (),
                 round_to=multiple,
                 min_channels=min_channels,
-                ranking=ranking,
+                allocation=allocation,
                 inexact=inexact,
-                compensate=compensate,
+                compensate=adjusted,
                 seed=seed,
                 steps=steps,
                 **read,
@@ -167,7 +171,7 @@ def prune(
         values = {
             "model": found.name,
             **result.report,
-            "method": method,
+            "method": result.report["method"] if method == "auto" else method,
             "file": None if out is None else str(out),
         }
         if out is not None:
@@ -182,7 +186,7 @@ def prune(
 
 
 def _require_possible(
-    method: str, criterion: Criterion, given: Mapping[str, Any], compensate: str | None, round_to: Any, data: str | None
+    method: str, criterion: Criterion, given: Mapping[str, Any], compensate: Any, round_to: Any, data: str | None
 ) -> None:
     """Refuse, in the words of the command line, what :func:`secateur.prune` would refuse with data and model loaded."""
     from secateur.compensation import parse

@@ -142,7 +142,7 @@ def evaluate(
     with console.running(as_json) as steps:
         import secateur as sc
         from secateur.runfile import sources
-        from secateur.training import stages, tasks
+        from secateur.training import evaluation, tasks
 
         if data is None:
             raise UsageError("evaluate: --data is missing; name what to measure on, e.g. --data digits.")
@@ -158,7 +158,7 @@ def evaluate(
                 bundle,
             )
         with steps.step("evaluating"):
-            value = stages.evaluate(found.model, tasks.evaluation_batches(bundle, split), metric)
+            value = evaluation.evaluate(found.model, tasks.evaluation_batches(bundle, split), metric)
         graph = sc.trace(found.model, found.inputs)
     values = {
         "model": found.name,
@@ -166,7 +166,7 @@ def evaluate(
         "data": data,
         "split": split,
         "examples": len(getattr(bundle, split)),
-        stages.metric_name(metric): value,
+        evaluation.metric_name(metric): value,
         **({} if metric is None else metric.details),
         "macs": sc.macs(graph),
         "parameters": sc.parameters(graph),

@@ -15,7 +15,6 @@ part of the weights stays as it was. A layer with a bias is also refitted in its
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from secateur.compensation.report import LayerCompensation
+from secateur.compensation.unfolding import Draw, extent_of, outputs_of, unfold
 from secateur.criteria import feature_maps, moments, weights
 from secateur.errors import CriterionError, PlanError, UsageError
 from secateur.graph.plan import PruningPlan
@@ -104,71 +104,6 @@ class NormalEquations:
             change = torch.cholesky_solve(self.errors, factor)
         after = self.error_power - 2 * (change * self.errors).sum() + (change * (self.inputs @ change)).sum()
         return change, float(after.clamp(min=0))
-
-
-def unfold(layer: nn.Module, x: Tensor, at: Tensor | None) -> Tensor:
-    """Arrange what a layer's outputs are computed from.
-
-    Args:
-        layer: A convolution or linear layer.
-        x: Its input.
-        at: For a convolution, flat indices of output positions, the same for every image; all by default.
-
-    Returns:
-        Shape ``(blocks, n, D)``; D runs over input channels of a block, then kernel positions, as in the weight. Rows
-        run over images, then positions.
-    """
-    if isinstance(layer, nn.Linear):
-        return x.reshape(1, -1, x.shape[-1])
-    assert isinstance(layer, weights.CONVOLUTIONS)
-    x = _padded(layer, x)
-    extent = x.shape[2:]
-    kernel = layer.kernel_size
-    outputs = [
-        (size - dilation * (k - 1) - 1) // stride + 1
-        for size, k, stride, dilation in zip(extent, kernel, layer.stride, layer.dilation, strict=True)
-    ]
-    at = torch.arange(math.prod(outputs)) if at is None else at
-    index = torch.zeros(len(at), math.prod(kernel), dtype=torch.long)
-    place, tap = at.clone(), torch.arange(math.prod(kernel))
-    factor = 1
-    for axis in reversed(range(len(extent))):
-        start = place % outputs[axis] * layer.stride[axis]
-        offset = tap % kernel[axis] * layer.dilation[axis]
-        index += (start[:, None] + offset[None, :]) * factor
-        place, tap = place // outputs[axis], tap // kernel[axis]
-        factor *= extent[axis]
-    count, channels = x.shape[:2]
-    taken = x.flatten(2).index_select(2, index.flatten().to(x.device)).reshape(count, channels, len(at), -1)
-    width = channels // layer.groups
-    taken = taken.reshape(count, layer.groups, width, len(at), -1)
-    return taken.permute(1, 0, 3, 2, 4).reshape(layer.groups, count * len(at), -1)
-
-
-def _padded(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
-    x = x[None] if x.dim() == layer.weight.dim() - 1 else x
-    sides: Sequence[int] = layer._reversed_padding_repeated_twice
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    return nn.functional.pad(x, list(sides), mode=mode) if any(sides) else x
-
-
-def _outputs(layer: nn.Module, y: Tensor, at: Tensor | None, channels: Tensor | None) -> Tensor:
-    """Arrange a layer's outputs as ``(n, C_out)``, in the order of :func:`unfold`."""
-    if not isinstance(layer, nn.Linear):
-        y = y[None] if y.dim() == layer.weight.dim() - 1 else y  # type: ignore[operator]
-        y = y.flatten(2)
-        y = y if at is None else y.index_select(2, at.to(y.device))
-        y = y.movedim(1, 2)
-    y = y.reshape(-1, y.shape[-1])
-    return y if channels is None else y.index_select(1, channels.to(y.device))
-
-
-def _extent(layer: nn.Module, y: Tensor) -> tuple[int, ...]:
-    """Return the sizes of a layer's outputs but for the channels."""
-    if isinstance(layer, nn.Linear):
-        return tuple(y.shape[:-1])
-    places = layer.weight.dim() - 2  # type: ignore[operator]
-    return (len(y) if y.dim() == places + 2 else 1, *y.shape[y.dim() - places :])
 
 
 def shrunk(original: nn.Module, pruned: nn.Module, plan: PruningPlan) -> list[str]:
@@ -268,7 +203,7 @@ def refit(
             tied.setdefault(id(module.weight), []).append(name)
     refusals = {name: refusal(name, pruned.get_submodule(name), tied, memory) for name in ordered}
     feature_maps.require_passes(data, 1 + sum(not reason for reason in refusals.values()))
-    draw = _Draw(None if exact else positions, seed)
+    draw = Draw(None if exact else positions, seed)
     wanted = _Wanted(original, plan, calls, [name for name in ordered if not refusals[name]], data, draw, memory)
     for name in ordered:
         if refusals[name]:
@@ -308,32 +243,6 @@ def _calls(model: nn.Module, data: Iterable[Any], device: torch.device) -> dict[
     return calls
 
 
-@dataclass(frozen=True)
-class _Draw:
-    """Which output positions are read: at random, the same in both networks and in every pass over the data."""
-
-    positions: int | None
-    seed: int
-
-    def generator(self) -> torch.Generator:
-        """Return the generator that a layer draws from, batch after batch."""
-        return torch.Generator().manual_seed(self.seed)
-
-    def __call__(self, layer: nn.Module, y: Tensor, generator: torch.Generator) -> Tensor | None:
-        """Return flat indices of positions of one output; None for all."""
-        return None if self.positions is None else draw_positions(layer, y, self.positions, generator)
-
-
-def draw_positions(layer: nn.Module, y: Tensor, positions: int, generator: torch.Generator) -> Tensor | None:
-    """Return flat indices of some positions of a layer's output, drawn at random; None for all."""
-    if isinstance(layer, nn.Linear):
-        return None
-    count = y.flatten(-(layer.weight.dim() - 2)).shape[-1]  # type: ignore[operator]
-    if count <= positions:
-        return None
-    return torch.randperm(count, generator=generator)[:positions].sort().values
-
-
 _Output = tuple[tuple[int, ...], Tensor]
 """Sizes of a layer's outputs but for the channels, and outputs at the positions drawn, ``(n, C_out)``."""
 
@@ -353,7 +262,7 @@ class _Wanted:
         calls: Mapping[str, int],
         names: Sequence[str],
         data: Iterable[Any],
-        draw: _Draw,
+        draw: Draw,
         memory: int,
     ) -> None:
         self.original, self.calls, self.data, self.draw, self.memory = original, calls, data, draw, memory
@@ -388,7 +297,7 @@ class _Wanted:
         layer = self.original.get_submodule(name)
         made = _run_to(self.original, layer, batch, number, self.calls[name])
         return [
-            (_extent(layer, y), _outputs(layer, y, places, self.channels[name]))
+            (extent_of(layer, y), outputs_of(layer, y, places, self.channels[name]))
             for (_, y), places in zip(made, at, strict=True)
         ]
 
@@ -413,7 +322,7 @@ class _Wanted:
                     if name not in kept or len(current.setdefault(name, [])) == self.calls[name]:
                         return
                     at = self.draw(layer, y, generators[name])
-                    current[name].append((_extent(layer, y), _outputs(layer, y, at, self.channels[name]).clone()))
+                    current[name].append((extent_of(layer, y), outputs_of(layer, y, at, self.channels[name]).clone()))
 
                 stack.callback(layer.register_forward_hook(see).remove)
             for number, batch in enumerate(
@@ -442,7 +351,7 @@ def _mark(batch: feature_maps.Batch) -> list[tuple[tuple[int, ...], int]]:
     return [(tuple(t.shape), zlib.crc32(t.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)) for t in tensors]
 
 
-def _accumulate(pruned: nn.Module, name: str, wanted: _Wanted, data: Iterable[Any], draw: _Draw) -> NormalEquations:
+def _accumulate(pruned: nn.Module, name: str, wanted: _Wanted, data: Iterable[Any], draw: Draw) -> NormalEquations:
     wanted.start(name)
     try:
         equations = _sums(pruned, name, wanted, data, draw)
@@ -456,7 +365,7 @@ def _accumulate(pruned: nn.Module, name: str, wanted: _Wanted, data: Iterable[An
     return equations
 
 
-def _sums(pruned: nn.Module, name: str, wanted: _Wanted, data: Iterable[Any], draw: _Draw) -> NormalEquations:
+def _sums(pruned: nn.Module, name: str, wanted: _Wanted, data: Iterable[Any], draw: Draw) -> NormalEquations:
     layer = pruned.get_submodule(name)
     assert isinstance(layer, (*weights.CONVOLUTIONS, nn.Linear))
     blocks, bias = getattr(layer, "groups", 1), layer.bias is not None
@@ -471,13 +380,13 @@ def _sums(pruned: nn.Module, name: str, wanted: _Wanted, data: Iterable[Any], dr
             if targets is None:
                 targets = wanted.run(name, batch, number, at)
             for (extent, target), (x, made), places in zip(targets, given, at, strict=True):
-                if extent != _extent(layer, made):
+                if extent != extent_of(layer, made):
                     equations.unlike += 1
                     continue
                 rows = unfold(layer, x, places)
                 if bias:
                     rows = torch.cat((rows, rows.new_ones(*rows.shape[:2], 1)), 2)
-                equations.update(rows, target, _outputs(layer, made, places, None))
+                equations.update(rows, target, outputs_of(layer, made, places, None))
             if not bool(torch.isfinite(equations.error_power)):
                 raise CriterionError(
                     f"{name}: NaN or infinity in its outputs at batch {number}. Check weights and inputs."

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from secateur.checkpoint.atomic import write_atomic
-from secateur.compensation.least_squares import RIDGE, NormalEquations, draw_positions, refusal, shrunk, unfold
+from secateur.compensation.least_squares import RIDGE, NormalEquations, refusal, shrunk
+from secateur.compensation.unfolding import draw_positions, unfold
 from secateur.criteria import feature_maps
 from secateur.criteria.feature_maps import Batch
 from secateur.criteria.scoring import score
@@ -299,7 +300,8 @@ def _input_moments(model: nn.Module, names: Iterable[str], held: Sequence[Batch]
         for name in names:
             layer = model.get_submodule(name)
             blocks, width = _form(layer)
-            moments[name] = torch.zeros(blocks, width, width, dtype=torch.float64, device=layer.weight.device)
+            device = feature_maps.device_of(layer)
+            moments[name] = torch.zeros(blocks, width, width, dtype=torch.float64, device=device)
             generator = torch.Generator().manual_seed(0)
 
             def see(

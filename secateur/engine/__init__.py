@@ -23,7 +23,9 @@ from secateur.engine.state import State
 from secateur.engine.summary import summarise
 from secateur.errors import UsageError
 from secateur.pruning.planning import Target
-from secateur.training.stages import Batches, Loss, Metric
+from secateur.training.evaluation import Metric
+from secateur.training.passes import Batches
+from secateur.training.stages import Loss
 
 __all__ = [
     "CompressResult",

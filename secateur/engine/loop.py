@@ -7,6 +7,7 @@ anywhere goes on from its last whole step and, on a CPU with the same seed, ends
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -27,17 +28,22 @@ from secateur.graph import cost
 from secateur.graph.channels import ChannelGraph
 from secateur.graph.plan import PruningPlan
 from secateur.network.copies import replica
-from secateur.network.inputs import are_images, unwrapped
+from secateur.network.inputs import unwrapped
 from secateur.pruning.applied import note
+from secateur.pruning.comparison import outputs
 from secateur.pruning.planning import Target
 from secateur.pruning.surgery import cut
 from secateur.tracing.tracing import trace
-from secateur.training import stages
+from secateur.training import evaluation, passes, stages
 from secateur.training.arithmetic import decide
-from secateur.training.stages import Batches, Distillation, Loss, Metric, Stage
+from secateur.training.evaluation import Metric
+from secateur.training.passes import Batches
+from secateur.training.stages import Distillation, Loss, Stage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+_LOG = logging.getLogger(__name__)
 
 
 class Engine:
@@ -55,7 +61,7 @@ class Engine:
         seed: Seed of everything that is drawn.
         settings: The rest.
         loss: ``loss(output, target)``; cross entropy when None.
-        metric: See :func:`secateur.training.stages.evaluate`.
+        metric: See :func:`secateur.training.evaluation.evaluate`.
         progress: Called with an :class:`Event` now and then.
     """
 
@@ -117,8 +123,8 @@ class Engine:
             # A network may be called on less than its training batches hold: a detector takes boxes in training alone.
             given = getattr(self.validation, "example_inputs", None)
         if given is None:
-            given = send_to_device(stages.first_inputs(self.validation, "validation"), self.runtime.device)
-            given = _first_example(given)
+            given = send_to_device(passes.first_inputs(self.validation, "validation"), self.runtime.device)
+            given = passes.first_example(given)
         return send_to_device(given, self.runtime.device)
 
     @property
@@ -138,6 +144,7 @@ class Engine:
         """Return the state before the first round: the unpruned network, measured."""
         state = State(model=replica(self.original))
         state.metric = self._measure(state.network)
+        self._warn_at_chance(state.network, state.metric)
         state.baseline = {
             "validation": state.metric,
             "test": None if self.test is None else self._measure(state.network, self.test),
@@ -146,6 +153,17 @@ class Engine:
             state.accepted = _copied(state.network)
             state.phase = 1 if 1 in self.settings.phases else 2
         return state
+
+    def _warn_at_chance(self, network: nn.Module, accuracy: float) -> None:
+        """Say where the unpruned network scores no more than chance: nothing that pruning costs can be seen of it."""
+        scores = next(iter(outputs(network, self.example_inputs)), None) if self.metric is None else None
+        if isinstance(scores, Tensor) and scores.ndim > 1 and accuracy <= 1.1 / scores.shape[1]:
+            _LOG.warning(
+                "compress: the unpruned network's accuracy is %.1f%%, which is chance with %d classes: train it first, "
+                "or check weights and labels.",
+                100 * accuracy,
+                scores.shape[1],
+            )
 
     def finished(self, state: State) -> bool:
         """Tell whether the run is over."""
@@ -327,7 +345,7 @@ class Engine:
         if not methods:
             return small
         partners = {name: dict(chosen) for name, chosen in self._local_pairs(state).items()}
-        with stages.seeded(self.seed, state.round, 2):
+        with passes.seeded(self.seed, state.round, 2):
             report = compensate(
                 state.network, small, plan, methods, Some(self.train, self.settings.criterion_batches),
                 graph=graph, example_inputs=self.example_inputs, pairs=partners or None,
@@ -428,19 +446,8 @@ class Engine:
         self.progress(event)
 
         def on_batch(batch: int, batches: int | None, loss: float) -> None:
-            self.progress(
-                Event(
-                    "batch",
-                    name,
-                    event.round,
-                    event.phase,
-                    event.epoch,
-                    epochs,
-                    batch=batch,
-                    batches=batches,
-                    loss=loss,
-                )
-            )
+            of_stage = (name, event.round, event.phase, event.epoch, epochs)
+            self.progress(Event("batch", *of_stage, batch=batch, batches=batches, loss=loss))
 
         record = self._stage.run_epoch(self.train, state.epoch, on_batch)
         state.epoch += 1
@@ -454,7 +461,7 @@ class Engine:
         return over
 
     def _measure(self, model: nn.Module, batches: Batches | None = None) -> float:
-        return stages.evaluate(
+        return evaluation.evaluate(
             model, self.validation if batches is None else batches, self.metric, runtime=self.runtime
         )
 
@@ -465,23 +472,3 @@ class Engine:
 
 def _copied(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-
-
-def _first_example(inputs: Any) -> Any:
-    if isinstance(inputs, list):  # positional arguments; a tracer takes them as a tuple
-        return inputs[:1] if are_images(inputs) else tuple(map(_first_of, inputs))
-    return _first_of(inputs)
-
-
-def _first_of(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value[:1] if value.dim() else value
-    if are_images(value):
-        return value[:1]
-    if isinstance(value, Mapping):
-        return {key: _first_of(part) for key, part in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_first_of, value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(map(_first_of, value))
-    return value

@@ -10,7 +10,9 @@ from typing import Any, Literal
 from torch import nn
 
 from secateur import compensation, criteria
+from secateur.compensation.sensitivity import Sensitivity, sensitivity
 from secateur.criteria import Criterion
+from secateur.criteria.feature_maps import examples
 from secateur.criteria.scoring import score, select
 from secateur.deploy.timing import choose_round_to
 from secateur.engine.events import Steps
@@ -20,13 +22,20 @@ from secateur.errors import UsageError, VerificationError
 from secateur.graph import cost
 from secateur.graph.channels import ChannelGraph
 from secateur.graph.plan import PruningPlan
-from secateur.pruning.planning import Ranking, Target, plan, plan_removal
+from secateur.pruning.limits import matches
+from secateur.pruning.planning import Allocation, Target, plan, plan_removal
 from secateur.pruning.surgery import cut
 from secateur.pruning.verification import VerificationReport, verify
 from secateur.tracing.tracing import trace
-from secateur.training import stages
-from secateur.training.stages import Batches, Loss, Metric
+from secateur.training import evaluation
+from secateur.training.evaluation import Metric
+from secateur.training.passes import Batches
+from secateur.training.stages import Loss
 
+AUTO = "auto"
+"""The name of the default method."""
+MEASURED_IMAGES = 512
+"""So many images are enough to measure sensitivity on."""
 MEASURED_BATCH = 8
 """Examples in the forward passes that ``round_to="auto"`` times."""
 
@@ -37,7 +46,7 @@ def prune(
     target: Target | None = None,
     *,
     data: Iterable[Any] | None = None,
-    method: str | Criterion | Callable[..., Any] = "l1",
+    method: str | Criterion | Callable[..., Any] = AUTO,
     method_options: Mapping[str, Any] | None = None,
     loss: Loss | None = None,
     ratios: Mapping[str, float] | None = None,
@@ -45,7 +54,7 @@ def prune(
     skip: Sequence[str] = (),
     round_to: int | Literal["auto"] = 1,
     min_channels: int = 1,
-    ranking: Ranking = "normalized",
+    allocation: Allocation | Literal["sensitivity"] | None = None,
     inexact: bool = False,
     compensate: str | Sequence[str] | None = None,
     test: Batches | None = None,
@@ -65,7 +74,9 @@ def prune(
         target: The fraction of MACs, parameters or channels to remove; None to follow ``ratios`` alone.
         data: Batches that criterion and compensation see, see :func:`secateur.criteria.feature_maps.batches`; what can
             be read only once is kept in a list.
-        method: The criterion that ranks the channels: its name, a :class:`secateur.Criterion` or a function.
+        method: The criterion that ranks the channels: its name, a :class:`secateur.Criterion` or a function. ``auto``,
+            with data, measures the sensitivity of every group, takes from each what costs the network least, the
+            channels chosen by ``redundancy``, and refits what reads them by least squares; without data it is ``l1``.
         method_options: The criterion's own options. With one that decides a selection, such as corrnet's
             ``threshold``, the criterion selects by itself and may remove less than asked for.
         loss: ``loss(output, target)``, for criteria of gradients; cross entropy when None.
@@ -74,11 +85,13 @@ def prune(
         skip: As in :func:`secateur.plan`.
         round_to: As in :func:`secateur.plan`; ``auto`` measures which of 1, 4, 8, 16 and 32 runs fastest on this CPU.
         min_channels: As in :func:`secateur.plan`.
-        ranking: As in :func:`secateur.plan`.
+        allocation: As in :func:`secateur.plan`; ``sensitivity`` measures the table first. None is ``sensitivity`` for
+            ``auto`` with data, and ``normalized`` otherwise.
         inexact: As in :func:`secateur.plan`.
-        compensate: Methods that adjust the kept channels, see :func:`secateur.compensation.compensate`.
+        compensate: Methods that adjust the kept channels, see :func:`secateur.compensation.compensate`; none where it
+            is empty. None is ``least_squares`` for ``auto`` with data, and nothing otherwise.
         test: Batches of inputs and targets on which both networks are measured; None to measure neither.
-        metric: What is measured on them, see :func:`secateur.training.stages.evaluate`; accuracy when None.
+        metric: What is measured on them, see :func:`secateur.training.evaluation.evaluate`; accuracy when None.
         seed: Seed of what the criterion draws.
         steps: Where to show which step is running.
 
@@ -102,8 +115,12 @@ def prune(
         >>> result.model[0].out_channels, result.check.exact
         (4, True)
     """
-    criterion, options, methods = criteria.get(method), dict(method_options or {}), compensation.parse(compensate or ())
+    automatic = method == AUTO
+    criterion, allocation, methods = _chosen(method, data is not None, allocation, compensate)
+    options = dict(method_options or {})
     _require_request(target, ratios, round_to)
+    if allocation == "sensitivity" and data is None:
+        raise UsageError("prune: allocation sensitivity is measured on images; pass data=batches.")
     _require_data(criterion, methods, data)
     _require_options(criterion, options, round_to)
     if metric is not None and test is None:
@@ -111,11 +128,14 @@ def prune(
     data, test = _rereadable(data), _rereadable(test)
     with _shown(steps, "tracing"):
         graph = trace(model, example_inputs)
+    if allocation == "sensitivity":
+        allocation = "normalized" if target is None else _measured(model, graph, data, inexact, skip, steps)
     with _shown(steps, f"scoring by {criterion.name}"):
         planned = _planner(
-            model, graph, criterion, options, {"data": data, "loss": loss, "seed": seed},
+            model, graph, criterion, options,
+            {"data": data, "loss": loss, "seed": seed} | ({"unseen": "weights"} if automatic else {}),
             target=target, ratios=ratios, max_ratio=max_ratio, skip=skip, min_channels=min_channels,
-            ranking=ranking, inexact=inexact,
+            allocation=allocation, inexact=inexact,
         )  # fmt: skip
     measured = None
     if round_to == "auto":
@@ -138,10 +158,11 @@ def prune(
     if test is not None:
         for network, figures in ((model, before), (small, after)):
             with _shown(steps, "evaluating"):
-                figures["test"] = stages.evaluate(network, test, metric)
+                figures["test"] = evaluation.evaluate(network, test, metric)
     report = {
-        "method": criterion.name,
-        "metric": stages.metric_name(metric),
+        "method": f"{AUTO}: {criterion.name}" if automatic else criterion.name,
+        "allocation": allocation if isinstance(allocation, str) else "sensitivity",
+        "metric": evaluation.metric_name(metric),
         "before": before,
         "after": after,
         "widths": {"before": _widths(graph), "after": _widths(graph, chosen)},
@@ -151,6 +172,38 @@ def prune(
         "measured": measured,
     }
     return PruneResult(small, chosen, check, graph, report)
+
+
+def _chosen(
+    method: Any, has_data: bool, allocation: Any, compensate: str | Sequence[str] | None
+) -> tuple[Criterion, Any, list[str]]:
+    """Return criterion, allocation and compensation, those of the default path where none are asked for."""
+    best = method == AUTO and has_data
+    criterion = criteria.get(("redundancy" if has_data else "l1") if method == AUTO else method)
+    if allocation is None:
+        allocation = "sensitivity" if best else "normalized"
+    if compensate is None:
+        compensate = ["least_squares"] if best else []
+    return criterion, allocation, compensation.parse(compensate)
+
+
+def _measured(
+    model: nn.Module, graph: ChannelGraph, data: Any, inexact: bool, skip: Sequence[str], steps: Steps | None
+) -> Sensitivity:
+    """Measure the sensitivity of the groups that may lose channels, on as many images as it takes."""
+    few, images = [], 0
+    for batch in data:
+        few.append(batch)
+        images += examples(batch) or 0
+        if images >= MEASURED_IMAGES:
+            break
+    groups = [g.name for g in graph.groups if not any(matches(g, pattern, graph) for pattern in skip)]
+
+    def progress(done: int, of: int) -> None:
+        if steps is not None:
+            steps("measuring sensitivity", done, of)
+
+    return sensitivity(model, graph, few, groups=groups, inexact=inexact, progress=progress)
 
 
 def _require_request(target: Target | None, ratios: Mapping[str, float] | None, round_to: Any) -> None:

@@ -19,8 +19,9 @@ from secateur.graph.channels import ChannelGraph, ChannelGroup
 from secateur.graph.plan import PruningPlan
 from secateur.pruning.limits import Limits
 from secateur.pruning.planning import Target, plan_removal
-from secateur.training import stages
-from secateur.training.stages import Batches, Loss
+from secateur.training import passes
+from secateur.training.passes import Batches
+from secateur.training.stages import Loss
 
 
 class Selection:
@@ -246,7 +247,7 @@ class Selection:
     def _criterion_scores(self, state: State, graph: ChannelGraph, groups: list[str]) -> dict[str, Tensor]:
         from secateur.criteria.scoring import score
 
-        with stages.seeded(self.seed, state.round, 1):
+        with passes.seeded(self.seed, state.round, 1):
             data = Some(self.train, self.settings.criterion_batches)
             return score(
                 state.network, graph, self.method, data=data, groups=groups, loss=self.loss, seed=self.seed,
@@ -257,7 +258,7 @@ class Selection:
         from secateur.criteria.scoring import select
 
         counts = {name: pairing.whole(graph.group(name), n, self.floors[name]) for name, n in wanted.items()}
-        with stages.seeded(self.seed, state.round, 1):
+        with passes.seeded(self.seed, state.round, 1):
             data = Some(self.train, self.settings.criterion_batches)
             found = select(
                 state.network, graph, self.method, counts, data, loss=self.loss, seed=self.seed,

@@ -19,7 +19,7 @@ from secateur.graph import cost
 from secateur.graph.plan import PruningPlan
 from secateur.pruning.surgery import cut
 from secateur.pruning.verification import verify
-from secateur.training import stages
+from secateur.training import evaluation, passes
 
 
 def summarise(engine: Engine, state: State, directory: RunDirectory | None) -> CompressResult:
@@ -31,7 +31,7 @@ def summarise(engine: Engine, state: State, directory: RunDirectory | None) -> C
     check = verify(engine.original, cut(engine.original, plan), plan, engine.example_inputs)
     last = state.milestones[-1]
     report: dict[str, Any] = {
-        "metric": stages.metric_name(engine.metric),
+        "metric": evaluation.metric_name(engine.metric),
         "baseline": {
             **state.baseline,
             **_figures(engine, engine.original, PruningPlan()),
@@ -83,11 +83,11 @@ def latency(model: nn.Module, inputs: Any, repeats: int = 15) -> float:
     times = []
     with torch.no_grad():
         for _ in range(3):
-            stages.forward(model, inputs)
+            passes.forward(model, inputs)
         for _ in range(repeats):
             _wait(model)
             started = time.perf_counter()
-            stages.forward(model, inputs)
+            passes.forward(model, inputs)
             _wait(model)
             times.append(time.perf_counter() - started)
     for module, mode in modes.items():

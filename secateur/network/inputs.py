@@ -13,9 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from secateur.errors import UsageError
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the network inside data parallel and compiled wrappers, which put a prefix before every name."""
+    """Return the network inside data parallel and compiled wrappers, which put a prefix before every name.
+
+    Raises:
+        UsageError: If it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"the network: expected a torch.nn.Module, found {type(model).__name__}. Call a function in the forward of "
+            "a module that owns its layers."
+        )
     parallel = isinstance(model, DataParallel | DistributedDataParallel)
     inner = model.module if parallel else getattr(model, "_orig_mod", None)
     return unwrapped(inner) if isinstance(inner, nn.Module) else model

@@ -81,7 +81,7 @@ class Costs:
     def __call__(self, removed: np.ndarray) -> np.ndarray:
         """Return the costs where so many channels go, shape ``(..., G)`` -> ``(...)``."""
         left = self.sizes - np.einsum("tdg,...g->...td", self.shares, removed)
-        return np.asarray((self.coefficient * left.prod(-1)).sum(-1))
+        return np.asarray(left.prod(-1) @ self.coefficient, dtype=np.float64)
 
 
 def costs_of(graph: ChannelGraph, what: str, batch: int = 1) -> Costs:

@@ -23,6 +23,9 @@ def checked(group: ChannelGroup, chosen: Sequence[int]) -> list[int]:
     Raises:
         PlanError: If a channel does not exist or has to stay, or the choice breaks the group's constraint.
     """
+    first = next(iter(chosen), None)
+    if isinstance(first, bool) or str(getattr(first, "dtype", "")).endswith("bool"):
+        raise PlanError(f"{group.name}: a mask is given; give the indices of the channels to remove, mask.nonzero().")
     name, size, channels = group.name, group.size, sorted({int(c) for c in chosen})
     if not channels:
         return channels

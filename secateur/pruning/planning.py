@@ -234,11 +234,14 @@ def _search(
 
     enough = target.fraction - 1e-12
     if (most := removed(order.size)) < enough:
-        raise _out_of_reach(target, most)
+        raise _out_of_reach(graph, target, most)
     return first(bisect_left(range(order.size), enough, key=removed))
 
 
-def _out_of_reach(target: Target, most: float) -> PlanError:
+def _out_of_reach(graph: ChannelGraph, target: Target, most: float) -> PlanError:
+    if not graph.groups:
+        why = f", such as: {graph.refused[0].reason}" if graph.refused else ""
+        return PlanError(f"target: this network has no channels that can go; trace lists the reasons{why}.")
     return PlanError(
         f"target: cannot remove {target.fraction:g} of the {target.what}; all that may go is {most:.4g}. "
         f"Lower --{target.what}, or loosen --skip, --max-ratio, --min-channels or --round-to."
@@ -286,5 +289,5 @@ def _allocated(
             return selection
         need += max(short, 1e-4) * whole
     if (best := reached(chosen(most))) < target.fraction - 1e-12:
-        raise _out_of_reach(target, best)
+        raise _out_of_reach(graph, target, best)
     return chosen(most)

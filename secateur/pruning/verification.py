@@ -18,6 +18,7 @@ from secateur.graph.plan import PruningPlan
 from secateur.network.inputs import call, mapped, tensors_of, unwrapped, varied
 from secateur.network.isolation import left_as_found
 from secateur.pruning.comparison import Difference, compare, compare_outputs, doubled, outputs
+from secateur.pruning.leftovers import leftovers
 from secateur.pruning.ties import jumps
 
 _JUMPING = (
@@ -46,6 +47,8 @@ class VerificationReport:
     """What could not be checked, and why."""
     training_failure: str = ""
     """How the pruned network fails in train mode, where the original does not."""
+    kept: tuple[str, ...] = ()
+    """Attributes that did not follow, although they equalled a width that did: another forward may count with them."""
 
     @property
     def trains(self) -> bool:
@@ -102,7 +105,8 @@ def verify(
         refused.append(_VARYING)
     refused += [note for note in found.notes if note not in refused]
     exact, wrong = agrees and not failure, tuple(found.mismatched)
-    return VerificationReport(exact, found.error, limit, dtype, found.compared, wrong, tuple(refused), failure)
+    kept = leftovers(model, small)
+    return VerificationReport(exact, found.error, limit, dtype, found.compared, wrong, tuple(refused), failure, kept)
 
 
 def _in_fp64(

@@ -28,7 +28,6 @@ from secateur import criteria
 from secateur.checkpoint import write_atomic
 from secateur.engine import Settings
 from secateur.errors import UsageError
-from secateur.pruning.planning import Ranking
 from secateur.runfile import yaml_lines
 from secateur.training.stages import TrainingSettings
 
@@ -188,7 +187,7 @@ class PruneConfig(_Section):
     data: str | None = Field(None, description="As in a run's file; for criteria that look at feature maps.")
     data_options: dict[str, Any] = Field(default_factory=dict, description="As in a run's file.")
     input: tuple[str, ...] = Field((), description="As in a run's file.")
-    method: str = Field("l1", description="Criterion by which channels are ranked.")
+    method: str = Field("auto", description="Criterion by which channels are ranked; auto is the best there is.")
     method_options: dict[str, Any] = Field(default_factory=dict, description="Options of the criterion.")
     target: TargetConfig | None = Field(None, description="How much to remove; without it, what the ratios ask for.")
     ratios: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(
@@ -202,9 +201,13 @@ class PruneConfig(_Section):
         1, description="Keep a multiple of this in every group that loses any; auto measures which."
     )
     min_channels: int = Field(1, ge=1, description="Channels that every group keeps.")
-    ranking: Ranking = Field("normalized", description="How the channels of different groups are compared.")
+    allocation: Literal["sensitivity", "normalized", "global", "uniform"] | None = Field(
+        None, description="How many channels each group loses; sensitivity, with data, for auto."
+    )
     inexact: bool = Field(False, description="Prune also groups whose removal can't equal zeroing.")
-    compensate: tuple[str, ...] = Field((), description="Adjust the kept channels: merge, least_squares, bn.")
+    compensate: tuple[str, ...] | None = Field(
+        None, description="Adjust the kept channels: merge, least_squares, bn; [] for none."
+    )
     batches: int = Field(8, ge=1, description="Training batches that criterion and compensation see.")
     seed: int = Field(0, ge=0, description="Seed of fresh weights and of the data's order.")
     out: str | None = Field(None, description="File of the pruned network.")
@@ -227,7 +230,7 @@ class PruneConfig(_Section):
             elif name == "max_ratio":
                 words[option] = [str(value)]
             elif name == "compensate":
-                words[option] = ",".join(value) or None
+                words[option] = ",".join(value) or "none"
             elif value is not None:
                 words[option] = list(value) if isinstance(value, tuple) else str(value) if name == "round_to" else value
         return words

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from secateur.tracing.assumptions import FREEZE, Assumption, Assumptions, Cause
 from secateur.tracing.findings import Attribute, Findings, LayerCall, Moved, Share
 from secateur.tracing.labels import Axes, Labels
-from secateur.tracing.numbers import VIEWS, names_of, sizes_given
+from secateur.tracing.numbers import VIEWS, names_of, plain, sizes_given
 from secateur.tracing.source_lines import source_line
 from secateur.tracing.tensor_labels import Grid, TensorLabels
 
@@ -233,6 +233,17 @@ class Call:
         """Let an attribute of the module at work be the number of these channels that are left."""
         if self.registered:
             self.found.attributes.append(Attribute(self.module, name, labels, labels.size, guessed))
+
+    def follow_unread(self, labels: Labels) -> None:
+        """Let attributes of the module at work follow that hold the number of these channels, and that nothing read.
+
+        Its code has just cut channels into parts of that width; where it cuts them in another forward, as for an
+        export, it gives such an attribute in place of the number of parts.
+        """
+        for name, value in vars(self.layer).items() if self.layer is not None else ():
+            known = self.found.numbers.get((self.module, name))
+            if known is not None and not known.taken and type(plain(value)) is int and plain(value) == labels.size:
+                self.follow(name, labels)
 
     def count(self, name: str, labels: Labels) -> None:
         """Let an attribute of the module at work follow the number of these channels.

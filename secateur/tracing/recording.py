@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_registry
+from torch.nn.parameter import is_lazy
 
 from secateur.errors import TraceError
 from secateur.network.custom_layers import layer_rule
@@ -20,17 +21,16 @@ from secateur.network.isolation import left_as_found
 from secateur.network.modes import OperatorMode
 from secateur.network.named import modules_of, tensors_in, tensors_named
 from secateur.network.writes import Written, targets
-from secateur.tracing.assumptions import Assumptions, Cause
+from secateur.tracing.assumptions import Assumptions
 from secateur.tracing.call import Call
 from secateur.tracing.findings import Findings
 from secateur.tracing.functions import FunctionMode
-from secateur.tracing.labels import Labels
-from secateur.tracing.numbers import Counted, told_apart
+from secateur.tracing.keeping import keep_numbers, keep_returned, without_elements
+from secateur.tracing.numbers import told_apart
 from secateur.tracing.program import Program
 from secateur.tracing.rules.pointwise import POINTWISE, is_pointwise
 from secateur.tracing.rules.registry import RULES
 from secateur.tracing.shuffles.rule import carry_grids
-from secateur.tracing.source_lines import shown
 from secateur.tracing.tensor_labels import TensorLabels
 
 _RESHAPING = ("aten::squeeze_", "aten::unsqueeze_", "aten::as_strided_", "aten::as_strided")
@@ -90,6 +90,9 @@ def record(
         TraceError: If the model fails on the example inputs.
     """
     modules = modules_of(model)
+    lazy = [n for n, m in modules.items() if any(is_lazy(p) for p in m._parameters.values() if p is not None)]
+    if lazy:
+        raise TraceError(f"trace: {lazy[0]} is a lazy layer, whose shape is not known yet: run the network once.")
     labels = TensorLabels(tensors_named(model))
     written = Written(labels.named)
     run = _Run(model, modules, Call(labels, Findings(), assumptions), light or Program(), light is not None, written)
@@ -109,14 +112,26 @@ def record(
                 notes.append(f"in train mode {error}")
             # Costs are those of inference.
             del run.found.layers[calls:]
-        _keep_numbers(labels, run.found)
+        keep_numbers(labels, run.found)
+        notes.extend(_scripted(modules))
         notes.extend(f"{name}: never runs, so it is left as it is" for name in run.idle())
-    notes.extend(_without_elements(labels, run.found))
+    notes.extend(without_elements(labels, run.found))
     if not run.found.layers:
         notes.append("no convolution or linear layer with a weight of its own was seen; quantize after pruning")
     types = {name: type(module).__name__ for name, module in modules.items()}
     kernels = tuple(n for n, m in modules.items() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)))
     return Recording(labels, run.found, run.program, tuple(notes), written, types, kernels)
+
+
+def _scripted(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Note the outermost modules that are programs of TorchScript."""
+    scripted = {name for name, module in modules.items() if isinstance(module, torch.jit.ScriptModule)}
+    return [
+        f"{name or 'the network'}: is compiled by TorchScript, whose copies run with whole weights; prune what it was "
+        "made of"
+        for name in sorted(scripted)
+        if not name or name.rpartition(".")[0] not in scripted
+    ]
 
 
 @contextmanager
@@ -229,7 +244,7 @@ class _Run:
                 "Check their shapes, types and device."
             ) from error
         call.operator, call.module = "model output", ""
-        _keep_returned(call, returned)
+        keep_returned(call, returned)
         self.program.end(call.labels, (leaf for leaf in returned if isinstance(leaf, Tensor)))
 
     @contextmanager
@@ -335,71 +350,3 @@ def _keep_embedding(call: Call, attention: nn.MultiheadAttention, inputs: Any) -
         axes = call.axes(tensor)
         for dim in axes if isinstance(tensor, nn.Parameter) else axes.keys() & {tensor.ndim - 1}:
             call.freeze(axes[dim], "its embedding dimension is a number that it checks")
-
-
-def _keep_returned(call: Call, returned: list[Any]) -> None:
-    """Keep the channels of what a model returns, and those whose number it returns; all where it returns no tensor."""
-
-    def keep(labels: Labels, reason: str) -> None:
-        call.found.freeze(labels, Cause("model output", "", "", reason))
-
-    for leaf in returned:
-        if isinstance(leaf, Counted):
-            keep(leaf.labels, "are counted, and their number is returned")
-        if not isinstance(leaf, Tensor):
-            continue
-        grid = call.labels.grid(leaf)
-        for labels in (*call.axes(leaf).values(), *([grid.labels] if grid is not None and grid.is_apart else [])):
-            keep(labels, "is returned by the model")
-    if not any(isinstance(leaf, Tensor) for leaf in returned):
-        for labels in call.found.produced:
-            keep(labels, "no tensor is returned that would tell what is made")
-
-
-def _keep_numbers(labels: TensorLabels, found: Findings) -> None:
-    """Keep what the code found out about numbers of channels: that two differ, and what remains of a division.
-
-    Those that are more than other channels all stay, as the others may lose some, or none; of those that are more than
-    a given number, one more than that stays.
-    """
-    for channels, measure in found.counted:
-        if measure.met is not None:
-            reason = "is compared with the smaller number of other channels, which theirs must not come to equal"
-            found.freeze(channels, Cause("comparison", "", shown(*measure.met), reason))
-        elif measure.above > 1:
-            found.staying.append((channels, measure.above + 1))
-    followed = [(a.labels, found.numbers.get((a.module, a.name))) for a in found.attributes]
-    followed += [(own, width) for key, width in found.widths.items() for own in _counted_by(labels, found, *key)]
-    for channels, number in [*found.counted, *followed]:
-        if number is not None and number.divisor > 1:
-            found.multiples.append((channels, number.divisor))
-
-
-def _counted_by(labels: TensorLabels, found: Findings, path: str, attribute: str) -> list[Labels]:
-    """Return the channels that an attribute of a layer counts."""
-    if attribute.startswith(("in_", "out_")):
-        side = "inputs" if attribute.startswith("in_") else "outputs"
-        counted = [getattr(layer, side) for layer in found.layers if layer.module == path]
-    else:
-        weight = labels.named.get(f"{path}.weight".lstrip("."))
-        counted = [labels.axes(weight).get(int(attribute == "embedding_dim")) if weight is not None else None]
-    return [own.reshape(-1) for own in counted if own is not None]
-
-
-def _without_elements(labels: TensorLabels, found: Findings) -> list[str]:
-    """Keep what layers make out of nothing for code that may loop over no element; return notes on those layers."""
-    calls = [layer for layer in found.layers if layer.kind != "registered" and layer.positions == 0]
-    if not calls:
-        return []
-    classes = labels.store.classes()
-    read = {int(c) for own in found.consumed for c in classes[own.reshape(-1)]}
-    for layer in calls:
-        if layer.outputs is not None and read.isdisjoint(classes[layer.outputs.reshape(-1)].tolist()):
-            reason = "is made without elements, and read by no layer: give examples that reach it"
-            found.freeze(layer.outputs, Cause(layer.kind, layer.module, "", reason))
-    seeing = {layer.module for layer in found.layers if layer.positions}
-    return [
-        f"{name}: reads tensors without elements on the example inputs, so its channels go by the rules alone"
-        for name in dict.fromkeys(layer.module for layer in calls)
-        if name not in seeing
-    ]

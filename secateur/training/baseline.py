@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from secateur import checkpoint
 from secateur.checkpoint.records import flatten, read_record, restore, write_record
 from secateur.errors import CheckpointError, UsageError
-from secateur.training.stages import Batches, Stage, TrainingSettings
+from secateur.training.passes import Batches
+from secateur.training.stages import Stage, TrainingSettings
 
 FORMAT_VERSION = 1
 """Version of the layout of the file of a training under way."""

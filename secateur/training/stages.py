@@ -7,38 +7,27 @@ dropout. A run that was killed and goes on from the last whole epoch therefore e
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
-from secateur.criteria.feature_maps import examples, first_line
-from secateur.errors import DataError, RunError, SecateurError, UsageError
+from secateur.criteria.feature_maps import examples
+from secateur.errors import DataError, RunError, UsageError
 from secateur.network.isolation import set_modes
 from secateur.training.arithmetic import Arithmetic, put_channels_last, put_contiguous
+from secateur.training.passes import Batches, called, explained, kind_of, length_of, seeded, walk
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.optim import Optimizer
 
-Batches: TypeAlias = Iterable[Any]
-"""Pairs ``(inputs, target)``, or mappings of keyword arguments with ``labels`` among them, walked once an epoch:
-a DataLoader, a list, or one of :mod:`secateur.data`."""
-
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 """``loss(output, target)`` -> scalar."""
-
-Metric: TypeAlias = Callable[[nn.Module, Batches], float]
-"""``metric(model, batches)`` -> higher is better; a fraction, so that tolerances count hundredths of it as points."""
-
 
 _MARKS = ("_is_accelerate_prepared", "_original_forward", "forward")
 """Attributes that Accelerate sets on a model that it prepares."""
@@ -161,97 +150,6 @@ def accelerator(device: str = "auto") -> Accelerator:
         raise UsageError(f"device {device}: {' '.join(str(error).split())}") from error
 
 
-def derived_seed(*parts: int) -> int:
-    """Mix integers into one seed of 63 bits, the same on every machine."""
-    high, low = np.random.SeedSequence([p & 0xFFFFFFFFFFFFFFFF for p in parts]).generate_state(2)
-    return (int(high) << 32 | int(low)) >> 1
-
-
-@contextmanager
-def seeded(*parts: int) -> Iterator[int]:
-    """Seed every generator that data and layers draw from; afterwards, put back what the caller had."""
-    seed = derived_seed(*parts)
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - transforms use the global state
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002
-        try:
-            yield seed
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
-
-
-def forward(model: nn.Module, inputs: Any) -> Any:
-    """Call a model on a tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
-
-
-@contextmanager
-def _explained(error: type[SecateurError], where: str, what: str, remedy: str) -> Iterator[None]:
-    """Turn what the user's own code raises into one line that says where and what helps."""
-    try:
-        yield
-    except SecateurError:
-        raise
-    except Exception as raised:
-        raise error(f"{where}: {what}: {first_line(raised).rstrip('.')}. {remedy}") from raised
-
-
-def _called(model: nn.Module, inputs: Any, where: str) -> Any:
-    """Call a model on a batch that is not empty."""
-    shapes = [tuple(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    if examples(inputs) == 0:
-        raise DataError(f"{where}: the batch is empty, its inputs of shape {shapes}; leave it out.")
-    what = f"the network fails on inputs of shape {shapes}"
-    with _explained(DataError, where, what, "The data have to fit the network, in training mode too."):
-        return forward(model, inputs)
-
-
-def _walk(batches: Batches, seed: int, where: str) -> Iterator[tuple[Any, Any]]:
-    """Walk through an epoch whose order follows ``seed``, and check that batches are pairs."""
-    sampler = getattr(batches, "sampler", None)
-    for owner in (batches, sampler):
-        if callable(getattr(owner, "set_epoch", None)):
-            owner.set_epoch(seed)  # type: ignore[union-attr]
-    for owner in (batches, sampler, getattr(batches, "batch_sampler", None)):
-        generator = getattr(owner, "generator", None)
-        if isinstance(generator, torch.Generator):
-            generator.manual_seed(seed)
-    for batch in batches:
-        if isinstance(batch, Mapping) and "labels" in batch:
-            yield {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
-            continue
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            kind = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, (tuple, list, dict)) else "")
-            raise DataError(f"{where}: a batch is a pair (inputs, target), or a mapping with labels; found {kind}.")
-        yield batch[0], batch[1]
-
-
-def first_inputs(batches: Batches, where: str) -> Any:
-    """Return the inputs of the first batch.
-
-    Raises:
-        DataError: If there is no batch, or it is not a pair.
-    """
-    for inputs, _ in _walk(batches, 0, where):
-        return inputs
-    raise DataError(f"{where}: the data is empty; give at least one batch.")
-
-
-def _length(batches: Batches) -> int | None:
-    try:
-        return len(batches)  # type: ignore[arg-type]
-    except TypeError:
-        return None
-
-
 class Stage:
     """One stage of training: a model, its optimizer and how many epochs they go together.
 
@@ -323,7 +221,7 @@ class Stage:
         from accelerate.utils import send_to_device
 
         where = f"stage {self.number}, epoch {epoch + 1}"
-        runtime, length = self.runtime, _length(batches)
+        runtime, length = self.runtime, length_of(batches)
         modes = {module: module.training for module in self.model.modules()}
         self._prepared.train()
         if self.teacher is not None:
@@ -331,7 +229,7 @@ class Stage:
         on_host = runtime.device.type == "cpu"
         total, seen, done, stopped = torch.zeros((), dtype=torch.float64, device=runtime.device), 0, 0, False
         with seeded(self.seed, self.number, epoch) as seed:
-            stream: Iterator[tuple[Any, Any]] = _walk(batches, seed, where)
+            stream: Iterator[tuple[Any, Any]] = walk(batches, seed, where)
             if runtime.num_processes > 1:
                 stream = islice(stream, runtime.process_index, None, runtime.num_processes)
                 length = None if length is None else length // runtime.num_processes
@@ -361,8 +259,8 @@ class Stage:
 
     def _step(self, inputs: Any, target: Any, where: str) -> Tensor:
         output = self._forward(self._prepared, inputs, where)
-        what = f"no loss of what the network returns ({_kind(output)}) and the target ({_kind(target)})"
-        with _explained(UsageError, where, what, "Give loss=function(output, target)."):
+        what = f"no loss of what the network returns ({kind_of(output)}) and the target ({kind_of(target)})"
+        with explained(UsageError, where, what, "Give loss=function(output, target)."):
             loss = self.loss(output, target)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -384,12 +282,12 @@ class Stage:
 
     def _forward(self, model: nn.Module, inputs: Any, where: str) -> Any:
         with self.arithmetic.autocast(self.runtime.device):
-            output = _called(model, inputs, where)
+            output = called(model, inputs, where)
         return self.arithmetic.widened(output)
 
     def _descend(self, loss: Tensor, where: str) -> None:
         scaler, optimizer = self._scaler, self._optimizer
-        with _explained(RunError, where, "the loss can't be differentiated", "Training needs a forward that can be."):
+        with explained(RunError, where, "the loss can't be differentiated", "Training needs a forward that can be."):
             # The gradients of fp16 would be rounded to zero unscaled.
             self.runtime.backward(loss if scaler is None else scaler.scale(loss))
         if scaler is not None:
@@ -486,125 +384,3 @@ def fit(
     finally:
         training.close()
     return records
-
-
-def evaluate(
-    model: nn.Module, batches: Batches, metric: Metric | Any = None, *, runtime: Accelerator | None = None
-) -> float:
-    """Measure a model on data, in eval mode and without gradients.
-
-    Args:
-        model: Left as found.
-        batches: Pairs ``(inputs, target)``.
-        metric: None for top-1 accuracy; a ``torchmetrics.Metric`` (updated with output and target); or a callable
-            ``metric(model, batches) -> float``.
-        runtime: Accelerate runtime; the model stays on its own device when None.
-
-    Returns:
-        The metric as a fraction: accuracy 0.9914, not 99.14.
-
-    Raises:
-        DataError: If there is no batch, a batch is not a pair, or targets are no class indices.
-        UsageError: If the metric is neither.
-        RunError: If the metric is not a finite number.
-    """
-    from torchmetrics import Metric as TorchMetric
-
-    modes = {module: module.training for module in model.modules()}
-    parameter = next(model.parameters(), None)
-    device = (
-        runtime.device if runtime is not None else parameter.device if parameter is not None else torch.device("cpu")
-    )
-    if runtime is not None:
-        model.to(device)
-    model.eval()
-    try:
-        with torch.no_grad(), seeded(0):
-            if metric is None or isinstance(metric, TorchMetric):
-                value = _measure(model, batches, metric, device, runtime)
-            elif callable(metric):
-                name = f"metric {metric_name(metric)}"
-                with _explained(UsageError, name, "fails", "It is called as metric(model, batches)."):
-                    measured = metric(model, batches)
-                value = _number(measured, name)
-            else:
-                raise UsageError(
-                    f"metric: is a torchmetrics.Metric or a function (model, batches) -> float, found {_kind(metric)}."
-                )
-    finally:
-        set_modes(modes.items())
-    if not math.isfinite(value):
-        raise RunError(f"evaluation: the metric is {value}; the model's outputs or the metric are at fault.")
-    return value
-
-
-def _classes(output: Any, target: Any) -> bool:
-    """Tell whether targets are indices of the classes that a model scores."""
-    return (
-        isinstance(output, Tensor)
-        and isinstance(target, Tensor)
-        and output.ndim >= 2
-        and not target.is_floating_point()
-        and target.shape == output.shape[:1] + output.shape[2:]
-    )
-
-
-def _number(value: Any, name: str) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{name}: returns {_kind(value)}; it has to be one number, higher is better.") from error
-
-
-def _kind(value: Any) -> str:
-    name = type(value).__name__
-    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else name
-
-
-def metric_name(metric: Metric | Any = None) -> str:
-    """Return what a metric is called where it is shown: its ``name`` where it has one; ``accuracy`` for None."""
-    if metric is None:
-        return "accuracy"
-    return str(getattr(metric, "name", None) or getattr(metric, "__name__", type(metric).__name__))
-
-
-def _measure(
-    model: nn.Module, batches: Batches, metric: Any, device: torch.device, runtime: Accelerator | None
-) -> float:
-    from accelerate.utils import send_to_device
-    from torchmetrics.classification import MulticlassAccuracy
-
-    accuracy = metric is None
-    if metric is not None:
-        metric.reset()
-        metric.to(device)
-    mine, of = (0, 1) if runtime is None else (runtime.process_index, runtime.num_processes)
-    for number, (inputs, target) in enumerate(_walk(batches, 0, "evaluation")):
-        own = number % of == mine
-        # A process without a batch of its own still makes its metric, for which it needs the number of classes.
-        if not own and (metric is not None or number > 0):
-            continue
-        inputs, target = send_to_device((inputs, target), device)
-        where = f"evaluation, batch {number + 1}"
-        output = _called(model, inputs, where)
-        if accuracy and _classes(output, target) and len(target):
-            low, high = int(target.min()), int(target.max())
-            if low < 0 or high >= output.shape[1]:
-                raise DataError(
-                    f"{where}: labels run from {low} to {high}, and the network scores {output.shape[1]} classes, 0 to "
-                    f"{output.shape[1] - 1}. Number the classes so, or give a metric of your own."
-                )
-        if metric is None:
-            if not _classes(output, target):
-                raise DataError(
-                    f"evaluation: accuracy needs class scores (N, classes) and indices (N,), found {_kind(output)} and "
-                    f"{_kind(target)}; give a metric of your own."
-                )
-            metric = MulticlassAccuracy(num_classes=output.shape[1], average="micro", validate_args=False).to(device)
-        if own:
-            what = f"metric {metric_name(metric)} takes no {_kind(output)} and {_kind(target)}"
-            with _explained(UsageError, where, what, "Give a metric of such outputs and targets."):
-                metric.update(output.float() if isinstance(output, Tensor) else output, target)
-    if metric is None:
-        raise DataError("evaluation: the data is empty; give at least one batch.")
-    return _number(metric.compute(), f"metric {metric_name(metric)}")

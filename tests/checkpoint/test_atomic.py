@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -44,57 +43,50 @@ def test_a_failure_on_the_way_leaves_the_old_file_whole(tmp_path, monkeypatch, s
     assert os.listdir(tmp_path) == ["file.bin"]
 
 
-WRITER = """
-import os, signal, sys
+KILLED = """
+import os, pathlib, signal, sys, time
 from secateur.checkpoint import write_atomic
-path, moment = sys.argv[1:]
+
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
-if moment == "before the disk has it":
-    os.fsync = die
-elif moment == "before the rename":
-    import pathlib
-    pathlib.Path.replace = die
-write_atomic(path, b"new" * 100_000)
+
+def write(path, moment):
+    if moment == "before the disk has it":
+        os.fsync = die
+    elif moment == "before the rename":
+        pathlib.Path.replace = die
+    n = 0
+    while True:
+        n += 1
+        write_atomic(path, bytes([n % 256]) * 300_000)
+
+for moment in ("before the disk has it", "before the rename", "0.003", "0.02"):
+    path = pathlib.Path(sys.argv[1]) / moment / "file.bin"
+    write_atomic(path, b"old" * 100_000)
+    child = os.fork()
+    if not child:
+        write(path, moment)
+    if moment[0] == "0":
+        time.sleep(float(moment))
+        os.kill(child, signal.SIGKILL)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-@pytest.mark.parametrize("moment", ["before the disk has it", "before the rename"])
-def test_a_killed_writer_leaves_the_old_file_and_the_next_write_tidies_up(tmp_path, moment):
-    path = tmp_path / "file.bin"
-    write_atomic(path, b"old")
-    done = subprocess.run([sys.executable, "-c", WRITER, str(path), moment], cwd=ROOT, check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert path.read_bytes() == b"old"
-    assert len(os.listdir(tmp_path)) == 2, "the writer was killed on its way"
-    write_atomic(path, b"later")
-    assert path.read_bytes() == b"later"
-    assert os.listdir(tmp_path) == ["file.bin"]
-
-
-LOOP = """
-import sys
-from secateur.checkpoint import write_atomic
-print("ready", flush=True)
-n = 0
-while True:
-    n += 1
-    write_atomic(sys.argv[1], bytes([n % 256]) * 300_000)
-"""
-
-
-@pytest.mark.parametrize("delay", [0.003, 0.02])
-def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path, delay):
-    path = tmp_path / "file.bin"
-    write_atomic(path, b"\0" * 300_000)
-    with subprocess.Popen([sys.executable, "-c", LOOP, str(path)], cwd=ROOT, stdout=subprocess.PIPE) as writer:
-        assert writer.stdout is not None
-        assert writer.stdout.readline() == b"ready\n"
-        time.sleep(delay)
-        writer.kill()
-    content = path.read_bytes()
-    assert len(content) == 300_000
-    assert len(set(content)) == 1
+def test_a_writer_killed_at_any_moment_leaves_a_whole_file_and_the_next_write_tidies_up(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], cwd=ROOT, check=True, stdout=subprocess.PIPE)
+    assert [int(status) for status in done.stdout.split()] == [-signal.SIGKILL] * 4
+    for folder in tmp_path.iterdir():
+        path = folder / "file.bin"
+        content = path.read_bytes()
+        assert len(content) == 300_000
+        if folder.name.startswith("before"):
+            assert content == b"old" * 100_000
+            assert len(os.listdir(folder)) == 2, "the writer was killed on its way"
+        assert len(set(content)) == 1 or content == b"old" * 100_000
+        write_atomic(path, b"later")
+        assert path.read_bytes() == b"later"
+        assert os.listdir(folder) == ["file.bin"]
 
 
 def test_files_of_living_writers_are_left_alone(tmp_path):

@@ -1,9 +1,12 @@
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from secateur.cli.commands import main
+from secateur.deploy import timing
 from tests.report.synthetic import write_run
 
 TINY = ["lenet5", "--model-option", "widths=[2, 3]", "--model-option", "hidden=4", "--model-option", "in_size=16"]
@@ -29,6 +32,17 @@ def test_report_of_several_runs_as_json_is_one_document(tmp_path: Path, capsys: 
     assert numbers["comparison"]["figures"][0]["id"] == "pareto"
 
 
+@pytest.fixture
+def peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save the process that measures peak memory, whose own test is in ``tests/deploy``: a byte a parameter."""
+
+    def weighed(network: nn.Module, _: object, sizes: Sequence[int]) -> list[int]:
+        return [size * sum(p.numel() for p in network.parameters()) for size in sizes]
+
+    monkeypatch.setattr(timing, "cpu_peak_bytes", weighed)
+
+
+@pytest.mark.usefixtures("peaks")
 def test_benchmark_measures_two_networks_and_writes_what_a_report_reads(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -39,6 +53,8 @@ def test_benchmark_measures_two_networks_and_writes_what_a_report_reads(
     assert shown == json.loads(out.read_text())
     assert [row["variant"] for row in shown["rows"]] == ["pruned", "original"]
     assert shown["speed_ups"][0]["theoretical"] == 1.0
+    parameters = 2 * 26 + 3 * 51 + 4 * 4 + 10 * 5
+    assert [row["peak_bytes"] for row in shown["rows"]] == [2 * parameters] * 2
 
 
 def test_export_says_what_was_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,6 +103,7 @@ def test_a_wrong_request_is_one_line_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("peaks")
 def test_benchmark_against_another_model_names_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     network = tmp_path / "other.py"
     network.write_text(

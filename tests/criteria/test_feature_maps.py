@@ -326,6 +326,7 @@ assert int(empty["0"].count[0, 0]) == 12 * 16, "a process without data adds noth
 """
 
 
+@pytest.mark.slow
 def test_two_processes_see_what_one_does(tmp_path: Path) -> None:
     script = tmp_path / "rank.py"
     script.write_text(TWO_PROCESSES)

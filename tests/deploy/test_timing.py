@@ -88,6 +88,7 @@ def test_a_network_that_fails_at_a_batch_size_is_listed_not_lost() -> None:
     assert "shape" in result.skipped[0].reason
 
 
+@pytest.mark.slow
 def test_peak_memory_grows_with_the_feature_maps() -> None:
     model = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU())
     small, large = cpu_peak_bytes(model, torch.randn(2, 3, 64, 64), (4, 16))
@@ -163,12 +164,19 @@ def test_the_environment_names_what_a_time_depends_on() -> None:
 def test_the_cpu_clock_does_not_count_waiting() -> None:
     class Waiting(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            time.sleep(0.05)
+            time.sleep(0.01)
             return x
 
     rows = {
         clock: benchmark(
-            Waiting(), example_inputs=X, batch_sizes=(2,), macs=(1, 1), rounds=2, memory=False, clock=clock
+            Waiting(),
+            example_inputs=X,
+            batch_sizes=(2,),
+            macs=(1, 1),
+            rounds=2,
+            min_seconds=1e-4,
+            memory=False,
+            clock=clock,
         )
         .rows[0]
         .seconds

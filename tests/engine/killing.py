@@ -1,19 +1,18 @@
-"""A run that is killed again and again, in a process: ``python -m tests.engine.killing CASE FOLDER SEED KILLS``.
+"""Runs killed again and again, in one process: ``python -m tests.engine.killing CASE FOLDER SEED KILLS TOTAL``.
 
-Each attempt is a forked child that gets SIGKILL at a place drawn at random: at a batch of optimisation or fine-tuning,
-at the n-th writing of a file (before or after the file takes its name), or after a time. The next goes on from what is
-left. Prints the places at which children died, as JSON.
+The first run, in ``FOLDER/whole``, is not killed. Then, from SEED on, each seed's run is killed up to KILLS times,
+until there were TOTAL kills. Each attempt is a forked child that gets SIGKILL at a place drawn at random: at a batch of
+optimisation or fine-tuning, at the n-th writing of a file (before or after the file takes its name), or after a time.
+The next goes on from what is left. Prints how many children died.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,8 +22,7 @@ from torch import nn
 
 from secateur.engine import Event, compress, resume
 from secateur.pruning.planning import Target
-from secateur.training.detection import DetectionLoss, MeanAveragePrecision
-from tests import detectors
+from tests.conftest import collect_no_garbage
 from tests.engine.nets import Small, digits, trained
 
 SETTINGS: dict[str, Any] = {
@@ -38,6 +36,9 @@ def _classifier() -> tuple[Callable[[], nn.Module], Callable[[], nn.Module], dic
 
 
 def _detector() -> tuple[Callable[[], nn.Module], Callable[[], nn.Module], dict[str, Any], dict[str, Any]]:
+    from secateur.training.detection import DetectionLoss, MeanAveragePrecision
+    from tests import detectors
+
     def seeded() -> nn.Module:
         torch.manual_seed(0)
         return detectors.faster_rcnn()
@@ -91,16 +92,13 @@ def doomed(case: str, folder: Path, draw: random.Random) -> None:
     if kind in ("write", "written"):
         os.replace = dying_replace
     elif kind == "time":
-        threading.Timer(draw.uniform(0.0, 2.0), die).start()
+        threading.Timer(draw.uniform(0.0, 0.6), die).start()
     attempt(case, folder, on_event if kind == "batch" else None)
 
 
-def main(case: str, folder: Path, seed: int, kills: int) -> None:
-    """Kill ``kills`` attempts, then let the run finish."""
-    torch.set_num_threads(1)
-    draw, died = random.Random(seed), 0
-    started = time.monotonic()
-    attempts = 0
+def killed(case: str, folder: Path, seed: int, kills: int) -> int:
+    """Kill up to ``kills`` attempts, then let the run finish; return how many died."""
+    draw, died, attempts = random.Random(seed), 0, 0
     while died < kills and not (folder / "result.json").exists():
         attempts += 1
         child = os.fork()
@@ -112,8 +110,20 @@ def main(case: str, folder: Path, seed: int, kills: int) -> None:
         _, status = os.waitpid(child, 0)
         died += os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     attempt(case, folder)
-    sys.stdout.write(json.dumps({"died": died, "attempts": attempts, "seconds": time.monotonic() - started}) + "\n")
+    return died
+
+
+def main(case: str, folder: Path, seed: int, kills: int, total: int) -> None:
+    """Let a run finish, and kill others until there were enough kills."""
+    torch.set_num_threads(1)
+    collect_no_garbage()
+    attempt(case, folder / "whole")
+    died = 0
+    for each in range(seed, seed + 28):
+        if died < total:
+            died += killed(case, folder / str(each), each, kills)
+    sys.stdout.write(f"{died}\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:]))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from secateur.engine import compress, resume
-from secateur.training import stages
+from secateur.training import evaluation, stages
 from tests.engine.nets import Small, digits, trained
 
 
@@ -28,7 +28,7 @@ def main(folder: Path) -> None:
     runtime.wait_for_everyone()
     again = resume(folder, Small(), train=train, validation=validation, test=test)
     total = sum(float(p.detach().double().sum()) for p in result.model.parameters())
-    alone = stages.evaluate(result.model, test)
+    alone = evaluation.evaluate(result.model, test)
     line = {
         "rank": runtime.process_index, "sum": total,
         "again": sum(float(p.detach().double().sum()) for p in again.model.parameters()),

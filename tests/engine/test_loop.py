@@ -18,7 +18,7 @@ from secateur.engine import CompressResult, Engine, Event, Settings, compress, r
 from secateur.errors import CheckpointError, DataError, RunError, SecateurError, UsageError
 from secateur.graph.cost import layer_costs
 from secateur.graph.steps import steps
-from secateur.training import stages
+from secateur.training import evaluation, passes
 from tests.criteria.networks import NETWORKS, Y
 from tests.engine.nets import Residual, Small, digits, trained
 
@@ -51,7 +51,7 @@ def check(model: nn.Module, result: CompressResult) -> None:
     assert final["macs"] == sc.macs(graph, result.plan) == sc.macs(small)
     assert final["parameters"] == sum(p.numel() for p in result.model.parameters())
     assert final["widths"] == {layer.module: layer.out_channels for layer in layer_costs(small)}
-    assert final["validation"] == stages.evaluate(result.model, VALIDATION)
+    assert final["validation"] == evaluation.evaluate(result.model, VALIDATION)
     assert result.report["verification"]["exact"]
     accepted: dict[str, set[int]] = {}
     for record in result.history:
@@ -73,7 +73,7 @@ def test_widths_are_reached_as_a_chain(network: nn.Module, tmp_path: Path) -> No
     assert [r["widths"]["conv2"] for r in result.history] == [8, 6, 6]
     for number, milestone in enumerate(result.milestones, 1):
         loaded = checkpoint.load(Small(), tmp_path / "run" / f"milestone-{number}.safetensors")
-        assert stages.evaluate(loaded, TEST) == milestone["test"]
+        assert evaluation.evaluate(loaded, TEST) == milestone["test"]
     # 1 of optimisation and 1 of fine-tuning a round, 1 at each goal; an early end takes less.
     assert result.report["images"] <= 200 * (3 * 2 + 2)
 
@@ -131,7 +131,7 @@ def test_a_target_is_met_and_not_overshot(network: nn.Module, target: sc.Target)
 
 
 def test_tolerance_rules_and_misses_are_reverted(network: nn.Module) -> None:
-    baseline = stages.evaluate(network, VALIDATION)
+    baseline = evaluation.evaluate(network, VALIDATION)
     result = run(network, tolerance=3.0, pairs=2, optimise_epochs=0, test=TEST)
     check(network, result)
     assert result.report["baseline"]["validation"] == baseline
@@ -206,7 +206,7 @@ def test_corrnet_with_a_threshold_selects_for_itself_round_by_round(network: nn.
     result = run(network, "corrnet", target=sc.Target(macs=0.9), criterion={"threshold": 0.35}, **options)
     check(network, result)
     graph, first = sc.trace(network, VALIDATION.x[:1]), result.history[0]["removed"]
-    with stages.seeded(0, 1, 1):
+    with passes.seeded(0, 1, 1):
         data = [batch for _, batch in zip(range(2), TRAIN, strict=False)]
         wanted = {"conv1": 2, "conv2": 3}
         chosen = sc.select(network, graph, "corrnet", wanted, data, threshold=0.35, seed=0)
@@ -455,6 +455,15 @@ def test_bad_requests_are_one_clear_line(
     with pytest.raises(error, match=message) as caught:
         call(network, **{"train": TRAIN, "validation": VALIDATION, **QUICK, **options})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("guesses", [True, False])
+def test_an_untrained_network_is_warned_of(network: nn.Module, guesses: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model = Small() if guesses else network
+    if guesses:
+        nn.init.zeros_(next(m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)).weight)
+    Engine(model, "l1", train=TRAIN, validation=[(x, y % 10) for x, y in VALIDATION]).init()
+    assert ("which is chance with 10 classes" in caplog.text) is guesses
 
 
 # Networks that a round changes more than in width, and the user's own code

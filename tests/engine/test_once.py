@@ -20,7 +20,7 @@ from secateur.deploy.timing import RoundToChoice
 from secateur.engine import once
 from secateur.errors import DataError, PlanError, SecateurError, UsageError, VerificationError
 from secateur.pruning.verification import VerificationReport
-from secateur.training import stages
+from secateur.training import evaluation
 from tests.engine.nets import digits
 
 BATCHES = list(digits(200)[0])
@@ -108,7 +108,9 @@ def chain(
         "compensation": done,
     }
     if test is not None:
-        report["before"]["test"], report["after"]["test"] = (stages.evaluate(m, test, metric) for m in (model, small))
+        report["before"]["test"], report["after"]["test"] = (
+            evaluation.evaluate(m, test, metric) for m in (model, small)
+        )
     return small, plan, report
 
 
@@ -131,7 +133,7 @@ OPTIONS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("skip", {}, {"skip": ["conv1"]}),
     ("round_to", {}, {"round_to": 4}),
     ("min_channels", {"target": sc.Target(macs=0.6)}, {"min_channels": 5}),
-    ("ranking", {}, {"ranking": "uniform"}),
+    ("allocation", {}, {"allocation": "uniform"}),
     ("inexact", {"target": sc.Target(channels=0.3)}, {"inexact": True}),
     ("compensate", {"data": BATCHES}, {"compensate": "least_squares"}),
     ("compensate", {"data": BATCHES}, {"compensate": ["merge", "bn"]}),
@@ -246,7 +248,7 @@ ERRORS: list[tuple[dict[str, Any], type[SecateurError], str]] = [
     ({"metric": confidence}, UsageError, "prune: metric has nothing to be measured on; pass test=batches."),
     ({"ratios": {"conv1": 0.5}, "max_ratio": {"conv1": 0.2}}, UsageError, "contradicts max_ratio 0.2"),
     ({"skip": ["conv9"]}, UsageError, "conv9: no layer has this name or class"),
-    ({"ranking": "loudest"}, UsageError, "ranking: expected normalized, global or uniform"),
+    ({"allocation": "loudest"}, UsageError, "allocation: expected normalized, global or uniform"),
     ({"ratios": {"fc1": 0.5}}, UsageError, "pass inexact"),
     ({"method": "corrnet", "data": []}, DataError, "data"),
     ({"test": []}, DataError, "evaluation: the data is empty"),

@@ -39,38 +39,32 @@ def outcome(folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return killed(tmp_path_factory.mktemp("whole"), 0, 0)[0]
-
-
-def killed(folder: Path, seed: int, kills: int, case: str = "classifier") -> tuple[dict[str, Any], int]:
-    """Run in another process with a number of kills; return what is left and how many there were."""
-    command = [sys.executable, "-m", "tests.engine.killing", case, str(folder), str(seed), str(kills)]
+def check_killed(folder: Path, case: str, seed: int, kills: int, total: int) -> dict[str, Any]:
+    """Run in another process, once whole and then killed ``total`` times; return what the whole run leaves."""
+    command = [sys.executable, "-m", "tests.engine.killing", case, folder, *map(str, (seed, kills, total))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert not list(folder.rglob("*.partial")) or report["died"]
-    return outcome(folder), report["died"]
+    assert int(done.stdout.splitlines()[-1]) >= total
+    assert not list((folder / "whole").rglob("*.partial"))
+    whole = outcome(folder / "whole")
+    killed = [run for run in folder.iterdir() if run.name != "whole"]
+    assert killed
+    for run in killed:
+        assert outcome(run) == whole
+    return whole
 
 
-def test_the_run_visits_every_kind_of_step(expected: dict[str, Any]) -> None:
-    records = expected["history"]
+def test_a_killed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
+    records = check_killed(tmp_path, "classifier", seed=1, kills=5, total=5)["history"]
+    # The run has every kind of step.
     assert {r["phase"] for r in records} == {1, 2}
     assert {r["accepted"] for r in records} == {True, False}
     assert len(records) >= 4
 
 
-def test_a_killed_run_ends_in_the_same_bits(expected: dict[str, Any], tmp_path: Path) -> None:
-    found, died = killed(tmp_path, 1, 5)
-    assert died == 5
-    assert found == expected
-
-
-@pytest.mark.parametrize("name", ["milestone-1.safetensors", "history.jsonl", "model.safetensors", "result.json"])
 def test_no_file_is_missing_after_a_kill_before_it_took_its_name(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Killed(BaseException):
         pass
@@ -79,45 +73,36 @@ def test_no_file_is_missing_after_a_kill_before_it_took_its_name(
     train, validation, test = digits(80)
     data = {"train": train, "validation": validation, "test": test}
     quick: dict[str, Any] = {"pairs": 4, "optimise_epochs": 1, "finetune_epochs": 1, "final_epochs": 1, "lr": 0.02}
-
-    def dying(self: Path, target: Path) -> Path:
-        if target.name == name and (tmp_path / "cut" / "history.jsonl").is_file():
-            raise Killed
-        return replace(self, target)
-
     model = trained(epochs=3)
     compress(model, run_dir=tmp_path / "whole", seed=7, tolerance=100, **data, **quick)
-    monkeypatch.setattr(Path, "replace", dying)
-    with pytest.raises(Killed):
-        compress(model, run_dir=tmp_path / "cut", seed=7, tolerance=100, **data, **quick)
-    monkeypatch.undo()
-    resume(tmp_path / "cut", Small(), **data)
     assert "milestone-1.safetensors" in outcome(tmp_path / "whole")["models"]
-    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+    for name in ("milestone-1.safetensors", "history.jsonl", "model.safetensors", "result.json"):
+        folder = tmp_path / name
+
+        def dying(self: Path, target: Path, *, name: str = name, folder: Path = folder) -> Path:
+            if target.name == name and (folder / "history.jsonl").is_file():
+                raise Killed
+            return replace(self, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", dying)
+            with pytest.raises(Killed):
+                compress(model, run_dir=folder, seed=7, tolerance=100, **data, **quick)
+        resume(folder, Small(), **data)
+        assert outcome(folder) == outcome(tmp_path / "whole"), name
 
 
 @pytest.mark.slow
-def test_many_kills(expected: dict[str, Any], tmp_path: Path) -> None:
-    """At least 20 in all: how often one run can be killed before it ends depends on how fast the machine is."""
-    total = 0
-    for seed in range(2, 30):
-        found, died = killed(tmp_path / str(seed), seed, 5)
-        assert found == expected
-        total += died
-        if total >= 20:
-            break
-    assert total >= 20
+def test_many_kills(tmp_path: Path) -> None:
+    check_killed(tmp_path, "classifier", seed=2, kills=5, total=20)
 
 
 @pytest.mark.slow
 def test_a_killed_run_of_a_detector_ends_in_the_same_bits(tmp_path: Path) -> None:
-    whole, _ = killed(tmp_path / "whole", 0, 0, "detector")
+    whole = check_killed(tmp_path, "detector", seed=54, kills=4, total=4)
     assert len(whole["history"]) >= 2
     assert whole["result"]["metric"] == "mAP"
     assert whole["result"]["final"]["validation"] > 0
-    found, died = killed(tmp_path / "killed", 54, 4, "detector")
-    assert died == 4
-    assert found == whole
 
 
 def test_every_single_step_can_be_the_last(tmp_path: Path) -> None:

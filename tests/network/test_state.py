@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import secateur as sc
-from tests.cases import CASES, Case, Net
+from tests.cases import Case, Net, one_in
 from tests.cases.table import conv
 
 # Some networks do on purpose what torch warns of.
@@ -72,18 +72,27 @@ def same(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return sorted(changed)
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("case", CASES.values(), ids=lambda c: c.name)
-def test_trace_leaves_the_model_as_found(case: Case, train: bool) -> None:
+@pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.slow), True], ids=["eval", "train"])
+@pytest.mark.parametrize("case", one_in(3), ids=lambda c: c.name)
+def test_trace_and_apply_leave_the_model_as_found(case: Case, train: bool) -> None:
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = case.build().train(train)
     inputs = case.inputs()
     before, around = fingerprint(model), surroundings()
-    sc.trace(model, inputs)
+    graph = sc.trace(model, inputs)
     assert same(before, fingerprint(model)) == []
     assert same(around, surroundings()) == []
+    groups = [g for g in graph.groups if g.exact and not g.constraint and g.size > 2]
+    small = sc.apply(model, sc.plan_removal(graph, {g.name: [0, g.size - 1] for g in groups}))
+    assert same(before, fingerprint(model)) == []
+    mine = {p.data_ptr() for p in model.parameters() if p.numel()}
+    assert not any(p.data_ptr() in mine for p in small.parameters() if p.numel())
+    ours = dict(model.named_parameters())
+    for name, parameter in small.named_parameters():
+        assert parameter.requires_grad == ours[name].requires_grad, name
+    assert [m.training for m in model.modules()] == [m.training for m in small.modules()]
 
 
 def test_mixed_modes_survive() -> None:
@@ -169,23 +178,3 @@ def test_example_inputs_are_left_alone() -> None:
     copy = x.clone()
     sc.trace(model, x)
     assert torch.equal(x, copy)
-
-
-@pytest.mark.parametrize("case", CASES.values(), ids=lambda c: c.name)
-def test_apply_leaves_the_original_alone(case: Case) -> None:
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = case.build()
-    graph = sc.trace(model, case.inputs())
-    before = fingerprint(model)
-    groups = [g for g in graph.groups if g.exact and not g.constraint and g.size > 2]
-    plan = sc.plan_removal(graph, {g.name: [0, g.size - 1] for g in groups})
-    small = sc.apply(model, plan)
-    assert same(before, fingerprint(model)) == []
-    mine = {p.data_ptr() for p in model.parameters() if p.numel()}
-    assert not any(p.data_ptr() in mine for p in small.parameters() if p.numel())
-    ours = dict(model.named_parameters())
-    for name, parameter in small.named_parameters():
-        assert parameter.requires_grad == ours[name].requires_grad, name
-    assert [m.training for m in model.modules()] == [m.training for m in small.modules()]

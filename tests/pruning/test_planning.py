@@ -58,11 +58,11 @@ def test_the_graph_is_the_one_drawn_by_hand() -> None:
 
 
 @pytest.mark.parametrize("what", ["macs", "params", "channels"])
-@pytest.mark.parametrize("ranking", ["normalized", "global", "uniform"])
+@pytest.mark.parametrize("allocation", ["normalized", "global", "uniform"])
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.8])
-def test_a_target_is_met_and_by_no_more_than_one_step(what: str, ranking: Any, fraction: float) -> None:
+def test_a_target_is_met_and_by_no_more_than_one_step(what: str, allocation: Any, fraction: float) -> None:
     target = sc.Target(**{what: fraction})
-    plan = sc.plan(GRAPH, scores(), target, ranking=ranking)
+    plan = sc.plan(GRAPH, scores(), target, allocation=allocation)
     assert target.removed(GRAPH, plan) >= fraction
     model = Net().eval()
     small = sc.apply(model, plan)
@@ -76,7 +76,7 @@ def test_a_target_is_met_and_by_no_more_than_one_step(what: str, ranking: Any, f
 @given(seed=st.integers(0, 1000), fraction=st.floats(0.05, 0.7))
 def test_blocks_lose_alike_and_the_lowest_go_first(seed: int, fraction: float) -> None:
     values = scores(seed)
-    plan = sc.plan(GRAPH, values, sc.Target(channels=fraction), ranking="uniform")
+    plan = sc.plan(GRAPH, values, sc.Target(channels=fraction), allocation="uniform")
     for group in GRAPH.groups:
         gone = set(plan.removed.get(group.name, []))
         counts = [sum(group.blocks[c] == b for c in gone) for b in range(int(group.blocks.max()) + 1)]
@@ -139,7 +139,7 @@ def test_a_module_stands_for_all_layers_in_it(pattern: str) -> None:
         ({"target": sc.Target(macs=0.5), "skip": ["nowhere"]}, sc.UsageError, "nowhere: no layer"),
         ({"target": sc.Target(macs=0.5), "round_to": 0}, sc.UsageError, "round_to"),
         ({"target": sc.Target(macs=0.5), "max_ratio": 0.0}, sc.UsageError, "max_ratio"),
-        ({"target": sc.Target(macs=0.5), "ranking": "best"}, sc.UsageError, "ranking"),
+        ({"target": sc.Target(macs=0.5), "allocation": "best"}, sc.UsageError, "allocation"),
         ({"ratios": {"inner": 1.5}}, sc.UsageError, "ratio of inner"),
         ({"ratios": {"inner": 0.5}, "skip": ["inner"]}, sc.UsageError, "contradicts skip 'inner'"),
         ({"ratios": {"inner": 0.5, "inn*": 0.25}}, sc.UsageError, "contradicts ratio"),
@@ -273,8 +273,8 @@ def test_every_group_loses_as_much_as_its_own_limit_lets_it(case: Case) -> None:
         if not total:
             continue
         target = sc.Target(channels=total / sum(g.size for g in graph.groups))
-        for ranking in ("normalized", "global", "uniform"):
-            plan = sc.plan(graph, values, target, ranking=ranking, **options)
+        for allocation in ("normalized", "global", "uniform"):
+            plan = sc.plan(graph, values, target, allocation=allocation, **options)
             assert {name: len(gone) for name, gone in plan.removed.items()} == expected
         with pytest.raises(sc.PlanError, match="all that may go"):
             sc.plan(graph, values, sc.Target(channels=target.fraction + 1e-6), **options)
@@ -351,3 +351,18 @@ def test_a_plan_for_another_model_is_refused() -> None:
     small = sc.apply(Net(), plan)
     with pytest.raises(sc.PlanError, match="made for shape"):
         sc.apply(small, plan)
+
+
+@pytest.mark.parametrize(
+    "mask", [[True] + [False] * 15, np.arange(16) < 1, torch.arange(16) < 1], ids=["list", "numpy", "torch"]
+)
+def test_a_mask_is_no_list_of_channels(mask: Any) -> None:
+    with pytest.raises(sc.PlanError, match=r"inner: a mask is given; give the indices .*mask\.nonzero\(\)"):
+        sc.plan_removal(GRAPH, {"inner": mask})
+
+
+def test_where_nothing_can_go_the_reason_is_told() -> None:
+    x = torch.randn(1, 3, 6, 6)
+    graph = sc.trace(nn.Sequential(nn.Conv2d(3, 4, 3)), x)
+    with pytest.raises(sc.PlanError, match="trace lists the reasons, such as: is returned by the model"):
+        sc.plan(graph, {}, sc.Target(channels=0.3))

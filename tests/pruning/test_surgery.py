@@ -40,7 +40,7 @@ def halved(model: nn.Module) -> tuple[sc.PruningPlan, nn.Module]:
     graph = sc.trace(model, X)
     generator = torch.Generator().manual_seed(1)
     scores = {g.name: torch.rand(g.size, generator=generator) for g in graph.groups}
-    plan = sc.plan(graph, scores, sc.Target(channels=0.5), ranking="uniform")
+    plan = sc.plan(graph, scores, sc.Target(channels=0.5), allocation="uniform")
     return plan, sc.apply(model, plan)
 
 

@@ -21,7 +21,8 @@ from tests.cases import CASES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-NAMES = ["lenet5", "dense", *list(CASES)[::3]]
+NAMES = ["lenet5", "dense", *list(CASES)[::9]]
+MORE = [pytest.param(name, marks=pytest.mark.slow) for name in list(CASES)[::3] if name not in NAMES]
 
 
 class Dense(nn.Module):
@@ -128,7 +129,7 @@ def shown_of(name: str) -> Shown:
     return read(draw_graph(graph_of(name), name))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + MORE)
 def test_every_group_and_every_member_is_told(name: str) -> None:
     graph, shown = graph_of(name), shown_of(name)
     assert len(shown.store["groups"]) == len(shown.strands) == len(graph.groups)
@@ -149,7 +150,7 @@ def test_every_group_and_every_member_is_told(name: str) -> None:
         assert members == {(m.role.value[0], m.tensor, len({*m.channels.tolist()})) for m in group.members}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + MORE)
 def test_marks_lie_on_the_rows_of_their_layers(name: str) -> None:
     graph, shown = graph_of(name), shown_of(name)
     height = shown.store["row"]
@@ -176,14 +177,14 @@ def test_marks_lie_on_the_rows_of_their_layers(name: str) -> None:
         assert drawn["dashed"] == (not group.exact)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + MORE)
 def test_strands_of_one_lane_do_not_overlap(name: str) -> None:
     lines = sorted(strand["line"] for strand in shown_of(name).strands)
     for (x, _, bottom), (other, top, _) in pairwise(lines):
         assert x != other or bottom < top
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + MORE)
 def test_every_refusal_is_told_with_its_reason_and_line(name: str) -> None:
     graph, shown = graph_of(name), shown_of(name)
     table = [row for row in shown.cells if len(row) == 5]

@@ -83,6 +83,7 @@ def test_a_run_without_optional_parts_still_reports(tmp_path: Path) -> None:
     assert [h["label"] for h in numbers["headline"]] == ["Validation accuracy", "MACs", "Parameters", "File size"]
 
 
+@pytest.mark.slow
 def test_figures_for_a_paper_are_png_and_svg(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name) for name in "ab"]
     files = write_report(runs, tmp_path / "report.html", figures=tmp_path / "figures")

@@ -25,6 +25,7 @@ from secateur.errors import UsageError
 from secateur.runfile import config, configured_run
 from secateur.runfile.config import RunConfig
 from secateur.training import baseline, stages
+from tests.conftest import collect_no_garbage
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -100,6 +101,7 @@ def only_kept(model: Any, *_: Any, run_dir: Path, **__: Any) -> None:
 def main(folder: Path, part: str, places: list[str]) -> None:
     """Run to the end in one folder; in another, be killed some times first. Prints how often that was."""
     torch.set_num_threads(1)
+    collect_no_garbage()
     if part == "baseline":
         configured_run.compress = only_kept  # type: ignore[assignment]
     attempt(folder / "one" / "whole")
@@ -131,9 +133,10 @@ def anywhere(seed: int) -> list[str]:
     return [f"{kind}:{draw.randrange(1, kinds[kind])}" for kind in draw.choices([*kinds], k=6)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "places"),
-    [("baseline", PLACES), *(pytest.param("whole", anywhere(seed), marks=pytest.mark.slow) for seed in range(3))],
+    [("baseline", PLACES), *(("whole", anywhere(seed)) for seed in range(3))],
 )
 def test_killed_in_the_baseline_the_run_ends_in_the_same_bits(tmp_path: Path, part: str, places: list[str]) -> None:
     command = [sys.executable, "-m", "tests.runfile.test_baselines", str(tmp_path), part, *places]

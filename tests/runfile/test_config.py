@@ -179,8 +179,8 @@ def test_a_file_for_prune_reaches_every_option_of_the_command(tmp_path: Path) ->
         "model": "lenet5", "model_options": {"hidden": 8}, "weights": "w", "data": "digits", "data_options": {"a": [1]},
         "input": ["1x1x28x28"], "method": "l1", "method_options": {"p": 2}, "target": {"macs": 0.5},
         "ratios": {"conv*": 0.5}, "max_ratio": {"*": 0.5, "Linear": 0}, "skip": ["conv1", "Linear"], "round_to": 8,
-        "min_channels": 2, "ranking": "global", "inexact": True, "compensate": ["merge", "bn"], "batches": 2, "seed": 3,
-        "out": "o",
+        "min_channels": 2, "allocation": "global", "inexact": True, "compensate": ["merge", "bn"],
+        "batches": 2, "seed": 3, "out": "o",
     }  # fmt: skip
     assert set(given) == set(config.PruneConfig.model_fields)
     words = config.load_prune(written(tmp_path, yaml.safe_dump(given))).options()
@@ -199,7 +199,7 @@ def test_a_file_for_prune_reaches_every_option_of_the_command(tmp_path: Path) ->
     [
         ("model: lenet5\nratio: {conv1: 0.5}\n", ":2: ratio: no such key; did you mean ratios?"),
         ("ratios: {conv1: 1.5}\n", ":1: ratios.conv1: "),
-        ("ranking: loudest\n", ":1: ranking: "),
+        ("allocation: loudest\n", ":1: allocation: "),
         ("target: {macs: 0.5, params: 0.5}\n", ":1: target: give exactly one"),
         ("round_to: 0\n", ":1: round_to"),
         ("- conv1\n", "a configuration is a mapping"),

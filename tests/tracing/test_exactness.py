@@ -24,8 +24,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 RATIOS = (0.25, 0.5, 0.8)
 
-EXPECTING = [c for c in CASES.values() if c.prunable]
-REFUSING = [c for c in CASES.values() if c.refused]
+MIXING = """
+    dynamic_convolution unit_length_over_channels control_flow_on_features convolutional_block_attention
+    sum_over_channels flat_maximum cosine_similarity
+"""
+"""Cases whose channels take part in one another's results, though nothing normalises them."""
 
 
 @functools.cache
@@ -74,22 +77,35 @@ def test_table_is_broad() -> None:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=ids)
-def test_outputs_are_never_offered(case: Case) -> None:
+def test_case(case: Case) -> None:
+    """Everything that holds of a case, in one test, so that the case is traced once."""
+    outputs_are_never_offered(case)
+    finds_what_can_be_pruned(case)
+    refuses_with_its_reason(case)
+    marks_inexact_groups(case)
+    pruned_equals_masked_original(case)
+    if case.prunable:
+        all_that_may_go_can(case)
+    inexact_groups_equal_a_norm_over_the_kept_channels(case)
+
+
+def outputs_are_never_offered(case: Case) -> None:
+    """No filter of a layer that gives the network's output is offered."""
     _, _, graph = traced(case.name)
     for layer in case.outputs:
         assert offered(graph, layer) == 0, f"{layer} gives the network's output"
 
 
-@pytest.mark.parametrize("case", EXPECTING, ids=ids)
-def test_finds_what_can_be_pruned(case: Case) -> None:
+def finds_what_can_be_pruned(case: Case) -> None:
+    """As many filters are offered as expected."""
     _, _, graph = traced(case.name)
     found = {producer: offered(graph, producer, inexact=False) for producer in case.prunable}
     short = {p: (found[p], least) for p, least in case.prunable.items() if found[p] < least}
     assert not short, f"offered, expected: {short}; refusals: {graph.refused}"
 
 
-@pytest.mark.parametrize("case", REFUSING, ids=ids)
-def test_refuses_with_its_reason(case: Case) -> None:
+def refuses_with_its_reason(case: Case) -> None:
+    """What has to stay is not offered, and listed with the reason."""
     _, _, graph = traced(case.name)
     for producer, fragment in case.refused.items():
         assert offered(graph, producer) == 0
@@ -106,8 +122,8 @@ def test_refusal_names_the_failing_line() -> None:
     assert any("x.view(-1, 6 * 48)" in line for line in lines)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES.values() if c.inexact], ids=ids)
-def test_marks_inexact_groups(case: Case) -> None:
+def marks_inexact_groups(case: Case) -> None:
+    """Groups whose removal can't equal zeroing are marked."""
     _, _, graph = traced(case.name)
     for producer in case.inexact:
         for group in graph.groups:
@@ -129,8 +145,8 @@ def check(case: Case, removed: dict[str, list[int]], seed: int) -> None:
     assert sc.verify(model, small, plan, inputs).exact
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=ids)
-def test_pruned_equals_masked_original(case: Case) -> None:
+def pruned_equals_masked_original(case: Case) -> None:
+    """Random selections of every group are cut exactly."""
     _, _, graph = traced(case.name)
     chosen = [(selection(graph, ratio, seed), seed) for seed, ratio in enumerate(RATIOS)]
     for removed, seed in chosen:
@@ -140,14 +156,14 @@ def test_pruned_equals_masked_original(case: Case) -> None:
     assert all(removed for removed, _ in chosen) or (not free and (graph.refused or graph.groups or graph.notes))
 
 
-@pytest.mark.parametrize("case", EXPECTING, ids=ids)
-def test_all_that_may_go_can(case: Case) -> None:
+def all_that_may_go_can(case: Case) -> None:
     """Down to as few channels as a group says that have to stay: code may do something else below some width."""
     _, _, graph = traced(case.name)
     check(case, {g.name: [c for step in steps(g, range(g.size)) for c in step] for g in graph.groups if g.exact}, 3)
 
 
-@pytest.mark.parametrize("case", EXPECTING, ids=ids)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [c for c in CASES.values() if c.prunable], ids=ids)
 def test_one_group_at_a_time(case: Case) -> None:
     model, inputs, graph = traced(case.name)
     groups = [group for group in graph.groups if group.exact]
@@ -162,27 +178,12 @@ def test_one_group_at_a_time(case: Case) -> None:
             assert verdict.exact, f"{verdict.kind}: {verdict.detail}; removed {channels} of {group.name}"
 
 
-MIXING = """
-    dynamic_convolution unit_length_over_channels control_flow_on_features convolutional_block_attention
-    sum_over_channels flat_maximum cosine_similarity
-"""
-"""Cases whose channels take part in one another's results, though nothing normalises them."""
-INEXACT = [c for c in CASES.values() if c.normalising or c.name in MIXING.split()]
-
-
-def inexact(case: Case) -> dict[str, list[int]]:
-    """Choose about half of every group that is marked as inexact."""
-    return selection(traced(case.name)[2], 0.5, 3, exact=False)
-
-
-def test_no_other_case_has_groups_that_are_inexact() -> None:
-    assert not [case.name for case in CASES.values() if case not in INEXACT and inexact(case)]
-
-
-@pytest.mark.parametrize("case", [c for c in INEXACT if inexact(c)], ids=ids)
-def test_inexact_groups_equal_a_norm_over_the_kept_channels(case: Case) -> None:
+def inexact_groups_equal_a_norm_over_the_kept_channels(case: Case) -> None:
+    """Only cases that mix channels have inexact groups; where a norm mixes them, it is that of the kept ones."""
     model, inputs, graph = traced(case.name)
-    for name, channels in inexact(case).items():
+    inexact = selection(graph, 0.5, 3, exact=False)
+    assert not inexact or case.normalising or case.name in MIXING.split()
+    for name, channels in inexact.items():
         plan = sc.plan_removal(graph, {name: channels})
         small = sc.apply(model, plan)
         verdict = oracle.judge(model, small, plan, oracle.fresh(inputs, 5), norms=True)

@@ -233,7 +233,7 @@ def hold(law: Callable[[Network, int], None], examples: int) -> None:
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 def test_law(law: Callable[[Network, int], None]) -> None:
-    hold(law, examples=50)
+    hold(law, examples=15)
 
 
 @pytest.mark.slow

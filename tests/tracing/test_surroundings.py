@@ -182,3 +182,21 @@ def test_failures_without_a_line_to_show_are_not_found_one_by_one(monkeypatch: p
     graph = sc.trace(Net(scaled, layers=layers, head=conv(8, 4)).eval(), X)
     assert not graph.groups
     assert len(runs) < 32
+
+
+def test_a_function_and_lazy_layers_are_refused_in_a_line() -> None:
+    with pytest.raises(sc.UsageError, match=r"expected a torch\.nn\.Module, found function"):
+        sc.trace(lambda x: x, X)  # type: ignore[arg-type]
+    with pytest.raises(sc.TraceError, match="1 is a lazy layer, whose shape is not known yet: run the network once"):
+        sc.trace(nn.Sequential(nn.ReLU(), nn.LazyConv2d(4, 3)), X)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_program_of_torchscript_is_noted() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), torch.jit.trace(nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU()), X[:, :1].repeat(1, 4, 1, 1))
+    )
+    graph = sc.trace(nn.Sequential(model, nn.Conv2d(6, 2, 1)), X)
+    notes = [note for note in graph.notes if "TorchScript" in note]
+    assert notes == ["0.1: is compiled by TorchScript, whose copies run with whole weights; prune what it was made of"]
+    assert not graph.groups

@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from secateur.checkpoint.records import flatten, restore
 from secateur.errors import DataError, RunError, SecateurError, UsageError
-from secateur.training import stages
+from secateur.training import passes, stages
 from secateur.training.arithmetic import Arithmetic
-from secateur.training.stages import Distillation, Stage, TrainingSettings, evaluate, fit
+from secateur.training.evaluation import evaluate
+from secateur.training.stages import Distillation, Stage, TrainingSettings, fit
 from tests.engine.nets import Small, digits
 
 
@@ -68,7 +69,7 @@ def test_seed_stage_and_epoch_each_change_the_order() -> None:
         fit(model, train, epochs=1, seed=seed, stage=stage)
         results.append(model)
     assert not any(equal(results[i], results[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
-    seeds = {stages.derived_seed(s, n, e) for s in range(4) for n in range(4) for e in range(4)}
+    seeds = {passes.derived_seed(s, n, e) for s in range(4) for n in range(4) for e in range(4)}
     assert len(seeds) == 64
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
@@ -267,30 +268,43 @@ def select_pairs(
         return []
 
     table = scores.detach().double().cpu()
-    rows, columns = torch.triu_indices(size, size, offset=1)
+    walk = _by_falling_score(table)
+    ranks = _drop_ranks(table, walk[: max(count, 3)], norms)
+    return _dropped_along(walk, count, ranks, fixed.tolist())
+
+
+def _by_falling_score(table: Tensor) -> list[tuple[int, int]]:
+    """Return the unordered pairs by falling score; equal scores: lower indices first."""
+    rows, columns = torch.triu_indices(len(table), len(table), offset=1)
     order = torch.sort(table[rows, columns], descending=True, stable=True).indices
-    walk = list(zip(rows[order].tolist(), columns[order].tolist(), strict=True))
-    occurrences = [0] * size
-    for pair in walk[: max(count, 3)]:
-        for end in pair:
-            occurrences[end] += 1
+    return list(zip(rows[order].tolist(), columns[order].tolist(), strict=True))
+
+
+def _drop_ranks(
+    table: Tensor, top: Sequence[tuple[int, int]], norms: Tensor | None
+) -> list[tuple[int, float, float, int]]:
+    """Rank each filter: of two ends of a pair, the one of the higher rank is dropped.
+
+    What counts, in this order: in how many of the top pairs the filter occurs, its Σ|ρ|, its L1 norm, its index.
+    """
+    occurrences = Counter(end for pair in top for end in pair)
     sums = (table.abs().sum(dim=1) - table.diagonal().abs()).tolist()
-    lengths = [0.0] * size if norms is None else norms.detach().double().cpu().tolist()
+    lengths = [0.0] * len(table) if norms is None else norms.detach().double().cpu().tolist()
+    return [(occurrences[end], sums[end], -lengths[end], end) for end in range(len(table))]
 
-    def drop_rank(end: int) -> tuple[int, float, float, int]:
-        return (occurrences[end], sums[end], -lengths[end], end)
 
+def _dropped_along(
+    walk: Sequence[tuple[int, int]], count: int, ranks: Sequence[tuple[int, float, float, int]], fixed: Sequence[bool]
+) -> list[tuple[int, int]]:
+    """Walk the pairs and drop one end of each, until ``count`` are dropped; survivors are locked for one walk."""
     partner: dict[int, int] = {}
-    fixed_ends = fixed.tolist()
     while len(partner) < count:
-        locked = list(fixed_ends)
+        locked = list(fixed)
         for i, j in walk:
             if i in partner or j in partner or (locked[i] and locked[j]):
                 continue
-            if locked[i] or locked[j]:
-                dropped, kept = (j, i) if locked[i] else (i, j)
-            else:
-                dropped, kept = (i, j) if drop_rank(i) > drop_rank(j) else (j, i)
+            first_goes = locked[j] or (not locked[i] and ranks[i] > ranks[j])
+            dropped, kept = (i, j) if first_goes else (j, i)
             for orphan in [end for end, owner in partner.items() if owner == dropped]:
                 partner[orphan] = kept
             partner[dropped] = kept

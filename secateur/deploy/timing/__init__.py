@@ -7,7 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,64 +101,24 @@ def benchmark(
     _check_clock(clock, threads, devices)
     models = {names[0]: model} if against is None else {names[0]: model, names[1]: against}
     counted = dict(zip(names, macs, strict=True)) if macs is not None else _count(models, example_inputs)
+    theoretical = None
+    if counted.get(names[0]) and counted.get(names[1]):
+        theoretical = counted[names[1]] / counted[names[0]]
     rows: list[Row] = []
     speed_ups: list[SpeedUp] = []
     skipped: list[Skipped] = []
-    combinations = [
-        (device, precision, layout, backend, number)
-        for device in devices
-        for precision in precisions
-        for layout in memory_formats
-        for backend in backends
-        for number in (threads if device == "cpu" else threads[:1])
-    ]
-    for device, precision, layout, backend, number in combinations:
-        setting = ", ".join((device, backend, precision, layout, f"{number} threads"))
-        progress(setting)
-        calls: dict[str, Callable[[int], Callable[[], Any]]] = {}
-        for name, network in models.items():
-            try:
-                calls[name] = _prepare(network, example_inputs, device, precision, layout, backend, number)
-            except (SecateurError, NotAtHandError) as error:
-                skipped.append(Skipped(name, setting, str(error)))
-        slowest = 0.0
-        for size in sorted(batch_sizes):
-            if slowest > longest:
-                reason = f"a smaller batch takes {slowest:.1f} s already, and the limit is {longest:g} s"
-                skipped += [Skipped(name, f"{setting}, batch {size}", reason) for name in calls]
-                continue
-            timed, failed = _interleaved(
-                {name: make(size) for name, make in calls.items()}, number, rounds, min_seconds, clock
-            )
-            skipped += [Skipped(name, f"{setting}, batch {size}", reason) for name, reason in failed.items()]
-            slowest = max([slowest, *(measured.median for measured in timed.values())])
-            for name, measured in timed.items():
-                peak = cuda_peak(calls[name](size), device) if memory and device != "cpu" else None
-                rows.append(
-                    Row(
-                        name,
-                        backend,
-                        device,
-                        precision,
-                        layout,
-                        number,
-                        size,
-                        measured.median,
-                        measured.iqr,
-                        peak,
-                        weight_bytes(models[name], precision),
-                    )
-                )
+    for way in _ways(devices, precisions, memory_formats, backends, threads):
+        progress(str(way))
+        calls, not_at_hand = _prepare_all(models, example_inputs, way)
+        measured, not_run = _by_batch_size(calls, way, sorted(batch_sizes), longest, (rounds, min_seconds, clock))
+        skipped += not_at_hand + not_run
+        for size, timed in measured.items():
+            for name, times in timed.items():
+                peak = cuda_peak(calls[name](size), way.device) if memory and way.device != "cpu" else None
+                held = weight_bytes(models[name], way.precision)
+                rows.append(Row(name, *way.at(size), times.median, times.iqr, peak, held))
             if len(timed) == 2:
-                first, last = counted.get(names[1]), counted.get(names[0])
-                speed_ups.append(
-                    _speed_up(
-                        timed[names[1]],
-                        timed[names[0]],
-                        first / last if first and last else None,
-                        (backend, device, precision, layout, number, size),
-                    )
-                )
+                speed_ups.append(_speed_up(timed[names[1]], timed[names[0]], theoretical, way.at(size)))
     if memory and "cpu" in devices and "eager" in backends:
         done = sorted({row.batch_size for row in rows})
         rows, missing = _with_cpu_peaks(rows, models, example_inputs, done) if done else (rows, [])
@@ -213,7 +173,8 @@ def choose_round_to(
             infeasible[candidate] = str(error)
             continue
         for layout in memory_formats:
-            calls[candidate, layout] = _prepare(network, example_inputs, "cpu", "fp32", layout, "eager", number)(size)
+            way = _Way("eager", "cpu", "fp32", layout, number)
+            calls[candidate, layout] = _prepare(network, example_inputs, way)(size)
     if not calls:
         raise PlanError(
             f"round_to auto: no candidate of {list(candidates)} can meet the target: {next(iter(infeasible.values()))}"
@@ -267,35 +228,100 @@ def _check_clock(clock: str, threads: Sequence[int], devices: Sequence[str]) -> 
         )
 
 
-def _prepare(
-    network: nn.Module,
-    example_inputs: ExampleInputs,
-    device: str,
-    precision: str,
-    layout: str,
-    backend: str,
-    threads: int,
-) -> Callable[[int], Callable[[], Any]]:
+@dataclass(frozen=True)
+class _Way:
+    """How a network is run: a setting without its batch size."""
+
+    backend: str
+    device: str
+    precision: str
+    memory_format: str
+    threads: int
+
+    def __str__(self) -> str:
+        parts = (self.device, self.backend, self.precision, self.memory_format, f"{self.threads} threads")
+        return ", ".join(parts)
+
+    def at(self, batch_size: int) -> Setting:
+        """Return the setting of a batch size."""
+        return self.backend, self.device, self.precision, self.memory_format, self.threads, batch_size
+
+
+def _ways(
+    devices: Sequence[str],
+    precisions: Sequence[str],
+    memory_formats: Sequence[str],
+    backends: Sequence[str],
+    threads: Sequence[int],
+) -> list[_Way]:
+    """List every combination; numbers of threads differ on a CPU alone."""
+    return [
+        _Way(backend, device, precision, layout, number)
+        for device in devices
+        for precision in precisions
+        for layout in memory_formats
+        for backend in backends
+        for number in (threads if device == "cpu" else threads[:1])
+    ]
+
+
+def _prepare_all(
+    models: dict[str, nn.Module], example_inputs: ExampleInputs, way: _Way
+) -> tuple[dict[str, Callable[[int], Callable[[], Any]]], list[Skipped]]:
+    """Prepare every network that can be run this way, and list the others with the reason."""
+    calls, skipped = {}, []
+    for name, network in models.items():
+        try:
+            calls[name] = _prepare(network, example_inputs, way)
+        except (SecateurError, NotAtHandError) as error:
+            skipped.append(Skipped(name, str(way), str(error)))
+    return calls, skipped
+
+
+def _by_batch_size(
+    calls: dict[str, Callable[[int], Callable[[], Any]]],
+    way: _Way,
+    batch_sizes: Sequence[int],
+    longest: float,
+    timing: tuple[int, float, str],
+) -> tuple[dict[int, dict[str, Measurement]], list[Skipped]]:
+    """Time the networks at rising batch sizes, until a forward pass takes longer than ``longest`` seconds."""
+    measured: dict[int, dict[str, Measurement]] = {}
+    skipped: list[Skipped] = []
+    slowest = 0.0
+    for size in batch_sizes:
+        if slowest > longest:
+            reason = f"a smaller batch takes {slowest:.1f} s already, and the limit is {longest:g} s"
+            failed = dict.fromkeys(calls, reason)
+        else:
+            calls_here = {name: make(size) for name, make in calls.items()}
+            measured[size], failed = _interleaved(calls_here, way.threads, *timing)
+            slowest = max([slowest, *(times.median for times in measured[size].values())])
+        skipped += [Skipped(name, f"{way}, batch {size}", reason) for name, reason in failed.items()]
+    return measured, skipped
+
+
+def _prepare(network: nn.Module, example_inputs: ExampleInputs, way: _Way) -> Callable[[int], Callable[[], Any]]:
     """Make a function from a batch size to a forward pass; the network itself is copied, never changed."""
     args_kwargs = arguments(example_inputs)
     own = _batch_size(args_kwargs)
-    if backend == "onnxruntime":
-        if device != "cpu" or precision != "fp32" or layout != "contiguous":
+    if way.backend == "onnxruntime":
+        if (way.device, way.precision, way.memory_format) != ("cpu", "fp32", "contiguous"):
             raise NotAtHandError("ONNX Runtime is measured on the CPU, in fp32, contiguous.")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "network.onnx"
             export(network, path, example_inputs, tolerance=1e-3)
-            session = OnnxModel(path, threads)
+            session = OnnxModel(path, way.threads)
         return lambda size: _bound(session.run, _resized(args_kwargs, own, size))
-    copied = replica(network).eval().to(device=device, dtype=PRECISIONS[precision])
-    copied = copied.to(memory_format=MEMORY_FORMATS[layout])
-    call: Callable[..., Any] = torch.compile(copied) if backend == "compile" else copied
+    dtype, layout = PRECISIONS[way.precision], MEMORY_FORMATS[way.memory_format]
+    copied = replica(network).eval().to(device=way.device, dtype=dtype).to(memory_format=layout)
+    call: Callable[..., Any] = torch.compile(copied) if way.backend == "compile" else copied
 
     def place(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        moved = leaf.to(device, PRECISIONS[precision] if leaf.is_floating_point() else leaf.dtype)
-        return moved.contiguous(memory_format=MEMORY_FORMATS[layout]) if moved.dim() == 4 else moved
+        moved = leaf.to(way.device, dtype if leaf.is_floating_point() else leaf.dtype)
+        return moved.contiguous(memory_format=layout) if moved.dim() == 4 else moved
 
     return lambda size: _bound(call, pytree.tree_map(place, _resized(args_kwargs, own, size)))
 

@@ -53,6 +53,8 @@ def _cut(
         call.share(blocks, "is cut into ranges in fixed proportion")
         for name in known.get(option, ()):
             call.count(name, labels if option == "whole" else blocks[0])
+        if told == "number" and len({b.size for b in blocks}) == 1:
+            call.follow_unread(blocks[0])
 
 
 def _widths(call: Call, blocks: Sequence[Labels]) -> list[tuple[str, Labels]]:

@@ -57,6 +57,7 @@ def verdicts(monkeypatch: pytest.MonkeyPatch, model: nn.Module, inputs: Any) -> 
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("always")
 def test_what_programs_accept_numbers_accept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over the table of patterns, with every wrong assumption on the way to the right one."""

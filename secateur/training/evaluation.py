@@ -1,0 +1,139 @@
+"""Measure a network on data: accuracy, or whatever metric one has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import DataError, RunError, UsageError
+from secateur.network.isolation import set_modes
+from secateur.training.passes import Batches, called, explained, kind_of, seeded, walk
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Metric: TypeAlias = Callable[[nn.Module, Batches], float]
+"""``metric(model, batches)`` -> higher is better; a fraction, so that tolerances count hundredths of it as points."""
+
+
+def evaluate(
+    model: nn.Module, batches: Batches, metric: Metric | Any = None, *, runtime: Accelerator | None = None
+) -> float:
+    """Measure a model on data, in eval mode and without gradients.
+
+    Args:
+        model: Left as found.
+        batches: Pairs ``(inputs, target)``.
+        metric: None for top-1 accuracy; a ``torchmetrics.Metric`` (updated with output and target); or a callable
+            ``metric(model, batches) -> float``.
+        runtime: Accelerate runtime; the model stays on its own device when None.
+
+    Returns:
+        The metric as a fraction: accuracy 0.9914, not 99.14.
+
+    Raises:
+        DataError: If there is no batch, a batch is not a pair, or targets are no class indices.
+        UsageError: If the metric is neither.
+        RunError: If the metric is not a finite number.
+    """
+    from torchmetrics import Metric as TorchMetric
+
+    modes = {module: module.training for module in model.modules()}
+    parameter = next(model.parameters(), None)
+    device = (
+        runtime.device if runtime is not None else parameter.device if parameter is not None else torch.device("cpu")
+    )
+    if runtime is not None:
+        model.to(device)
+    model.eval()
+    try:
+        with torch.no_grad(), seeded(0):
+            if metric is None or isinstance(metric, TorchMetric):
+                value = _measure(model, batches, metric, device, runtime)
+            elif callable(metric):
+                name = f"metric {metric_name(metric)}"
+                with explained(UsageError, name, "fails", "It is called as metric(model, batches)."):
+                    measured = metric(model, batches)
+                value = _number(measured, name)
+            else:
+                raise UsageError(
+                    f"metric: is a torchmetrics.Metric or a function (model, batches) -> float, found "
+                    f"{kind_of(metric)}."
+                )
+    finally:
+        set_modes(modes.items())
+    if not math.isfinite(value):
+        raise RunError(f"evaluation: the metric is {value}; the model's outputs or the metric are at fault.")
+    return value
+
+
+def _classes(output: Any, target: Any) -> bool:
+    """Tell whether targets are indices of the classes that a model scores."""
+    return (
+        isinstance(output, Tensor)
+        and isinstance(target, Tensor)
+        and output.ndim >= 2
+        and not target.is_floating_point()
+        and target.shape == output.shape[:1] + output.shape[2:]
+    )
+
+
+def _number(value: Any, name: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{name}: returns {kind_of(value)}; it has to be one number, higher is better.") from error
+
+
+def metric_name(metric: Metric | Any = None) -> str:
+    """Return what a metric is called where it is shown: its ``name`` where it has one; ``accuracy`` for None."""
+    if metric is None:
+        return "accuracy"
+    return str(getattr(metric, "name", None) or getattr(metric, "__name__", type(metric).__name__))
+
+
+def _measure(
+    model: nn.Module, batches: Batches, metric: Any, device: torch.device, runtime: Accelerator | None
+) -> float:
+    from accelerate.utils import send_to_device
+    from torchmetrics.classification import MulticlassAccuracy
+
+    accuracy = metric is None
+    if metric is not None:
+        metric.reset()
+        metric.to(device)
+    mine, of = (0, 1) if runtime is None else (runtime.process_index, runtime.num_processes)
+    for number, (inputs, target) in enumerate(walk(batches, 0, "evaluation")):
+        own = number % of == mine
+        # A process without a batch of its own still makes its metric, for which it needs the number of classes.
+        if not own and (metric is not None or number > 0):
+            continue
+        inputs, target = send_to_device((inputs, target), device)
+        where = f"evaluation, batch {number + 1}"
+        output = called(model, inputs, where)
+        if accuracy and _classes(output, target) and len(target):
+            low, high = int(target.min()), int(target.max())
+            if low < 0 or high >= output.shape[1]:
+                raise DataError(
+                    f"{where}: labels run from {low} to {high}, and the network scores {output.shape[1]} classes, 0 to "
+                    f"{output.shape[1] - 1}. Number the classes so, or give a metric of your own."
+                )
+        if metric is None:
+            if not _classes(output, target):
+                raise DataError(
+                    f"evaluation: accuracy needs class scores (N, classes) and indices (N,), found "
+                    f"{kind_of(output)} and "
+                    f"{kind_of(target)}; give a metric of your own."
+                )
+            metric = MulticlassAccuracy(num_classes=output.shape[1], average="micro", validate_args=False).to(device)
+        if own:
+            what = f"metric {metric_name(metric)} takes no {kind_of(output)} and {kind_of(target)}"
+            with explained(UsageError, where, what, "Give a metric of such outputs and targets."):
+                metric.update(output.float() if isinstance(output, Tensor) else output, target)
+    if metric is None:
+        raise DataError("evaluation: the data is empty; give at least one batch.")
+    return _number(metric.compute(), f"metric {metric_name(metric)}")
