@@ -531,3 +531,15 @@ def repeated_blur_buffer() -> Net:
     net = Net(forward, conv1=conv(3, 8), head=conv(8, 4, 1))
     net.register_buffer("kernel", torch.rand(1, 1, 3, 3).repeat(8, 1, 1, 1))
     return net
+
+
+@case(prunable={"conv1": 8})
+def weight_in_halves() -> Net:
+    """A convolution's weight cut into halves of filters, both of which read the same channels."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = m.conv1(x).relu()
+        first, second = m.conv2.weight.chunk(2)
+        return m.head(F.conv2d(x, first).sigmoid() * F.conv2d(x, second))
+
+    return Net(forward, conv1=conv(3, 8), conv2=conv(8, 12, 1), head=conv(6, 4))

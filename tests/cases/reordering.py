@@ -679,3 +679,14 @@ def split_of_concat_in_proportion() -> Net:
         return m.head_a(both[:, :first].relu()) + m.head_b(both[:, first:].relu())
 
     return Net(forward, a=conv(3, 6), b=conv(3, 5), bn=nn.BatchNorm2d(11), head_a=conv(6, 4), head_b=conv(5, 4))
+
+
+@case(refused={"conv1": "is folded as if it were space"})
+def channels_folded_into_space() -> Net:
+    """Every channel a patch of the image that is put together."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        patches = m.conv1(x).flatten(2).transpose(1, 2)
+        return m.head(F.fold(patches, (6, 6), 2, stride=2))
+
+    return Net(forward, conv1=conv(3, 9), head=conv(12, 4))

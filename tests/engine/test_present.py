@@ -52,7 +52,9 @@ def in_original(removed: list[int], local: list[int], size: int) -> list[int]:
     return sorted([*removed, *(alive[channel] for channel in local)])
 
 
-@pytest.mark.parametrize("name", [*CASES, *NETWORKS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if i % 4 else []) for i, n in enumerate([*NETWORKS, *CASES])]
+)
 def test_two_rounds_cut_what_one_plan_cuts(name: str) -> None:
     model, _, graph = traced(name)
     first = choice(graph, 0.4, 1)

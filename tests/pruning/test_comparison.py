@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import secateur as sc
 from secateur.pruning import comparison
 from secateur.pruning.comparison import compare_outputs, doubled
 
@@ -72,3 +73,28 @@ def test_outputs_differ_by_the_largest_gap_over_the_largest_value(
     difference = compare_outputs([torch.tensor(want)], [torch.tensor(found)])
     assert difference.error == pytest.approx(error, abs=1e-9)
     assert difference.compared == 1
+
+
+class Sometimes(nn.Module):
+    """One reader of the channels runs on several images alone, and a layer outside the plan never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+        self.several, self.unused = nn.Conv2d(8, 2, 1), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        out: Tensor = self.head(y) + self.several(y) if len(x) > 1 else self.head(y)
+        return out
+
+
+def test_a_layer_of_the_plan_that_does_not_run_is_noted_and_another_is_not() -> None:
+    model, inputs = Sometimes().eval(), torch.randn(2, 3, 4, 4)
+    plan = sc.plan_removal(sc.trace(model, inputs), {"conv": [0, 5]})
+    assert set(plan.kept_inputs) == {"head", "several"}
+    small = sc.apply(model, plan)
+    assert sc.verify(model, small, plan, inputs).refused == ()
+    check = sc.verify(model, small, plan, inputs[:1])
+    assert check.exact
+    assert check.refused == ("several: never runs in eval mode",)

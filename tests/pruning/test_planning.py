@@ -131,6 +131,12 @@ def test_a_module_stands_for_all_layers_in_it(pattern: str) -> None:
     assert all(len(plan.removed.get(name, ())) <= graph.group(name).size / 4 for name in inside)
 
 
+def test_a_ratio_of_nothing_does_not_contradict_a_skip() -> None:
+    assert sc.plan(GRAPH, scores(), ratios={"inner": 0, "stem": 0.5}, skip=["inner"]) == sc.plan(
+        GRAPH, scores(), ratios={"stem": 0.5}
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "says"),
     [

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import secateur as sc
-from secateur.tracing.trial import search
+from secateur.tracing.trial import attempt, search
 from tests.cases import CASES
 from tests.cases.table import Net, conv
 
@@ -308,3 +308,31 @@ def test_a_block_that_fails_is_tried_once_however_often_it_is_repeated(monkeypat
         assert [g.name for g in graph.groups] == ["stem"]
         counts.append(len(attempts))
     assert counts[0] == counts[1]
+
+
+def test_groups_of_one_size_lose_different_numbers_in_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What holds only where all lose the same has to fail."""
+    lost: list[list[int]] = []
+    run = attempt._run
+
+    def noted(trials: Any, grouping: Any, chosen: Any, plan: Any, compared: bool) -> Any:
+        lost.append([len(channels) for channels in plan.removed.values()])
+        return run(trials, grouping, chosen, plan, compared)
+
+    monkeypatch.setattr(attempt, "_run", noted)
+    sc.trace(nn.Sequential(conv(3, 24), conv(24, 24), conv(24, 24), conv(24, 4)).eval(), torch.randn(2, 3, 6, 6))
+    assert len(set(lost[0])) == 3
+
+
+def test_a_division_by_zero_that_the_code_catches_does_not_hide_another_divisor() -> None:
+    def guarded(m: Net, x: Tensor) -> Tensor:
+        x = m.one(x)
+        width = x.shape[1]
+        x = x.relu() if width % 4 == 0 else x
+        try:
+            return m.head(x * (width % 0))
+        except ZeroDivisionError:
+            return m.head(x)
+
+    graph = sc.trace(Net(guarded, one=conv(3, 8), head=conv(8, 3)).eval(), torch.randn(2, 3, 6, 6))
+    assert [group.constraint for group in graph.groups] == ["channels go in multiples of 4"]
