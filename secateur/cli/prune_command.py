@@ -127,8 +127,8 @@ def prune(
             sources.writable(out)
         ranked, given = sources.method(method), options.values("--method-option", method_option)
         adjusted = () if compensate == "none" else compensate
-        criterion = criteria.get(("redundancy" if data else "l1") if ranked == "auto" else ranked)
-        _require_possible(method, criterion, given, adjusted, multiple, data)
+        criterion = criteria.get(("l2" if data else "l1") if ranked == "auto" else ranked)
+        _require_possible(method, criterion, given, adjusted, multiple, data, allocation)
         bundle = None
         if data is not None:
             with steps.step("loading the data"):
@@ -186,7 +186,13 @@ def prune(
 
 
 def _require_possible(
-    method: str, criterion: Criterion, given: Mapping[str, Any], compensate: Any, round_to: Any, data: str | None
+    method: str,
+    criterion: Criterion,
+    given: Mapping[str, Any],
+    compensate: Any,
+    round_to: Any,
+    data: str | None,
+    allocation: str | None,
 ) -> None:
     """Refuse, in the words of the command line, what :func:`secateur.prune` would refuse with data and model loaded."""
     from secateur.compensation import parse
@@ -194,6 +200,8 @@ def _require_possible(
 
     if data is None and criterion.needs_data:
         raise UsageError(f"prune: --method {method} looks at feature maps; give --data, e.g. --data digits.")
+    if data is None and allocation == "sensitivity":
+        raise UsageError("prune: --allocation sensitivity looks at feature maps; give --data, e.g. --data digits.")
     if data is None and set(parse(compensate or ())) - {"merge"}:
         raise UsageError(f"prune: --compensate {compensate} looks at feature maps; give --data, e.g. --data digits.")
     decided = deciding(criterion, given)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from torch import nn
@@ -75,8 +75,8 @@ def prune(
         data: Batches that criterion and compensation see, see :func:`secateur.criteria.feature_maps.batches`; what can
             be read only once is kept in a list.
         method: The criterion that ranks the channels: its name, a :class:`secateur.Criterion` or a function. ``auto``,
-            with data, measures the sensitivity of every group, takes from each what costs the network least, the
-            channels chosen by ``redundancy``, and refits what reads them by least squares; without data it is ``l1``.
+            with data, measures the sensitivity of every group, takes from each what costs the network least, channels
+            of the lowest ``l2`` first, and refits all layers behind by least squares; without data it is ``l1``.
         method_options: The criterion's own options. With one that decides a selection, such as corrnet's
             ``threshold``, the criterion selects by itself and may remove less than asked for.
         loss: ``loss(output, target)``, for criteria of gradients; cross entropy when None.
@@ -115,16 +115,15 @@ def prune(
         >>> result.model[0].out_channels, result.check.exact
         (4, True)
     """
-    automatic = method == AUTO
-    criterion, allocation, methods = _chosen(method, data is not None, allocation, compensate)
-    options = dict(method_options or {})
+    way, options = _way(method, allocation, compensate, data), dict(method_options or {})
+    criterion, methods, allocation = way.criterion, way.methods, way.allocation
     _require_request(target, ratios, round_to)
-    if allocation == "sensitivity" and data is None:
-        raise UsageError("prune: allocation sensitivity is measured on images; pass data=batches.")
-    _require_data(criterion, methods, data)
+    _require_data(way, data)
     _require_options(criterion, options, round_to)
     if metric is not None and test is None:
         raise UsageError("prune: metric has nothing to be measured on; pass test=batches.")
+    if isinstance(allocation, Sensitivity):
+        allocation.require_of(model)
     data, test = _rereadable(data), _rereadable(test)
     with _shown(steps, "tracing"):
         graph = trace(model, example_inputs)
@@ -133,7 +132,7 @@ def prune(
     with _shown(steps, f"scoring by {criterion.name}"):
         planned = _planner(
             model, graph, criterion, options,
-            {"data": data, "loss": loss, "seed": seed} | ({"unseen": "weights"} if automatic else {}),
+            {"data": data, "loss": loss, "seed": seed},
             target=target, ratios=ratios, max_ratio=max_ratio, skip=skip, min_channels=min_channels,
             allocation=allocation, inexact=inexact,
         )  # fmt: skip
@@ -152,7 +151,7 @@ def prune(
     if methods:
         with _shown(steps, f"compensating by {','.join(methods)}"):
             compensated = compensation.compensate(
-                model, small, chosen, methods, data, graph=graph, example_inputs=example_inputs
+                model, small, chosen, methods, data, graph=graph, example_inputs=example_inputs, **way.refit
             )
     before, after = _costs(graph), _costs(graph, chosen)
     if test is not None:
@@ -160,7 +159,7 @@ def prune(
             with _shown(steps, "evaluating"):
                 figures["test"] = evaluation.evaluate(network, test, metric)
     report = {
-        "method": f"{AUTO}: {criterion.name}" if automatic else criterion.name,
+        "method": way.name,
         "allocation": allocation if isinstance(allocation, str) else "sensitivity",
         "metric": evaluation.metric_name(metric),
         "before": before,
@@ -174,17 +173,31 @@ def prune(
     return PruneResult(small, chosen, check, graph, report)
 
 
-def _chosen(
-    method: Any, has_data: bool, allocation: Any, compensate: str | Sequence[str] | None
-) -> tuple[Criterion, Any, list[str]]:
-    """Return criterion, allocation and compensation, those of the default path where none are asked for."""
-    best = method == AUTO and has_data
-    criterion = criteria.get(("redundancy" if has_data else "l1") if method == AUTO else method)
-    if allocation is None:
-        allocation = "sensitivity" if best else "normalized"
-    if compensate is None:
-        compensate = ["least_squares"] if best else []
-    return criterion, allocation, compensation.parse(compensate)
+@dataclass(frozen=True)
+class _Way:
+    """How channels are chosen and adjusted."""
+
+    name: str
+    criterion: Criterion
+    allocation: Any
+    methods: list[str]
+    """Of compensation."""
+    refit: dict[str, Any]
+    """Options of least squares."""
+
+
+def _way(method: Any, allocation: Any, compensate: str | Sequence[str] | None, data: Any) -> _Way:
+    """Return what is asked for; where nothing is, of ``auto`` what has been measured to keep most accuracy."""
+    if method != AUTO:
+        criterion = criteria.get(method)
+        return _Way(criterion.name, criterion, allocation or "normalized", compensation.parse(compensate or ()), {})
+    best = data is not None
+    criterion = criteria.get("l2" if best else "l1")
+    methods = compensation.parse((["least_squares"] if best else []) if compensate is None else compensate)
+    refit = {"everywhere": True} if compensate is None and best else {}
+    return _Way(
+        f"{AUTO}: {criterion.name}", criterion, allocation or ("sensitivity" if best else "normalized"), methods, refit
+    )
 
 
 def _measured(
@@ -213,12 +226,13 @@ def _require_request(target: Target | None, ratios: Mapping[str, float] | None, 
         raise UsageError(f"round_to: expected a whole number from 1 up, or 'auto'; found {round_to!r}.")
 
 
-def _require_data(criterion: Criterion, methods: Sequence[str], data: Iterable[Any] | None) -> None:
-    """Refuse, before anything is done, what looks at feature maps where there are no data."""
+def _require_data(way: _Way, data: Iterable[Any] | None) -> None:
+    """Refuse, before anything is done, what looks at images where there are none."""
     if data is not None:
         return
-    looking = [f"criterion {criterion.name}"] if criterion.needs_data else []
-    looking += [f"compensation {name}" for name in methods if name != "merge"]  # merging reads weights alone
+    looking = [f"criterion {way.criterion.name}"] if way.criterion.needs_data else []
+    looking += [f"compensation {name}" for name in way.methods if name != "merge"]  # merging reads weights alone
+    looking += ["allocation by sensitivity"] if way.allocation == "sensitivity" else []
     if looking:
         raise UsageError(f"prune: {looking[0]} looks at feature maps; pass data=batches.")
 

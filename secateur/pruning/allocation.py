@@ -81,7 +81,7 @@ class Costs:
     def __call__(self, removed: np.ndarray) -> np.ndarray:
         """Return the costs where so many channels go, shape ``(..., G)`` -> ``(...)``."""
         left = self.sizes - np.einsum("tdg,...g->...td", self.shares, removed)
-        return np.asarray(left.prod(-1) @ self.coefficient, dtype=np.float64)
+        return np.array(left.prod(-1) @ self.coefficient)
 
 
 def costs_of(graph: ChannelGraph, what: str, batch: int = 1) -> Costs:
@@ -177,7 +177,8 @@ def _savings(costs: Costs, current: np.ndarray, start: np.ndarray, group: int, r
     at = np.repeat((current / 2)[None], len(removed) + 1, 0)
     at[:, group] = [0, *removed]
     values = costs(at)
-    return values[0] - values[1:]
+    saved: np.ndarray = values[0] - values[1:]
+    return saved
 
 
 def _fixed(costs: Costs, current: np.ndarray, start: np.ndarray) -> float:

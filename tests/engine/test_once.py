@@ -135,8 +135,8 @@ OPTIONS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("min_channels", {"target": sc.Target(macs=0.6)}, {"min_channels": 5}),
     ("allocation", {}, {"allocation": "uniform"}),
     ("inexact", {"target": sc.Target(channels=0.3)}, {"inexact": True}),
-    ("compensate", {"data": BATCHES}, {"compensate": "least_squares"}),
-    ("compensate", {"data": BATCHES}, {"compensate": ["merge", "bn"]}),
+    ("compensate", {"method": "l1", "data": BATCHES}, {"compensate": "least_squares"}),
+    ("compensate", {"method": "l1", "data": BATCHES}, {"compensate": ["merge", "bn"]}),
     ("test", {}, {"test": TEST}),
     ("metric", {"test": TEST}, {"metric": confidence}),
     ("seed", {"method": "random"}, {"seed": 1}),
@@ -210,7 +210,7 @@ def test_steps_are_shown_in_their_order(network: nn.Module) -> None:
 
     class Recorder:
         def __call__(self, step: str, done: int, total: int | None = None, note: str = "") -> None:
-            raise AssertionError("no step has a length")
+            log.append((f"{done} of {total}", step))
 
         @contextmanager
         def step(self, name: str) -> Iterator[None]:
@@ -218,9 +218,46 @@ def test_steps_are_shown_in_their_order(network: nn.Module) -> None:
             yield
             log.append(("end", name))
 
-    sc.prune(network, INPUTS, MACS, data=BATCHES, compensate="merge,bn", test=TEST, steps=Recorder())
+    options: dict[str, Any] = {"data": BATCHES, "compensate": "merge,bn", "test": TEST, "steps": Recorder()}
+    sc.prune(network, INPUTS, MACS, method="l1", **options)
     names = ["tracing", "scoring by l1", "pruning", "verifying", "compensating by merge,bn", "evaluating", "evaluating"]
     assert log == [(what, name) for name in names for what in ("begin", "end")]
+    log.clear()
+    sc.prune(network, INPUTS, MACS, **options)
+    assert log[2:5] == [(f"{done} of 2", "measuring sensitivity") for done in range(3)]
+
+
+def test_auto_with_data_measures_allocates_and_refits(network: nn.Module) -> None:
+    result = sc.prune(network, INPUTS, MACS, data=BATCHES)
+    assert (result.report["method"], result.report["allocation"]) == ("auto: l2", "sensitivity")
+    graph = sc.trace(network, INPUTS)
+    table = sc.sensitivity(network, graph, BATCHES)
+    plan = sc.plan(graph, sc.score(network, graph, "l2"), MACS, allocation=table)
+    assert result.plan == plan
+    by_hand = sc.apply(network, plan, compensate="least_squares", data=BATCHES, everywhere=True)
+    assert same(result.model, by_hand)
+    again = sc.prune(network, INPUTS, MACS, data=BATCHES, allocation=table)
+    assert same(again.model, result.model)
+    with torch.no_grad():
+        network.fc2.bias += 1  # type: ignore[union-attr,operator]
+    with pytest.raises(PlanError, match="measured with other weights"):
+        sc.prune(network, INPUTS, MACS, data=BATCHES, allocation=table)
+
+
+def test_auto_without_data_goes_by_weights_and_each_part_can_be_set(network: nn.Module) -> None:
+    bare = sc.prune(network, INPUTS, MACS)
+    assert (bare.report["method"], bare.report["allocation"], bare.report["compensation"]) == (
+        "auto: l1", "normalized", None,
+    )  # fmt: skip
+    assert bare.plan == sc.prune(network, INPUTS, MACS, method="l1").plan
+    plain = sc.prune(network, INPUTS, MACS, data=BATCHES, compensate=())
+    assert plain.report["compensation"] is None
+    assert same(plain.model, sc.apply(network, plain.plan))
+    evenly = sc.prune(network, INPUTS, MACS, data=BATCHES, allocation="uniform", compensate=())
+    assert evenly.plan == sc.prune(network, INPUTS, MACS, method="l2", allocation="uniform").plan
+    ratios = sc.prune(network, INPUTS, data=BATCHES, ratios={"conv1": 0.5})
+    assert ratios.report["allocation"] == "normalized"
+    assert ratios.model.conv1.out_channels == 4
 
 
 ERRORS: list[tuple[dict[str, Any], type[SecateurError], str]] = [
@@ -248,7 +285,7 @@ ERRORS: list[tuple[dict[str, Any], type[SecateurError], str]] = [
     ({"metric": confidence}, UsageError, "prune: metric has nothing to be measured on; pass test=batches."),
     ({"ratios": {"conv1": 0.5}, "max_ratio": {"conv1": 0.2}}, UsageError, "contradicts max_ratio 0.2"),
     ({"skip": ["conv9"]}, UsageError, "conv9: no layer has this name or class"),
-    ({"allocation": "loudest"}, UsageError, "allocation: expected normalized, global or uniform"),
+    ({"allocation": "loudest"}, UsageError, "allocation: expected normalized, global, uniform or a table"),
     ({"ratios": {"fc1": 0.5}}, UsageError, "pass inexact"),
     ({"method": "corrnet", "data": []}, DataError, "data"),
     ({"test": []}, DataError, "evaluation: the data is empty"),
