@@ -65,7 +65,7 @@ def is_even(graph: ChannelGraph) -> bool:
 
 @pytest.mark.parametrize("what", KINDS)
 @given(seed=st.integers(0, 10_000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_costs_are_those_of_plans(what: str, seed: int) -> None:
     draw = np.random.default_rng(seed)
     removed, counts = {}, np.zeros(len(GRAPH.groups))
@@ -77,7 +77,7 @@ def test_costs_are_those_of_plans(what: str, seed: int) -> None:
 
 
 def cases() -> list[Any]:
-    return [pytest.param(case, id=case.name) for case in CASES.values() if case.expectation == "exact"][::4]
+    return [pytest.param(case, id=case.name) for case in CASES.values() if case.expectation == "exact"][::12]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -100,7 +100,7 @@ def test_costs_are_those_of_plans_of_other_networks(case: Case) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_the_knapsack_is_solved_exactly(data: Any) -> None:
     groups = data.draw(st.integers(1, 4))
     savings, damage = [], []
@@ -133,7 +133,7 @@ def test_damage_never_falls_where_more_goes() -> None:
 
 @pytest.mark.parametrize("what", ["macs", "params", "channels"])
 @pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 0.7])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_plan_by_a_table_meets_its_target_at_nearly_the_least_damage(what: str, fraction: float, seed: int) -> None:
     table = made_up(GRAPH, seed)
     target = sc.Target(**{what: fraction})
