@@ -113,7 +113,7 @@ def prune(
     """Remove the least important channels of a network, once and without training, and verify the result."""
     with console.running(as_json) as steps:
         import secateur as sc
-        from secateur import criteria
+        from secateur.engine import once
         from secateur.runfile import sources
         from secateur.training import tasks
 
@@ -127,7 +127,7 @@ def prune(
             sources.writable(out)
         ranked, given = sources.method(method), options.values("--method-option", method_option)
         adjusted = () if compensate == "none" else compensate
-        criterion = criteria.get(("l2" if data else "l1") if ranked == "auto" else ranked)
+        criterion = once.way_of(ranked, allocation, adjusted, data).criterion
         _require_possible(method, criterion, given, adjusted, multiple, data, allocation)
         bundle = None
         if data is not None:

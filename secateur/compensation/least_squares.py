@@ -124,6 +124,15 @@ def shrunk(original: nn.Module, pruned: nn.Module, plan: PruningPlan) -> list[st
     return names
 
 
+def by_weight(model: nn.Module) -> dict[int, list[str]]:
+    """Return the modules that hold each weight, by the weight's identity: several where it is shared."""
+    found: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "weight", None), Tensor):
+            found.setdefault(id(module.weight), []).append(name)
+    return found
+
+
 def refusal(name: str, layer: nn.Module, tied: Mapping[int, list[str]], memory: int) -> str:
     """Why a layer can't be refitted; empty when it can."""
     if not isinstance(layer, (*weights.CONVOLUTIONS, nn.Linear)):
@@ -197,10 +206,7 @@ def refit(
     if everywhere and ordered:
         names = list(calls)
         ordered = names[names.index(ordered[0]) :]
-    tied: dict[int, list[str]] = {}
-    for name, module in pruned.named_modules():
-        if isinstance(getattr(module, "weight", None), Tensor):
-            tied.setdefault(id(module.weight), []).append(name)
+    tied = by_weight(pruned)
     refusals = {name: refusal(name, pruned.get_submodule(name), tied, memory) for name in ordered}
     feature_maps.require_passes(data, 1 + sum(not reason for reason in refusals.values()))
     draw = Draw(None if exact else positions, seed)

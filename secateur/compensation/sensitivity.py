@@ -25,10 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from secateur.checkpoint.atomic import write_atomic
-from secateur.compensation.least_squares import RIDGE, NormalEquations, refusal, shrunk
+from secateur.compensation.least_squares import RIDGE, NormalEquations, by_weight, refusal, shrunk
 from secateur.compensation.unfolding import draw_positions, unfold
 from secateur.criteria import feature_maps
 from secateur.criteria.feature_maps import Batch
@@ -37,7 +36,7 @@ from secateur.errors import DataError, PlanError, UsageError
 from secateur.graph.channels import ChannelGraph, ChannelGroup
 from secateur.graph.plan import PruningPlan
 from secateur.graph.steps import steps
-from secateur.network.inputs import unwrapped
+from secateur.network.inputs import tensors_of, unwrapped
 from secateur.network.named import tensors_named
 from secateur.pruning.planning import plan_removal
 from secateur.pruning.surgery import cut
@@ -97,7 +96,9 @@ class Sensitivity:
         except OSError as error:
             raise UsageError(f"{path}: can't be read: {error.strerror}.") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"{path}: no table of sensitivity ({error}). `secateur sensitivity` makes one.") from error
+            raise UsageError(
+                f"{path}: no table of sensitivity ({error}). secateur.sensitivity measures one."
+            ) from error
 
     def __str__(self) -> str:
         width = max((len(name) for name in self.damage), default=5)
@@ -155,7 +156,7 @@ def sensitivity(
     with feature_maps.evaluating(model), torch.no_grad():
         compared = _Compared(model, held, loss)
         options = f"{levels} {sorted(orders.items())}".encode()
-        seen = _checksum(t for batch in held for t in _tensors((batch.args, batch.kwargs)))
+        seen = _checksum(t for batch in held for t in tensors_of((batch.args, batch.kwargs)))
         made_with = f"{zlib.crc32(options, seen):08x}"
         network = _checksum(tensors_named(model).values())
         sizes = {g.name: g.size for g in chosen}
@@ -178,7 +179,7 @@ def sensitivity(
 
 
 def _resumed(table: Sensitivity, path: str | os.PathLike[str] | None) -> Sensitivity:
-    """Go on where a file has a part of the same table."""
+    """Return the part of a table that a file holds already; the table itself where there is no file."""
     if path is None or not Path(path).exists():
         return table
     found = Sensitivity.load(path)
@@ -207,7 +208,7 @@ class _Compared:
             self.before = [self._loss(output, batch) for output, batch in zip(outputs, held, strict=True)]
 
     def _kept(self, output: Any) -> list[Tensor]:
-        return [t.detach().clone() for t in _tensors(output) if t.is_floating_point()]
+        return [t.detach().clone() for t in tensors_of(output) if t.is_floating_point()]
 
     def _loss(self, output: Any, batch: Batch) -> float:
         if batch.labels is None:
@@ -264,10 +265,7 @@ def _passes(
     model: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup], memory: int
 ) -> list[list[tuple[ChannelGroup, list[str]]]]:
     """Divide groups, with the layers that read each, so that the moments of those layers fit into memory."""
-    tied: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        if isinstance(getattr(module, "weight", None), Tensor):
-            tied.setdefault(id(module.weight), []).append(name)
+    tied = by_weight(model)
     found: dict[str, list[str]] = {}
     for group in groups:
         readers = dict.fromkeys(member.module for member in group.members if member.read)
@@ -291,7 +289,10 @@ def _form(layer: Any) -> tuple[int, int]:
 
 
 def _input_moments(model: nn.Module, names: Iterable[str], held: Sequence[Batch]) -> dict[str, Tensor]:
-    r"""Run the network once; return :math:`\sum z z^T` of layers' unfolded inputs, ``(blocks, D, D)``, in fp64."""
+    r"""Run the network once; return :math:`\sum z z^T` of layers' unfolded inputs, ``(blocks, D, D)``.
+
+    Batches are multiplied in the network's own precision, which takes a fraction of the time, and summed in fp64.
+    """
     names = list(dict.fromkeys(names))
     images = sum(batch.size for batch in held)
     positions = max(1, -(-ROWS // images))
@@ -348,10 +349,6 @@ def _refit(layer: Any, small: Any, moments: Tensor, plan: PruningPlan, name: str
         small.bias = nn.Parameter(small.bias + change[:, -1].flatten().to(small.bias))
         change = change[:, :-1]
     small.weight = nn.Parameter(small.weight + change.mT.reshape(small.weight.shape).to(small.weight))
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _checksum(tensors: Iterable[Tensor]) -> int:

@@ -115,7 +115,7 @@ def prune(
         >>> result.model[0].out_channels, result.check.exact
         (4, True)
     """
-    way, options = _way(method, allocation, compensate, data), dict(method_options or {})
+    way, options = way_of(method, allocation, compensate, data), dict(method_options or {})
     criterion, methods, allocation = way.criterion, way.methods, way.allocation
     _require_request(target, ratios, round_to)
     _require_data(way, data)
@@ -174,7 +174,7 @@ def prune(
 
 
 @dataclass(frozen=True)
-class _Way:
+class Way:
     """How channels are chosen and adjusted."""
 
     name: str
@@ -186,18 +186,18 @@ class _Way:
     """Options of least squares."""
 
 
-def _way(method: Any, allocation: Any, compensate: str | Sequence[str] | None, data: Any) -> _Way:
+def way_of(method: Any, allocation: Any, compensate: str | Sequence[str] | None, data: Any) -> Way:
     """Return what is asked for; where nothing is, of ``auto`` what has been measured to keep most accuracy."""
     if method != AUTO:
         criterion = criteria.get(method)
-        return _Way(criterion.name, criterion, allocation or "normalized", compensation.parse(compensate or ()), {})
+        return Way(criterion.name, criterion, allocation or "normalized", compensation.parse(compensate or ()), {})
     best = data is not None
     criterion = criteria.get("l2" if best else "l1")
-    methods = compensation.parse((["least_squares"] if best else []) if compensate is None else compensate)
+    allocation = allocation or ("sensitivity" if best else "normalized")
     refit = {"everywhere": True} if compensate is None and best else {}
-    return _Way(
-        f"{AUTO}: {criterion.name}", criterion, allocation or ("sensitivity" if best else "normalized"), methods, refit
-    )
+    if compensate is None:
+        compensate = ["least_squares"] if best else []
+    return Way(f"{AUTO}: {criterion.name}", criterion, allocation, compensation.parse(compensate), refit)
 
 
 def _measured(
@@ -226,7 +226,7 @@ def _require_request(target: Target | None, ratios: Mapping[str, float] | None, 
         raise UsageError(f"round_to: expected a whole number from 1 up, or 'auto'; found {round_to!r}.")
 
 
-def _require_data(way: _Way, data: Iterable[Any] | None) -> None:
+def _require_data(way: Way, data: Iterable[Any] | None) -> None:
     """Refuse, before anything is done, what looks at images where there are none."""
     if data is not None:
         return

@@ -153,10 +153,9 @@ def allocate(graph: ChannelGraph, costs: Costs, found: Sequence[Choices], start:
     most = start.copy()
     most[index] = [one.removed[-1] for one in found]
     best, best_damage = most, np.inf
-    current = np.zeros(len(places)) + start
-    asked = need
+    current, asked = start, need
     for _ in range(_ROUNDS):
-        savings = [_savings(costs, current, start, i, one.removed) for i, one in zip(index, found, strict=True)]
+        savings = [_savings(costs, current, i, one.removed) for i, one in zip(index, found, strict=True)]
         fixed = _fixed(costs, current, start)
         picked = knapsack(savings, [one.damage for one in found], asked - fixed)
         following = start.copy()
@@ -172,7 +171,7 @@ def allocate(graph: ChannelGraph, costs: Costs, found: Sequence[Choices], start:
     return _with_slack_spent(costs, whole - need, best, index, found)
 
 
-def _savings(costs: Costs, current: np.ndarray, start: np.ndarray, group: int, removed: np.ndarray) -> np.ndarray:
+def _savings(costs: Costs, current: np.ndarray, group: int, removed: np.ndarray) -> np.ndarray:
     """Return what a group saves by each choice, the others at half of what they lose now."""
     at = np.repeat((current / 2)[None], len(removed) + 1, 0)
     at[:, group] = [0, *removed]
@@ -183,10 +182,8 @@ def _savings(costs: Costs, current: np.ndarray, start: np.ndarray, group: int, r
 
 def _fixed(costs: Costs, current: np.ndarray, start: np.ndarray) -> float:
     """Return what those groups save that have no choice."""
-    total = 0.0
-    for group in np.flatnonzero(start):
-        total += float(_savings(costs, current, start, int(group), start[[group]])[0])
-    return total
+    groups = np.flatnonzero(start).tolist()
+    return sum(float(_savings(costs, current, group, start[[group]])[0]) for group in groups)
 
 
 def knapsack(savings: Sequence[np.ndarray], damage: Sequence[np.ndarray], need: float) -> list[int]:
@@ -206,7 +203,6 @@ def knapsack(savings: Sequence[np.ndarray], damage: Sequence[np.ndarray], need: 
     whole = [np.minimum(np.floor(s / cell + 1e-9), _GRID).clip(0).astype(int).tolist() for s in savings]
     # The least damage by which so many cells are saved; the last stands for all that is needed, or more.
     least = np.full(_GRID + 1, np.inf)
-
     least[0 if need > 0 else -1] = 0.0
     before: list[np.ndarray] = []
     for steps, own in zip(whole, damage, strict=True):

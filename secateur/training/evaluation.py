@@ -61,7 +61,7 @@ def evaluate(
                 value = _number(measured, name)
             else:
                 raise UsageError(
-                    f"metric: is a torchmetrics.Metric or a function (model, batches) -> float, found "
+                    "metric: is a torchmetrics.Metric or a function (model, batches) -> float, found "
                     f"{kind_of(metric)}."
                 )
     finally:
@@ -125,9 +125,8 @@ def _measure(
         if metric is None:
             if not _classes(output, target):
                 raise DataError(
-                    f"evaluation: accuracy needs class scores (N, classes) and indices (N,), found "
-                    f"{kind_of(output)} and "
-                    f"{kind_of(target)}; give a metric of your own."
+                    "evaluation: accuracy needs class scores (N, classes) and indices (N,), found "
+                    f"{kind_of(output)} and {kind_of(target)}; give a metric of your own."
                 )
             metric = MulticlassAccuracy(num_classes=output.shape[1], average="micro", validate_args=False).to(device)
         if own:

@@ -464,6 +464,7 @@ def test_a_network_pickled_whole_knows_its_plans_and_opens_without_this_package(
     model, plan = prune(Net(), {"conv1": [1]})
     torch.save(model, tmp_path / "whole.pt")
     assert b"secateur." not in (tmp_path / "whole.pt").read_bytes()
+    # A pickle that this test has written itself: users keep whole networks so, and the plans have to survive it.
     checkpoint.save(torch.load(tmp_path / "whole.pt", weights_only=False), path=tmp_path / "a")
     assert checkpoint.read_header(tmp_path / "a").plans == (plan,)
 
