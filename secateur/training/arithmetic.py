@@ -38,7 +38,7 @@ class Arithmetic:
     ``bf16`` or ``fp16``."""
     channels_last: bool = False
     """Whether weights of 2-d convolutions lie in memory with the channels last while they are trained; feature maps
-    follow, from the first convolution on."""
+    follow, from the first convolution on. Stages of a network with a layer that :func:`overruns` stay contiguous."""
     reason: str = ""
     """Why, where it was decided and not asked for."""
 
@@ -60,27 +60,62 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
-def put_channels_last(*models: nn.Module) -> list[nn.Parameter]:
-    """Lay the weights of 2-d convolutions out with the channels last, in place; values and names stay.
+def lay_out(*models: nn.Module, channels_last: bool) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
+    """Lay the weights of 2-d convolutions out in memory for a stage of training, in place; values and names stay.
 
-    Weights that are computed (weight norm, a mask) or not contiguous are left as they are.
+    With the channels last where asked. Where a layer would make oneDNN write past its memory (see :func:`overruns`),
+    all weights are laid out contiguously instead, also those that came with the channels last. Weights that are
+    computed (weight norm, a mask) or views of others are left as they are.
 
     Returns:
-        The weights that were laid out anew, for :func:`put_contiguous`.
+        The weights that were laid out anew, each with its strides before, for :func:`lay_back`.
     """
-    moved = []
-    for module in (m for model in models for m in model.modules()):
+    modules = [module for model in models for module in model.modules()]
+    wanted = torch.channels_last if channels_last else None
+    if any(overruns(module) for module in modules):
+        wanted = torch.contiguous_format
+    changed: list[tuple[nn.Parameter, tuple[int, ...]]] = []
+    for module in modules:
         weight = module._parameters.get("weight") if isinstance(module, nn.Conv2d) else None
-        if weight is not None and not is_lazy(weight) and weight.is_contiguous():
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-            moved.append(weight)
-    return moved
+        if wanted is None or weight is None or is_lazy(weight):
+            continue
+        if not any(weight.is_contiguous(memory_format=f) for f in (torch.contiguous_format, torch.channels_last)):
+            continue
+        before, after = weight.stride(), torch.empty_like(weight, device="meta", memory_format=wanted).stride()
+        # A kernel of 1×1 is contiguous in both formats, and oneDNN goes by the strides.
+        if before != after:
+            weight.data = torch.empty_strided(weight.shape, after, dtype=weight.dtype, device=weight.device).copy_(
+                weight
+            )
+            changed.append((weight, before))
+    return changed
 
 
-def put_contiguous(weights: Iterable[nn.Parameter]) -> None:
-    """Undo :func:`put_channels_last`."""
-    for weight in weights:
-        weight.data = weight.data.contiguous()
+def lay_back(changed: Iterable[tuple[nn.Parameter, tuple[int, ...]]]) -> None:
+    """Undo :func:`lay_out`."""
+    for weight, before in changed:
+        weight.data = torch.empty_strided(weight.shape, before, dtype=weight.dtype, device=weight.device).copy_(
+            weight.data
+        )
+
+
+def overruns(module: nn.Module) -> bool:
+    """Say whether a layer's backward pass may write past its memory where channels are last.
+
+    A strided convolution with a kernel of 1×1, without padding, that reads fewer channels than one vector holds (8
+    with AVX2, 16 with AVX512), as the shortcut of a pruned residual network may: oneDNN's gradient of its weight
+    reserves too little memory on x86 (oneDNN issue 6035, found in PyTorch 2.14), and the process ends in
+    ``free(): invalid pointer`` or goes on with damaged values.
+    """
+    lanes = 8 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 16
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and max(module.stride) > 1
+        and module.padding in ((0, 0), "valid")
+        and module.groups == 1
+        and module.in_channels < lanes
+    )
 
 
 def decide(
@@ -158,7 +193,7 @@ def _why_not(model: nn.Module, example_inputs: Any, precision: str, channels_las
         expected = outputs(Arithmetic())
         try:
             if channels_last:
-                put_channels_last(copied)
+                lay_out(copied, channels_last=True)
             found = outputs(asked)
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             return f"fails: {' '.join(str(error).split()) or type(error).__name__}"

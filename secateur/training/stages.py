@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from secateur.criteria.feature_maps import examples
 from secateur.errors import DataError, RunError, UsageError
 from secateur.network.isolation import set_modes
-from secateur.training.arithmetic import Arithmetic, put_channels_last, put_contiguous
+from secateur.training.arithmetic import Arithmetic, lay_back, lay_out
 from secateur.training.passes import Batches, called, explained, kind_of, length_of, seeded, walk
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ class Stage:
         optimizer = self.settings.build(self.model.parameters())
         self.arithmetic = arithmetic or Arithmetic()
         listens = [] if self.teacher is None else [self.teacher]
-        self._moved = put_channels_last(self.model, *listens) if self.arithmetic.channels_last else []
+        self._laid_out = lay_out(self.model, *listens, channels_last=self.arithmetic.channels_last)
         self._scaler = torch.amp.GradScaler(self.runtime.device.type) if self.arithmetic.precision == "fp16" else None
         self._marks = {name: value for name, value in vars(self.model).items() if name in _MARKS}
         self._prepared, self._optimizer = self.runtime.prepare(self.model, optimizer)
@@ -330,7 +330,7 @@ class Stage:
             vars(self.model).pop(name, None)
         vars(self.model).update(self._marks)
         # Sums over weights are taken in memory's order: what is measured next must not depend on where training ended.
-        put_contiguous(self._moved)
+        lay_back(self._laid_out)
         # Accelerate keeps every prepared object alive until told.
         self.runtime.free_memory()
         return self.model

@@ -12,7 +12,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,7 @@ def attempt(folder: Path, on_batch: Any = None) -> None:
 
 
 def doomed(folder: Path, kind: str, number: int) -> None:
-    """Die at a batch of the baseline, or as a file is written, before or after it takes its name; or after a time."""
+    """Die at a batch of the baseline, or as a file is written, before or after it takes its name."""
     replace, count = os.replace, [0]
 
     def die() -> None:
@@ -85,8 +84,6 @@ def doomed(folder: Path, kind: str, number: int) -> None:
             die()
 
     os.replace = dying_replace
-    if kind == "centiseconds":
-        threading.Timer(number / 100, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
     attempt(folder, die if kind == "batch" else None)
     os._exit(0)
 
@@ -129,7 +126,7 @@ PLACES = [
 
 def anywhere(seed: int) -> list[str]:
     draw = random.Random(seed)
-    kinds = {"batch": 9, "write": 8, "written": 8, "centiseconds": 100}
+    kinds = {"batch": 9, "write": 8, "written": 8}
     return [f"{kind}:{draw.randrange(1, kinds[kind])}" for kind in draw.choices([*kinds], k=6)]
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,12 @@ from secateur.engine import Engine, Settings, compress, resume
 from secateur.errors import UsageError
 from secateur.models import resnet20
 from secateur.training import arithmetic
-from secateur.training.arithmetic import Arithmetic, decide, put_channels_last, put_contiguous
+from secateur.training.arithmetic import Arithmetic, decide, lay_back, lay_out, overruns
 from secateur.training.stages import TrainingSettings, fit
 from tests.engine.nets import Residual, Small, digits, trained
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -98,7 +102,7 @@ def test_networks_without_batches_of_images_are_trained_plainly(machine: Any, mo
     assert decided(model, inputs) == ("fp32", False)
     # Asked for all the same, it does no harm.
     before = [p.stride() for p in model.parameters() if p.ndim != 4]
-    put_channels_last(model)
+    lay_out(model, channels_last=True)
     assert [p.stride() for p in model.parameters() if p.ndim != 4] == before
     model(inputs)
 
@@ -164,13 +168,73 @@ def test_only_weights_of_2d_convolutions_move_and_back() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 2, 3), nn.Conv3d(1, 2, 3), nn.LazyConv2d(2, 3))
     model.append(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)))
     before = model[0].weight.detach().clone()
-    moved = put_channels_last(model)
-    assert [id(w) for w in moved] == [id(model[0].weight)]
+    changed = lay_out(model, channels_last=True)
+    assert [id(w) for w, _ in changed] == [id(model[0].weight)]
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert not model[0].weight.is_contiguous()
-    put_contiguous(moved)
+    lay_back(changed)
     assert model[0].weight.is_contiguous()
     assert torch.equal(model[0].weight, before)
+
+
+class Shortcut(nn.Module):
+    """A residual block whose shortcut is a strided 1×1 convolution of few channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 3, padding=1)
+        self.conv = nn.Conv2d(channels, 16, 3, stride=2, padding=1)
+        self.shortcut = nn.Conv2d(channels, 16, 1, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return (self.conv(x) + self.shortcut(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize(("capability", "fewest"), [("AVX2", 8), ("AVX512", 16)])
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_stage_is_contiguous_where_onednn_would_write_past_its_memory(
+    machine: Any, capability: str, fewest: int, asked: bool
+) -> None:
+    machine(capability, False)
+    for channels in (1, fewest - 1, fewest, fewest + 1):
+        model = Shortcut(channels)
+        assert [overruns(m) for m in model.modules()] == [False, False, False, channels < fewest]
+        # The network may come with its channels last, and is handed back so.
+        model.to(memory_format=torch.channels_last)
+        came = [p.stride() for p in model.parameters()]
+        changed = lay_out(model, channels_last=asked)
+        if channels < fewest:
+            assert all(p.stride() == torch.empty(p.shape).stride() for p in model.parameters())
+        else:
+            assert not changed
+        lay_back(changed)
+        assert [p.stride() for p in model.parameters()] == came
+
+
+OVERRUN = """
+import sys, torch
+from secateur.training.arithmetic import Arithmetic
+from secateur.training.stages import fit
+from tests.training.test_arithmetic import Shortcut
+torch.set_num_threads(1)
+x, y = torch.rand(4, 3, 32, 32), torch.arange(4)
+for channels in (1, 2, 3, 4, 5, 7):
+    model = Shortcut(channels).to(memory_format=torch.channels_last)
+    fit(model, [(x, y)] * 3, epochs=1, arithmetic=Arithmetic(channels_last=True))
+"""
+
+
+def test_training_never_writes_past_its_memory() -> None:
+    """In a process whose allocator checks, where there is one that does (glibc's); it dies at the first free."""
+    debug = Path("/lib/x86_64-linux-gnu/libc_malloc_debug.so.0")
+    if not debug.exists():
+        pytest.skip("needs glibc's checking allocator")
+    environment = {**os.environ, "LD_PRELOAD": str(debug), "GLIBC_TUNABLES": "glibc.malloc.check=3", "PYTHONPATH": "."}
+    done = subprocess.run(
+        [sys.executable, "-c", OVERRUN], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_run_records_what_it_decided_and_keeps_to_it(
