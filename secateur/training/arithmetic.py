@@ -84,9 +84,7 @@ def lay_out(*models: nn.Module, channels_last: bool) -> list[tuple[nn.Parameter,
         before, after = weight.stride(), torch.empty_like(weight, device="meta", memory_format=wanted).stride()
         # A kernel of 1×1 is contiguous in both formats, and oneDNN goes by the strides.
         if before != after:
-            weight.data = torch.empty_strided(weight.shape, after, dtype=weight.dtype, device=weight.device).copy_(
-                weight
-            )
+            weight.data = _strided(weight.data, after)
             changed.append((weight, before))
     return changed
 
@@ -94,9 +92,11 @@ def lay_out(*models: nn.Module, channels_last: bool) -> list[tuple[nn.Parameter,
 def lay_back(changed: Iterable[tuple[nn.Parameter, tuple[int, ...]]]) -> None:
     """Undo :func:`lay_out`."""
     for weight, before in changed:
-        weight.data = torch.empty_strided(weight.shape, before, dtype=weight.dtype, device=weight.device).copy_(
-            weight.data
-        )
+        weight.data = _strided(weight.data, before)
+
+
+def _strided(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def overruns(module: nn.Module) -> bool:
