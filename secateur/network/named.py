@@ -29,7 +29,16 @@ def tensors_named(model: nn.Module) -> dict[str, Tensor]:
     >>> list(tensors_named(nn.BatchNorm2d(2)))
     ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
     """
-    return dict[str, Tensor](model.named_parameters()) | dict(model.named_buffers())
+    found: dict[str, Tensor] = {}
+    modules = modules_of(model)
+    seen: set[int] = set()
+    for held in ("_parameters", "_buffers"):
+        for path, module in modules.items():
+            for name, tensor in getattr(module, held).items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    found[f"{path}.{name}" if path else name] = tensor
+    return found
 
 
 ATOMS = frozenset({int, float, bool, type(None), str})

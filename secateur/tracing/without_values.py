@@ -52,6 +52,8 @@ def _made(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], writes: bool
             return _zeros(value).to(device)
         return type(value)(map(filled, value)) if isinstance(value, (list, tuple)) else value
 
+    if writes and len(tensors_in((*args, *kwargs.values()))) == 1:
+        return args[0], False  # it has the shape that it had
     try:
         made = _shapes(func, _likes(args), tuple((key, _likes(value)) for key, value in kwargs.items()))
     except NotImplementedError:
@@ -94,10 +96,14 @@ def _shapes(func: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...
             return value.value
         return tuple(map(twin, value)) if isinstance(value, tuple) else value
 
-    made = func(*twin(args), **{key: twin(value) for key, value in kwargs})
     if func._schema.name == "aten::native_batch_norm" and not twin(args[5]):
-        made = (made[0], *(moment.new_empty(0) for moment in made[1:]))  # meta tensors tell the shapes of training
-    return _likes(made)
+        # Meta tensors tell the shapes of training, and take long for it.
+        normed, empty = twin(args[0]).contiguous(), torch.empty(0, device="meta")
+        for moment in filter(None, args[1:5]):
+            if moment.shape != normed.shape[1:2]:
+                raise RuntimeError(f"batch norm: {moment.shape[0]} numbers for {normed.shape[1]} channels")
+        return _likes((normed, empty, empty))
+    return _likes(func(*twin(args), **{key: twin(value) for key, value in kwargs}))
 
 
 def _zeros(like: _Like) -> Tensor:

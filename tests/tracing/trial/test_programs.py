@@ -356,3 +356,14 @@ def test_layers_of_train_mode_are_seen(before: Callable[[Tensor], Tensor]) -> No
     plan = sc.plan_removal(graph, {name: list(range(0, size, 3)) for name, size in offered.items()})
     small = sc.apply(model, plan).train()
     assert [tuple(out.shape) for out in small(images)] == [(1, 8, 192, 192)] * 2
+
+
+@pytest.mark.parametrize("held", ["weight", "bias", "running_mean", "running_var"])
+def test_a_batch_norm_whose_numbers_are_too_few_fails_without_values_too(held: str) -> None:
+    """In a run without values its shapes are told without asking PyTorch, which would have refused."""
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.Conv2d(32, 8, 3)).eval()
+    images = torch.randn(4, 3, 96, 96)
+    getattr(model[1], held).data = torch.ones(31)
+    for light in (None, Program()):
+        with pytest.raises(sc.TraceError, match="1"):
+            record(model, images, Assumptions(), light=light)
