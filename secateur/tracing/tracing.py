@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from secateur.errors import TraceError
 from secateur.graph.channels import ChannelGraph
 from secateur.network.inputs import batch_size, unwrapped, varied
 from secateur.network.isolation import ONE_AT_A_TIME
+from secateur.pruning.leftovers import unfollowed
 from secateur.tracing.assumptions import Assumptions
 from secateur.tracing.grouping import group_channels
 from secateur.tracing.recording import record
@@ -78,7 +80,8 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
             failures = failing(trials, grouping)
             first.written.put_back()
             if not failures:
-                return trials.floored(grouping.graph)
+                graph = trials.floored(grouping.graph)
+                return replace(graph, notes=(*graph.notes, *unfollowed(model, graph)))
             if not give_up(trials, grouping, failures):
                 continue
         trials.recording = record(model, example_inputs, assumptions, plain=plain)
