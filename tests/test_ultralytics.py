@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import secateur as sc
 from secateur.criteria import names
@@ -27,6 +28,12 @@ def _by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ultralytics", exc_type=ImportError)
 
 
+def squares(output: Any, _: Any) -> torch.Tensor:
+    """Return a loss that reads all that a detector makes."""
+    made = [t.float() for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    return torch.stack([t.square().mean() for t in made]).sum()
+
+
 def halved(name: str) -> tuple[Any, torch.nn.Module, sc.PruningPlan]:
     """Return ultralytics' own wrapper of a network, the network, and a plan that removes half of its MACs."""
     from ultralytics import RTDETR, YOLO
@@ -36,11 +43,11 @@ def halved(name: str) -> tuple[Any, torch.nn.Module, sc.PruningPlan]:
     model = whole.model.eval()
     graph = sc.trace(model, X)
     exact = {group.name for group in graph.groups if group.exact}
+    labelled = [(X, torch.tensor([0, 1]))]  # corrnet_su reads the labels, taylor the loss
     for criterion in names():
-        if criterion not in ("taylor", "corrnet_su"):  # which take a loss of boxes, or classes
-            scores = sc.score(model, graph, criterion, [X])
-            assert scores.keys() == exact, criterion
-            assert all(bool(values.isfinite().all()) for values in scores.values()), criterion
+        scores = sc.score(model, graph, criterion, labelled, loss=squares)
+        assert scores.keys() == exact, criterion
+        assert all(bool(values.isfinite().all()) for values in scores.values()), criterion
     return whole, model, sc.plan(graph, sc.score(model, graph, "l2"), sc.Target(macs=0.5))
 
 
@@ -60,9 +67,10 @@ def test_a_pruned_detector_is_saved_trained_used_and_exported(name: str, tmp_pat
     optimizer = torch.optim.SGD(again.parameters(), lr=1e-3)
     again.train()
     generator = torch.Generator().manual_seed(1)
-    for _ in range(3):
+    for _ in range(12):  # an epoch of random images, with three random boxes each
+        images = torch.rand(*X.shape, generator=generator)
         boxes = {"bboxes": torch.rand(6, 4, generator=generator), "cls": torch.zeros(6, 1)}
-        loss, _ = again.loss({"img": X, "batch_idx": torch.arange(6.0) // 3, **boxes})
+        loss, _ = again.loss({"img": images, "batch_idx": torch.arange(6.0) // 3, **boxes})
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()
