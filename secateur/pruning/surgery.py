@@ -37,6 +37,10 @@ Along dimension 1, the weight of a grouped convolution holds the channels of one
 """
 
 
+_AT_ONCE = 1 << 18
+"""So many elements of a tensor are cut at once along several dimensions."""
+
+
 @torch.inference_mode(False)  # what is made in inference mode can never be trained
 def cut(model: nn.Module, plan: PruningPlan, *, share: bool = False) -> nn.Module:
     """Return a copy of the model without the channels that the plan removes; the model itself is untouched.
@@ -234,12 +238,28 @@ def _is_depthwise(layer: nn.Module) -> bool:
 
 def _select(tensor: Tensor, kept: Mapping[int, list[int] | None]) -> Tensor:
     """Return a copy of a tensor with the kept indices of some dimensions; None: all."""
-    value = tensor.detach()
-    for dim, indices in kept.items():
-        if indices is not None:
-            index = torch.from_numpy(np.asarray(indices, dtype=np.int64))
-            value = value.index_select(dim, index.to(tensor.device))
-    return value.clone() if value.data_ptr() == tensor.data_ptr() else value
+    whole = tensor.detach()
+    indices = {
+        dim: torch.from_numpy(np.asarray(own, dtype=np.int64)).to(tensor.device)
+        for dim, own in kept.items()
+        if own is not None
+    }
+    rows = indices.pop(0, None)
+    if rows is None or not indices:
+        value = whole if rows is None else whole.index_select(0, rows)
+        for dim, index in indices.items():
+            value = value.index_select(dim, index)
+        return value.clone() if value.data_ptr() == tensor.data_ptr() else value
+    # Some rows at a time: what is cut along one dimension alone then needs no memory of its own.
+    left = {0: len(rows)} | {dim: len(index) for dim, index in indices.items()}
+    value = whole.new_empty([left.get(dim, size) for dim, size in enumerate(whole.shape)])
+    at_once = max(1, _AT_ONCE // max(1, whole[:1].numel()))
+    for some, place in zip(rows.split(at_once), value.split(at_once), strict=True):
+        part = whole.index_select(0, some)
+        for dim, index in indices.items():
+            part = part.index_select(dim, index)
+        place.copy_(part)
+    return value
 
 
 def _cut_blocks(tensor: Tensor, rows: Sequence[int] | None, channels: Sequence[int] | None, blocks: int) -> Tensor:
