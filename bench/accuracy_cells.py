@@ -105,8 +105,8 @@ class Part:
     distilled: tuple[bool, ...] = (True,)
 
 
-EVERY = (*OURS, *ONE_SHOT, AUTO)
-FEW = ("l1", UNIFORM, RANDOM, LEAST_SQUARES, *ONE_SHOT, AUTO)
+EVERY = (*ONE_SHOT, *OURS, AUTO)
+FEW = (*ONE_SHOT, "l1", UNIFORM, RANDOM, LEAST_SQUARES, AUTO)
 AGAINST = (UNIFORM, RANDOM, SCRATCH, AUTO)
 PARTS: dict[str, tuple[Part, ...]] = {
     "quick": (Part("resnet20", "inner", (0.5,), FEW, AGAINST, RIVALS, (1,), images=5_000),),

@@ -74,8 +74,9 @@ def _after_training(rows: list[Row]) -> list[str]:
         found = {(row["fraction"], row["epochs"], row["distilled"]) for row in own}
         columns = sorted(found, key=lambda column: (not column[2], column[0], column[1]))
         names = [f"{f:.0%}, {n} epoch{'s' if n > 1 else ''}{'' if d else ', undistilled'}" for f, n, d in columns]
-        chosen = peaks(own)
-        told = Counter(f"{peak:g}" for (_, _, _, _, distilled), peak in chosen.items() if distilled)
+        told = Counter(
+            f"{peak:g}" for _, peak, distilled in {(r["arm"], r["peak"], r["distilled"]) for r in own} if distilled
+        )
         lines += [f"After training, epochs of {images:,} images, distilled where nothing else is said:", ""]
         lines += [*table(own, columns, names), ""]
         if told:
@@ -124,7 +125,7 @@ def render() -> str:
 
 
 def _hours(rows: Iterable[Row]) -> float:
-    return sum(row.get("seconds", 0.0) for row in rows) / 3600
+    return sum(float(row.get("seconds", 0)) for row in rows) / 3600
 
 
 def draw() -> str:

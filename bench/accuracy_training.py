@@ -78,7 +78,7 @@ class Measuring:
             # The published weights lack the counters of batches, which play no part in evaluation.
             counters = {n: v for n, v in model.state_dict().items() if n.endswith("num_batches_tracked")}
             model.load_state_dict(counters | found)
-            size = {} if images in (0, IMAGES) else {"train_size": images}
+            size: dict[str, Any] = {} if images in (0, IMAGES) else {"train_size": images}
             data = load(self.data, cache=str(self.work / "images"), **size)
             self.loaded[key] = Setting(model.eval(), data, layers)
         found_setting: Setting = self.loaded[key]
@@ -95,7 +95,8 @@ class Measuring:
             setting = self.setting(cell.network, cell.layers, 0)
             tool = accuracy_peers if cell.arm in ONE_SHOT or cell.arm == KIRIGAMI else accuracy_arms
             self.loaded[key] = tool.cut(setting, cell.arm, cell.fraction, cell.seed).eval()
-        return copy.deepcopy(self.loaded[key])
+        network: nn.Module = self.loaded[key]
+        return copy.deepcopy(network)
 
     def row(self, cell: Cell) -> Row:
         """Measure a cell. What a peer can't do is a row, too, with the reason."""
@@ -117,8 +118,8 @@ class Measuring:
         if cell.arm == SPARSE:
             train = Half(train)
         kept = self.work / "training" / f"{'-'.join(str(v).replace(' ', '_') for v in cell.row().values())}.pt"
-        found = torch.load(kept, weights_only=False) if kept.exists() else {"done": 0}
-        model = found["cut"] if found["done"] else self._start(cell, setting, train)
+        found: dict[str, Any] = torch.load(kept, weights_only=False) if kept.exists() else {"done": 0}
+        model: nn.Module = found["cut"] if found["done"] else self._start(cell, setting, train)
         start = copy.deepcopy(model)
         stage = self._stage(cell, setting, model, cell.peak)
         if found["done"]:
