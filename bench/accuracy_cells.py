@@ -117,7 +117,7 @@ PARTS: dict[str, tuple[Part, ...]] = {
     "full": tuple(
         Part(
             network, layers, (0.5, 0.3, 0.7), (*EVERY, KIRIGAMI), (*EVERY, SCRATCH, SPARSE, KIRIGAMI), 0,
-            (3, 1, 10), (0, 1, 2), distilled=(True, False),
+            (3, 1, 10), distilled=(True, False),
         )
         for network in ("resnet20", "resnet56")
         for layers in ("inner", "all")
