@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -35,11 +35,13 @@ ROWS = criteria.ROOT / "runs" / "accuracy" / "rows.jsonl"
 _MEASURING: list[Measuring] = []
 
 
-def waves(parts: Iterable[Part], rows: Callable[[], list[Row]]) -> Iterator[list[Cell]]:
+def waves(
+    parts: Iterable[Part], rows: Callable[[], list[Row]], arms: Collection[str] | None = None
+) -> Iterator[list[Cell]]:
     """Yield the cells that are missing, in waves: what a wave holds may follow from the rows of those before it.
 
     Right after the cut; so, too, with the other seeds, of those that did best; one epoch from every peak; and from the
-    best of these, all trainings. ``auto`` goes the same way after all others.
+    best of these, all trainings. ``auto`` goes the same way after all others. Of ``arms`` alone, if given.
     """
     parts = list(parts)
     for last in (False, True):
@@ -47,17 +49,18 @@ def waves(parts: Iterable[Part], rows: Callable[[], list[Row]]) -> Iterator[list
             known = rows()
             done, never = {of_row(row) for row in known}, failing(known)
             cells = [cell for part in parts for cell in planned(part, known) if (cell.arm == AUTO) == last]
-            cells = [cell for cell in cells if (cell.network, cell.layers, cell.arm) not in never]
+            cells = [cell for cell in cells if (cell.network, cell.layers, cell.arm, cell.fraction) not in never]
+            cells = [cell for cell in cells if arms is None or cell.arm in arms]
             if planned is trained:
                 peak = peaks(known)
                 cells = [replace(cell, peak=peak[cell.trial]) for cell in cells if cell.trial in peak]
             yield [cell for cell in dict.fromkeys(cells) if cell not in done]
 
 
-def supposed(parts: Iterable[Part], rows: list[Row]) -> list[Cell]:
+def supposed(parts: Iterable[Part], rows: list[Row], arms: Collection[str] | None = None) -> list[Cell]:
     """Return all cells that are missing, as if each came out the same: which of the peer's do best is not known yet."""
     known, found = list(rows), list[Cell]()
-    for wave in waves(parts, known.copy):
+    for wave in waves(parts, known.copy, arms):
         found += wave
         known += [cell.row(accuracy=0.0, validation=0.0) for cell in wave]
     return found
@@ -93,9 +96,9 @@ def measured(cells: list[Cell], measuring: Measuring, jobs: int) -> Iterator[Row
             pool.shutdown(cancel_futures=True)
 
 
-def run(parts: list[Part], kept: Store, measuring: Measuring, jobs: int) -> None:
+def run(parts: list[Part], kept: Store, measuring: Measuring, jobs: int, arms: Collection[str] | None = None) -> None:
     """Measure all cells that are missing."""
-    for wave in waves(parts, kept.read):
+    for wave in waves(parts, kept.read, arms):
         for row in measured(wave, measuring, min(jobs, max(1, len(wave)))):
             kept.keep(row)
             told = row.get("failed", f"{row.get('accuracy')} at {row.get('removed')}, {row.get('seconds')} s")
@@ -140,12 +143,12 @@ def main() -> None:
     if given.forget:
         return forget(kept, given.forget)
     parts = [part for part in PARTS[given.part] if given.networks is None or part.network in given.networks]
-    missing = supposed(parts, kept.read())
+    missing = supposed(parts, kept.read(), given.arms)
     if given.dry:
         print(*(f"{cell.seconds / 60:6.1f} min  {cell.label}" for cell in missing), sep="\n")
     print(f"--{given.part}: {cost(missing, given.jobs)}.", flush=True)
     if not given.dry:
-        run(parts, kept, Measuring(given.weights, given.data, kept.folder, given.device), given.jobs)
+        run(parts, kept, Measuring(given.weights, given.data, kept.folder, given.device), given.jobs, given.arms)
     return None
 
 

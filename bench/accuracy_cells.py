@@ -193,6 +193,6 @@ def peaks(rows: Iterable[Row]) -> dict[tuple[Any, ...], float]:
     return best
 
 
-def failing(rows: Iterable[Row]) -> set[tuple[str, str, str]]:
-    """Return network, layers and arm of all that a peer can't cut."""
-    return {(row["network"], row["layers"], row["arm"]) for row in rows if "failed" in row}
+def failing(rows: Iterable[Row]) -> set[tuple[str, str, str, float]]:
+    """Return network, layers, arm and fraction of all that a peer can't cut."""
+    return {(row["network"], row["layers"], row["arm"], row["fraction"]) for row in rows if "failed" in row}

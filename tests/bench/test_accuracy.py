@@ -236,6 +236,13 @@ def test_a_second_run_measures_nothing_and_a_forgotten_arm_again(rows: Any, tmp_
     assert again.loaded["order"] == [c for c in order if c.arm == AUTO]
 
 
+def test_named_arms_alone_are_measured(tmp_path: Path) -> None:
+    fake = Fake(tmp_path, "", tmp_path)
+    accuracy.run([PART], store("rows.jsonl", folder=tmp_path), fake, 1, [AUTO])
+    assert {cell.arm for cell in fake.loaded["order"]} == {AUTO}
+    assert {cell.epochs for cell in fake.loaded["order"]} == {0, 1, 3}
+
+
 def test_what_would_be_measured_is_told_beforehand(rows: Any) -> None:
     kept, order = rows
     supposed = accuracy.supposed([PART], [])
