@@ -127,6 +127,7 @@ def main() -> None:
         which.add_argument(f"--{name}", dest="part", action="store_const", const=name)
     which.add_argument("--publish", action="store_true", help="put the rows into bench/results and the documents")
     which.add_argument("--forget", metavar="ARM", help="drop the rows of an arm that has changed, such as auto")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="of these arms alone")
     parser.add_argument("--networks", nargs="+", metavar="NETWORK", help="of these networks alone")
     parser.add_argument(
         "--rows", type=Path, default=ROWS, help="file of the finished cells; half-trained ones beside it"

@@ -255,6 +255,20 @@ def test_what_would_be_measured_is_told_beforehand(rows: Any) -> None:
     assert sum(cell.seconds for cell in quick) < 2 * 30 * 60
 
 
+def test_the_command_lists_cells_with_their_cost_and_measures_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "sys.argv", ["accuracy", "--quick", "--dry", "--arms", AUTO, "--rows", str(tmp_path / "r.jsonl")]
+    )
+    accuracy.main()
+    *cells, total = capsys.readouterr().out.splitlines()
+    assert len(cells) == 1 + len(PEAKS)
+    assert all(" min  resnet20 inner 50%, auto, " in line for line in cells)
+    assert total.startswith("--quick: 4 cells to measure, about 0.")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_peak_counts_once_all_were_tried() -> None:
     cells = [Cell("n", "inner", 0.5, "l1", 1, 300, distilled=True, peak=p) for p in PEAKS]
     found = [cell.row(validation=v, accuracy=0.0) for cell, v in zip(cells, (1.0, 3.0, 3.0), strict=True)]
