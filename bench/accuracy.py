@@ -20,6 +20,7 @@ import multiprocessing
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from bench import criteria
 from bench.accuracy_arms import AUTO
 from bench.accuracy_cells import PARTS, Cell, Part, failing, of_row, peaks, store, trained, trials, untrained
 from bench.accuracy_tables import FIGURE, SECTION, STORE
-from bench.accuracy_training import Measuring
+from bench.accuracy_training import Measuring, weights_of
 from bench.rows import Row, Store
 
 ROWS = criteria.ROOT / "runs" / "accuracy" / "rows.jsonl"
@@ -58,11 +59,11 @@ def waves(
 
 
 def supposed(parts: Iterable[Part], rows: list[Row], arms: Collection[str] | None = None) -> list[Cell]:
-    """Return all cells that are missing, as if each came out the same: which of the peer's do best is not known yet."""
+    """Return all cells that are missing, with figures made up: which of the peer's do best is not known yet."""
     known, found = list(rows), list[Cell]()
     for wave in waves(parts, known.copy, arms):
         found += wave
-        known += [cell.row(accuracy=0.0, validation=0.0) for cell in wave]
+        known += [cell.row(accuracy=-float(n), removed=0.0, validation=0.0) for n, cell in enumerate(wave)]
     return found
 
 
@@ -106,10 +107,11 @@ def run(parts: list[Part], kept: Store, measuring: Measuring, jobs: int, arms: C
 
 
 def publish(kept: Store) -> None:
-    """Put rows among the results, and make tables and figures of them."""
+    """Put rows among the results, and make tables and figure of them; an arm's new rows replace its old ones."""
     new = kept.read()
-    names = {kept.name(row) for row in new}
-    STORE.write([*(row for row in STORE.read() if STORE.name(row) not in names), *new])
+    block = itemgetter("network", "layers", "fraction", "arm", "images")
+    renewed = {block(row) for row in new}
+    STORE.write([*(row for row in STORE.read() if block(row) not in renewed), *new])
     SECTION.write()
     FIGURE.write()
 
@@ -149,6 +151,10 @@ def main() -> None:
         print(*(f"{cell.seconds / 60:6.1f} min  {cell.label}" for cell in missing), sep="\n")
     print(f"--{given.part}: {cost(missing, given.jobs)}.", flush=True)
     if not given.dry:
+        for part in parts:
+            file = weights_of(part.network)
+            if not (given.weights / file).is_file():
+                parser.error(f"--weights {given.weights}: there is no {file} in it.")
         run(parts, kept, Measuring(given.weights, given.data, kept.folder, given.device), given.jobs, given.arms)
     return None
 

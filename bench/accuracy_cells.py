@@ -126,16 +126,18 @@ PARTS: dict[str, tuple[Part, ...]] = {
 
 
 def rivals(rows: Iterable[Row], part: Part, fraction: float) -> tuple[str, ...]:
-    """Return the peer's best settings right after the cut, by the rows of seed 0; they were chosen on the test set."""
+    """Return the peer's best settings right after the cut, by the rows of seed 0; they were chosen on the test set.
+
+    Of settings that come to the same network, as the rows tell, the first by name stands for all.
+    """
     if not part.rivals:
         return ()
-    found = {
-        row["arm"]: row["accuracy"]
-        for row in rows
-        if (row["network"], row["layers"], row["fraction"]) == (part.network, part.layers, fraction)
-        and row["arm"] in ONE_SHOT and row["epochs"] == row["seed"] == 0 and "accuracy" in row
-    }  # fmt: skip
-    return tuple(sorted(found, key=lambda arm: (-found[arm], arm))[: part.rivals])
+    found: dict[tuple[float, float], str] = {}
+    for row in sorted(rows, key=lambda row: str(row["arm"])):
+        same = (row["network"], row["layers"], row["fraction"]) == (part.network, part.layers, fraction)
+        if same and row["arm"] in ONE_SHOT and row["epochs"] == row["seed"] == 0 and "accuracy" in row:
+            found.setdefault((row["accuracy"], row["removed"]), row["arm"])
+    return tuple(found[key] for key in sorted(found, reverse=True)[: part.rivals])
 
 
 def arms_at(rows: list[Row], part: Part, fraction: float) -> tuple[str, ...]:

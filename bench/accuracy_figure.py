@@ -1,4 +1,7 @@
-"""Accuracy against the MACs removed, drawn from rows as SVG: right after the cut, and after the longest training."""
+"""Accuracy against the MACs removed, drawn from rows as SVG: right after the cut, and after the longest training.
+
+Trained networks are those of the distilled cells.
+"""
 
 from __future__ import annotations
 
@@ -51,17 +54,14 @@ def panels(rows: list[Row]) -> list[tuple[str, dict[str, Points], float | None]]
         unpruned = next((row["accuracy"] for row in own if row["arm"] == UNPRUNED), None)
         what = f"{network}, {'inner filters' if layers == 'inner' else 'all groups'}"
         longest = max(((row["images"], row["epochs"]) for row in own if row["distilled"]), default=(0, 0))
-        for (images, epochs), when in (((0, 0), "right after the cut"), (longest, _trained(*longest))):
+        for images, epochs in dict.fromkeys(((0, 0), longest)):
             shown = lines(
                 row for row in own if (row["images"], row["epochs"], row["distilled"]) == (images, epochs, epochs > 0)
             )
-            if shown and (epochs or when == "right after the cut"):
+            if shown:
+                when = f"{epochs} × {images:,} images" if epochs else "right after the cut"
                 found.append((f"{what}: {when}", shown, unpruned))
     return found
-
-
-def _trained(images: int, epochs: int) -> str:
-    return f"{epochs} epoch{'s' if epochs > 1 else ''} of {images:,} images, distilled"
 
 
 def draw(rows: list[Row]) -> str:
@@ -75,10 +75,11 @@ def draw(rows: list[Row]) -> str:
         '<title id="title">Test accuracy against the fraction of the MACs removed</title>',
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
     ]
-    for place, (name, (colour, dashes)) in enumerate(STYLES.items()):
-        x = LEFT + place * 150
+    x = LEFT
+    for name, (colour, dashes) in STYLES.items():
         out.append(f'<path d="M{x} 20h26" stroke="{colour}" stroke-width="2.5" stroke-dasharray="{dashes}"/>')
         out.append(f'<text x="{x + 32}" y="24">{escape(name)}</text>')
+        x += 64 + 8 * len(name)
     for place, (title, points, unpruned) in enumerate(shown):
         x, y = LEFT + place % 2 * (WIDTH + GAP), TOP + place // 2 * (HEIGHT + GAP)
         out += [f'<g transform="translate({x} {y})">', *_panel(title, points, unpruned), "</g>"]

@@ -111,7 +111,7 @@ def render() -> str:
             "Written by `python -m bench.accuracy`."
         ),
         "",
-        f"![Accuracy against the MACs removed, by arm]({FIGURE.file})",
+        f"![Accuracy against the MACs removed, right after the cut and after training, by arm]({FIGURE.file})",
         "",
     ]
     for network, layers in sorted({(row["network"], row["layers"]) for row in everything}):

@@ -26,6 +26,8 @@ from secateur.training.evaluation import evaluate
 from secateur.training.stages import Distillation, Stage, TrainingSettings, accelerator
 
 DISTILLATION = Distillation(weight=0.9, temperature=4.0)
+CUTS = 64
+"""So many cut networks are kept for later cells."""
 SPARSE_PEAK = 0.01
 """Peak learning rate of the sparse training before the cut."""
 
@@ -33,6 +35,11 @@ SPARSE_PEAK = 0.01
 def settings(peak: float) -> TrainingSettings:
     """Return how every cell is trained, as the recipes of ResNets train, the rate annealed over the whole cell."""
     return TrainingSettings(lr=peak, momentum=0.9, weight_decay=1e-4, schedule="cosine")
+
+
+def weights_of(network: str) -> str:
+    """Return the name of the file of a network's trained weights."""
+    return f"cifar10-{network}.safetensors"
 
 
 class Half:
@@ -66,23 +73,24 @@ class Measuring:
     work: Path
     """Folder of half-trained cells and decoded images."""
     device: str = "cpu"
-    loaded: dict[Any, Any] = field(default_factory=dict)
-    """Settings and cut networks, by what they are of."""
+    loaded: dict[tuple[str, str, int], Setting] = field(default_factory=dict)
+    """Network, layers and images of an epoch -> setting."""
+    cuts: dict[tuple[Any, ...], nn.Module] = field(default_factory=dict)
+    """The last cut networks, by what they are of."""
 
     def setting(self, network: str, layers: str, images: int) -> Setting:
         """Return a network with its layers and images."""
         key = (network, layers, images)
         if key not in self.loaded:
             model = MODELS[network]()
-            found = load_file(self.weights / f"cifar10-{network}.safetensors")
+            found = load_file(self.weights / weights_of(network))
             # The published weights lack the counters of batches, which play no part in evaluation.
             counters = {n: v for n, v in model.state_dict().items() if n.endswith("num_batches_tracked")}
             model.load_state_dict(counters | found)
             size: dict[str, Any] = {} if images in (0, IMAGES) else {"train_size": images}
             data = load(self.data, cache=str(self.work / "images"), **size)
             self.loaded[key] = Setting(model.eval(), data, layers)
-        found_setting: Setting = self.loaded[key]
-        return found_setting
+        return self.loaded[key]
 
     def cut(self, cell: Cell) -> nn.Module:
         """Return the network of a cell before training: a copy of one that is kept for the next cell of the arm.
@@ -91,12 +99,13 @@ class Measuring:
             PeerError: If the arm can't cut it.
         """
         key = (cell.network, cell.layers, cell.fraction, cell.arm, cell.seed)
-        if key not in self.loaded:
+        if key not in self.cuts:
+            if len(self.cuts) == CUTS:
+                self.cuts.clear()
             setting = self.setting(cell.network, cell.layers, 0)
             tool = accuracy_peers if cell.arm in ONE_SHOT or cell.arm == KIRIGAMI else accuracy_arms
-            self.loaded[key] = tool.cut(setting, cell.arm, cell.fraction, cell.seed).eval()
-        network: nn.Module = self.loaded[key]
-        return copy.deepcopy(network)
+            self.cuts[key] = tool.cut(setting, cell.arm, cell.fraction, cell.seed).eval()
+        return copy.deepcopy(self.cuts[key])
 
     def row(self, cell: Cell) -> Row:
         """Measure a cell. What a peer can't do is a row, too, with the reason."""

@@ -1,5 +1,6 @@
 import copy
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import secateur as sc
-from bench import accuracy, accuracy_figure, accuracy_peers, accuracy_tables
+from bench import accuracy, accuracy_figure, accuracy_peers, accuracy_tables, sections
 from bench.accuracy_arms import AUTO, OURS, RANDOM, SCRATCH, UNIFORM, UNPRUNED, Setting, cut
-from bench.accuracy_cells import PARTS, PEAKS, Cell, Part, peaks, rivals, store
+from bench.accuracy_cells import PARTS, PEAKS, Cell, Part, of_row, peaks, rivals, store
 from bench.accuracy_peers import IMPORTANCES, KIRIGAMI, ONE_SHOT, SCOPES, SPARSE
 from bench.accuracy_training import Half, Measuring
 from bench.rows import Row
@@ -190,10 +191,16 @@ def test_the_penalty_shrinks_groups_and_is_gone_afterwards(inner: Setting) -> No
 class Fake(Measuring):
     """Measures nothing: an arm's accuracy follows from its name, epochs and peak."""
 
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, "", folder)
+        self.order: list[Cell] = []
+
     def row(self, cell: Cell) -> Row:
-        value = {"TP l2 local": 50.0, "TP LAMP global": 49.0, AUTO: 80.0}.get(cell.arm, 10.0)
+        # LAMP comes to the network of l2, as it does with one ratio for all layers.
+        known = {"TP l2 local": 50.0, "TP LAMP local": 50.0, "TP LAMP global": 49.0, AUTO: 80.0}
+        value = known.get(cell.arm, 10.0)
         bonus = 5.0 * cell.epochs - 100 * abs(cell.peak - 0.01)
-        self.loaded.setdefault("order", []).append(cell)
+        self.order.append(cell)
         measured = {"validation": value + bonus} if cell.epochs else {}
         return cell.row(accuracy=value + bonus, removed=cell.fraction, seconds=1.0, **measured)
 
@@ -204,16 +211,16 @@ PART = Part("resnet20", "inner", (0.5, 0.25), (UNIFORM, *ONE_SHOT, AUTO), (UNIFO
 @pytest.fixture
 def rows(tmp_path: Path) -> tuple[Any, list[Cell]]:
     kept = store("rows.jsonl", folder=tmp_path)
-    fake = Fake(tmp_path, "", tmp_path)
+    fake = Fake(tmp_path)
     accuracy.run([PART], kept, fake, 1)
-    return kept, fake.loaded["order"]
+    return kept, fake.order
 
 
 def test_waves_train_the_best_of_the_peer_from_the_best_peaks_and_auto_last(rows: Any) -> None:
     kept, order = rows
-    assert rivals(kept.read(), PART, 0.5) == ("TP l2 local", "TP LAMP global")
+    assert rivals(kept.read(), PART, 0.5) == ("TP LAMP local", "TP LAMP global")
     trained = {c.arm for c in order if c.epochs}
-    assert trained == {"TP l2 local", "TP LAMP global", UNIFORM, AUTO}
+    assert trained == {"TP LAMP local", "TP LAMP global", UNIFORM, AUTO}
     places = [c.arm == AUTO for c in order]
     assert places == sorted(places)
     assert len(order) == len(set(order))
@@ -228,19 +235,37 @@ def test_waves_train_the_best_of_the_peer_from_the_best_peaks_and_auto_last(rows
 
 def test_a_second_run_measures_nothing_and_a_forgotten_arm_again(rows: Any, tmp_path: Path) -> None:
     kept, order = rows
-    again = Fake(tmp_path, "", tmp_path)
+    again = Fake(tmp_path)
     accuracy.run([PART], kept, again, 1)
-    assert "order" not in again.loaded
+    assert again.order == []
     accuracy.forget(kept, AUTO)
     accuracy.run([PART], kept, again, 1)
-    assert again.loaded["order"] == [c for c in order if c.arm == AUTO]
+    assert again.order == [c for c in order if c.arm == AUTO]
+
+
+def test_rows_are_published_in_place_of_the_old_ones_of_their_arm(
+    rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, _ = rows
+    results = store(folder=tmp_path / "results")
+    monkeypatch.setattr(accuracy, "STORE", results)
+    monkeypatch.setattr(accuracy_tables, "STORE", results)
+    monkeypatch.setattr(sections, "DOCS", tmp_path)
+    other = Cell("resnet56", "inner", 0.5, AUTO, 3, 300, 0, True, 0.01).row(accuracy=1.0, validation=1.0, removed=0.5)
+    stale = replace(of_row(other), network="resnet20", peak=0.02).row(accuracy=2.0, validation=2.0, removed=0.5)
+    results.keep(other)
+    results.keep(stale)
+    accuracy.publish(kept)
+    assert results.read() == sorted([*kept.read(), other], key=results.name)
+    assert accuracy_tables.render() in (tmp_path / "benchmarks.md").read_text()
+    assert (tmp_path / "accuracy.svg").read_text() == accuracy_tables.draw()
 
 
 def test_named_arms_alone_are_measured(tmp_path: Path) -> None:
-    fake = Fake(tmp_path, "", tmp_path)
+    fake = Fake(tmp_path)
     accuracy.run([PART], store("rows.jsonl", folder=tmp_path), fake, 1, [AUTO])
-    assert {cell.arm for cell in fake.loaded["order"]} == {AUTO}
-    assert {cell.epochs for cell in fake.loaded["order"]} == {0, 1, 3}
+    assert {cell.arm for cell in fake.order} == {AUTO}
+    assert {cell.epochs for cell in fake.order} == {0, 1, 3}
 
 
 def test_what_would_be_measured_is_told_beforehand(rows: Any) -> None:
@@ -267,6 +292,11 @@ def test_the_command_lists_cells_with_their_cost_and_measures_nothing(
     assert all(" min  resnet20 inner 50%, auto, " in line for line in cells)
     assert total.startswith("--quick: 4 cells to measure, about 0.")
     assert not list(tmp_path.iterdir())
+    rows = str(tmp_path / "r.jsonl")
+    monkeypatch.setattr("sys.argv", ["accuracy", "--quick", "--weights", str(tmp_path), "--rows", rows])
+    with pytest.raises(SystemExit):
+        accuracy.main()
+    assert f"--weights {tmp_path}: there is no cifar10-resnet20.safetensors in it." in capsys.readouterr().err
 
 
 def test_a_peak_counts_once_all_were_tried() -> None:
@@ -287,8 +317,8 @@ def test_tables_show_chosen_peaks_means_and_deviations(rows: Any, monkeypatch: p
     assert "| 25%, 1 epoch | 25%, 3 epochs | 50%, 1 epoch | 50%, 3 epochs |" in after
     # Seeds 0 and 1 at 50% after 3 epochs: 95 and 91.
     assert "| auto | Secateur | 85.00 ± 0.00 | 95.00 ± 0.00 | 85.00 ± 0.00 | 93.00 ± 2.83 |" in after
-    assert "| TP l2 local | Torch-Pruning | 55.00 ± 0.00 |" in after
-    assert after.index("| auto |") < after.index("| TP l2 local |") < after.index(f"| {UNIFORM} |")
+    assert "| TP LAMP local | Torch-Pruning | 55.00 ± 0.00 |" in after
+    assert after.index("| auto |") < after.index("| TP LAMP local |") < after.index(f"| {UNIFORM} |")
     assert "- not measured, it is not installed: torch-kirigami" in text
     assert "Peaks chosen: 0.01 by 4 arms." in text
 
@@ -300,7 +330,7 @@ def test_the_figure_is_drawn_from_the_rows(rows: Any) -> None:
     assert before[accuracy_figure.BEST] == [(0.25, 50.0), (0.5, 50.0)]
     assert after[AUTO] == [(0.25, 95.0), (0.5, 95.0)]
     assert unpruned == 10.0
-    assert title == "resnet20, inner filters: 3 epochs of 300 images, distilled"
+    assert title == "resnet20, inner filters: 3 × 300 images"
     text = accuracy_figure.draw(shown)
     root = ET.fromstring(text)
     circles = [node for node in root.iter() if node.tag.endswith("circle")]
