@@ -8,10 +8,25 @@ sections of ``docs/results.md`` do. Each bench writes its own section in the sam
 
 from __future__ import annotations
 
-from bench import criteria, finetuning, patterns, recipes, zoo_table
+from bench import accuracy_tables, criteria, finetuning, patterns, recipes, zoo_table
 
-STORES = [patterns.STORE, zoo_table.STORE, *criteria.STORES.values(), finetuning.STORE, recipes.STORE]
-SECTIONS = [patterns.SECTION, zoo_table.SECTION, *criteria.SECTIONS.values(), finetuning.SECTION, recipes.SECTION]
+STORES = [
+    patterns.STORE,
+    zoo_table.STORE,
+    *criteria.STORES.values(),
+    finetuning.STORE,
+    recipes.STORE,
+    accuracy_tables.STORE,
+]
+SECTIONS = [
+    patterns.SECTION,
+    zoo_table.SECTION,
+    *criteria.SECTIONS.values(),
+    finetuning.SECTION,
+    recipes.SECTION,
+    accuracy_tables.SECTION,
+]
+FIGURES = [accuracy_tables.FIGURE]
 
 
 def main() -> None:
@@ -19,6 +34,9 @@ def main() -> None:
     for section in SECTIONS:
         section.write()
         print(f"docs/{section.document}: {section.name}")
+    for figure in FIGURES:
+        figure.write()
+        print(f"docs/{figure.file}")
 
 
 if __name__ == "__main__":

@@ -50,3 +50,16 @@ class Section:
     def write(self) -> None:
         """Make the section's text anew from the rows."""
         write_section(DOCS / self.document, self.name, self.render())
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing that is made from measured rows."""
+
+    file: str
+    """A file of ``docs``."""
+    draw: Callable[[], str]
+
+    def write(self) -> None:
+        """Draw it anew from the rows."""
+        write_atomic(DOCS / self.file, self.draw().encode())

@@ -8,7 +8,7 @@ import pytest
 
 from bench import pages, zoo
 from bench.rows import RESULTS, Store
-from bench.sections import DOCS, Section
+from bench.sections import DOCS, Figure, Section
 
 IDS = [section.name for section in pages.SECTIONS]
 
@@ -33,6 +33,11 @@ def test_a_document_is_what_the_rows_give(section: Section) -> None:
     text = (DOCS / section.document).read_text(encoding="utf-8")
     expected = f"<!-- begin: {section.name} -->\n{section.render().strip()}\n<!-- end: {section.name} -->"
     assert expected in text, "python -m bench.pages makes it anew"
+
+
+@pytest.mark.parametrize("figure", pages.FIGURES, ids=lambda figure: figure.file)
+def test_a_figure_is_what_the_rows_give(figure: Figure) -> None:
+    assert (DOCS / figure.file).read_text(encoding="utf-8") == figure.draw(), "python -m bench.pages draws it anew"
 
 
 def test_a_row_takes_the_place_of_the_one_of_its_name(tmp_path: Path) -> None:
