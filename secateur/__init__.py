@@ -42,10 +42,10 @@ if TYPE_CHECKING:
     from secateur.graph.cost import parameters as parameters
     from secateur.graph.plan import PruningPlan as PruningPlan
     from secateur.network.custom_layers import register_layer as register_layer
-    from secateur.pruning.planning import Target as Target
     from secateur.pruning.planning import plan as plan
     from secateur.pruning.planning import plan_removal as plan_removal
     from secateur.pruning.surgery import carry_optimizer as carry_optimizer
+    from secateur.pruning.target import Target as Target
     from secateur.pruning.verification import VerificationReport as VerificationReport
     from secateur.pruning.verification import verify as verify
     from secateur.tracing.tracing import trace as trace
@@ -69,7 +69,7 @@ _HOME = {
     "SecateurError": "errors",
     "Sensitivity": "compensation.sensitivity",
     "Settings": "engine",
-    "Target": "pruning.planning",
+    "Target": "pruning.target",
     "TraceError": "errors",
     "UsageError": "errors",
     "VerificationError": "errors",

@@ -70,6 +70,11 @@ def prune(
     macs: options.Macs = None,
     params: options.Params = None,
     channels: options.Channels = None,
+    memory: options.Memory = None,
+    latency: options.Latency = None,
+    batch: options.BatchOfCosts = None,
+    runtime: options.Runtime = None,
+    threads: options.Threads = None,
     ratio: options.Ratios = None,
     skip: options.Skip = None,
     round_to: Annotated[
@@ -117,12 +122,16 @@ def prune(
         from secateur.runfile import sources
         from secateur.training import tasks
 
-        goal = options.target(*options.nearest(context, macs=macs, params=params, channels=channels))
+        amounts = {"macs": macs, "params": params, "channels": channels, "memory": memory, "latency": latency}
+        setting: dict[str, Any] = {"batch": batch, "runtime": runtime, "threads": threads}
+        goal = options.target(*options.nearest(context, **amounts), **setting)
         model, model_flag = options.nearest(context, model=model, model_flag=model_flag)
         ratios, caps = options.fractions("--ratio", ratio), options.caps("--max-ratio", max_ratio)
         multiple = options.round_to(round_to)
         if not goal and not ratios:
-            raise UsageError("prune: how much? Give --macs, --params or --channels, or --ratio for some layers.")
+            raise UsageError(
+                "prune: how much? Give --macs, --params, --channels, --memory or --latency, or --ratio for some layers."
+            )
         if out is not None:
             sources.writable(out)
         ranked, given = sources.method(method), options.values("--method-option", method_option)

@@ -131,7 +131,7 @@ def test_damage_never_falls_where_more_goes() -> None:
     assert found.damage.tolist() == [0.0, 0.25, 0.5, 0.5, 0.5, 1.25, 2.0]
 
 
-@pytest.mark.parametrize("what", ["macs", "params", "channels"])
+@pytest.mark.parametrize("what", ["macs", "params", "channels", "memory"])
 @pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 0.7])
 @pytest.mark.parametrize("seed", range(2))
 def test_a_plan_by_a_table_meets_its_target_at_nearly_the_least_damage(what: str, fraction: float, seed: int) -> None:
@@ -141,7 +141,7 @@ def test_a_plan_by_a_table_meets_its_target_at_nearly_the_least_damage(what: str
     assert target.removed(GRAPH, plan) >= fraction
     own = [choices(table, g.name, g.size, totals(g)) for g in GRAPH.groups]
     grid = np.array(list(product(*(one.removed.tolist() for one in own))), dtype=float)
-    costs = costs_of(GRAPH, what)
+    costs = costs_of(GRAPH, what, target.setting.get("batch", 1))
     whole = float(costs(np.zeros(len(own))))
     enough = grid[costs(grid) <= (1 - fraction) * whole * (1 + 1e-12)]
 
