@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from secateur.criteria import criterion as criterion
     from secateur.criteria.scoring import score as score
     from secateur.criteria.scoring import select as select
+    from secateur.deploy.timing.measuring import latency as latency
+    from secateur.deploy.timing.table import Latency as Latency
     from secateur.engine import Settings as Settings
     from secateur.engine import compress as compress
     from secateur.engine import resume as resume
@@ -59,6 +61,7 @@ _HOME = {
     "CriterionError": "errors",
     "DataError": "errors",
     "ExportError": "errors",
+    "Latency": "deploy.timing.table",
     "Member": "graph.channels",
     "PlanError": "errors",
     "PruneResult": "engine.result",
@@ -78,6 +81,7 @@ _HOME = {
     "carry_optimizer": "pruning.surgery",
     "compress": "engine",
     "criterion": "criteria",
+    "latency": "deploy.timing.measuring",
     "load": "checkpoint",
     "macs": "graph.cost",
     "parameters": "graph.cost",

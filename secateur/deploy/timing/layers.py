@@ -2,7 +2,7 @@
 
 All widths of a layer run one after the other, round after round, as the layers of a network do: each finds its weights
 where other layers have left the caches. What else the machine does only ever adds time, so that of the rounds the
-fastest count.
+fastest count; and what one thread takes is told by the processor's clock, which stands while others have the processor.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ _SECONDS, _LEAST, _MOST = 1.0, 3, 15
 """How long the rounds of one layer take together, and how many there are at least and at most."""
 _ELEMENTS = 1 << 26
 """So many weights are held at once."""
+_SLICE = 0.004
+"""Seconds; a process that runs longer may lose the processor to another meanwhile."""
 
 Cell = tuple[int, int]
 """Channels in and out."""
@@ -77,19 +79,21 @@ def eager(layer: Layer, cells: Sequence[Cell], threads: int) -> list[float]:
     with _threads(threads), torch.inference_mode():
         calls = [_call(layer, inputs[cell[0]], cell) for cell in cells]
 
+        clock = time.thread_time if threads == 1 else time.perf_counter
+
         def one_round() -> list[float]:
             taken = []
             for call in calls:
-                start = time.perf_counter()
+                start = clock()
                 call()
-                taken.append(time.perf_counter() - start)
+                taken.append(clock() - start)
             return taken
 
         one_round()
         rounds = [one_round()]
         while len(rounds) < _rounds(sum(rounds[0])):
             rounds.append(one_round())
-    return [_typical(times) for times in zip(*rounds, strict=True)]
+    return [typical(times) for times in zip(*rounds, strict=True)]
 
 
 def _call(layer: Layer, x: Tensor, cell: Cell) -> Callable[[], Tensor]:
@@ -104,7 +108,7 @@ def _call(layer: Layer, x: Tensor, cell: Cell) -> Callable[[], Tensor]:
     return lambda: torch.convolution(x, weight, None, stride, padding, dilation, transposed, extra, blocks)
 
 
-class _threads:  # noqa: N801 - used as a function
+class _threads:
     """Run PyTorch's operators with so many threads, and with the allocator as it is in a long-running process."""
 
     def __init__(self, number: int) -> None:
@@ -158,20 +162,26 @@ def _profiled(layer: Layer, cells: Sequence[Cell], threads: int) -> list[float]:
         options.profile_file_prefix = str(Path(folder) / "profile")
         with quiet():
             session = runtime.InferenceSession(_file(layer, cells, draw), options, providers=["CPUExecutionProvider"])
-        for _ in range(2):
-            start = time.perf_counter()
+        shares: list[float] = []
+        taken, rounds = 0.0, 1
+        while len(shares) <= rounds:
+            start, own = time.perf_counter(), time.thread_time()
             session.run(None, feed)
             taken = time.perf_counter() - start
-        for _ in range(_rounds(taken)):
-            session.run(None, feed)
+            # The profile has no clock of the processor, so that what is longer than a slice of time is corrected.
+            shares.append((time.thread_time() - own) / taken if threads == 1 else 1.0)
+            rounds = _rounds(taken) if len(shares) == 1 else rounds
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     times: dict[Cell, list[float]] = {cell: [] for cell in cells}
     for event in events:
         # A node keeps the name of the layer or of its output, with something added, whatever is made of it.
-        named = re.match(r"[cy](\d+)_(\d+)\D.*_kernel_time$", event["name"]) if event["cat"] == "Node" else None
+        named = re.match(r"[cy](\d+)_(\d+)(_.*)?_kernel_time$", event["name"]) if event["cat"] == "Node" else None
         if named:
             times[int(named[1]), int(named[2])].append(event["dur"] / 1e6)
-    return [_typical(times[cell][1:]) for cell in cells]
+    return [
+        typical([t * share if t > _SLICE else t for t, share in zip(times[cell], shares, strict=True)][1:])
+        for cell in cells
+    ]
 
 
 def _file(layer: Layer, cells: Sequence[Cell], draw: np.random.Generator) -> bytes:
@@ -218,7 +228,7 @@ def _rounds(seconds: float) -> int:
     return min(max(int(_SECONDS / max(seconds, 1e-9)), _LEAST), _MOST)
 
 
-def _typical(times: Sequence[float]) -> float:
+def typical(times: Sequence[float]) -> float:
     """Return the mean of the fastest third."""
     return float(np.mean(sorted(times)[: max(1, len(times) // 3)]))
 
