@@ -15,9 +15,11 @@ from secateur.criteria import Criterion
 from secateur.criteria.feature_maps import examples
 from secateur.criteria.scoring import score, select
 from secateur.deploy.timing import choose_round_to
+from secateur.deploy.timing.measuring import latency
 from secateur.engine.events import Steps
 from secateur.engine.result import PruneResult
 from secateur.engine.selection import deciding
+from secateur.engine.speed import in_time
 from secateur.errors import UsageError, VerificationError
 from secateur.graph import cost
 from secateur.graph.channels import ChannelGraph
@@ -71,7 +73,9 @@ def prune(
     Args:
         model: The network; it is copied, never changed.
         example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments to trace and verify on.
-        target: The fraction of MACs, parameters or channels to remove; None to follow ``ratios`` alone.
+        target: The fraction of MACs, parameters, channels, memory or latency to remove; None to follow ``ratios``
+            alone. For latency, times of the layers are measured first (:func:`secateur.latency`), and the whole network
+            before and after.
         data: Batches that criterion and compensation see, see :func:`secateur.criteria.feature_maps.batches`; what can
             be read only once is kept in a list.
         method: The criterion that ranks the channels: its name, a :class:`secateur.Criterion` or a function. ``auto``,
@@ -137,13 +141,21 @@ def prune(
             allocation=allocation, inexact=inexact,
         )  # fmt: skip
     measured = None
-    if round_to == "auto":
+    if round_to == "auto" and (target is None or target.what != "latency"):
         with _shown(steps, "measuring multiples of channels"):
             choice = choose_round_to(lambda n: cut(model, planned(n)), example_inputs, batch_size=MEASURED_BATCH)
         round_to, measured = choice.round_to, choice.to_dict()
+    timed = None
+    if target is not None and target.what == "latency":
+        with _shown(steps, "measuring times of layers"):
+            costs = latency(model, graph, **target.setting, example_inputs=example_inputs)
+        with _shown(steps, "pruning and timing"):
+            timed = in_time(
+                model, graph, example_inputs, target, costs, lambda goal: planned(round_to, target=goal, costs=costs)
+            )
     with _shown(steps, "pruning"):
-        chosen = planned(round_to)
-        small = cut(model, chosen)
+        chosen = planned(round_to) if timed is None else timed.plan
+        small = cut(model, chosen) if timed is None else timed.model
     with _shown(steps, "verifying"):
         check = verify(model, small, chosen, example_inputs)
     _require_verified(check, inexact)
@@ -169,6 +181,7 @@ def prune(
         "compensation": None if compensated is None else asdict(compensated),
         "round_to": round_to,
         "measured": measured,
+        "latency": None if timed is None else timed.report,
     }
     return PruneResult(small, chosen, check, graph, report)
 
@@ -268,7 +281,7 @@ def _planner(
     options: Mapping[str, Any],
     reading: Mapping[str, Any],
     **request: Any,
-) -> Callable[[int], PruningPlan]:
+) -> Callable[..., PruningPlan]:
     """Score every channel, and return the function that plans on these scores for a multiple of channels.
 
     Args:
@@ -283,8 +296,8 @@ def _planner(
     scoring = {name: value for name, value in options.items() if name not in decided}
     scores = score(model, graph, criterion, inexact=request["inexact"], **{**reading, **scoring})
 
-    def planned(round_to: int) -> PruningPlan:
-        by_scores = plan(graph, scores, round_to=round_to, **request)
+    def planned(round_to: int | Literal["auto"], **more: Any) -> PruningPlan:
+        by_scores = plan(graph, scores, round_to=round_to, **{**request, **more})
         if not decided:
             return by_scores
         counts = {name: len(channels) for name, channels in by_scores.removed.items()}

@@ -26,7 +26,8 @@ class PruneResult:
     """The original's channel graph."""
     report: dict[str, Any]
     """Plain values, ready for JSON: ``method``, ``metric``, the figures ``before`` and ``after``, ``widths``,
-    ``verification``, ``compensation``, ``round_to``, and under ``measured`` the times that chose it."""
+    ``verification``, ``compensation``, ``round_to``, under ``measured`` the times that chose it, and under
+    ``latency`` what a target of latency predicted and measured (:class:`secateur.engine.speed.Timed`)."""
 
 
 @dataclass(frozen=True)

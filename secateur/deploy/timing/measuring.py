@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from secateur.checkpoint import write_atomic
+from secateur.deploy.export import _require
 from secateur.deploy.timing import layers, whole
 from secateur.deploy.timing.layers import Cell, Layer
 from secateur.deploy.timing.machine import environment
@@ -32,7 +33,7 @@ from secateur.pruning.target import RUNTIMES
 _LEVELS = 8
 """Widths that a wide layer is measured at, and below the smallest its halves."""
 _FITTED = {"eager": (0.0, 1 / 3, 2 / 3, 1.0), "onnxruntime": (0.0, 0.5, 1.0)}
-"""What the networks have lost that the whole is fitted to, of what may go; one takes the longer to make in the latter."""
+"""What the networks have lost, of what may go, that the whole is fitted to; to write one as ONNX takes a while."""
 
 Progress = Callable[[int, int], None]
 
@@ -101,7 +102,7 @@ def fingerprint(runtime: str, threads: int) -> dict[str, Any]:
     names = ("processor", "cores", "cpu_capability", "torch")
     found = {name: value for name, value in environment().items() if name in names}
     if runtime == "onnxruntime":
-        layers._require("onnx", "onnxscript", "onnxruntime")
+        _require("onnx", "onnxscript", "onnxruntime")
         found["onnxruntime"] = importlib.metadata.version("onnxruntime")
     return {**found, "runtime": runtime, "threads": threads, "dtype": "float32"}
 
@@ -223,7 +224,10 @@ def _fitted(table: Latency, model: nn.Module, graph: ChannelGraph, example_input
     if len(kept.seconds.get(name, ())) != len(plans):
         networks = [cut(model, plan) if plan.removed else model for plan in plans]
         rounds = whole.whole(networks, example_inputs, table.batch, table.runtime, table.threads, 7)
-        kept.seconds[name] = [layers.typical(times) for times in rounds]
+        # Each is held against the unpruned network of the same round: what else the machine does falls on both.
+        first = layers.typical(rounds[0])
+        shares = [np.median(np.array(times) / np.array(rounds[0])) for times in rounds]
+        kept.seconds[name] = [float(first * share) for share in shares]
     seen = np.array(kept.seconds[name])
     unit = {"overhead": 0.0, "scale": 0.0, "per_value": 0.0}
     parts = np.array(

@@ -53,7 +53,7 @@ class Latency:
     """Of each call of a layer the index of its grid; -1 where it has none, as a layer class of the user's own."""
     grids: list[Grid]
     odd: list[Grid | None]
-    """The same where the channels in are no multiple of the step, which takes a slower way; None where all are alike."""
+    """The same where the channels in are no multiple of the step, which takes a slower way; None where none does."""
     overhead: float
     """a, seconds that do not depend on widths."""
     scale: float
@@ -92,7 +92,7 @@ class Latency:
         made = np.array([shares(p.out_group) for p in ports]).reshape(len(ports), len(sizes)).T
         whole = np.array([(p.in_channels, p.out_channels) for p in ports], dtype=float).reshape(-1, 2).T
         total = self._total(graph, ports)
-        return lambda removed: total(whole[0] - removed @ read, whole[1] - removed @ made)
+        return lambda removed: np.asarray(total(whole[0] - removed @ read, whole[1] - removed @ made))
 
     def seconds(self, graph: ChannelGraph, plan: PruningPlan | None = None) -> float:
         """Return the seconds of a forward pass of the network that a plan leaves.
@@ -117,7 +117,9 @@ class Latency:
             read, out = wide[..., timed].round(6), made[..., timed].round(6)
             first = np.where(even.alone, out, read)
             off = differs & (first % even.steps[0] > 0)
-            seconds = np.where(off, odd(read, out), even(read, out)) if off.any() else even(read, out)
+            seconds = even(read, out)
+            if off.any():  # what takes the slower way is never faster than at the step above
+                seconds = np.where(off, np.maximum(odd(read, out), seconds), seconds)
             return np.asarray(self.overhead + self.scale * seconds.sum(-1) + self.per_value * (made @ values))
 
         return total
