@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Sequence
 from math import ceil, prod
 from pathlib import Path
@@ -14,8 +16,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from typer.testing import CliRunner
 
 import secateur as sc
+from secateur.cli import prune_command
+from secateur.cli.commands import app
 from secateur.deploy.timing import layers, whole
 from secateur.deploy.timing.layers import Layer
 from secateur.deploy.timing.table import Grid, Lookup, ports_of
@@ -219,6 +224,41 @@ def test_a_prediction_that_fails_is_corrected_once(world: World) -> None:
     world.slower = 50.0
     with pytest.raises(sc.PlanError, match=r"cannot remove 0.4 of the latency; a plan that was to do that left \d"):
         in_time(NET, GRAPH, X, target, table, plan)
+
+
+def test_the_command_says_what_was_measured(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["prune", "lenet5", "--latency", "0.4", "--runtime", "eager", "--batch", "4", "--method", "l1"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert "time of a forward pass (eager, batch 4, 1 thread)" in said
+    assert re.search(r"\d\d\.\d% left; asked 60\.0%, predicted \d\d\.\d% \([+-]\d+\.\d%\)", said)
+    told = {"runtime": "eager", "batch": 1, "threads": 2, "asked": 0.5, "predicted": 0.5, "measured": 1.2, "error": -0.58}
+    prune_command._show_latency({**told, "before": 0.01, "after": 0.012, "slower": True})
+    shown = capsys.readouterr()
+    assert "not faster than the original (eager, batch 1, 2 threads)" in " ".join((shown.out + shown.err).split())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--latency", "0.5", "--macs", "0.5"], "--macs and --latency contradict each other"),
+        (["--batch", "8"], "--batch: says how"),
+        (["--macs", "0.5", "--threads", "2"], "threads says nothing of macs"),
+        (["--latency", "0.5", "--runtime", "tflite"], "runtime is onnxruntime or eager; found 'tflite'"),
+        (["--latency", "0.5", "--threads", "0"], "threads is a whole number from 1 up; found 0"),
+    ],
+)
+def test_contradictions_on_the_command_line_are_one_line(options: list[str], says: str) -> None:
+    result = CliRunner().invoke(app, ["prune", "lenet5", *options])
+    assert result.exit_code == 2
+    assert says in " ".join(result.output.split())
+
+
+def test_a_runtime_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(sc.UsageError, match="onnxruntime is not installed"):
+        sc.latency(NET, GRAPH, cache=tmp_path)
 
 
 @pytest.mark.slow
