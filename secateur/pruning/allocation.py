@@ -161,9 +161,10 @@ def costs_of(graph: ChannelGraph, what: str, batch: int = 1) -> Costs:
 
 
 def paying(costs: CostOf, group: int, groups: int, ends: np.ndarray) -> np.ndarray:
-    """Tell at which of the numbers of channels removed a group costs less than wherever it loses fewer.
+    """Tell at which of the numbers of channels removed a group costs clearly less than where it loses fewer.
 
-    Time falls in stairs: a vector unit takes as long for seven channels as for eight.
+    Time falls in stairs: a vector unit takes as long for seven channels as for eight. A width pays that saves, since
+    the one before it that does, at least half of what its channels save on the group's average.
 
     Args:
         costs: The network's cost; all other groups are whole.
@@ -174,7 +175,14 @@ def paying(costs: CostOf, group: int, groups: int, ends: np.ndarray) -> np.ndarr
     removed = np.zeros((len(ends) + 1, groups))
     removed[1:, group] = ends
     found = costs(removed)
-    return np.asarray(found[1:] < np.minimum.accumulate(found)[:-1] * (1 - 1e-9))
+    pays = np.zeros(len(ends), dtype=bool)
+    each = max((float(found[0]) - float(found.min())) / max(float(removed[found.argmin(), group]), 1.0), 0.0)
+    last = 0
+    for i, end in enumerate(ends.tolist(), start=1):
+        saved = float(found[last] - found[i])
+        if saved > 1e-9 * float(found[0]) and saved >= 0.5 * each * (end - float(removed[last, group])):
+            pays[i - 1], last = True, i
+    return pays
 
 
 def allocate(

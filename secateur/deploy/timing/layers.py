@@ -7,11 +7,14 @@ fastest count; and what one thread takes is told by the processor's clock, which
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,8 @@ _SECONDS, _LEAST, _MOST = 1.0, 3, 15
 """How long the rounds of one layer take together, and how many there are at least and at most."""
 _ELEMENTS = 1 << 26
 """So many weights are held at once."""
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Of ``mallopt``."""
 _SLICE = 0.004
 """Seconds; a process that runs longer may lose the processor to another meanwhile."""
 
@@ -76,7 +81,7 @@ class Layer:
 def eager(layer: Layer, cells: Sequence[Cell], threads: int) -> list[float]:
     """Return the seconds that a layer takes in PyTorch at each of several widths."""
     inputs = {wide: torch.randn(layer.input(wide)) for wide in sorted({wide for wide, _ in cells})}
-    with _threads(threads), torch.inference_mode():
+    with steady(threads), torch.inference_mode():
         calls = [_call(layer, inputs[cell[0]], cell) for cell in cells]
 
         clock = time.thread_time if threads == 1 else time.perf_counter
@@ -108,31 +113,28 @@ def _call(layer: Layer, x: Tensor, cell: Cell) -> Callable[[], Tensor]:
     return lambda: torch.convolution(x, weight, None, stride, padding, dilation, transposed, extra, blocks)
 
 
-class _threads:
-    """Run PyTorch's operators with so many threads, and with the allocator as it is in a long-running process."""
+@contextmanager
+def steady(threads: int) -> Iterator[None]:
+    """Run operators in so many threads, and have the C library keep the memory that is freed meanwhile.
 
-    def __init__(self, number: int) -> None:
-        self._number = number
-
-    def __enter__(self) -> None:
-        self._before = torch.get_num_threads()
-        torch.set_num_threads(self._number)
-        settle()
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self._before)
-
-
-def settle() -> None:
-    """Have the allocator keep large blocks.
-
-    The C library asks the system for each block larger than any it has freed before, and pages of such blocks are
-    cleared again and again, which may take longer than a convolution.
+    Otherwise it gives large blocks back to the system, now and then and depending on all that went before, and to have
+    their pages cleared again may take longer than a convolution. Where it is not glibc, it is left as it is.
     """
-    for _ in range(2):
-        block = torch.empty(31 << 18)
-        block.zero_()
-        del block
+    before = torch.get_num_threads()
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    keeps = libc is not None and hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")
+    torch.set_num_threads(threads)
+    if libc is not None and keeps:
+        libc.mallopt(_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        if libc is not None and keeps:  # as in a process that has held large blocks for long
+            libc.mallopt(_MMAP_THRESHOLD, 1 << 25)
+            libc.mallopt(_TRIM_THRESHOLD, 1 << 26)
+            libc.malloc_trim(0)
 
 
 def onnxruntime(layer: Layer, cells: Sequence[Cell], threads: int) -> list[float]:

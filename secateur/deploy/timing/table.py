@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ class Latency:
         made = np.array([shares(p.out_group) for p in ports]).reshape(len(ports), len(sizes)).T
         whole = np.array([(p.in_channels, p.out_channels) for p in ports], dtype=float).reshape(-1, 2).T
         total = self._total(graph, ports)
-        return lambda removed: np.asarray(total(whole[0] - removed @ read, whole[1] - removed @ made))
+        return lambda removed: total(whole[0] - removed @ read, whole[1] - removed @ made)
 
     def seconds(self, graph: ChannelGraph, plan: PruningPlan | None = None) -> float:
         """Return the seconds of a forward pass of the network that a plan leaves.
@@ -105,7 +105,7 @@ class Latency:
         widths = np.array([(layer.in_channels, layer.out_channels) for layer in left], dtype=float).reshape(-1, 2).T
         return float(self._total(graph, ports_of(graph))(widths[0], widths[1]))
 
-    def _total(self, graph: ChannelGraph, ports: Sequence[LayerPort]) -> Any:
+    def _total(self, graph: ChannelGraph, ports: Sequence[LayerPort]) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
         timed = [i for i, place in enumerate(self.layers) if place >= 0]
         even = Lookup([self.grids[self.layers[i]] for i in timed])
         slower = [self.odd[self.layers[i]] for i in timed]

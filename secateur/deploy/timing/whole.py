@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from secateur.criteria.feature_maps import evaluating
 from secateur.deploy.export import OnnxModel, _batch_size, _program, _require, _resized, _write_onnx
 from secateur.deploy.timing import _bound, _interleaved
-from secateur.deploy.timing.layers import settle
+from secateur.deploy.timing.layers import steady
 from secateur.errors import UsageError
 from secateur.network.copies import replica
 from secateur.network.inputs import arguments
@@ -44,14 +43,9 @@ def whole(
     call = arguments(example_inputs)
     sized = _resized(call, _batch_size(call), batch)
     make = _onnxruntime if runtime == "onnxruntime" else _eager
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        settle()
-        calls = {i: make(network, sized, threads) for i, network in enumerate(networks)}
+    calls = {i: make(network, sized, threads) for i, network in enumerate(networks)}
+    with steady(threads):
         timed, failed = _interleaved(calls, threads, rounds, 0.02, "cpu" if threads == 1 else "wall")
-    finally:
-        torch.set_num_threads(before)
     if failed:
         raise UsageError(f"latency: the network does not run at batch {batch} ({next(iter(failed.values()))}).")
     return [list(timed[i].raw_times) for i in calls]
