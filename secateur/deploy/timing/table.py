@@ -86,7 +86,7 @@ class Latency:
 
         def shares(of_group: np.ndarray | None) -> np.ndarray:
             found = of_group[of_group >= 0] if of_group is not None else np.zeros(0, dtype=int)
-            return np.bincount(found, minlength=len(sizes)) / sizes
+            return np.asarray(np.bincount(found, minlength=len(sizes)) / sizes)
 
         read = np.array([shares(p.in_group) for p in ports]).reshape(len(ports), len(sizes)).T
         made = np.array([shares(p.out_group) for p in ports]).reshape(len(ports), len(sizes)).T
