@@ -25,6 +25,7 @@ from torch import nn
 
 import secateur as sc
 from bench.rows import Store
+from bench.sections import Section
 from secateur.deploy.timing import environment
 from secateur.deploy.timing.whole import whole
 from secateur.engine.speed import in_time
@@ -76,6 +77,34 @@ def measure(name: str, runtime: str, threads: int, batch: int, target: str) -> d
     return row | {key: found[key] for key in ("processor", "cores", "torch")} | {"load": round(os.getloadavg()[0], 1)}
 
 
+def section() -> str:
+    """Tabulate the rows."""
+    lines = [
+        "## Targets of latency",
+        "",
+        MEANING,
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        "|" + "---|" * len(COLUMNS),
+    ]
+    for row in STORE.read():
+        head = f"| {row['network']} | {row['runtime']} | {row['threads']} | {row['batch']} | {row['target']} |"
+        if "refused" in row:
+            lines.append(
+                f"{head} refused: {row['refused'].split(';')[1].split('.  ')[0].split('. ')[0].strip()} | | | | | |"
+            )
+            continue
+        asked = f"{row['asked']:.2f}" if "asked" in row else "–"
+        lines.append(
+            f"{head} {asked} | {row['predicted']:.3f} | {row['measured']:.3f} | {row['error']:+.1%} | "
+            f"{row['macs_left']:.3f} | {row['of_theory']:.2f} |"
+        )
+    return "\n".join([*lines, "", "`python -m bench.latency` on a machine that other work shared."])
+
+
+SECTION = Section("results.md", "latency", section)
+
+
 def main() -> None:
     """Measure what is not measured yet, and print every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -95,6 +124,7 @@ def main() -> None:
                 row = measure(name, runtime, threads, batch, target)
                 STORE.keep(row)
                 print(row, flush=True)
+    SECTION.write()
 
 
 if __name__ == "__main__":

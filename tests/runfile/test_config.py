@@ -70,7 +70,7 @@ def test_the_command_line_goes_before_the_file_and_merges_mappings(tmp_path: Pat
         (MINIMAL + "zzz: 1\n", 3, ["zzz: no such key", "known are model, model_options"]),
         (MINIMAL + "baseline:\n  epocs: 3\n", 4, ["baseline.epocs: no such key", "did you mean epochs?"]),
         (MINIMAL + "target:\n  mac: 0.5\n", 4, ["target.mac: no such key", "did you mean macs?"]),
-        (MINIMAL + "target: {}\n", 3, ["target", "give exactly one of macs, params, channels, memory and latency; found none"]),
+        (MINIMAL + "target: {}\n", 3, ["give exactly one of macs, params, channels, memory and latency; found none"]),
         (MINIMAL + "target: {macs: 1.5}\n", 3, ["target.macs", "less than 1", "1.5"]),
         (MINIMAL + "tolerance: -1\n", 3, ["tolerance", "greater than or equal to 0", "-1"]),
         (MINIMAL + "seed: often\n", 3, ["seed", "valid integer", "'often'"]),
