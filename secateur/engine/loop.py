@@ -255,7 +255,7 @@ class Engine:
             raise RunError(
                 f"target: {self.target.what} {self.target.fraction:g} is out of reach: with nothing left to remove, "
                 f"{reached:.3f} is gone. Ask for less, or let more groups go (linear, skip, internal_only, max_ratio, "
-                f"min_width).{why}"
+                f"min_channels).{why}"
             )
         if len(self.selection.left) == len(self.groups):
             raise RunError(f"compress: the method is defined on none of the groups:{why} Choose another, such as l1.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -14,10 +14,12 @@ from secateur.criteria.registry import NotDefinedError
 from secateur.engine import pairing
 from secateur.engine.settings import Settings
 from secateur.engine.state import Removed, State
+from secateur.engine.way import deciding
 from secateur.errors import UsageError
 from secateur.graph.channels import ChannelGraph, ChannelGroup
 from secateur.graph.plan import PruningPlan
 from secateur.pruning.limits import Limits
+from secateur.pruning.options import Options
 from secateur.pruning.planning import Target, plan_removal
 from secateur.training import passes
 from secateur.training.passes import Batches
@@ -69,15 +71,9 @@ class Selection:
             skip=settings.skip,
         )
         limits = Limits(
-            graph,
-            self.groups,
-            ratios={},
-            max_ratio=settings.max_ratio,
-            skip=(),
-            round_to=1,
-            min_channels=settings.min_width,
-        )
-        self.floors = {group.name: group.size - limits.of(group).most for group in self.groups}
+            graph, self.groups, Options(max_ratio=settings.max_ratio, min_channels=settings.min_channels)
+        ).by_group
+        self.floors = {group.name: group.size - limits[group.name].most for group in self.groups}
         self.goals = [self._goal(widths) for widths in settings.widths]
         if self.goals:
             named = {name for goal in self.goals for name in goal}
@@ -121,7 +117,7 @@ class Selection:
                 )
             if width < self.floors[group.name]:
                 raise UsageError(
-                    f"widths: {module} is to have {width} of {group.size} filters, which contradicts min_width or "
+                    f"widths: {module} is to have {width} of {group.size} filters, which contradicts min_channels or "
                     f"max_ratio: they keep {self.floors[group.name]}."
                 )
             if goal.get(group.name, width) != width:
@@ -308,11 +304,6 @@ def selective(method: Any, options: Mapping[str, Any]) -> bool:
     found = bool(deciding(criterion, options))
     criterion.check(options, found)
     return found
-
-
-def deciding(criterion: criteria.Criterion, options: Iterable[str]) -> set[str]:
-    """Return those of the options that decide a selection and change no score, such as a threshold."""
-    return set(options) & (criterion.takes(True) - criterion.takes(False))
 
 
 class Some:

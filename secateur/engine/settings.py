@@ -52,7 +52,7 @@ class Settings:
     max_ratio: float | dict[str, float] = 1.0
     """Share of a group's original width that the run removes at most; or module name with wildcards, or class of a
     module, -> share, with ``*`` for the groups that no other names."""
-    min_width: int = 1
+    min_channels: int = 1
     """Channels that a group keeps in any case."""
 
     # Where the run ends
@@ -145,7 +145,7 @@ class Settings:
             self.channels_last in (True, False, "auto"), "channels_last", "is true, false or auto", self.channels_last
         )
         _choice("pace", self.pace, ("geometric", "linear"))
-        _require(self.min_width >= 1, "min_width", "is at least 1", self.min_width)
+        _require(self.min_channels >= 1, "min_channels", "is at least 1", self.min_channels)
         for name in ("optimise_epochs", "finetune_epochs", "final_epochs", "criterion_batches"):
             _require(getattr(self, name) >= 0, name, "is not negative", getattr(self, name))
         _require(self.strength >= 0, "strength", "is not negative", self.strength)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Unpack
 
 import numpy as np
 from torch import Tensor
@@ -15,12 +15,10 @@ from secateur.graph import cost
 from secateur.graph.channels import ChannelGraph, ChannelGroup
 from secateur.graph.plan import PruningPlan, Selection
 from secateur.graph.steps import steps
-from secateur.pruning.allocation import Table, allocate, choices, costs_of, require_known
+from secateur.pruning.allocation import Table, allocate, choices, costs_of
 from secateur.pruning.building import build, checked
 from secateur.pruning.limits import Limit, Limits, totals
-
-Allocation = Literal["normalized", "global", "uniform"] | Table
-"""How many channels each group loses."""
+from secateur.pruning.options import SENSITIVITY, Allocation, OptionKeywords, Options
 
 
 @dataclass(frozen=True)
@@ -112,14 +110,7 @@ def plan(
     graph: ChannelGraph,
     scores: Mapping[str, Tensor],
     target: Target | None = None,
-    *,
-    round_to: int = 1,
-    min_channels: int = 1,
-    max_ratio: float | Mapping[str, float] = 1.0,
-    ratios: Mapping[str, float] | None = None,
-    skip: Sequence[str] = (),
-    allocation: Allocation = "normalized",
-    inexact: bool = False,
+    **options: Unpack[OptionKeywords],
 ) -> PruningPlan:
     """Choose the channels to remove: the lowest scores first, until the target is met.
 
@@ -128,50 +119,70 @@ def plan(
         scores: Group name -> one score a channel, shape ``(group.size,)``; the higher, the more important. Groups
             without scores are left alone.
         target: The fraction of MACs, parameters or channels to remove; None to follow ``ratios`` alone.
-        round_to: Kept channels are a multiple of this in every group that loses any.
-        min_channels: A group keeps at least this many channels.
-        max_ratio: A group loses at most this fraction of its channels; or pattern -> fraction, for the groups that
-            each pattern names.
-        ratios: Pattern -> fraction of channels to remove from every group that it names, whatever the target says. A
-            pattern is the name of a module, with wildcards, or its class; it names the groups whose channels such a
-            layer, or a layer in such a module, makes. The pattern ``*`` stands for the groups that no other pattern
-            names; a ratio of it gives way to ``skip``, ``min_channels``, ``round_to`` and the caps of other patterns,
-            where any other ratio that contradicts them is an error.
-        skip: Patterns of groups that lose nothing.
-        allocation: How many channels each group loses. ``normalized`` ranks all channels together, each score divided
-            by its group's mean; ``global`` ranks the scores as they are; ``uniform`` removes the same fraction from
-            every group. A table of :func:`secateur.sensitivity` says what each group's loss does to the network: the
-            plan has the least such damage in sum, exactly solved, and scores decide only which channels of a group go.
-        inexact: Whether groups whose removal can't equal zeroing may lose channels.
+        **options: ``round_to``, ``min_channels``, ``max_ratio``, ``ratios``, ``skip``, ``allocation`` and ``inexact``,
+            see :class:`secateur.Options`.
 
     Returns:
         The plan that removes the least important channels and meets the target.
 
     Raises:
         PlanError: If the target can't be met, scores don't fit a group, or a channel's score is not a number.
-        UsageError: If two requests contradict each other or an argument is out of range.
+        UsageError: If two requests contradict each other, or an option is unknown or out of range.
     """
-    if target is None and not ratios:
+    chosen = Options.of(options)
+    if target is None and not chosen.ratios:
         raise UsageError("plan: nothing is asked for: give a target or ratios.")
-    require_known(allocation)
-    groups = [g for g in graph.groups if g.name in scores and (g.exact or inexact)]
-    limits = Limits(
-        graph, groups, ratios=ratios or {}, max_ratio=max_ratio, skip=skip, round_to=round_to, min_channels=min_channels
-    )
+    if chosen.allocation == SENSITIVITY:
+        raise UsageError("allocation: plan measures nothing; give the table that secateur.sensitivity has measured.")
+    if chosen.round_to == "auto":
+        raise UsageError("round_to: plan measures nothing; give a number, or let secateur.prune measure it.")
+    groups = [g for g in graph.groups if g.name in scores and (g.exact or chosen.inexact)]
+    limits = Limits(graph, groups, chosen).by_group
+    allocation = chosen.allocation or "normalized"
+    return build(graph, choose(graph, scores, target, limits, round_to=chosen.round_to, allocation=allocation))
+
+
+def choose(
+    graph: ChannelGraph,
+    scores: Mapping[str, Tensor],
+    target: Target | None,
+    limits: Mapping[str, Limit],
+    *,
+    round_to: int = 1,
+    allocation: Allocation = "normalized",
+    partial: bool = False,
+) -> Selection:
+    """Choose the channels that a plan removes.
+
+    Args:
+        graph: The channel graph; that of a network pruned already will do.
+        scores: As in :func:`plan`.
+        target: As in :func:`plan`.
+        limits: Group name -> how many channels it may lose; groups that are missing lose none.
+        round_to: As in :func:`plan`.
+        allocation: As in :func:`plan`.
+        partial: Take all that may go where the target is out of reach.
+
+    Raises:
+        PlanError: As :func:`plan`.
+        UsageError: If a ratio asks a group for more than its constraint allows.
+    """
     candidates: list[_Candidate] = []
     forced: Selection = {}
-    for group in groups:
-        limit = limits.of(group)
+    for group in graph.groups:
+        if group.name not in limits or group.name not in scores:
+            continue
+        limit = limits[group.name]
         candidate = _candidate(group, scores[group.name], limit, allocation)
         if not limit.forced:
             candidates.append(candidate)
         elif channels := candidate.removed(candidate.ends.size, round_to):
             forced[group.name] = channels
     if target is None:
-        return build(graph, forced)
+        return forced
     if isinstance(allocation, str):
-        return build(graph, _search(graph, candidates, forced, target, round_to))
-    return build(graph, _allocated(graph, candidates, forced, target, round_to, allocation))
+        return _search(graph, candidates, forced, target, round_to, partial)
+    return _allocated(graph, candidates, forced, target, round_to, allocation, partial)
 
 
 def _candidate(group: ChannelGroup, scores: Tensor, limit: Limit, allocation: Allocation) -> _Candidate:
@@ -210,7 +221,12 @@ def _values(group: ChannelGroup, scores: Tensor) -> np.ndarray:
 
 
 def _search(
-    graph: ChannelGraph, candidates: list[_Candidate], forced: Selection, target: Target, round_to: int
+    graph: ChannelGraph,
+    candidates: list[_Candidate],
+    forced: Selection,
+    target: Target,
+    round_to: int,
+    partial: bool,
 ) -> Selection:
     """Find the fewest steps, in order of importance over all groups, that meet the target: by bisection.
 
@@ -234,6 +250,8 @@ def _search(
 
     enough = target.fraction - 1e-12
     if (most := removed(order.size)) < enough:
+        if partial:
+            return first(order.size)
         raise _out_of_reach(graph, target, most)
     return first(bisect_left(range(order.size), enough, key=removed))
 
@@ -249,7 +267,13 @@ def _out_of_reach(graph: ChannelGraph, target: Target, most: float) -> PlanError
 
 
 def _allocated(
-    graph: ChannelGraph, candidates: list[_Candidate], forced: Selection, target: Target, round_to: int, table: Table
+    graph: ChannelGraph,
+    candidates: list[_Candidate],
+    forced: Selection,
+    target: Target,
+    round_to: int,
+    table: Table,
+    partial: bool,
 ) -> Selection:
     """Find what every group loses by a table of damage, so that the plan meets the target.
 
@@ -288,6 +312,6 @@ def _allocated(
         if short <= 0:
             return selection
         need += max(short, 1e-4) * whole
-    if (best := reached(chosen(most))) < target.fraction - 1e-12:
+    if (best := reached(chosen(most))) < target.fraction - 1e-12 and not partial:
         raise _out_of_reach(graph, target, best)
     return chosen(most)

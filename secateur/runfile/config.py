@@ -59,6 +59,23 @@ class TargetConfig(_Section):
         return self
 
 
+class _Planning(_Section):
+    """The options of :class:`secateur.Options`, which are documented there."""
+
+    round_to: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    min_channels: int = Field(1, ge=1)
+    max_ratio: Annotated[float, Field(gt=0, le=1)] | dict[str, Annotated[float, Field(ge=0, le=1)]] = 1.0
+    ratios: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(default_factory=dict)
+    skip: tuple[str, ...] = ()
+    allocation: Literal["sensitivity", "normalized", "global", "uniform"] | None = None
+    inexact: bool = False
+
+    @field_validator("skip", mode="before")
+    @classmethod
+    def _lone_pattern(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
 @dataclass(frozen=True)
 class Baseline(TrainingSettings):
     """How the network is trained before it is compressed, where no weights are given."""
@@ -178,7 +195,7 @@ _PARAMETERS = {
 """Key of a file for ``prune`` -> the command's parameter, where they differ."""
 
 
-class PruneConfig(_Section):
+class PruneConfig(_Planning):
     """What ``secateur prune --config`` reads: the options of the command, with the names that a run's file has."""
 
     model: str | None = Field(None, description="As in a run's file.")
@@ -190,21 +207,6 @@ class PruneConfig(_Section):
     method: str = Field("auto", description="Criterion by which channels are ranked; auto is the best there is.")
     method_options: dict[str, Any] = Field(default_factory=dict, description="Options of the criterion.")
     target: TargetConfig | None = Field(None, description="How much to remove; without it, what the ratios ask for.")
-    ratios: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(
-        default_factory=dict, description="Pattern -> fraction of channels to remove from every group that it names."
-    )
-    max_ratio: Annotated[float, Field(gt=0, le=1)] | dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
-        1.0, description="Fraction that any group loses at most, or pattern -> fraction."
-    )
-    skip: tuple[str, ...] = Field((), description="Patterns of groups that lose nothing.")
-    round_to: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        1, description="Keep a multiple of this in every group that loses any; auto measures which."
-    )
-    min_channels: int = Field(1, ge=1, description="Channels that every group keeps.")
-    allocation: Literal["sensitivity", "normalized", "global", "uniform"] | None = Field(
-        None, description="How many channels each group loses; sensitivity, with data, for auto."
-    )
-    inexact: bool = Field(False, description="Prune also groups whose removal can't equal zeroing.")
     compensate: tuple[str, ...] | None = Field(
         None, description="Adjust the kept channels: merge, least_squares, bn; [] for none."
     )
@@ -212,7 +214,7 @@ class PruneConfig(_Section):
     seed: int = Field(0, ge=0, description="Seed of fresh weights and of the data's order.")
     out: str | None = Field(None, description="File of the pruned network.")
 
-    @field_validator("skip", "input", "compensate", mode="before")
+    @field_validator("input", "compensate", mode="before")
     @classmethod
     def _lone_value(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value

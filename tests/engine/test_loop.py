@@ -169,7 +169,9 @@ def test_an_impossible_tolerance_gives_the_original_back(network: nn.Module) -> 
 
 
 def test_only_phase_two(network: nn.Module) -> None:
-    result = run(network, phases=(2,), tolerance=100, phase2_pairs=4, min_width=3, optimise_epochs=0, finetune_epochs=0)
+    result = run(
+        network, phases=(2,), tolerance=100, phase2_pairs=4, min_channels=3, optimise_epochs=0, finetune_epochs=0
+    )
     assert [r["group"] for r in result.history] == ["conv1"] * 2 + ["conv2"] * 3
     assert result.report["final"]["widths"] | {"conv1": 3, "conv2": 3} == result.report["final"]["widths"]
 
@@ -183,7 +185,7 @@ def test_no_group_loses_more_than_its_cap(network: nn.Module, method: str) -> No
     for name, size in sizes.items():
         if name in ("conv1", "conv2"):
             assert final[name] == size - int(caps.get(name, 0.5) * size)
-    with pytest.raises(UsageError, match="contradicts min_width or max_ratio"):
+    with pytest.raises(UsageError, match="contradicts min_channels or max_ratio"):
         run(network, method, max_ratio={"conv1": 0.1}, widths={"conv1": 1})
 
 
@@ -424,7 +426,7 @@ def test_resume_refuses_a_damaged_state(network: nn.Module, tmp_path: Path) -> N
         ({"rounds": 3}, UsageError, "rounds"),
         ({"lr": -1.0}, UsageError, "lr: must be above 0"),
         ({"lr": "fast"}, UsageError, "lr: found 'fast': the value is of the wrong kind"),
-        ({"finetune_epochs": 1, "min_width": "2"}, UsageError, "min_width: found '2': the value"),
+        ({"finetune_epochs": 1, "min_channels": "2"}, UsageError, "min_channels: found '2': the value"),
         ({"method": 5, "widths": {"conv1": 7}}, UsageError, "criterion: is a name, a Criterion or a function"),
         ({"metric": "accuracy"}, UsageError, "metric: is a torchmetrics.Metric or a function"),
         ({"validation": []}, DataError, "validation: the data is empty"),
