@@ -23,7 +23,7 @@ def _from_file(context: typer.Context, file: Path | None) -> Path | None:
     if file is not None:
         from secateur.runfile import config
 
-        context.default_map = config.load_prune(file).options()
+        context.default_map = config.load_prune(file).words()
     return file
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,8 @@ from secateur.graph.plan import Selection
 from secateur.pruning.limits import Limit
 from secateur.pruning.options import Allocation
 from secateur.pruning.planning import Target, choose
+from secateur.training import passes
+from secateur.training.passes import Batches
 
 MEASURED_IMAGES = 512
 """So many images are enough to measure sensitivity on."""
@@ -91,3 +94,14 @@ def measured(
             break
     open_to = [name for name, limit in limits.items() if limit.most and not limit.forced]
     return sensitivity(model, graph, few, groups=open_to, inexact=inexact, progress=progress)
+
+
+class Some:
+    """The first ``count`` batches of some data, all when None; their order follows from ``seed`` at every walk."""
+
+    def __init__(self, batches: Batches, count: int | None, seed: int) -> None:
+        self.batches, self.count, self.seed = batches, count, seed
+
+    def __iter__(self) -> Iterator[Any]:
+        passes.order(self.batches, self.seed)
+        return islice(iter(self.batches), self.count)

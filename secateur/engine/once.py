@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
@@ -10,7 +11,7 @@ from typing import Any, Unpack
 from torch import nn
 
 from secateur import compensation
-from secateur.compensation.sensitivity import Sensitivity
+from secateur.compensation.sensitivity import NotComparableError, Sensitivity
 from secateur.criteria import Criterion
 from secateur.deploy.timing import choose_round_to
 from secateur.engine.choosing import Choice, measured
@@ -31,6 +32,8 @@ from secateur.training import evaluation
 from secateur.training.evaluation import Metric
 from secateur.training.passes import Batches
 from secateur.training.stages import Loss
+
+_LOG = logging.getLogger(__name__)
 
 MEASURED_BATCH = 8
 """Examples in the forward passes that ``round_to="auto"`` times."""
@@ -112,11 +115,8 @@ def prune(
     report = _figures(graph, plan) | {"round_to": round_to, "measured": times, "verification": asdict(check)}
     report |= {"compensation": _compensated(model, small, plan, way, data, graph, example_inputs, steps)}
     _evaluate({"before": model, "after": small}, report, test, metric, steps)
-    allocation = planner.allocation if isinstance(planner.allocation, str) else SENSITIVITY
-    parts = {**way.parts, "allocation": allocation}
-    return PruneResult(
-        small, plan, check, graph, {**report, "method": way.name, "allocation": allocation, "parts": parts}
-    )
+    report |= {"parts": {**way.parts, "allocation": planner.allocated}, "notes": planner.notes}
+    return PruneResult(small, plan, check, graph, report | {"method": way.name, "allocation": planner.allocated})
 
 
 class _Planner:
@@ -136,6 +136,10 @@ class _Planner:
         self.model, self.graph, self.target, self.options, self.steps = model, graph, target, options, steps
         names = [group.name for group in graph.groups if group.exact or options.inexact]
         self.allocation: Allocation = way.allocation
+        self.notes: list[str] = []
+        """Parts of ``auto`` that can't be had."""
+        if way.auto and data is None:
+            self.notes.append("auto: without data, channels go by norms of weights, and nothing is refitted")
         if self.allocation == SENSITIVITY:
             # Ratios alone leave nothing to allocate.
             self.allocation = "normalized" if target is None else self._measured(data, names)
@@ -150,7 +154,7 @@ class _Planner:
         groups = [self.graph.group(name) for name in names]
         return Limits(self.graph, groups, options)
 
-    def _measured(self, data: Any, names: Sequence[str]) -> Sensitivity:
+    def _measured(self, data: Any, names: Sequence[str]) -> Allocation:
         steps = self.steps
 
         def progress(done: int, of: int) -> None:
@@ -158,7 +162,19 @@ class _Planner:
                 steps("measuring sensitivity", done, of)
 
         limits = self._limits(names, self.options).by_group
-        return measured(self.model, self.graph, data, limits, inexact=self.options.inexact, progress=progress)
+        try:
+            return measured(self.model, self.graph, data, limits, inexact=self.options.inexact, progress=progress)
+        except NotComparableError as error:
+            if self.options.allocation == SENSITIVITY:
+                raise
+            self.notes.append(f"allocation by normalized scores, as sensitivity can't be measured: {error}")
+            _LOG.warning("prune: %s", self.notes[-1])
+            return "normalized"
+
+    @property
+    def allocated(self) -> str:
+        """The allocation's name."""
+        return self.allocation if isinstance(self.allocation, str) else SENSITIVITY
 
     def multiple(self, example_inputs: Any) -> tuple[int, dict[str, Any] | None]:
         """Return the multiple of channels that is asked for, or the one that runs fastest, and the times."""

@@ -26,6 +26,8 @@ class Way:
     """Of compensation."""
     refit: dict[str, Any]
     """Options of least squares."""
+    auto: bool = False
+    """Whether the method is ``auto``."""
 
     @property
     def parts(self) -> dict[str, str]:
@@ -56,7 +58,7 @@ def way_of(method: Any, allocation: Allocation | None, compensate: str | Sequenc
     refit = {"everywhere": True} if compensate is None and data else {}
     if compensate is None:
         compensate = ["least_squares"] if data else []
-    return Way(f"{AUTO}: {criterion.name}", criterion, allocation, compensation.parse(compensate), refit)
+    return Way(f"{AUTO}: {criterion.name}", criterion, allocation, compensation.parse(compensate), refit, auto=True)
 
 
 def require_possible(target: Target | None, way: Way, options: Options, given: Mapping[str, Any], data: bool) -> None:

@@ -71,6 +71,8 @@ class Options:
         """Refuse what can't be meant."""
         if isinstance(self.skip, str):
             object.__setattr__(self, "skip", (self.skip,))
+        elif isinstance(self.skip, Sequence):
+            object.__setattr__(self, "skip", tuple(self.skip))
         if self.round_to != "auto" and not _is_count(self.round_to):
             raise UsageError(f"round_to: expected a whole number from 1 up, or 'auto'; found {self.round_to!r}.")
         if not _is_count(self.min_channels):

@@ -27,7 +27,9 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from secateur import criteria
 from secateur.checkpoint import write_atomic
 from secateur.engine import Settings
+from secateur.engine.settings import meant
 from secateur.errors import UsageError
+from secateur.pruning.options import AUTO, Options
 from secateur.runfile import yaml_lines
 from secateur.training.stages import TrainingSettings
 
@@ -75,6 +77,11 @@ class _Planning(_Section):
     def _lone_pattern(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
+    @property
+    def options(self) -> Options:
+        """The options of the plan."""
+        return Options(**{f.name: getattr(self, f.name) for f in fields(Options)})
+
 
 @dataclass(frozen=True)
 class Baseline(TrainingSettings):
@@ -102,7 +109,7 @@ else:
     CheckedBaseline = pydantic_dataclass(Baseline, config=_STRICT, frozen=True)
 
 
-class RunConfig(_Section):
+class RunConfig(_Planning):
     """Everything that defines a compression run."""
 
     model: str = Field(
@@ -126,8 +133,9 @@ class RunConfig(_Section):
         (), description="Shapes of the model's inputs, e.g. 1x3x224x224; taken from the data unless given."
     )
     method: str = Field(
-        "cfp",
-        description="Compression method: cfp, a criterion's name, path/to/file.py:FUNCTION or package.module:FUNCTION.",
+        "auto",
+        description="Compression method: auto, cfp, a criterion's name, path/to/file.py:FUNCTION or "
+        "package.module:FUNCTION.",
     )
     settings: CheckedSettings = Field(
         default_factory=lambda: CheckedSettings(), description="Episodes, optimisation and training of the method."
@@ -154,7 +162,7 @@ class RunConfig(_Section):
     @classmethod
     def _known(cls, value: str) -> str:
         # An unknown method is refused here, before the baseline is trained.
-        names = criteria.names()
+        names = [AUTO, *criteria.names()]
         if value not in names and ":" not in value:
             close = difflib.get_close_matches(value, names, n=1)
             raise ValueError(
@@ -165,7 +173,7 @@ class RunConfig(_Section):
     @field_validator("settings", mode="before")
     @classmethod
     def _lone_values(cls, value: Any) -> Any:
-        """Take a lone value where a list is meant: ``skip: conv1``, ``widths: {conv1: 4}``."""
+        """Take a lone value where a list is meant: ``rounds: 2``, ``widths: {conv1: 4}``."""
         if not isinstance(value, Mapping):
             return value
         lists = {f.name for f in fields(Settings) if str(f.type).startswith("tuple[")}
@@ -219,7 +227,7 @@ class PruneConfig(_Planning):
     def _lone_value(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
-    def options(self) -> dict[str, Any]:
+    def words(self) -> dict[str, Any]:
         """Return the values that the file gives as the command's parameters, written as on the command line."""
         words: dict[str, Any] = {}
         for name in self.model_fields_set:
@@ -299,12 +307,16 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
 
 
+_SECTIONS: list[tuple[str, type]] = [("Settings", Settings), ("Baseline", Baseline), ("Baseline", TrainingSettings)]
+
+
 def schema() -> str:
     """Return the JSON schema of a configuration file, for editors that complete and check YAML."""
     values = {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunConfig.model_json_schema()}
-    for section, made in (("Settings", Settings), ("Baseline", Baseline), ("Baseline", TrainingSettings)):
+    places = [(values["$defs"][of], made) for of, made in _SECTIONS] + [(values, Options)]
+    for section, made in places:
         for name, text in _attribute_docstrings(made).items():
-            values["$defs"][section]["properties"][name].setdefault("description", text)
+            section["properties"][name].setdefault("description", text)
     return json.dumps(values, indent=2, ensure_ascii=False)
 
 
@@ -338,6 +350,8 @@ def explain(
         known = _keys(location[:-1])
         close = difflib.get_close_matches(location[-1], known, n=1)
         advice = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}."
+        if location[0] == "settings":
+            advice = meant(location[-1])
         text = f"{key}: no such key; {advice}"
     elif first["type"] == "missing":
         text = f"{key}: missing; " + (f"add '{key}: …'." if place else f"give --{key} or a --config file that has it.")
