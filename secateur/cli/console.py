@@ -269,7 +269,7 @@ def show_pruned(values: Mapping[str, Any]) -> None:
 
 def _show_parts(out: Console, values: Mapping[str, Any]) -> None:
     """Say what each part of the method was, and what could not be had."""
-    out.print("; ".join(f"{part}: {name}" for part, name in values["parts"].items()), markup=False, soft_wrap=True)
+    out.print("; ".join(f"{part}: {name}" for part, name in values["parts"].items()), markup=False)
     for note in values["notes"]:
         out.print(f"note: {note}", markup=False, soft_wrap=True)
 
@@ -293,8 +293,8 @@ def show_demo(values: Mapping[str, Any], picture: Path | None = None) -> None:
     parts = values["examples"]
     out.print(
         f"[bold]LeNet-5 on {sum(parts.values()):,} handwritten digits[/] ({parts['train']:,} to train on, "
-        f"{parts['validation']} to decide on, {parts['test']} to test on): trained, then compressed by filter "
-        f"correlation in {values['rounds']} rounds, {values['seconds']:.0f} s.\n"
+        f"{parts['validation']} to decide on, {parts['test']} to test on): trained, then pruned where measured "
+        f"to cost least and refitted in {values['rounds']} rounds, fine-tuned, {values['seconds']:.0f} s.\n"
     )
     show_run(values, out)
     model = f"{values['run_dir']}/model.safetensors"
@@ -304,7 +304,7 @@ def show_demo(values: Mapping[str, Any], picture: Path | None = None) -> None:
     out.print("\nNext, a network of yours:", style="bold")
     out.print("  secateur trace torchvision:resnet18", markup=False)
     out.print(
-        "  secateur prune path/to/network.py:build --weights trained.pth --macs 0.5 --out small.safetensors",
+        "  secateur prune network.py:build --weights trained.pth --data data.py:load --macs 0.5",
         markup=False,
     )
     if picture is not None:

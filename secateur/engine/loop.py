@@ -101,20 +101,16 @@ class Engine:
         self.runtime: Accelerator = stages.accelerator(self.settings.device)
         self.original = replica(unwrapped(model)).to(self.runtime.device)
         self.example_inputs = request.example(example_inputs, validation, self.runtime.device)
+        asked = self.settings
         self.arithmetic = decide(
-            self.original,
-            self.example_inputs,
-            self.runtime.device,
-            self.settings.precision,
-            self.settings.channels_last,
+            self.original, self.example_inputs, self.runtime.device, asked.precision, asked.channels_last
         )
         filled, self.notes = request.filled(
-            self.settings, self.original, self.example_inputs, loss, auto=self.auto, bounded=self.bounded
+            asked, self.original, self.example_inputs, loss, auto=self.auto, bounded=self.bounded
         )
         """The notes name parts of ``auto`` that can't be had."""
-        self.settings = replace(
-            filled, precision=self.arithmetic.precision, channels_last=self.arithmetic.channels_last
-        )
+        computed = self.arithmetic
+        self.settings = replace(filled, precision=computed.precision, channels_last=computed.channels_last)
         self.graph: ChannelGraph = trace(self.original, self.example_inputs)
         self.selection: Selection = request.selection(
             self.original, self.graph, method, self.options, self.settings, target,

@@ -375,6 +375,7 @@ def test_prune_says_whether_accuracy_was_measured(capsys: pytest.CaptureFixture[
     shown = capsys.readouterr().out
     assert re.search(r"accuracy, test set +.*%.*%", shown)
     assert "not measured" not in shown
+    shown = " ".join(shown.split())
     assert "method: auto: l2; allocation: sensitivity; selection: l2; compensation: least_squares everywhere" in shown
 
 
