@@ -108,7 +108,6 @@ class Engine:
         filled, self.notes = request.filled(
             asked, self.original, self.example_inputs, loss, auto=self.auto, bounded=self.bounded
         )
-        """The notes name parts of ``auto`` that can't be had."""
         computed = self.arithmetic
         self.settings = replace(filled, precision=computed.precision, channels_last=computed.channels_last)
         self.graph: ChannelGraph = trace(self.original, self.example_inputs)
