@@ -105,7 +105,13 @@ def test_layers_that_are_calls_of_functions_are_told_apart() -> None:
     assert set(pairing.largest_correlations(model, graph)) == set(names)
     batches = [(X, torch.zeros(len(X), dtype=torch.long))]
     result = sc.compress(
-        model, train=batches, validation=batches, widths={"first": 4, "second": 5}, optimise_epochs=0, finetune_epochs=0
+        model,
+        "cfp",
+        train=batches,
+        validation=batches,
+        widths={"first": 4, "second": 5},
+        optimise_epochs=0,
+        finetune_epochs=0,
     )
     assert result.report["final"]["widths"] == {"first": 4, "depthwise": 4, "second": 5, "head": 3}
     assert [layer["parameters"] for layer in result.report["final"]["layers"]] == [36, 36, 180, 15]
