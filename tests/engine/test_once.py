@@ -293,7 +293,7 @@ ERRORS: list[tuple[dict[str, Any], type[SecateurError], str]] = [
     ({"min_channels": 0}, UsageError, "min_channels: expected a whole number from 1 up; found 0."),
     ({"min_channels": "2"}, UsageError, "min_channels: expected a whole number from 1 up; found '2'."),
     ({"inexact": "no"}, UsageError, "inexact: is true or false; found 'no'."),
-    ({"skip": [3]}, UsageError, "skip: is a list of patterns; found [3]."),
+    ({"skip": [3]}, UsageError, "skip: is a list of patterns; found (3,)."),
     ({"ratios": 0.5}, UsageError, "ratios: are a mapping, pattern -> fraction; found 0.5."),
     ({"ratios": {"conv1": 1}}, UsageError, "ratio of conv1: the fraction to remove is in [0, 1); found 1."),
     ({"max_ratio": 0}, UsageError, "max_ratio: expected a fraction in (0, 1]; found 0."),
