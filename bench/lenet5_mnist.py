@@ -76,8 +76,8 @@ def run(seed: int, arm: str, work: Path, data: dict[str, Any], final_epochs: int
             resume(folder, lenet5(), **data)
         else:
             compress(
-                baseline(seed, work, data), run_dir=folder, seed=seed, describe={"model": "lenet5", "data": "mnist"},
-                **data, **settings(arm, final_epochs),
+                baseline(seed, work, data), "cfp", run_dir=folder, seed=seed,
+                describe={"model": "lenet5", "data": "mnist"}, **data, **settings(arm, final_epochs),
             )  # fmt: skip
     report: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return report

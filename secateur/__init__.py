@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from secateur.graph.cost import parameters as parameters
     from secateur.graph.plan import PruningPlan as PruningPlan
     from secateur.network.custom_layers import register_layer as register_layer
+    from secateur.pruning.options import Options as Options
     from secateur.pruning.planning import plan as plan
     from secateur.pruning.planning import plan_removal as plan_removal
     from secateur.pruning.surgery import carry_optimizer as carry_optimizer
@@ -63,6 +64,7 @@ _HOME = {
     "ExportError": "errors",
     "Latency": "deploy.timing.table",
     "Member": "graph.channels",
+    "Options": "pruning.options",
     "PlanError": "errors",
     "PruneResult": "engine.result",
     "PruningPlan": "graph.plan",

@@ -139,7 +139,8 @@ def test_the_picture_is_of_the_demo_and_of_nothing_foreign() -> None:
 def test_the_demos_picture_is_drawn_without_foreign_fonts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     part = {"test": 0.5, "validation": 0.5, "macs": 1000, "parameters": 10, "file_bytes": 10, "latency_ms": 1.0}
     values = {
-        "metric": "accuracy", "rounds": 1, "seconds": 1.0, "run_dir": "runs/demo", "reloaded": 0.5,
+        "parts": {"method": "auto: l2"}, "notes": [], "metric": "accuracy", "rounds": 1,
+        "seconds": 1.0, "run_dir": "runs/demo", "reloaded": 0.5,
         "examples": {"train": 1, "validation": 1, "test": 1},
         "baseline": {**part, "widths": {"conv1": 8}}, "final": {**part, "widths": {"conv1": 2}},
         "verification": {"exact": True, "max_error": 0.0, "dtype": "float64", "refused": ()},

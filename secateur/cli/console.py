@@ -253,16 +253,25 @@ def show_pruned(values: Mapping[str, Any]) -> None:
     out.print(comparison(values["before"], values["after"], values["metric"]))
     out.print()
     out.print(verdict(values["verification"]), markup=False)
-    refitted = {layer["method"]: None for layer in (values["compensation"] or {}).get("layers", ())}
-    how = ", ".join([values["method"], f"allocation {values['allocation']}", *refitted])
-    out.print(f"chosen by {how}", markup=False)
+    _show_parts(out, values)
     if "test" not in values["after"]:
-        out.print("accuracy was not measured: give --data, and more of it is kept, too")
+        out.print(
+            "accuracy was not measured; next: the same with --data, e.g. --data cifar10:ROOT, which measures it before "
+            "and after, and keeps more of it",
+            soft_wrap=True,
+        )
     for layer in (values["compensation"] or {}).get("layers", ()):
         if layer["reason"]:
             out.print(f"not compensated: {layer['module']}: {layer['reason']}", markup=False)
     if values["file"]:
         out.print(f"saved: {values['file']}, {size(values['after']['file_bytes'])}", markup=False, soft_wrap=True)
+
+
+def _show_parts(out: Console, values: Mapping[str, Any]) -> None:
+    """Say what each part of the method was, and what could not be had."""
+    out.print("; ".join(f"{part}: {name}" for part, name in values["parts"].items()), markup=False)
+    for note in values["notes"]:
+        out.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
 def show_run(values: Mapping[str, Any], out: Console | None = None) -> None:
@@ -274,6 +283,7 @@ def show_run(values: Mapping[str, Any], out: Console | None = None) -> None:
     out.print(widths(before["widths"], after["widths"]))
     out.print()
     out.print(verdict(values["verification"], tuned=True), markup=False)
+    _show_parts(out, values)
     out.print(f"files: {values['run_dir']}", markup=False, soft_wrap=True)
 
 
@@ -283,8 +293,8 @@ def show_demo(values: Mapping[str, Any], picture: Path | None = None) -> None:
     parts = values["examples"]
     out.print(
         f"[bold]LeNet-5 on {sum(parts.values()):,} handwritten digits[/] ({parts['train']:,} to train on, "
-        f"{parts['validation']} to decide on, {parts['test']} to test on): trained, then compressed by filter "
-        f"correlation in {values['rounds']} rounds, {values['seconds']:.0f} s.\n"
+        f"{parts['validation']} to decide on, {parts['test']} to test on): trained, then pruned where measured "
+        f"to cost least and refitted in {values['rounds']} rounds, fine-tuned, {values['seconds']:.0f} s.\n"
     )
     show_run(values, out)
     model = f"{values['run_dir']}/model.safetensors"
@@ -294,7 +304,7 @@ def show_demo(values: Mapping[str, Any], picture: Path | None = None) -> None:
     out.print("\nNext, a network of yours:", style="bold")
     out.print("  secateur trace torchvision:resnet18", markup=False)
     out.print(
-        "  secateur prune path/to/network.py:build --weights trained.pth --macs 0.5 --out small.safetensors",
+        "  secateur prune network.py:build --weights trained.pth --data data.py:load --macs 0.5",
         markup=False,
     )
     if picture is not None:

@@ -138,6 +138,22 @@ Allocation = Annotated[
         show_default=False,
     ),
 ]
+RoundTo = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|auto",
+        help="Keep a multiple of N channels in every group that loses any, 1 unless given; 'auto' measures which of 1, "
+        "4, 8, 16, 32 runs fastest on this CPU.",
+        show_default=False,
+    ),
+]
+MinChannels = Annotated[
+    int | None, typer.Option(metavar="N", help="Keep at least N channels in every group, 1 unless given.")
+]
+Inexact = Annotated[
+    bool | None,
+    typer.Option("--inexact", help="Prune also groups whose removal can't equal zeroing (layer norm, softmax)."),
+]
 RunDir = Annotated[
     Path | None,
     typer.Option(
@@ -284,7 +300,39 @@ def target(
     return given | said
 
 
-def round_to(text: str) -> int | Literal["auto"]:
+def planning(
+    *,
+    ratio: Sequence[str] | None,
+    skip: Sequence[str] | None,
+    max_ratio: Sequence[str] | None,
+    round_to: str | None,
+    min_channels: int | None,
+    allocation: str | None,
+    inexact: bool | None,
+) -> dict[str, Any]:
+    """Read the options that :class:`secateur.Options` documents; those that are not given are left out.
+
+    Raises:
+        UsageError: If one can't be read.
+
+    Example:
+        >>> none = dict.fromkeys(["skip", "max_ratio", "min_channels", "allocation", "inexact"])
+        >>> planning(ratio=["conv1=0.5"], round_to="8", **none)
+        {'ratios': {'conv1': 0.5}, 'round_to': 8}
+    """
+    given = {
+        "ratios": fractions("--ratio", ratio) or None,
+        "skip": tuple(skip) if skip else None,
+        "max_ratio": caps("--max-ratio", max_ratio) if max_ratio else None,
+        "round_to": None if round_to is None else _round_to(round_to),
+        "min_channels": min_channels,
+        "allocation": allocation,
+        "inexact": inexact or None,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _round_to(text: str) -> int | Literal["auto"]:
     """Read ``--round-to``: a number, or ``auto``.
 
     Raises:

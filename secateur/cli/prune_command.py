@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from secateur.cli import console, options
-from secateur.errors import UsageError, VerificationError
-
-if TYPE_CHECKING:
-    from secateur.criteria import Criterion
+from secateur.errors import VerificationError
 
 
 def register(app: typer.Typer) -> None:
@@ -26,7 +23,7 @@ def _from_file(context: typer.Context, file: Path | None) -> Path | None:
     if file is not None:
         from secateur.runfile import config
 
-        context.default_map = config.load_prune(file).options()
+        context.default_map = config.load_prune(file).words()
     return file
 
 
@@ -77,21 +74,11 @@ def prune(
     threads: options.Threads = None,
     ratio: options.Ratios = None,
     skip: options.Skip = None,
-    round_to: Annotated[
-        str,
-        typer.Option(
-            metavar="N|auto",
-            help="Keep a multiple of N channels in every group that loses any; 'auto' measures which of 1, 4, 8, 16, "
-            "32 runs fastest on this CPU.",
-        ),
-    ] = "1",
-    min_channels: Annotated[int, typer.Option(metavar="N", min=1, help="Keep at least N channels in every group.")] = 1,
+    round_to: options.RoundTo = None,
+    min_channels: options.MinChannels = None,
     max_ratio: options.MaxRatios = None,
     allocation: options.Allocation = None,
-    inexact: Annotated[
-        bool,
-        typer.Option("--inexact", help="Prune also groups whose removal can't equal zeroing (layer norm, softmax)."),
-    ] = False,
+    inexact: options.Inexact = None,
     compensate: Annotated[
         str | None,
         typer.Option(
@@ -118,7 +105,7 @@ def prune(
     """Remove the least important channels of a network, once and without training, and verify the result."""
     with console.running(as_json) as steps:
         import secateur as sc
-        from secateur.engine import once
+        from secateur.engine.way import require_possible, way_of
         from secateur.runfile import sources
         from secateur.training import tasks
 
@@ -126,23 +113,23 @@ def prune(
         setting: dict[str, Any] = {"batch": batch, "runtime": runtime, "threads": threads}
         goal = options.target(*options.nearest(context, **amounts), **setting)
         model, model_flag = options.nearest(context, model=model, model_flag=model_flag)
-        ratios, caps = options.fractions("--ratio", ratio), options.caps("--max-ratio", max_ratio)
-        multiple = options.round_to(round_to)
-        if not goal and not ratios:
-            raise UsageError(
-                "prune: how much? Give --macs, --params, --channels, --memory or --latency, or --ratio for some layers."
-            )
+        limits = options.planning(
+            ratio=ratio, skip=skip, max_ratio=max_ratio, round_to=round_to, min_channels=min_channels,
+            allocation=allocation, inexact=inexact,
+        )  # fmt: skip
         if out is not None:
             sources.writable(out)
         ranked, given = sources.method(method), options.values("--method-option", method_option)
         adjusted = () if compensate == "none" else compensate
-        criterion = once.way_of(ranked, allocation, adjusted, data).criterion
-        _require_possible(method, criterion, given, adjusted, multiple, data, allocation)
+        # What can't be had is refused before data and model are loaded.
+        aim = sc.Target(**goal) if goal else None
+        way = way_of(ranked, limits.get("allocation"), adjusted, data is not None)
+        require_possible(aim, way, sc.Options(**limits), given, data is not None)
         bundle = None
         if data is not None:
             with steps.step("loading the data"):
                 bundle = sources.data(data, options.values("--data-option", data_option))
-                tasks.require_classes(bundle, criterion)
+                tasks.require_classes(bundle, way.criterion)
         with steps.step("building the model"):
             sources.seed(seed)
             found = sources.open_model(
@@ -160,20 +147,14 @@ def prune(
             result = sc.prune(
                 found.model,
                 found.inputs,
-                sc.Target(**goal) if goal else None,
+                aim,
                 method=ranked,
                 method_options=given,
-                ratios=ratios,
-                max_ratio=caps,
-                skip=skip or (),
-                round_to=multiple,
-                min_channels=min_channels,
-                allocation=allocation,
-                inexact=inexact,
                 compensate=adjusted,
                 seed=seed,
                 steps=steps,
                 **read,
+                **limits,
             )
         except VerificationError as error:
             raise VerificationError(f"{found.name}: {error}") from error
@@ -194,33 +175,6 @@ def prune(
         _show_measured(values["measured"], values["round_to"])
     if values["latency"] is not None:
         _show_latency(values["latency"])
-
-
-def _require_possible(
-    method: str,
-    criterion: Criterion,
-    given: Mapping[str, Any],
-    compensate: Any,
-    round_to: Any,
-    data: str | None,
-    allocation: str | None,
-) -> None:
-    """Refuse, in the words of the command line, what :func:`secateur.prune` would refuse with data and model loaded."""
-    from secateur.compensation import parse
-    from secateur.engine.selection import deciding
-
-    if data is None and criterion.needs_data:
-        raise UsageError(f"prune: --method {method} looks at feature maps; give --data, e.g. --data digits.")
-    if data is None and allocation == "sensitivity":
-        raise UsageError("prune: --allocation sensitivity looks at feature maps; give --data, e.g. --data digits.")
-    if data is None and set(parse(compensate or ())) - {"merge"}:
-        raise UsageError(f"prune: --compensate {compensate} looks at feature maps; give --data, e.g. --data digits.")
-    decided = deciding(criterion, given)
-    criterion.check(given, bool(decided))
-    if decided and round_to != 1:
-        raise UsageError(
-            f"prune: --round-to can't hold what --method-option {min(decided)} selects; leave one of them out."
-        )
 
 
 def _show_latency(timed: Mapping[str, Any]) -> None:

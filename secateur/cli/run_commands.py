@@ -40,15 +40,17 @@ def compress(
         str | None,
         typer.Option(
             metavar="NAME",
-            help=f"What chooses the channels: {options.CRITERIA}; or a criterion of yours, path/to/file.py:FUNCTION or "
-            "package.module:FUNCTION; cfp unless given.",
+            help=f"What chooses the channels: auto; {options.CRITERIA}; or a criterion of yours, "
+            "path/to/file.py:FUNCTION or package.module:FUNCTION. Unless given: auto, which measures what each group's "
+            "loss costs, refits what stands behind, and fine-tunes by distillation.",
         ),
     ] = None,
     compensate: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Adjust the kept filters before any fine-tuning: merge, least_squares, bn; several with commas.",
+            help="Adjust the kept filters before any fine-tuning: merge, least_squares, bn; several with commas; none. "
+            "Unless given: least_squares for auto.",
         ),
     ] = None,
     tolerance: Annotated[
@@ -62,6 +64,13 @@ def compress(
     macs: options.Macs = None,
     params: options.Params = None,
     channels: options.Channels = None,
+    ratio: options.Ratios = None,
+    skip: options.Skip = None,
+    round_to: options.RoundTo = None,
+    min_channels: options.MinChannels = None,
+    max_ratio: options.MaxRatios = None,
+    allocation: options.Allocation = None,
+    inexact: options.Inexact = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -90,6 +99,13 @@ def compress(
     with console.running(as_json) as steps:
         from secateur.runfile import config, configured_run
 
+        limits = options.planning(
+            ratio=ratio, skip=skip, max_ratio=max_ratio, round_to=round_to, min_channels=min_channels,
+            allocation=allocation, inexact=inexact,
+        )  # fmt: skip
+        chosen_settings = options.values("--set", settings)
+        if compensate is not None:
+            chosen_settings["compensate"] = [] if compensate == "none" else compensate
         given = {
             "model": options.one(model, model_flag) if config_file is None or model or model_flag else None,
             "model_options": options.values("--model-option", model_option),
@@ -100,11 +116,12 @@ def compress(
             "method": method,
             "tolerance": tolerance,
             "target": options.target(macs, params, channels),
-            "settings": options.values("--set", settings) | ({} if compensate is None else {"compensate": compensate}),
+            "settings": chosen_settings,
             "baseline": options.values("--baseline", baseline),
             "batch_size": batch_size,
             "seed": seed,
             "run_dir": None if run_dir is None else str(run_dir),
+            **limits,
         }
         chosen = {name: value for name, value in given.items() if value not in (None, {}, [])}
         configured = config.build(chosen) if config_file is None else config.load(config_file, chosen)

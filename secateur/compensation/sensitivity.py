@@ -50,6 +50,10 @@ ROWS = 1 << 14
 Loss = Callable[[Any, Any], Tensor]
 
 
+class NotComparableError(DataError):
+    """What a cut network returns can't be compared with what the whole one does."""
+
+
 @dataclass(frozen=True)
 class Sensitivity:
     """What each group's loss does to one network; ``allocation=`` of :func:`secateur.plan` takes it."""
@@ -226,7 +230,7 @@ class _Compared:
                 continue
             found = self._kept(output)
             if [t.shape for t in found] != [t.shape for t in self.wanted[i]]:
-                raise DataError(
+                raise NotComparableError(
                     f"batch {i + 1}: the cut network's outputs have other shapes, so they can't be compared: pass loss."
                 )
             if self.measure == "kl":

@@ -18,10 +18,11 @@ from secateur.engine.loop import Engine
 from secateur.engine.pairing import CorrelationRegulariser, largest_correlations
 from secateur.engine.result import CompressResult
 from secateur.engine.rundir import RunDirectory
-from secateur.engine.settings import Settings
+from secateur.engine.settings import Settings, parted
 from secateur.engine.state import State
 from secateur.engine.summary import summarise
 from secateur.errors import UsageError
+from secateur.pruning.options import Options
 from secateur.pruning.planning import Target
 from secateur.training.evaluation import Metric
 from secateur.training.passes import Batches
@@ -43,7 +44,7 @@ __all__ = [
 
 def compress(
     model: nn.Module,
-    method: Any = "cfp",
+    method: Any = "auto",
     *,
     train: Batches,
     validation: Batches,
@@ -61,15 +62,17 @@ def compress(
 ) -> CompressResult:
     """Prune and fine-tune a trained network round by round, as long as its accuracy allows or to a target.
 
-    With ``method="cfp"`` each round is an episode of Singh et al. 2020: select the most correlated filter pairs of
-    every layer, train them towards |ρ| = 1, drop one filter of each pair, fine-tune, and accept the result if the
-    metric on the validation data has recovered to within ``tolerance`` of the unpruned network's; otherwise go back.
-    Phase 1 prunes all layers at once; phase 2 layer after layer. Any other method is a criterion: each round the
-    lowest-scoring channels of every group go.
+    ``auto`` measures what each group's loss costs on the first 512 training images, lets each lose what costs least,
+    channels of the lowest ``l2`` first, refits all layers behind by least squares, and fine-tunes with the unpruned
+    network as teacher. With a target it does so once, or in two or three rounds where much goes; without, round by
+    round as long as the metric on the validation data stays within ``tolerance`` of the unpruned network's; otherwise
+    it goes back. ``cfp`` is Singh et al. 2020: each round is an episode, which selects the most correlated filter pairs
+    of every layer, trains them towards |ρ| = 1, drops one filter of each and fine-tunes. Phase 1 prunes all layers at
+    once; phase 2 layer after layer. Any other method is a criterion, planned as :func:`secateur.plan` does.
 
     Args:
         model: The trained network; it is copied, never changed.
-        method: ``cfp``, the name of a criterion, or a criterion.
+        method: ``auto``, ``cfp``, the name of a criterion, or a criterion.
         train: Training batches ``(inputs, target)``, walked through once an epoch.
         validation: Held-out batches of the training data; every decision is taken on them.
         test: Test batches. Only ever reported, of the last epoch.
@@ -86,21 +89,24 @@ def compress(
             Reports call it by its ``name``, else by that of its function or class.
         progress: Called with an :class:`Event` at each stage, batch and episode.
         describe: JSON values that go into ``config.json``, e.g. names of the model and the data.
-        **settings: Fields of :class:`Settings`.
+        **settings: Fields of :class:`Settings`, and of :class:`secateur.Options`, which mean what they do in
+            :func:`secateur.prune`.
 
     Returns:
         The pruned network with its plan (for the unpruned one), the history and the report.
 
     Raises:
         UsageError: If a setting is unknown or out of range, or ``run_dir`` holds another run.
-        RunError: If the loss is not finite, the target is out of reach, or ``run_dir`` is in use.
+        PlanError: If the target is out of reach.
+        RunError: If the loss is not finite, ``cfp`` can't reach its target, or ``run_dir`` is in use.
         DataError: If data are empty or no pairs of inputs and targets.
         TraceError: If the network can't be run on the example inputs.
     """
-    chosen = Settings.of(settings)
+    options, chosen = parted(settings)
     engine = Engine(
         model, method, train=train, validation=validation, test=test, example_inputs=example_inputs,
-        tolerance=tolerance, target=target, seed=seed, settings=chosen, loss=loss, metric=metric, progress=progress,
+        tolerance=tolerance, target=target, seed=seed, options=options, settings=chosen, loss=loss, metric=metric,
+        progress=progress,
     )  # fmt: skip
     if run_dir is None:
         return _run(engine, engine.init(), None)
@@ -161,7 +167,8 @@ def resume(
             original, method or config["method"], train=train, validation=validation, test=test,
             example_inputs=example_inputs, tolerance=config["tolerance"],
             target=None if target is None else Target(**target), seed=config["seed"],
-            settings=Settings.of(config["settings"]), loss=loss, metric=metric, progress=progress,
+            options=Options.of(config["options"]), settings=Settings.of(config["settings"]),
+            loss=loss, metric=metric, progress=progress,
         )  # fmt: skip
         stored, tensors = directory.restore()
         return _run(engine, engine.resume(stored, tensors), directory)
@@ -170,8 +177,9 @@ def resume(
 def _run(engine: Engine, state: State, directory: RunDirectory | None) -> CompressResult:
     if directory is not None:
         directory.write_history(state)
+        directory.write_table(state)
     while not engine.finished(state):
-        rounds, goals = len(state.history), len(state.milestones)
+        rounds, goals, table = len(state.history), len(state.milestones), state.table
         state = engine.step(state)
         if directory is not None:
             if len(state.milestones) > goals:
@@ -180,6 +188,8 @@ def _run(engine: Engine, state: State, directory: RunDirectory | None) -> Compre
             directory.store(state)
             if len(state.history) > rounds:
                 directory.write_history(state)
+            if state.table is not table:
+                directory.write_table(state)
     result = summarise(engine, state, directory)
     if directory is not None:
         directory.finish(result)
@@ -205,6 +215,7 @@ def _configuration(engine: Engine, describe: Mapping[str, Any] | None) -> dict[s
         "tolerance": engine.tolerance,
         "target": None if target is None else target.to_dict(),
         "seed": engine.seed,
+        "options": engine.options.plain(),
         "settings": engine.settings.plain(),
         "arithmetic": engine.arithmetic.reason,
         "versions": versions,

@@ -17,20 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from secateur.compensation import compensate, parse
-from secateur.engine import pairing
+from secateur.compensation.sensitivity import NotComparableError
+from secateur.engine import pairing, request
+from secateur.engine.by_scores import Scores
+from secateur.engine.choosing import Some, measured
 from secateur.engine.events import Event, Progress
 from secateur.engine.present import difference, remaining
-from secateur.engine.selection import Selection, Some, union
+from secateur.engine.selection import Selection, union
 from secateur.engine.settings import Settings
 from secateur.engine.state import Removed, State
-from secateur.errors import RunError, UsageError
+from secateur.errors import RunError
 from secateur.graph import cost
 from secateur.graph.channels import ChannelGraph
 from secateur.graph.plan import PruningPlan
 from secateur.network.copies import replica
 from secateur.network.inputs import unwrapped
 from secateur.pruning.applied import note
-from secateur.pruning.comparison import outputs
+from secateur.pruning.options import AUTO, SENSITIVITY, Options
 from secateur.pruning.planning import Target
 from secateur.pruning.surgery import cut
 from secateur.tracing.tracing import trace
@@ -45,13 +48,16 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
+HALVINGS = 4
+"""``auto`` tries steps down to this part of the usual one, where a larger one costs more than the tolerance."""
+
 
 class Engine:
     """Everything of a run that does not change: the unpruned network, the data, the settings.
 
     Args:
         model: The unpruned, trained network; copied, never changed.
-        method: ``cfp``, or the name of a criterion (or the criterion itself).
+        method: ``auto``, ``cfp``, or the name of a criterion (or the criterion itself).
         train: Training batches.
         validation: Held-out batches of the training data: what every decision is taken on.
         test: Test batches, only ever reported.
@@ -59,6 +65,7 @@ class Engine:
         tolerance: Points (hundredths) of the metric that may be lost on the validation data; unused with a target.
         target: Fraction to remove, in place of the tolerance.
         seed: Seed of everything that is drawn.
+        options: Limits of each group's loss, and the allocation.
         settings: The rest.
         loss: ``loss(output, target)``; cross entropy when None.
         metric: See :func:`secateur.training.evaluation.evaluate`.
@@ -78,59 +85,48 @@ class Engine:
         tolerance: float = 0.5,
         target: Target | None = None,
         seed: int = 0,
+        options: Options | None = None,
         settings: Settings | None = None,
         loss: Loss | None = None,
         metric: Metric | Any = None,
         progress: Progress | None = None,
     ) -> None:
-        self.settings = settings or Settings()
+        self.options, self.settings = options or Options(), settings or Settings()
         self.method, self.seed, self.tolerance, self.target = method, seed, tolerance, target
         self.train, self.validation, self.test = train, validation, test
         self.loss, self.metric = loss, metric
         self.progress: Progress = progress or (lambda _event: None)
-        self._check_request()
+        request.check_batches(train=train, validation=validation, test=test)
+        request.check_end(target, self.options, self.settings, tolerance)
         self.runtime: Accelerator = stages.accelerator(self.settings.device)
         self.original = replica(unwrapped(model)).to(self.runtime.device)
-        self.example_inputs = self._example(example_inputs)
+        self.example_inputs = request.example(example_inputs, validation, self.runtime.device)
+        asked = self.settings
         self.arithmetic = decide(
-            self.original,
-            self.example_inputs,
-            self.runtime.device,
-            self.settings.precision,
-            self.settings.channels_last,
+            self.original, self.example_inputs, self.runtime.device, asked.precision, asked.channels_last
         )
-        self.settings = replace(
-            self.settings, precision=self.arithmetic.precision, channels_last=self.arithmetic.channels_last
+        filled, self.notes = request.filled(
+            asked, self.original, self.example_inputs, loss, auto=self.auto, bounded=self.bounded
         )
+        computed = self.arithmetic
+        self.settings = replace(filled, precision=computed.precision, channels_last=computed.channels_last)
         self.graph: ChannelGraph = trace(self.original, self.example_inputs)
-        self.selection = Selection(self.graph, method, self.settings, target=target, seed=seed, train=train, loss=loss)
+        self.selection: Selection = request.selection(
+            self.original, self.graph, method, self.options, self.settings, target,
+            train=train, loss=loss, seed=seed, example_inputs=self.example_inputs,
+        )  # fmt: skip
         self.groups, self.goals = self.selection.groups, self.selection.goals
         self._stage: Stage | None = None
 
-    def _check_request(self) -> None:
-        for name, batches in (("train", self.train), ("validation", self.validation), ("test", self.test)):
-            if batches is not None and iter(batches) is batches:
-                raise UsageError(f"{name}: an iterator can be walked through only once; give a DataLoader or a list.")
-        if self.target is not None and self.settings.widths:
-            raise UsageError("target: widths are given as well; give one of them.")
-        if not self.tolerance >= 0:
-            raise UsageError(f"tolerance: is in points of the metric and not negative, found {self.tolerance}.")
-
-    def _example(self, given: Any) -> Any:
-        from accelerate.utils import send_to_device
-
-        if given is None:
-            # A network may be called on less than its training batches hold: a detector takes boxes in training alone.
-            given = getattr(self.validation, "example_inputs", None)
-        if given is None:
-            given = send_to_device(passes.first_inputs(self.validation, "validation"), self.runtime.device)
-            given = passes.first_example(given)
-        return send_to_device(given, self.runtime.device)
+    @property
+    def auto(self) -> bool:
+        """Whether the method is ``auto``."""
+        return isinstance(self.method, str) and self.method == AUTO
 
     @property
     def bounded(self) -> bool:
-        """Whether the tolerance decides when to stop, rather than a target or widths."""
-        return self.target is None and not self.goals
+        """Whether the tolerance decides when to stop, rather than a target, ratios or widths."""
+        return self.target is None and not self.settings.widths and not self.options.ratios
 
     @property
     def limit(self) -> float:
@@ -144,26 +140,20 @@ class Engine:
         """Return the state before the first round: the unpruned network, measured."""
         state = State(model=replica(self.original))
         state.metric = self._measure(state.network)
-        self._warn_at_chance(state.network, state.metric)
+        if self.metric is None:
+            request.warn_at_chance(state.network, self.example_inputs, state.metric)
+        state.notes = list(self.notes)
         state.baseline = {
             "validation": state.metric,
             "test": None if self.test is None else self._measure(state.network, self.test),
         }
+        given = self.options.allocation
+        if isinstance(self.selection, Scores) and given is not None and not isinstance(given, str):
+            self.selection.store_table(state, given)
         if self.bounded:
             state.accepted = _copied(state.network)
-            state.phase = 1 if 1 in self.settings.phases else 2
+            state.phase = 1 if self.auto or 1 in self.settings.phases else 2
         return state
-
-    def _warn_at_chance(self, network: nn.Module, accuracy: float) -> None:
-        """Say where the unpruned network scores no more than chance: nothing that pruning costs can be seen of it."""
-        scores = next(iter(outputs(network, self.example_inputs)), None) if self.metric is None else None
-        if isinstance(scores, Tensor) and scores.ndim > 1 and accuracy <= 1.1 / scores.shape[1]:
-            _LOG.warning(
-                "compress: the unpruned network's accuracy is %.1f%%, which is chance with %d classes: train it first, "
-                "or check weights and labels.",
-                100 * accuracy,
-                scores.shape[1],
-            )
 
     def finished(self, state: State) -> bool:
         """Tell whether the run is over."""
@@ -174,8 +164,8 @@ class Engine:
         started = time.perf_counter()
         with torch.inference_mode(False), torch.enable_grad():
             {
-                "select": self._select, "optimise": self._optimise, "drop": self._drop, "finetune": self._finetune,
-                "judge": self._judge, "final": self._final, "settle": self._settle,
+                "select": self._select, "measure": self._sense, "optimise": self._optimise, "drop": self._drop,
+                "finetune": self._finetune, "judge": self._judge, "final": self._final, "settle": self._settle,
             }[state.stage](state)  # fmt: skip
         spent = time.perf_counter() - started
         state.seconds += spent
@@ -208,13 +198,14 @@ class Engine:
         if self._arrived(state):
             state.stage, state.epoch = "final", 0
             return
+        if isinstance(self.selection, Scores) and self.selection.needs_table(state):
+            state.stage = "measure"
+            return
         graph = self.present(state)
-        state.pairs, state.going = self.selection.choose(state, graph, self.selection.counts(state))
+        state.pairs, state.going = self.selection.choose(state, graph)
         if not state.going:
             self._nothing_left(state)
             return
-        if self.target is not None:
-            self.selection.trim(state)
         before = self._scores(state, graph)
         state.episode = {
             "round": state.round,
@@ -233,11 +224,32 @@ class Engine:
         optimises = self.settings.optimise_epochs > 0 and bool(state.pairs or self.settings.optimise == "none")
         state.stage, state.epoch = ("optimise" if optimises else "drop"), 0
 
+    def _sense(self, state: State) -> None:
+        """Measure the sensitivity of the network as it is now."""
+        selection, graph = self.selection, self.present(state)
+        assert isinstance(selection, Scores)
+
+        def progress(done: int, of: int) -> None:
+            self.progress(Event("batch", SENSITIVITY, state.round, state.phase, 1, 1, batch=done, batches=of))
+
+        with passes.seeded(self.seed, 0, 3) as seed:
+            try:
+                table = measured(
+                    state.network, graph, Some(self.train, None, seed), selection.limits_now(state, graph),
+                    inexact=self.options.inexact, progress=progress,
+                )  # fmt: skip
+                selection.store_table(state, table)
+            except NotComparableError as error:
+                selection.store_no_table(state)
+                state.notes.append(f"allocation by normalized scores, as sensitivity can't be measured: {error}")
+                _LOG.warning("compress: %s", state.notes[-1])
+        state.stage = "select"
+
     def _arrived(self, state: State) -> bool:
         if self.settings.max_rounds is not None and state.round > self.settings.max_rounds:
             state.goal = max(state.goal, len(self.goals) - 1)
             return True
-        if self.target is not None:
+        if self.target is not None or self.options.ratios:
             return self.selection.reached(state.removed)
         if self.goals:
             return all(
@@ -246,7 +258,7 @@ class Engine:
         return False
 
     def _nothing_left(self, state: State) -> None:
-        if self.selection.selective and (self.target is not None or self.goals):
+        if self.selection.selective and not self.bounded:
             state.stage, state.epoch, state.goal = "final", 0, max(state.goal, len(self.goals) - 1)
             return
         why = "".join(f" {name} is left alone: {reason}." for name, reason in self.selection.left.items())
@@ -255,16 +267,22 @@ class Engine:
             raise RunError(
                 f"target: {self.target.what} {self.target.fraction:g} is out of reach: with nothing left to remove, "
                 f"{reached:.3f} is gone. Ask for less, or let more groups go (linear, skip, internal_only, max_ratio, "
-                f"min_width).{why}"
+                f"min_channels, round_to).{why}"
             )
         if len(self.selection.left) == len(self.groups):
             raise RunError(f"compress: the method is defined on none of the groups:{why} Choose another, such as l1.")
+        if self.options.ratios:
+            raise RunError(f"ratios: {dict(self.options.ratios)} are out of reach with nothing left to remove.{why}")
         if self.goals:
             raise RunError(f"widths: {self.goals[state.goal]} can't be reached within the groups' constraints.{why}")
         self._next_place(state)
 
     def _next_place(self, state: State) -> None:
         """Go from phase 1 to phase 2, from a group of phase 2 to the next, from the last group to the final stage."""
+        if self.auto:
+            # All groups lose channels at once in every round, so that there is no phase 2.
+            state.stage, state.epoch = "final", 0
+            return
         if state.phase == 1:
             state.phase, state.position = 2, 0
         else:
@@ -323,7 +341,9 @@ class Engine:
         state.model = self._compensated(state, graph, plan, self.plan(removed))
         state.removed = removed
         state.episode["metric_dropped"] = self._measure(state.network)
-        tunes = self.settings.finetune_epochs > 0
+        # The learning rate of auto decays once over all that follows its last cut.
+        last = self.auto and not self.bounded and bool(self.settings.final_epochs) and self._arrived(state)
+        tunes = self.settings.finetune_epochs > 0 and not last
         if not tunes:
             state.episode["metric_tuned"] = state.episode["metric_dropped"]
         state.stage, state.epoch = ("finetune" if tunes else "judge"), 0
@@ -339,15 +359,15 @@ class Engine:
         """
         small = cut(state.network, plan)
         note(small, self.original, whole)
-        methods = parse(self.settings.compensate)
+        methods = parse(self.settings.compensate or ())
         if self.settings.merge and state.pairs and "merge" not in methods:
             methods.insert(0, "merge")
         if not methods:
             return small
         partners = {name: dict(chosen) for name, chosen in self._local_pairs(state).items()}
-        with passes.seeded(self.seed, state.round, 2):
+        with passes.seeded(self.seed, state.round, 2) as seed:
             report = compensate(
-                state.network, small, plan, methods, Some(self.train, self.settings.criterion_batches),
+                state.network, small, plan, methods, Some(self.train, self.settings.criterion_batches, seed),
                 graph=graph, example_inputs=self.example_inputs, pairs=partners or None,
                 **self.settings.compensate_options,
             )  # fmt: skip
@@ -386,6 +406,13 @@ class Engine:
                 state.accepted = _copied(state.network)
         else:
             self._revert(state)
+            self._after_a_miss(state)
+
+    def _after_a_miss(self, state: State) -> None:
+        """Go to the next place; ``auto`` tries smaller steps first."""
+        usual = self.settings.fraction
+        state.step = (state.step or usual) / 2
+        if not self.auto or state.step < usual / HALVINGS:
             self._next_place(state)
 
     def _revert(self, state: State) -> None:
@@ -433,11 +460,10 @@ class Engine:
             state.stages += 1
             self._stage = None
         if self._stage is None:
-            listens = self.settings.distillation > 0
+            listens = Distillation(self.settings.distillation or 0.0, self.settings.temperature)
             self._stage = Stage(
                 state.network, settings, epochs=epochs, seed=self.seed, number=state.stages, runtime=self.runtime,
-                loss=self.loss, teacher=self.original if listens else None,
-                distillation=Distillation(self.settings.distillation, self.settings.temperature) if listens else None,
+                loss=self.loss, teacher=self.original if listens.weight else None, distillation=listens,
                 arithmetic=self.arithmetic, **options,
             )  # fmt: skip
             if state.training is not None:

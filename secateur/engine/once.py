@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, replace
+from typing import Any, Literal, Unpack
 
 from torch import nn
 
-from secateur import compensation, criteria
-from secateur.compensation.sensitivity import Sensitivity, sensitivity
+from secateur import compensation
+from secateur.compensation.sensitivity import NotComparableError, Sensitivity
 from secateur.criteria import Criterion
-from secateur.criteria.feature_maps import examples
-from secateur.criteria.scoring import score, select
 from secateur.deploy.timing import choose_round_to
 from secateur.deploy.timing.measuring import latency
+from secateur.deploy.timing.table import Latency
+from secateur.engine.choosing import Choice, measured
 from secateur.engine.events import Steps
 from secateur.engine.result import PruneResult
-from secateur.engine.selection import deciding
 from secateur.engine.speed import in_time
+from secateur.engine.way import Way, require_possible, way_of
 from secateur.errors import UsageError, VerificationError
 from secateur.graph import cost
 from secateur.graph.channels import ChannelGraph
 from secateur.graph.plan import PruningPlan
-from secateur.pruning.limits import matches
-from secateur.pruning.planning import Allocation, Target, plan, plan_removal
+from secateur.pruning.limits import Limits
+from secateur.pruning.options import AUTO, SENSITIVITY, Allocation, OptionKeywords, Options
+from secateur.pruning.planning import Target, plan_removal
 from secateur.pruning.surgery import cut
 from secateur.pruning.verification import VerificationReport, verify
 from secateur.tracing.tracing import trace
@@ -34,10 +36,8 @@ from secateur.training.evaluation import Metric
 from secateur.training.passes import Batches
 from secateur.training.stages import Loss
 
-AUTO = "auto"
-"""The name of the default method."""
-MEASURED_IMAGES = 512
-"""So many images are enough to measure sensitivity on."""
+_LOG = logging.getLogger(__name__)
+
 MEASURED_BATCH = 8
 """Examples in the forward passes that ``round_to="auto"`` times."""
 
@@ -51,24 +51,17 @@ def prune(
     method: str | Criterion | Callable[..., Any] = AUTO,
     method_options: Mapping[str, Any] | None = None,
     loss: Loss | None = None,
-    ratios: Mapping[str, float] | None = None,
-    max_ratio: float | Mapping[str, float] = 1.0,
-    skip: Sequence[str] = (),
-    round_to: int | Literal["auto"] = 1,
-    min_channels: int = 1,
-    allocation: Allocation | Literal["sensitivity"] | None = None,
-    inexact: bool = False,
     compensate: str | Sequence[str] | None = None,
     test: Batches | None = None,
     metric: Metric | Any = None,
     seed: int = 0,
     steps: Steps | None = None,
+    **options: Unpack[OptionKeywords],
 ) -> PruneResult:
     """Remove the least important channels of a network, once and without training, and verify the result.
 
     It is the chain of :func:`secateur.trace`, :func:`secateur.score`, :func:`secateur.plan`, :func:`secateur.apply`
-    and :func:`secateur.verify`, each with the arguments that have its words here. What is verified is the cut, before
-    compensation changes on purpose what the network computes.
+    and :func:`secateur.verify`. What is verified is the cut, before compensation changes what the network computes.
 
     Args:
         model: The network; it is copied, never changed.
@@ -76,41 +69,28 @@ def prune(
         target: The fraction of MACs, parameters, channels, memory or latency to remove; None to follow ``ratios``
             alone. For latency, times of the layers are measured first (:func:`secateur.latency`), and the whole network
             before and after.
-        data: Batches that criterion and compensation see, see :func:`secateur.criteria.feature_maps.batches`; what can
-            be read only once is kept in a list.
+        data: Batches that criterion and compensation see, see :func:`secateur.criteria.feature_maps.batches`.
         method: The criterion that ranks the channels: its name, a :class:`secateur.Criterion` or a function. ``auto``,
             with data, measures the sensitivity of every group, takes from each what costs the network least, channels
             of the lowest ``l2`` first, and refits all layers behind by least squares; without data it is ``l1``.
         method_options: The criterion's own options. With one that decides a selection, such as corrnet's
             ``threshold``, the criterion selects by itself and may remove less than asked for.
         loss: ``loss(output, target)``, for criteria of gradients; cross entropy when None.
-        ratios: As in :func:`secateur.plan`.
-        max_ratio: As in :func:`secateur.plan`.
-        skip: As in :func:`secateur.plan`.
-        round_to: As in :func:`secateur.plan`; ``auto`` measures which of 1, 4, 8, 16 and 32 runs fastest on this CPU.
-        min_channels: As in :func:`secateur.plan`.
-        allocation: As in :func:`secateur.plan`; ``sensitivity`` measures the table first. None is ``sensitivity`` for
-            ``auto`` with data, and ``normalized`` otherwise.
-        inexact: As in :func:`secateur.plan`.
         compensate: Methods that adjust the kept channels, see :func:`secateur.compensation.compensate`; none where it
             is empty. None is ``least_squares`` for ``auto`` with data, and nothing otherwise.
         test: Batches of inputs and targets on which both networks are measured; None to measure neither.
         metric: What is measured on them, see :func:`secateur.training.evaluation.evaluate`; accuracy when None.
         seed: Seed of what the criterion draws.
         steps: Where to show which step is running.
+        **options: ``round_to``, ``min_channels``, ``max_ratio``, ``ratios``, ``skip``, ``allocation`` and ``inexact``,
+            see :class:`secateur.Options`.
 
     Returns:
         The pruned network with its plan, the verification, the channel graph and the figures before and after.
 
     Raises:
-        UsageError: If nothing is asked for, data are missing, an option is unknown or out of range, or two requests
-            contradict each other.
-        DataError: If the data are empty or don't fit the network.
-        CriterionError: If the criterion is not defined on a group's tensors.
-        PlanError: If the target can't be met.
-        TraceError: If the network can't be run on the example inputs.
-        VerificationError: If the pruned network is not exact, and nothing inexact was asked for; or if it fails in
-            train mode, and the original does not.
+        SecateurError: Of the class that says what is wrong, see :mod:`secateur.errors`; a VerificationError if the
+            pruned network is not exact and nothing inexact was asked for, or fails in train mode alone.
 
     Example:
         >>> import torch, secateur as sc
@@ -119,144 +99,149 @@ def prune(
         >>> result.model[0].out_channels, result.check.exact
         (4, True)
     """
-    way, options = way_of(method, allocation, compensate, data), dict(method_options or {})
-    criterion, methods, allocation = way.criterion, way.methods, way.allocation
-    _require_request(target, ratios, round_to)
-    _require_data(way, data)
-    _require_options(criterion, options, round_to)
+    chosen, own = Options.of(options), dict(method_options or {})
+    way = way_of(method, chosen.allocation, compensate, data is not None)
+    require_possible(target, way, chosen, own, data is not None)
     if metric is not None and test is None:
         raise UsageError("prune: metric has nothing to be measured on; pass test=batches.")
-    if isinstance(allocation, Sensitivity):
-        allocation.require_of(model)
+    if isinstance(chosen.allocation, Sensitivity):
+        chosen.allocation.require_of(model)
     data, test = _rereadable(data), _rereadable(test)
     with _shown(steps, "tracing"):
         graph = trace(model, example_inputs)
-    if allocation == "sensitivity":
-        allocation = "normalized" if target is None else _measured(model, graph, data, inexact, skip, steps)
-    with _shown(steps, f"scoring by {criterion.name}"):
-        planned = _planner(
-            model, graph, criterion, options,
-            {"data": data, "loss": loss, "seed": seed},
-            target=target, ratios=ratios, max_ratio=max_ratio, skip=skip, min_channels=min_channels,
-            allocation=allocation, inexact=inexact,
-        )  # fmt: skip
-    measured = None
-    if round_to == "auto" and (target is None or target.what != "latency"):
-        with _shown(steps, "measuring multiples of channels"):
-            choice = choose_round_to(lambda n: cut(model, planned(n)), example_inputs, batch_size=MEASURED_BATCH)
-        round_to, measured = choice.round_to, choice.to_dict()
-    timed = None
-    if target is not None and target.what == "latency":
-        with _shown(steps, "measuring times of layers"):
-            costs = latency(model, graph, **target.setting, example_inputs=example_inputs)
-        with _shown(steps, "pruning and timing"):
-            timed = in_time(
-                model, graph, example_inputs, target, costs, lambda goal: planned(round_to, target=goal, costs=costs)
-            )
-    with _shown(steps, "pruning"):
-        chosen = planned(round_to) if timed is None else timed.plan
-        small = cut(model, chosen) if timed is None else timed.model
+    planner = _Planner(model, graph, target, way, chosen, data, steps, {"options": own, "loss": loss, "seed": seed})
+    plan, small, report = planner.pruned(example_inputs)
     with _shown(steps, "verifying"):
-        check = verify(model, small, chosen, example_inputs)
-    _require_verified(check, inexact)
-    compensated = None
-    if methods:
-        with _shown(steps, f"compensating by {','.join(methods)}"):
-            compensated = compensation.compensate(
-                model, small, chosen, methods, data, graph=graph, example_inputs=example_inputs, **way.refit
+        check = verify(model, small, plan, example_inputs)
+    _require_verified(check, chosen.inexact)
+    report |= _figures(graph, plan) | {"verification": asdict(check)}
+    report |= {"compensation": _compensated(model, small, plan, way, data, graph, example_inputs, steps)}
+    _evaluate({"before": model, "after": small}, report, test, metric, steps)
+    report |= {"parts": {**way.parts, "allocation": planner.allocated}, "notes": planner.notes}
+    return PruneResult(small, plan, check, graph, report | {"method": way.name, "allocation": planner.allocated})
+
+
+class _Planner:
+    """Plans for any multiple of channels, on one network scored and measured once."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: ChannelGraph,
+        target: Target | None,
+        way: Way,
+        options: Options,
+        data: Any,
+        steps: Steps | None,
+        reading: dict[str, Any],
+    ) -> None:
+        self.model, self.graph, self.target, self.options, self.steps = model, graph, target, options, steps
+        names = [group.name for group in graph.groups if group.exact or options.inexact]
+        self.allocation: Allocation = way.allocation
+        self.notes: list[str] = []
+        """Parts of ``auto`` that can't be had."""
+        if way.auto and data is None:
+            self.notes.append("auto: without data, channels go by norms of weights, and nothing is refitted")
+        if self.allocation == SENSITIVITY:
+            # Ratios alone leave nothing to allocate.
+            self.allocation = "normalized" if target is None else self._measured(data, names)
+        with _shown(steps, f"scoring by {way.criterion.name}"):
+            self.choice = Choice(
+                model, graph, way.criterion, reading["options"], names,
+                data=data, loss=reading["loss"], seed=reading["seed"],
+            )  # fmt: skip
+            self._limits(self.choice.scores, options)  # requests that contradict each other are refused here
+
+    def _limits(self, names: Iterable[str], options: Options) -> Limits:
+        groups = [self.graph.group(name) for name in names]
+        return Limits(self.graph, groups, options)
+
+    def _measured(self, data: Any, names: Sequence[str]) -> Allocation:
+        steps = self.steps
+
+        def progress(done: int, of: int) -> None:
+            if steps is not None:
+                steps("measuring sensitivity", done, of)
+
+        limits = self._limits(names, self.options).by_group
+        try:
+            return measured(self.model, self.graph, data, limits, inexact=self.options.inexact, progress=progress)
+        except NotComparableError as error:
+            if self.options.allocation == SENSITIVITY:
+                raise
+            self.notes.append(f"allocation by normalized scores, as sensitivity can't be measured: {error}")
+            _LOG.warning("prune: %s", self.notes[-1])
+            return "normalized"
+
+    @property
+    def allocated(self) -> str:
+        """The allocation's name."""
+        return self.allocation if isinstance(self.allocation, str) else SENSITIVITY
+
+    def multiple(self, example_inputs: Any) -> tuple[int, dict[str, Any] | None]:
+        """Return the multiple of channels that is asked for, or the one that runs fastest, and the times."""
+        if self.options.round_to != "auto":
+            return self.options.round_to, None
+        with _shown(self.steps, "measuring multiples of channels"):
+            found = choose_round_to(lambda n: cut(self.model, self(n)), example_inputs, batch_size=MEASURED_BATCH)
+        return found.round_to, found.to_dict()
+
+    def pruned(self, example_inputs: Any) -> tuple[PruningPlan, nn.Module, dict[str, Any]]:
+        """Return the plan, the network that is cut by it, and what was measured to find it."""
+        if self.target is not None and self.target.what == "latency":
+            return self._in_time(self.target, example_inputs)
+        round_to, times = self.multiple(example_inputs)
+        with _shown(self.steps, "pruning"):
+            plan = self(round_to)
+            small = cut(self.model, plan)
+        return plan, small, {"round_to": round_to, "measured": times, "latency": None}
+
+    def _in_time(self, target: Target, example_inputs: Any) -> tuple[PruningPlan, nn.Module, dict[str, Any]]:
+        with _shown(self.steps, "measuring times of layers"):
+            costs = latency(self.model, self.graph, **target.setting, example_inputs=example_inputs)
+        round_to = self.options.round_to
+        with _shown(self.steps, "pruning and timing"):
+            timed = in_time(
+                self.model, self.graph, example_inputs, target, costs, lambda goal: self(round_to, goal, costs)
             )
-    before, after = _costs(graph), _costs(graph, chosen)
-    if test is not None:
-        for network, figures in ((model, before), (small, after)):
-            with _shown(steps, "evaluating"):
-                figures["test"] = evaluation.evaluate(network, test, metric)
-    report = {
-        "method": way.name,
-        "allocation": allocation if isinstance(allocation, str) else "sensitivity",
-        "metric": evaluation.metric_name(metric),
-        "before": before,
-        "after": after,
-        "widths": {"before": _widths(graph), "after": _widths(graph, chosen)},
-        "verification": asdict(check),
-        "compensation": None if compensated is None else asdict(compensated),
-        "round_to": round_to,
-        "measured": measured,
-        "latency": None if timed is None else timed.report,
-    }
-    return PruneResult(small, chosen, check, graph, report)
+        return timed.plan, timed.model, {"round_to": round_to, "measured": None, "latency": timed.report}
+
+    def __call__(
+        self, round_to: int | Literal["auto"], target: Target | None = None, costs: Latency | None = None
+    ) -> PruningPlan:
+        """Return the plan whose kept channels are multiples of a number, to another target if one is given."""
+        limits = self._limits(self.choice.scores, replace(self.options, round_to=round_to)).by_group
+        found = self.choice(target or self.target, limits, round_to=round_to, allocation=self.allocation, costs=costs)
+        return plan_removal(self.graph, found)
 
 
-@dataclass(frozen=True)
-class Way:
-    """How channels are chosen and adjusted."""
-
-    name: str
-    criterion: Criterion
-    allocation: Any
-    methods: list[str]
-    """Of compensation."""
-    refit: dict[str, Any]
-    """Options of least squares."""
-
-
-def way_of(method: Any, allocation: Any, compensate: str | Sequence[str] | None, data: Any) -> Way:
-    """Return what is asked for; where nothing is, of ``auto`` what has been measured to keep most accuracy."""
-    if method != AUTO:
-        criterion = criteria.get(method)
-        return Way(criterion.name, criterion, allocation or "normalized", compensation.parse(compensate or ()), {})
-    best = data is not None
-    criterion = criteria.get("l2" if best else "l1")
-    allocation = allocation or ("sensitivity" if best else "normalized")
-    refit = {"everywhere": True} if compensate is None and best else {}
-    if compensate is None:
-        compensate = ["least_squares"] if best else []
-    return Way(f"{AUTO}: {criterion.name}", criterion, allocation, compensation.parse(compensate), refit)
-
-
-def _measured(
-    model: nn.Module, graph: ChannelGraph, data: Any, inexact: bool, skip: Sequence[str], steps: Steps | None
-) -> Sensitivity:
-    """Measure the sensitivity of the groups that may lose channels, on as many images as it takes."""
-    few, images = [], 0
-    for batch in data:
-        few.append(batch)
-        images += examples(batch) or 0
-        if images >= MEASURED_IMAGES:
-            break
-    groups = [g.name for g in graph.groups if not any(matches(g, pattern, graph) for pattern in skip)]
-
-    def progress(done: int, of: int) -> None:
-        if steps is not None:
-            steps("measuring sensitivity", done, of)
-
-    return sensitivity(model, graph, few, groups=groups, inexact=inexact, progress=progress)
-
-
-def _require_request(target: Target | None, ratios: Mapping[str, float] | None, round_to: Any) -> None:
-    if target is None and not ratios:
-        raise UsageError("prune: how much? Give a target, such as Target(macs=0.5), or ratios for some layers.")
-    if round_to != "auto" and (not isinstance(round_to, int) or round_to < 1):
-        raise UsageError(f"round_to: expected a whole number from 1 up, or 'auto'; found {round_to!r}.")
-
-
-def _require_data(way: Way, data: Iterable[Any] | None) -> None:
-    """Refuse, before anything is done, what looks at images where there are none."""
-    if data is not None:
-        return
-    looking = [f"criterion {way.criterion.name}"] if way.criterion.needs_data else []
-    looking += [f"compensation {name}" for name in way.methods if name != "merge"]  # merging reads weights alone
-    looking += ["allocation by sensitivity"] if way.allocation == "sensitivity" else []
-    if looking:
-        raise UsageError(f"prune: {looking[0]} looks at feature maps; pass data=batches.")
-
-
-def _require_options(criterion: Criterion, options: Mapping[str, Any], round_to: Any) -> None:
-    decided = deciding(criterion, options)
-    criterion.check(options, bool(decided))
-    if decided and round_to != 1:
-        raise UsageError(
-            f"prune: round_to {round_to} can't hold what the option {min(decided)} selects; leave one of them out."
+def _compensated(
+    model: nn.Module,
+    small: nn.Module,
+    plan: PruningPlan,
+    way: Way,
+    data: Any,
+    graph: ChannelGraph,
+    inputs: Any,
+    steps: Steps | None,
+) -> dict[str, Any] | None:
+    if not way.methods:
+        return None
+    with _shown(steps, f"compensating by {','.join(way.methods)}"):
+        done = compensation.compensate(
+            model, small, plan, way.methods, data, graph=graph, example_inputs=inputs, **way.refit
         )
+    return asdict(done)
+
+
+def _evaluate(
+    networks: Mapping[str, nn.Module], report: dict[str, Any], test: Any, metric: Any, steps: Steps | None
+) -> None:
+    """Measure the networks, each into its part of the report."""
+    report["metric"] = evaluation.metric_name(metric)
+    for when, network in networks.items() if test is not None else ():
+        with _shown(steps, "evaluating"):
+            report[when]["test"] = evaluation.evaluate(network, test, metric)
 
 
 def _require_verified(check: VerificationReport, inexact: bool) -> None:
@@ -274,46 +259,14 @@ def _require_verified(check: VerificationReport, inexact: bool) -> None:
         )
 
 
-def _planner(
-    model: nn.Module,
-    graph: ChannelGraph,
-    criterion: Criterion,
-    options: Mapping[str, Any],
-    reading: Mapping[str, Any],
-    **request: Any,
-) -> Callable[..., PruningPlan]:
-    """Score every channel, and return the function that plans on these scores for a multiple of channels.
+def _figures(graph: ChannelGraph, plan: PruningPlan) -> dict[str, Any]:
+    def costs(of: PruningPlan | None) -> dict[str, float]:
+        return {"macs": cost.macs(graph, of), "parameters": cost.parameters(graph, of)}
 
-    Args:
-        model: The network.
-        graph: Its channel graph.
-        criterion: What scores, and selects where one of its options decides that.
-        options: The criterion's own.
-        reading: ``data``, ``loss`` and ``seed`` of :func:`secateur.score`.
-        **request: Arguments of :func:`secateur.plan`.
-    """
-    decided = deciding(criterion, options)
-    scoring = {name: value for name, value in options.items() if name not in decided}
-    scores = score(model, graph, criterion, inexact=request["inexact"], **{**reading, **scoring})
+    def widths(of: PruningPlan | None) -> dict[str, int]:
+        return {layer.module: layer.out_channels for layer in cost.layer_costs(graph, of)}
 
-    def planned(round_to: int | Literal["auto"], **more: Any) -> PruningPlan:
-        by_scores = plan(graph, scores, round_to=round_to, **{**request, **more})
-        if not decided:
-            return by_scores
-        counts = {name: len(channels) for name, channels in by_scores.removed.items()}
-        found = select(model, graph, criterion, counts, **{**reading, **options})
-        return plan_removal(graph, {name: list(s.removed) for name, s in found.items() if s.removed})
-
-    return planned
-
-
-def _costs(graph: ChannelGraph, chosen: PruningPlan | None = None) -> dict[str, float]:
-    return {"macs": cost.macs(graph, chosen), "parameters": cost.parameters(graph, chosen)}
-
-
-def _widths(graph: ChannelGraph, chosen: PruningPlan | None = None) -> dict[str, int]:
-    """Output channels of every convolution and linear layer, by module name."""
-    return {layer.module: layer.out_channels for layer in cost.layer_costs(graph, chosen)}
+    return {"before": costs(None), "after": costs(plan), "widths": {"before": widths(None), "after": widths(plan)}}
 
 
 def _rereadable(batches: Iterable[Any] | None) -> Iterable[Any] | None:

@@ -20,7 +20,7 @@ from secateur.errors import CriterionError, PlanError
 from secateur.graph import cost
 from secateur.graph.channels import ChannelGraph, ChannelGroup, Member
 from secateur.graph.steps import steps
-from secateur.pruning.limits import matches, names
+from secateur.pruning.limits import names
 
 Pairs = dict[str, list[tuple[int, int]]]
 """Group name -> (dropped, kept) channels."""
@@ -126,32 +126,28 @@ def norms(model: nn.Module, graph: ChannelGraph, group: ChannelGroup) -> Tensor:
     return total
 
 
-def step_size(group: ChannelGroup) -> int:
-    """Return the smallest number of channels that a group can lose at once, so that it keeps its constraint."""
-    if group.schedule is not None:
-        return int(group.schedule[0].sum())
-    return int(group.quota.sum())
+def totals(group: ChannelGroup, floor: int = 1, round_to: int = 1) -> list[int]:
+    """Return how many channels a group may lose, ascending.
 
-
-def _totals(group: ChannelGroup, min_width: int) -> list[int]:
-    """Return how many channels a group may have lost, its constraint and ``min_width`` kept, ascending."""
+    Args:
+        group: The group; its constraint is kept.
+        floor: Channels that it keeps in any case.
+        round_to: What is kept is a multiple of this.
+    """
     ends = np.cumsum([len(step) for step in steps(group, range(group.size))])
-    return [int(n) for n in ends if n <= group.size - min_width]
+    return [int(n) for n in ends if n <= group.size - floor and (group.size - n) % round_to == 0]
 
 
-def most_removable(group: ChannelGroup, min_width: int = 1) -> int:
-    """Return how many channels of a group may go at most, its constraint and ``min_width`` kept."""
-    return max(_totals(group, min_width), default=0)
+def most_removable(group: ChannelGroup, floor: int = 1, round_to: int = 1) -> int:
+    """Return how many channels of a group may go at most; arguments as of :func:`totals`."""
+    return max(totals(group, floor, round_to), default=0)
 
 
-def whole(group: ChannelGroup, count: int, min_width: int) -> int:
-    """Round a number of channels to what the constraint allows; at least one step if any may go."""
+def whole(group: ChannelGroup, count: int, floor: int = 1, round_to: int = 1) -> int:
+    """Return the number that a group may lose which is nearest to ``count``: some if any may go, and ``count`` > 0."""
     if count <= 0:
         return 0
-    if group.schedule is not None:
-        return min(_totals(group, min_width), key=lambda n: abs(n - count), default=0)
-    step = step_size(group)
-    return min(max(1, round(count / step)) * step, most_removable(group, min_width))
+    return min(totals(group, floor, round_to), key=lambda n: (abs(n - count), -n), default=0)
 
 
 def select_pairs(
@@ -162,7 +158,8 @@ def select_pairs(
     *,
     share: Share,
     signed: bool,
-    min_width: int = 1,
+    floor: int = 1,
+    round_to: int = 1,
     order: cfp.Order = "correlation",
 ) -> list[tuple[int, int]]:
     """Choose about ``count`` channels of a group to drop, each with the partner that is kept.
@@ -170,7 +167,7 @@ def select_pairs(
     Blocks lose the same fraction each, so the number is rounded to what the group's constraint allows; empty where
     nothing may go.
     """
-    wanted = whole(group, count, min_width)
+    wanted = whole(group, count, floor, round_to)
     scores = correlations(model, graph, group, share=share, signed=signed, order=order) if wanted else None
     if scores is None:
         return []
@@ -208,43 +205,42 @@ def _shares(group: ChannelGroup, count: int, free: NDArray[np.bool_]) -> list[in
     return [rounds * int(n) for n in quota]
 
 
-def select_lowest(group: ChannelGroup, scores: Tensor, count: int, *, min_width: int = 1) -> list[int]:
-    """Choose about ``count`` channels of a group with the lowest scores, lowest first, its constraint kept."""
-    wanted = whole(group, count, min_width)
-    order = torch.sort(scores.double().cpu(), stable=True).indices.tolist()
-    chosen: list[int] = []
-    for step in steps(group, order):
-        if len(chosen) + len(step) > wanted:
-            break
-        chosen += step
-    return chosen
-
-
 def eligible(
-    graph: ChannelGraph, *, internal_only: bool = False, linear: bool = False, skip: Sequence[str] = ()
+    graph: ChannelGraph,
+    *,
+    internal_only: bool = False,
+    linear: bool = False,
+    inexact: bool = False,
+    paired: bool = True,
 ) -> list[ChannelGroup]:
-    """Return the groups that a run may prune, in execution order: exact ones with filters, as the settings allow."""
+    """Return the groups that a run may prune, in execution order.
+
+    Args:
+        graph: The traced network.
+        internal_only: Leave out the groups that several layers produce together, the residual streams.
+        linear: Take the outputs of linear layers, too.
+        inexact: Take groups whose removal can't equal zeroing, too.
+        paired: Take those alone that have filters to pair: a depthwise layer's, say, go with their inputs.
+    """
     kinds = {layer.name: layer.kind for layer in graph.layers}
     chosen = []
     for group in graph.groups:
         sources = [m for m in group.producers if len(graph.shapes[m.tensor]) >= 2]
         dense = [m for m in sources if not _depthwise(graph, m)]
-        if not group.exact or not dense or not most_removable(group):
+        if not (group.exact or inexact) or (paired and not dense) or not most_removable(group):
             continue
         if internal_only and len({graph.layer_of(m) for m in dense}) > 1:
             continue
         if not linear and any(kinds.get(graph.layer_of(m)) == "linear" for m in dense):
             continue
-        if any(matches(group, pattern, graph) for pattern in skip):
-            continue
         chosen.append(group)
     return chosen
 
 
-def known(graph: ChannelGraph, pattern: str, *, starts: bool) -> bool:
-    """Tell whether a pattern names a module or group, or is the start of such a name where that counts."""
+def known(graph: ChannelGraph, pattern: str) -> bool:
+    """Tell whether a pattern names a module or group, or is the start of such a name."""
     places = [*graph.module_types, *(group.name for group in graph.groups)]
-    return any((starts and place.startswith(pattern)) or names(pattern, place, graph) for place in places)
+    return any(place.startswith(pattern) or names(pattern, place, graph) for place in places)
 
 
 def _depthwise(graph: ChannelGraph, member: Member) -> bool:

@@ -25,9 +25,10 @@ class PruneResult:
     graph: ChannelGraph
     """The original's channel graph."""
     report: dict[str, Any]
-    """Plain values, ready for JSON: ``method``, ``metric``, the figures ``before`` and ``after``, ``widths``,
-    ``verification``, ``compensation``, ``round_to``, under ``measured`` the times that chose it, and under
-    ``latency`` what a target of latency predicted and measured (:class:`secateur.engine.speed.Timed`)."""
+    """Plain values, ready for JSON: ``method``, ``parts`` (what allocated, selected and compensated), ``notes`` (what
+    of ``auto`` could not be had), ``metric``, the figures ``before`` and ``after``, ``widths``, ``verification``,
+    ``compensation``, ``round_to``, under ``measured`` the times that chose it, and under ``latency`` what a target of
+    latency predicted and measured (:class:`secateur.engine.speed.Timed`)."""
 
 
 @dataclass(frozen=True)
@@ -43,5 +44,6 @@ class CompressResult:
     milestones: list[dict[str, Any]]
     """One record for each set of widths reached, and the end."""
     report: dict[str, Any]
-    """``baseline`` and ``final`` figures, what was refused, the verification: see ``result.json``."""
+    """``parts`` (what allocated, selected, compensated and trained), ``notes`` (what of ``auto`` could not be had),
+    ``baseline`` and ``final`` figures, what was refused, the verification: see ``result.json``."""
     run_dir: Path | None = None

@@ -92,7 +92,7 @@ class RunDirectory:
         path = self.path / "config.json"
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-            if not {"method", "tolerance", "target", "seed", "settings"} <= set(config):
+            if not {"method", "tolerance", "target", "seed", "options", "settings"} <= set(config):
                 raise ValueError("a key is missing")
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: missing or damaged: {error}.") from error
@@ -116,6 +116,11 @@ class RunDirectory:
         if self.write:
             text = "".join(json.dumps(record) + "\n" for record in state.history)
             checkpoint.write_atomic(self.path / "history.jsonl", text.encode())
+
+    def write_table(self, state: State) -> None:
+        """Write the sensitivity that was measured last."""
+        if self.write and (table := state.sensitivity) is not None:
+            table.save(self.path / "sensitivity.json")
 
     def write_milestone(self, state: State, plan: PruningPlan) -> None:
         """Save the network of a goal that was reached."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from secateur.compensation import parse
 from secateur.compensation.least_squares import refit
 from secateur.criteria.papers.singh2020cfp import Form, Order
 from secateur.errors import UsageError
+from secateur.pruning.options import OptionKeywords, Options
 from secateur.training.arithmetic import PRECISIONS
 from secateur.training.stages import Distillation, TrainingSettings
 
@@ -29,7 +30,8 @@ class Settings:
 
     # Channels that one episode removes
     fraction: float = 1 / 16
-    """p: share of a group's *original* width that one episode removes."""
+    """p: share of a group's *original* width that one episode removes; for a criterion, of all channels; for ``auto``
+    under a tolerance, of the MACs, where a round that is reverted is tried again with half of it, twice at most."""
     pairs: str | int | tuple[int, ...] | dict[str, int] = "width"
     """Filters a group and episode: ``width``, max(1, round(p·c)); ``macs``, shared out by MACs; one number for every
     group; a tuple with one number for each distinct original width, ascending ((1, 2, 4) for ResNet-56); or a mapping
@@ -45,24 +47,19 @@ class Settings:
     smallest residual, ‖w_p‖²(1 - ρ²) (see :func:`secateur.criteria.papers.singh2020cfp.residual`)."""
     internal_only: bool = False
     """Leave alone the groups that several layers produce together, the residual streams."""
-    linear: bool = False
-    """Prune the outputs of linear layers too."""
-    skip: tuple[str, ...] = ()
-    """Groups that are left alone: names of layers or of modules around them, layers' names with wildcards, classes."""
-    max_ratio: float | dict[str, float] = 1.0
-    """Share of a group's original width that the run removes at most; or module name with wildcards, or class of a
-    module, -> share, with ``*`` for the groups that no other names."""
-    min_width: int = 1
-    """Channels that a group keeps in any case."""
+    linear: bool | None = None
+    """Prune the outputs of linear layers too; None: not by ``cfp``, by other methods yes."""
 
     # Where the run ends
     widths: tuple[dict[str, int], ...] = ()
     """Final widths by module name, a chain of mappings: ``({"conv1": 4, "conv2": 5}, {"conv1": 3, "conv2": 5})``.
     Takes the place of a target."""
     rounds: tuple[int, ...] = ()
-    """Number of episodes to each of ``widths``, spread by ``pace``; by ``pairs`` when empty."""
+    """Number of rounds to each of ``widths``, or to the target of a method other than ``cfp``, spread by ``pace``. When
+    empty: by ``pairs`` or ``fraction``; ``auto`` goes to its target in one round, from 60% of the MACs on in two, from
+    80% in three."""
     pace: Literal["geometric", "linear"] = "geometric"
-    """With ``rounds``: the same share, or the same number, of filters in each episode."""
+    """With several rounds: the same share, or the same number, of what is left goes in each."""
     max_rounds: int | None = None
     """Episodes after which the run ends whatever was reached."""
     phases: tuple[int, ...] = (1, 2)
@@ -87,16 +84,18 @@ class Settings:
     ``signed`` with it, or the others are dropped plainly."""
 
     # Compensation, after filters are removed
-    compensate: tuple[str, ...] = ()
+    compensate: tuple[str, ...] | None = None
     """Methods that adjust the kept filters before any fine-tuning, in order: ``merge``, ``least_squares``, ``bn``.
-    ``merge`` folds the pairs of ``cfp``, and each filter that another criterion drops into the one most like it."""
+    ``merge`` folds the pairs of ``cfp``, and each filter that another criterion drops into the one most like it. None
+    is ``least_squares`` everywhere for ``auto``, and nothing for other methods."""
     compensate_options: dict[str, Any] = field(default_factory=dict)
     """Options of ``least_squares``, such as ``everywhere: true``."""
 
     # Training
     finetune_epochs: int = 2
-    final_epochs: int = 0
-    """Epochs of fine-tuning beside those of the episode, where a target or widths are reached, and at the end."""
+    final_epochs: int | None = None
+    """Epochs of fine-tuning beside those of the episode, where a target or widths are reached, and at the end. None is
+    8 for ``auto`` with a target, in place of its last round's own, and 0 otherwise."""
     final_lr: float | None = None
     """Peak learning rate of the final epochs, which follow a cosine to 0; ``lr`` when None."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
@@ -104,12 +103,14 @@ class Settings:
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 5e-4
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine"] | None = None
+    """What the learning rate follows over a stage; None is ``cosine`` for ``auto``, else ``constant``."""
     warmup: float = 0.0
     label_smoothing: float = 0.0
     clip_norm: float | None = None
-    distillation: float = 0.0
-    """Weight of the unpruned network's teaching in the loss, in [0, 1]."""
+    distillation: float | None = None
+    """Weight of the unpruned network's teaching in the loss, in [0, 1]; None is 0.9 for ``auto`` where the outputs are
+    class scores, and 0 otherwise."""
     temperature: float = 4.0
 
     # How it is computed
@@ -145,30 +146,45 @@ class Settings:
             self.channels_last in (True, False, "auto"), "channels_last", "is true, false or auto", self.channels_last
         )
         _choice("pace", self.pace, ("geometric", "linear"))
-        _require(self.min_width >= 1, "min_width", "is at least 1", self.min_width)
         for name in ("optimise_epochs", "finetune_epochs", "final_epochs", "criterion_batches"):
-            _require(getattr(self, name) >= 0, name, "is not negative", getattr(self, name))
+            _require((getattr(self, name) or 0) >= 0, name, "is not negative", getattr(self, name))
         _require(self.strength >= 0, "strength", "is not negative", self.strength)
         target = self.correlation_target
         _require(target is None or 0 < target <= 1, "correlation_target", "is in (0, 1]", target)
         _require(set(self.phases) <= {1, 2} and bool(self.phases), "phases", "are of 1 and 2", self.phases)
         _require(all(r >= 1 for r in self.rounds), "rounds", "are at least 1 each", self.rounds)
-        _require(
-            not self.rounds or len(self.rounds) == len(self.widths),
-            "rounds",
-            f"needs {len(self.widths)} numbers",
-            self.rounds,
-        )
-        _check_compensation(self.compensate, self.compensate_options)
+        goals = max(1, len(self.widths))
+        _require(len(self.rounds) in (0, goals), "rounds", f"needs {goals} numbers", self.rounds)
+        _check_compensation(self.compensate or (), self.compensate_options)
         self.training()
-        Distillation(self.distillation, self.temperature)
+        Distillation(self.distillation or 0.0, self.temperature)
 
     def training(self, lr: float | None = None, schedule: Literal["cosine"] | None = None) -> TrainingSettings:
         """Return how the weights of a stage are trained."""
         return TrainingSettings(
-            self.optimizer, lr or self.lr, self.momentum, self.nesterov, self.weight_decay, schedule or self.schedule,
+            self.optimizer, lr or self.lr, self.momentum, self.nesterov, self.weight_decay,
+            schedule or self.schedule or "constant",
             self.warmup, self.label_smoothing, self.clip_norm,
         )  # fmt: skip
+
+    def resolved(self, *, auto: bool, bounded: bool, teaches: bool) -> Settings:
+        """Return the settings with what the method leaves open filled in.
+
+        Args:
+            auto: Whether the method is ``auto``.
+            bounded: Whether the tolerance decides when to stop.
+            teaches: Whether the unpruned network's outputs are class scores.
+        """
+        own: dict[str, Any] = {
+            "schedule": "cosine" if auto else "constant",
+            "final_epochs": 8 if auto and not bounded else 0,
+            "distillation": 0.9 if auto and teaches else 0.0,
+            "compensate": ("least_squares",) if auto else (),
+        }
+        found = {name: value for name, value in own.items() if getattr(self, name) is None}
+        if "compensate" in found and auto and not self.compensate_options:
+            found["compensate_options"] = {"everywhere": True}
+        return replace(self, **found)
 
     def plain(self) -> dict[str, Any]:
         """Return the settings as JSON values, which :meth:`of` takes back."""
@@ -181,12 +197,9 @@ class Settings:
         Raises:
             UsageError: If a key is unknown or a value is out of range or of the wrong kind.
         """
-        known = {f.name for f in fields(cls)}
         for name in values:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}."
-                raise UsageError(f"{name}: no such setting; {hint}")
+            if name not in {f.name for f in fields(cls)}:
+                raise UsageError(f"{name}: no such setting; {meant(name)}")
         ready = {name: _plain_to_setting(name, value) for name, value in values.items()}
         try:
             return cls(**ready)
@@ -194,13 +207,37 @@ class Settings:
             raise UsageError(f"{_ill_typed(ready)}: the value is of the wrong kind: {error}.") from error
 
 
+def parted(given: Mapping[str, Any]) -> tuple[Options, Settings]:
+    """Part keywords into options of a plan and settings.
+
+    Raises:
+        UsageError: As :meth:`Options.of` and :meth:`Settings.of`.
+    """
+    planning = {name for name in given if name in OptionKeywords.__annotations__}
+    return (
+        Options.of({name: given[name] for name in given if name in planning}),
+        Settings.of({name: given[name] for name in given if name not in planning}),
+    )
+
+
+def meant(name: str) -> str:
+    """Say what is meant, perhaps, by a word that is no setting."""
+    known = [f.name for f in fields(Settings)]
+    planning = list(OptionKeywords.__annotations__)
+    if name == "min_width":
+        return "it is min_channels (--min-channels) now, an option of every method."
+    if name in planning:
+        option = {"ratios": "ratio"}.get(name, name).replace("_", "-")
+        return f"it is an option of every method: --{option}, or {name}: at the top of the run's file."
+    close = difflib.get_close_matches(name, [*known, *planning], n=1)
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}."
+
+
 def _plain_to_setting(name: str, value: Any) -> Any:
     """Turn a list into the tuple that a frozen setting holds, and a lone mapping or number into a chain of one."""
     if name == "widths" and isinstance(value, Mapping):
         value = [value]
     if name in ("rounds", "phases") and isinstance(value, int):
-        value = [value]
-    if name == "skip" and isinstance(value, str):
         value = [value]
     if name == "compensate" and isinstance(value, str):
         value = parse(value)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from secateur.checkpoint.records import flatten, read_record, restore, write_record
+from secateur.compensation.sensitivity import Sensitivity
 from secateur.errors import CheckpointError
 
 FORMAT_VERSION = 1
@@ -28,7 +29,8 @@ class State:
     """
 
     stage: str = "select"
-    """The next step: ``select``, ``optimise``, ``drop``, ``finetune``, ``judge``, ``final``, ``settle``, ``done``."""
+    """The next step: ``select``, ``measure``, ``optimise``, ``drop``, ``finetune``, ``judge``, ``final``, ``settle`` or
+    ``done``."""
     phase: int = 1
     """1: all groups at once; 2: group after group."""
     position: int = 0
@@ -42,6 +44,14 @@ class State:
     """Index into the chain of widths."""
     goal_round: int = 0
     """Episodes made towards the present goal."""
+    rounds: int = 0
+    """Rounds in which a criterion goes to its target; 0 before the first choice."""
+    step: float = 0.0
+    """Share of the MACs that ``auto`` removes in a round under a tolerance; 0 for the usual."""
+    round_to: int = 0
+    """Multiple of channels that runs fastest, where it was measured."""
+    table: dict[str, Any] | None = None
+    """Sensitivity as last measured, and the MACs that the network had then."""
     images: int = 0
     """Training images seen in all."""
     metric: float = 0.0
@@ -58,6 +68,8 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)
     milestones: list[dict[str, Any]] = field(default_factory=list)
     baseline: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """Parts of the method that could not be had."""
 
     # Not plain data
     model: nn.Module | None = field(default=None, repr=False)
@@ -71,6 +83,14 @@ class State:
         """The network as it is now."""
         assert self.model is not None
         return self.model
+
+    @property
+    def sensitivity(self) -> Sensitivity | None:
+        """The table, where it was measured."""
+        if self.table is None or "measure" not in self.table:
+            return None
+        damage = {name: {int(n): d for n, d in own.items()} for name, own in self.table["damage"].items()}
+        return Sensitivity(**{k: v for k, v in self.table.items() if k != "macs"} | {"damage": damage})
 
     def plain(self) -> dict[str, Any]:
         """Return the fields that are plain data."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateur.compensation import parse
 from secateur.engine.loop import Engine
 from secateur.engine.pairing import largest_correlations
 from secateur.engine.result import CompressResult
@@ -31,6 +32,8 @@ def summarise(engine: Engine, state: State, directory: RunDirectory | None) -> C
     check = verify(engine.original, cut(engine.original, plan), plan, engine.example_inputs)
     last = state.milestones[-1]
     report: dict[str, Any] = {
+        "parts": _parts(engine, state),
+        "notes": state.notes,
         "metric": evaluation.metric_name(engine.metric),
         "baseline": {
             **state.baseline,
@@ -51,6 +54,20 @@ def summarise(engine: Engine, state: State, directory: RunDirectory | None) -> C
     return CompressResult(
         small, plan, state.history, state.milestones, report, None if directory is None else directory.path
     )
+
+
+def _parts(engine: Engine, state: State) -> dict[str, str]:
+    """Say what each part of the method was."""
+    chosen = engine.settings
+    methods = parse(chosen.compensate or ())
+    if chosen.merge and "merge" not in methods:
+        methods.insert(0, "merge")
+    everywhere = chosen.compensate_options.get("everywhere")
+    named = [f"{name} everywhere" if name == "least_squares" and everywhere else name for name in methods]
+    training = f"{chosen.optimizer}, learning rate {chosen.lr:g}, {chosen.schedule}"
+    if chosen.distillation:
+        training += f", distillation with weight {chosen.distillation:g} at temperature {chosen.temperature:g}"
+    return {**engine.selection.parts(state), "compensation": ", ".join(named) or "none", "training": training}
 
 
 def _figures(engine: Engine, model: nn.Module, plan: PruningPlan) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from secateur.errors import UsageError
 from secateur.graph.channels import ChannelGraph, ChannelGroup
+from secateur.pruning.options import Options
 
 EVERY = "*"
 """The pattern of a general request: it stands for the groups that no other pattern of the same mapping names."""
@@ -66,61 +67,26 @@ class Limits:
     Args:
         graph: The traced network.
         groups: Those of its groups that may lose channels at all.
-        ratios: Pattern -> fraction to remove, in [0, 1).
-        max_ratio: Largest fraction that may be removed, in (0, 1]; or pattern -> fraction, in [0, 1].
-        skip: Patterns of groups that lose nothing.
-        round_to: Kept channels are a multiple of this in every group that loses any.
-        min_channels: A group keeps at least this many channels.
+        options: ``ratios``, ``max_ratio``, ``skip``, ``round_to`` and ``min_channels`` of them.
 
     Raises:
-        UsageError: If a number is out of range, a pattern names no layer, a ratio names nothing that may be removed, or
-            two requests contradict each other.
+        UsageError: If a pattern names no layer, a ratio names nothing that may be removed, or two requests contradict
+            each other.
     """
 
-    def __init__(
-        self,
-        graph: ChannelGraph,
-        groups: Sequence[ChannelGroup],
-        *,
-        ratios: Mapping[str, float],
-        max_ratio: float | Mapping[str, float],
-        skip: Sequence[str],
-        round_to: int,
-        min_channels: int,
-    ) -> None:
-        self._graph, self._skip = graph, skip
-        self._round_to, self._min_channels = round_to, min_channels
-        self._ratios = [_Request("ratio", pattern, value) for pattern, value in ratios.items()]
-        if isinstance(max_ratio, Mapping):
-            self._caps = [_Request("max_ratio", pattern, value) for pattern, value in max_ratio.items()]
-        else:
-            if not 0 < max_ratio <= 1:
-                raise UsageError(f"max_ratio: expected a fraction in (0, 1]; found {max_ratio}.")
-            self._caps = [_Request("max_ratio", EVERY, max_ratio)]
-        self._check_numbers()
-        for pattern in (*(r.pattern for r in (*self._ratios, *self._caps)), *skip):
+    def __init__(self, graph: ChannelGraph, groups: Sequence[ChannelGroup], options: Options) -> None:
+        self._graph, self._skip, self._min_channels = graph, options.skip, options.min_channels
+        self._round_to = 1 if options.round_to == "auto" else options.round_to
+        caps = options.max_ratio if isinstance(options.max_ratio, Mapping) else {EVERY: options.max_ratio}
+        self._ratios = [_Request("ratio", pattern, value) for pattern, value in options.ratios.items()]
+        self._caps = [_Request("max_ratio", pattern, value) for pattern, value in caps.items()]
+        for pattern in (*(r.pattern for r in (*self._ratios, *self._caps)), *self._skip):
             self._check_pattern(pattern)
-        self._limits = {group.name: self._limit(group) for group in groups}
+        self.by_group = {group.name: self._limit(group) for group in groups}
+        """Group -> how many channels it loses."""
         for ratio in self._ratios:
             if ratio.value > 0 and not ratio.general and not any(matches(g, ratio.pattern, graph) for g in groups):
                 raise UsageError(self._why_in_vain(ratio))
-
-    def of(self, group: ChannelGroup) -> Limit:
-        """Return how many channels a group loses."""
-        return self._limits[group.name]
-
-    def _check_numbers(self) -> None:
-        for name, value in (("round_to", self._round_to), ("min_channels", self._min_channels)):
-            if value < 1:
-                raise UsageError(f"{name}: expected at least 1; found {value}.")
-        for ratio in self._ratios:
-            if not 0 <= ratio.value < 1:
-                raise UsageError(f"ratio of {ratio.pattern}: the fraction to remove is in [0, 1); found {ratio.value}.")
-        for cap in self._caps:
-            if not 0 <= cap.value <= 1:
-                raise UsageError(
-                    f"max_ratio of {cap.pattern}: the fraction that may go is in [0, 1]; found {cap.value}."
-                )
 
     def _check_pattern(self, pattern: str) -> None:
         graph = self._graph

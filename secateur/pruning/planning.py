@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Unpack
 
 import numpy as np
 from torch import Tensor
@@ -14,22 +14,11 @@ from secateur.errors import PlanError, UsageError
 from secateur.graph.channels import ChannelGraph, ChannelGroup
 from secateur.graph.plan import PruningPlan, Selection
 from secateur.graph.steps import steps
-from secateur.pruning.allocation import (
-    CostOf,
-    Table,
-    Times,
-    allocate,
-    choices,
-    costs_of,
-    paying,
-    require_known,
-)
+from secateur.pruning.allocation import CostOf, Table, Times, allocate, choices, costs_of, paying
 from secateur.pruning.building import build, checked
 from secateur.pruning.limits import Limit, Limits, totals
+from secateur.pruning.options import SENSITIVITY, Allocation, OptionKeywords, Options
 from secateur.pruning.target import Target as Target
-
-Allocation = Literal["normalized", "global", "uniform"] | Table
-"""How many channels each group loses."""
 
 
 def plan_removal(graph: ChannelGraph, removed: Mapping[str, Sequence[int]]) -> PruningPlan:
@@ -81,14 +70,8 @@ def plan(
     scores: Mapping[str, Tensor],
     target: Target | None = None,
     *,
-    round_to: int | Literal["auto"] = 1,
-    min_channels: int = 1,
-    max_ratio: float | Mapping[str, float] = 1.0,
-    ratios: Mapping[str, float] | None = None,
-    skip: Sequence[str] = (),
-    allocation: Allocation = "normalized",
-    inexact: bool = False,
     costs: Times | None = None,
+    **options: Unpack[OptionKeywords],
 ) -> PruningPlan:
     """Choose the channels to remove: the lowest scores first, until the target is met.
 
@@ -97,48 +80,67 @@ def plan(
         scores: Group name -> one score a channel, shape ``(group.size,)``; the higher, the more important. Groups
             without scores are left alone.
         target: The fraction of MACs, parameters, channels, memory or latency to remove; None to follow ``ratios``
-            alone.
-        round_to: Kept channels are a multiple of this in every group that loses any. ``auto`` leaves each group widths
-            that pay by ``costs``: with none of them is the network as fast as with more channels. A target of latency
-            has only such widths, whatever the multiple.
-        min_channels: A group keeps at least this many channels.
-        max_ratio: A group loses at most this fraction of its channels; or pattern -> fraction, for the groups that
-            each pattern names.
-        ratios: Pattern -> fraction of channels to remove from every group that it names, whatever the target says. A
-            pattern is the name of a module, with wildcards, or its class; it names the groups whose channels such a
-            layer, or a layer in such a module, makes. The pattern ``*`` stands for the groups that no other pattern
-            names; a ratio of it gives way to ``skip``, ``min_channels``, ``round_to`` and the caps of other patterns,
-            where any other ratio that contradicts them is an error.
-        skip: Patterns of groups that lose nothing.
-        allocation: How many channels each group loses. ``normalized`` ranks all channels together, each score divided
-            by its group's mean; ``global`` ranks the scores as they are; ``uniform`` removes the same fraction from
-            every group. A table of :func:`secateur.sensitivity` says what each group's loss does to the network: the
-            plan has the least such damage in sum, exactly solved, and scores decide only which channels of a group go.
-        inexact: Whether groups whose removal can't equal zeroing may lose channels.
-        costs: Times of the network's layers, as :func:`secateur.latency` measures them, for a target of latency and for
-            ``round_to="auto"``.
+            alone. A target of latency leaves each group only widths that pay by ``costs``: with one
+            step more of them it would take clearly longer.
+        costs: Times of the network's layers, as :func:`secateur.latency` measures them, for a target of latency; and
+            for ``round_to="auto"``, which leaves only widths that pay whatever the target.
+        **options: ``round_to``, ``min_channels``, ``max_ratio``, ``ratios``, ``skip``, ``allocation`` and ``inexact``,
+            see :class:`secateur.Options`.
 
     Returns:
         The plan that removes the least important channels and meets the target.
 
     Raises:
         PlanError: If the target can't be met, scores don't fit a group, or a channel's score is not a number.
-        UsageError: If two requests contradict each other or an argument is out of range.
+        UsageError: If two requests contradict each other, or an option is unknown or out of range.
     """
-    if target is None and not ratios:
+    chosen = Options.of(options)
+    if target is None and not chosen.ratios:
         raise UsageError("plan: nothing is asked for: give a target or ratios.")
-    require_known(allocation)
+    if chosen.allocation == SENSITIVITY:
+        raise UsageError("allocation: plan measures nothing; give the table that secateur.sensitivity has measured.")
+    groups = [g for g in graph.groups if g.name in scores and (g.exact or chosen.inexact)]
+    limits = Limits(graph, groups, chosen).by_group
+    allocation = chosen.allocation or "normalized"
+    found = choose(graph, scores, target, limits, round_to=chosen.round_to, allocation=allocation, costs=costs)
+    return build(graph, found)
+
+
+def choose(
+    graph: ChannelGraph,
+    scores: Mapping[str, Tensor],
+    target: Target | None,
+    limits: Mapping[str, Limit],
+    *,
+    round_to: int | Literal["auto"] = 1,
+    allocation: Allocation = "normalized",
+    partial: bool = False,
+    costs: Times | None = None,
+) -> Selection:
+    """Choose the channels that a plan removes.
+
+    Args:
+        graph: The channel graph; that of a network pruned already will do.
+        scores: As in :func:`plan`.
+        target: As in :func:`plan`.
+        limits: Group name -> how many channels it may lose; groups that are missing lose none.
+        round_to: As in :func:`plan`.
+        allocation: As in :func:`plan`.
+        partial: Take all that may go where the target is out of reach.
+        costs: As in :func:`plan`.
+
+    Raises:
+        PlanError: As :func:`plan`.
+        UsageError: If a ratio asks a group for more than its constraint allows, or times of layers are missing.
+    """
     times = _times(graph, target, round_to, costs)
-    multiple = 1 if round_to == "auto" else round_to
-    groups = [g for g in graph.groups if g.name in scores and (g.exact or inexact)]
-    limits = Limits(
-        graph, groups, ratios=ratios or {}, max_ratio=max_ratio, skip=skip, round_to=multiple, min_channels=min_channels
-    )
     candidates: list[_Candidate] = []
     forced: Selection = {}
-    for group in groups:
-        limit = limits.of(group)
-        candidate = _candidate(group, scores[group.name], limit, allocation, multiple)
+    for group in graph.groups:
+        if group.name not in limits or group.name not in scores:
+            continue
+        limit = limits[group.name]
+        candidate = _candidate(group, scores[group.name], limit, allocation, 1 if round_to == "auto" else round_to)
         if not limit.forced:
             if times is not None:
                 candidate.fitting &= paying(times, graph.groups.index(group), len(graph.groups), candidate.ends)
@@ -146,28 +148,29 @@ def plan(
         elif channels := candidate.removed(candidate.ends.size):
             forced[group.name] = channels
     if target is None:
-        return build(graph, forced)
+        return forced
 
     def removed(selection: Selection) -> float:
         return target.removed(graph, PruningPlan(removed=selection), costs)
 
     if isinstance(allocation, str):
-        return build(graph, _search(graph, candidates, forced, target, removed))
+        return _search(graph, candidates, forced, target, removed, partial)
     own = times if target.what == "latency" else costs_of(graph, target.what, target.setting.get("batch", 1))
     assert own is not None
-    return build(graph, _allocated(graph, candidates, forced, target, removed, allocation, own))
+    return _allocated(graph, candidates, forced, target, removed, allocation, own, partial)
 
 
 def _times(graph: ChannelGraph, target: Target | None, round_to: int | str, costs: Times | None) -> CostOf | None:
     """Return the time of a network by what its groups lose, where the request asks for that."""
-    if round_to != "auto" and (not isinstance(round_to, int) or round_to < 1):
-        raise UsageError(f"round_to: expected at least 1, or auto; found {round_to!r}.")
     if target is not None and target.what == "latency":
         return target.require_times(costs).of(graph)
     if round_to != "auto":
         return None
     if costs is None:
-        raise UsageError("round_to auto: pass costs=secateur.latency(model, graph), which tell what pays.")
+        raise UsageError(
+            "round_to auto: plan measures nothing; pass costs=secateur.latency(model, graph), which tell what pays, or "
+            "let secateur.prune measure."
+        )
     return costs.of(graph)
 
 
@@ -214,6 +217,7 @@ def _search(
     forced: Selection,
     target: Target,
     removed_by: Callable[[Selection], float],
+    partial: bool,
 ) -> Selection:
     """Find the fewest steps, in order of importance over all groups, that meet the target: by bisection.
 
@@ -237,6 +241,8 @@ def _search(
 
     enough = target.fraction - 1e-12
     if (most := removed(order.size)) < enough:
+        if partial:
+            return first(order.size)
         raise _out_of_reach(graph, target, most)
     return first(bisect_left(range(order.size), enough, key=removed))
 
@@ -260,6 +266,7 @@ def _allocated(
     reached: Callable[[Selection], float],
     table: Table,
     costs: CostOf,
+    partial: bool,
 ) -> Selection:
     """Find what every group loses by a table of damage, so that the plan meets the target.
 
@@ -292,6 +299,6 @@ def _allocated(
         if short <= 0:
             return selection
         need += max(short, 1e-4) * whole
-    if (best := reached(chosen(most))) < target.fraction - 1e-12:
+    if (best := reached(chosen(most))) < target.fraction - 1e-12 and not partial:
         raise _out_of_reach(graph, target, best)
     return chosen(most)

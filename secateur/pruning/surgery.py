@@ -254,7 +254,7 @@ def _select(tensor: Tensor, kept: Mapping[int, list[int] | None]) -> Tensor:
     left = {0: len(rows)} | {dim: len(index) for dim, index in indices.items()}
     value = whole.new_empty([left.get(dim, size) for dim, size in enumerate(whole.shape)])
     at_once = max(1, _AT_ONCE // max(1, whole[:1].numel()))
-    for some, place in zip(rows.split(at_once), value.split(at_once), strict=True):
+    for some, place in zip(torch.split(rows, at_once), torch.split(value, at_once), strict=True):
         part = whole.index_select(0, some)
         for dim, index in indices.items():
             part = part.index_select(dim, index)

@@ -27,7 +27,9 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from secateur import criteria
 from secateur.checkpoint import write_atomic
 from secateur.engine import Settings
+from secateur.engine.settings import meant
 from secateur.errors import UsageError
+from secateur.pruning.options import AUTO, Options
 from secateur.pruning.target import Target
 from secateur.runfile import yaml_lines
 from secateur.training.stages import TrainingSettings
@@ -72,6 +74,28 @@ class TargetConfig(_Section):
         return self
 
 
+class _Planning(_Section):
+    """The options of :class:`secateur.Options`, which are documented there."""
+
+    round_to: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    min_channels: int = Field(1, ge=1)
+    max_ratio: Annotated[float, Field(gt=0, le=1)] | dict[str, Annotated[float, Field(ge=0, le=1)]] = 1.0
+    ratios: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(default_factory=dict)
+    skip: tuple[str, ...] = ()
+    allocation: Literal["sensitivity", "normalized", "global", "uniform"] | None = None
+    inexact: bool = False
+
+    @field_validator("skip", mode="before")
+    @classmethod
+    def _lone_pattern(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @property
+    def options(self) -> Options:
+        """The options of the plan."""
+        return Options(**{f.name: getattr(self, f.name) for f in fields(Options)})
+
+
 @dataclass(frozen=True)
 class Baseline(TrainingSettings):
     """How the network is trained before it is compressed, where no weights are given."""
@@ -98,7 +122,7 @@ else:
     CheckedBaseline = pydantic_dataclass(Baseline, config=_STRICT, frozen=True)
 
 
-class RunConfig(_Section):
+class RunConfig(_Planning):
     """Everything that defines a compression run."""
 
     model: str = Field(
@@ -122,8 +146,9 @@ class RunConfig(_Section):
         (), description="Shapes of the model's inputs, e.g. 1x3x224x224; taken from the data unless given."
     )
     method: str = Field(
-        "cfp",
-        description="Compression method: cfp, a criterion's name, path/to/file.py:FUNCTION or package.module:FUNCTION.",
+        "auto",
+        description="Compression method: auto, cfp, a criterion's name, path/to/file.py:FUNCTION or "
+        "package.module:FUNCTION.",
     )
     settings: CheckedSettings = Field(
         default_factory=lambda: CheckedSettings(), description="Episodes, optimisation and training of the method."
@@ -150,7 +175,7 @@ class RunConfig(_Section):
     @classmethod
     def _known(cls, value: str) -> str:
         # An unknown method is refused here, before the baseline is trained.
-        names = criteria.names()
+        names = [AUTO, *criteria.names()]
         if value not in names and ":" not in value:
             close = difflib.get_close_matches(value, names, n=1)
             raise ValueError(
@@ -161,7 +186,7 @@ class RunConfig(_Section):
     @field_validator("settings", mode="before")
     @classmethod
     def _lone_values(cls, value: Any) -> Any:
-        """Take a lone value where a list is meant: ``skip: conv1``, ``widths: {conv1: 4}``."""
+        """Take a lone value where a list is meant: ``rounds: 2``, ``widths: {conv1: 4}``."""
         if not isinstance(value, Mapping):
             return value
         lists = {f.name for f in fields(Settings) if str(f.type).startswith("tuple[")}
@@ -191,7 +216,7 @@ _PARAMETERS = {
 """Key of a file for ``prune`` -> the command's parameter, where they differ."""
 
 
-class PruneConfig(_Section):
+class PruneConfig(_Planning):
     """What ``secateur prune --config`` reads: the options of the command, with the names that a run's file has."""
 
     model: str | None = Field(None, description="As in a run's file.")
@@ -203,21 +228,6 @@ class PruneConfig(_Section):
     method: str = Field("auto", description="Criterion by which channels are ranked; auto is the best there is.")
     method_options: dict[str, Any] = Field(default_factory=dict, description="Options of the criterion.")
     target: TargetConfig | None = Field(None, description="How much to remove; without it, what the ratios ask for.")
-    ratios: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(
-        default_factory=dict, description="Pattern -> fraction of channels to remove from every group that it names."
-    )
-    max_ratio: Annotated[float, Field(gt=0, le=1)] | dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
-        1.0, description="Fraction that any group loses at most, or pattern -> fraction."
-    )
-    skip: tuple[str, ...] = Field((), description="Patterns of groups that lose nothing.")
-    round_to: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        1, description="Keep a multiple of this in every group that loses any; auto measures which."
-    )
-    min_channels: int = Field(1, ge=1, description="Channels that every group keeps.")
-    allocation: Literal["sensitivity", "normalized", "global", "uniform"] | None = Field(
-        None, description="How many channels each group loses; sensitivity, with data, for auto."
-    )
-    inexact: bool = Field(False, description="Prune also groups whose removal can't equal zeroing.")
     compensate: tuple[str, ...] | None = Field(
         None, description="Adjust the kept channels: merge, least_squares, bn; [] for none."
     )
@@ -225,12 +235,12 @@ class PruneConfig(_Section):
     seed: int = Field(0, ge=0, description="Seed of fresh weights and of the data's order.")
     out: str | None = Field(None, description="File of the pruned network.")
 
-    @field_validator("skip", "input", "compensate", mode="before")
+    @field_validator("input", "compensate", mode="before")
     @classmethod
     def _lone_value(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
-    def options(self) -> dict[str, Any]:
+    def words(self) -> dict[str, Any]:
         """Return the values that the file gives as the command's parameters, written as on the command line."""
         words: dict[str, Any] = {}
         for name in self.model_fields_set:
@@ -310,12 +320,16 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
 
 
+_SECTIONS: list[tuple[str, type]] = [("Settings", Settings), ("Baseline", Baseline), ("Baseline", TrainingSettings)]
+
+
 def schema() -> str:
     """Return the JSON schema of a configuration file, for editors that complete and check YAML."""
     values = {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunConfig.model_json_schema()}
-    for section, made in (("Settings", Settings), ("Baseline", Baseline), ("Baseline", TrainingSettings)):
+    places = [(values["$defs"][of], made) for of, made in _SECTIONS] + [(values, Options)]
+    for section, made in places:
         for name, text in _attribute_docstrings(made).items():
-            values["$defs"][section]["properties"][name].setdefault("description", text)
+            section["properties"][name].setdefault("description", text)
     return json.dumps(values, indent=2, ensure_ascii=False)
 
 
@@ -349,6 +363,8 @@ def explain(
         known = _keys(location[:-1])
         close = difflib.get_close_matches(location[-1], known, n=1)
         advice = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}."
+        if location[0] == "settings":
+            advice = meant(location[-1])
         text = f"{key}: no such key; {advice}"
     elif first["type"] == "missing":
         text = f"{key}: missing; " + (f"add '{key}: …'." if place else f"give --{key} or a --config file that has it.")

@@ -11,9 +11,10 @@ from secateur import checkpoint
 from secateur.data import DATASETS
 from secateur.engine import CompressResult, Engine, Event, RunDirectory, compress, resume
 from secateur.engine.events import Steps
-from secateur.engine.selection import selective
+from secateur.engine.request import require_method
 from secateur.errors import UsageError
 from secateur.models import MODELS
+from secateur.pruning.options import AUTO
 from secateur.pruning.planning import Target
 from secateur.runfile import config, sources
 from secateur.runfile.config import RunConfig
@@ -45,7 +46,7 @@ def start(run: RunConfig, steps: Steps) -> CompressResult:
     if RunDirectory(folder).started:
         raise UsageError(f"{folder}: holds a run already; go on with 'secateur resume {folder}', or give --run-dir.")
     method = sources.method(run.method)
-    selective(method, run.settings.criterion)  # refuses an unknown option before the data are loaded
+    require_method(method, run.options, run.settings)
     bundle, found = _found(run, steps)
     run = run.model_copy(update={"batch_size": run.batch_size or tasks.TRAINING_BATCH[bundle.task]})
     request: dict[str, Any] = {
@@ -59,7 +60,7 @@ def start(run: RunConfig, steps: Steps) -> CompressResult:
     described: dict[str, Any] = {"model": run.model, "data": run.data, "weights": run.weights}
     if run.weights is None:
         # Settings that this network can't meet are refused before its baseline is trained.
-        engine = Engine(model, method, settings=run.settings, **request)
+        engine = Engine(model, method, options=run.options, settings=run.settings, **request)
         # What was decided for this machine is written down first: the baseline, too, goes on as it began.
         run = run.model_copy(update={"settings": engine.settings})
         training = _BaselineTraining(run, folder, model, engine.arithmetic)
@@ -78,6 +79,7 @@ def start(run: RunConfig, steps: Steps) -> CompressResult:
         describe=described,
         **request,
         **run.settings.plain(),
+        **run.options.plain(),
     )
     return _with_earlier_plans(result, found, folder)
 
@@ -162,8 +164,8 @@ def _found(run: RunConfig, steps: Steps, *, fresh: bool = False) -> tuple[DataBu
         bundle = sources.data(run.data, run.data_options)
         chosen = run.settings
         smoothing = chosen.label_smoothing or run.baseline.label_smoothing
-        method = sources.method(run.method)
-        tasks.require_classes(bundle, method, distillation=chosen.distillation, label_smoothing=smoothing)
+        method = "l2" if run.method == AUTO else sources.method(run.method)
+        tasks.require_classes(bundle, method, distillation=chosen.distillation or 0.0, label_smoothing=smoothing)
     with steps.step("building the model"):
         sources.seed(run.seed)
         weights = None if fresh else run.weights

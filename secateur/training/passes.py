@@ -84,12 +84,8 @@ def called(model: nn.Module, inputs: Any, where: str) -> Any:
         return forward(model, inputs)
 
 
-def walk(batches: Batches, seed: int, where: str) -> Iterator[tuple[Any, Any]]:
-    """Yield the inputs and targets of an epoch whose order follows ``seed``.
-
-    Raises:
-        DataError: If a batch is neither a pair nor a mapping with labels.
-    """
+def order(batches: Batches, seed: int) -> None:
+    """Let the order of the next walk over batches follow ``seed``."""
     sampler = getattr(batches, "sampler", None)
     for owner in (batches, sampler):
         if callable(getattr(owner, "set_epoch", None)):
@@ -98,6 +94,15 @@ def walk(batches: Batches, seed: int, where: str) -> Iterator[tuple[Any, Any]]:
         generator = getattr(owner, "generator", None)
         if isinstance(generator, torch.Generator):
             generator.manual_seed(seed)
+
+
+def walk(batches: Batches, seed: int, where: str) -> Iterator[tuple[Any, Any]]:
+    """Yield the inputs and targets of an epoch whose order follows ``seed``.
+
+    Raises:
+        DataError: If a batch is neither a pair nor a mapping with labels.
+    """
+    order(batches, seed)
     for batch in batches:
         if isinstance(batch, Mapping) and "labels" in batch:
             yield {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]

@@ -15,11 +15,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
     folder = tmp_path_factory.mktemp("runs")
     found = []
     for name, method, settings in (
-        ("cpu-small_digits_cfp--merge=true", "cfp", {"merge": True, "signed": True}),
+        ("cpu-small_digits_cfp--merge=true", "cfp", {"merge": True, "signed": True, "pairs": 2}),
         ("small_digits_l1", "l1", {"optimise": "none"}),
     ):
         compress(
-            model, method, train=train, validation=validation, test=test, target=sc.Target(macs=0.3), pairs=2,
+            model, method, train=train, validation=validation, test=test, target=sc.Target(macs=0.3),
             run_dir=folder / name, correlation_target=None, finetune_epochs=1, **settings,
         )  # fmt: skip
         found.append(Run(folder / name))

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 
 import secateur as sc
 from secateur import criteria
-from secateur.cli import console, options
+from secateur.cli import console
 from secateur.cli.commands import app, main
 from secateur.cli.console import change, quantity
 from secateur.engine import Event
@@ -29,7 +30,18 @@ from secateur.training import baseline, stages, tasks
 
 LENET = ["lenet5", "--model-option", "widths=[4, 6]", "--model-option", "hidden=8"]
 DIGITS = ["--data", "digits", "--data-option", "size=16", "--data-option", "train_size=200"]
-QUICK = ["--set", "device=cpu", "--set", "finetune_epochs=1", "--set", "max_rounds=2", "--baseline", "epochs=2"]
+QUICK = [
+    "--method",
+    "cfp",
+    "--set",
+    "device=cpu",
+    "--set",
+    "finetune_epochs=1",
+    "--set",
+    "max_rounds=2",
+    "--baseline",
+    "epochs=2",
+]
 
 NETWORK = """
 import torch
@@ -299,12 +311,23 @@ def test_any_method_and_compensation_go_by_name_in_every_way(here: Path, capsys:
     (here / "cshe.yaml").write_text(
         "model: lenet5\nmodel_options: {widths: [4, 6], hidden: 8}\n"
         "data: digits\ndata_options: {size: 16, train_size: 200}\n"
-        "method: cshe\ntarget: {macs: 0.3}\nbaseline: {epochs: 2}\n"
+        "method: cshe\ntarget: {macs: 0.3}\nround_to: 2\nbaseline: {epochs: 2}\n"
         "settings: {compensate: least_squares, device: cpu, finetune_epochs: 1, fraction: 0.25}\n"
     )
     assert run("compress", "--config", "cshe.yaml", "--run-dir", "file", "--json") == 0
     by_file = json.loads(capsys.readouterr().out)
-    words = ["--method", "cshe", "--compensate", "least_squares", "--macs", "0.3", "--baseline", "epochs=2"]
+    words = [
+        "--method",
+        "cshe",
+        "--compensate",
+        "least_squares",
+        "--macs",
+        "0.3",
+        "--baseline",
+        "epochs=2",
+        "--round-to",
+        "2",
+    ]
     sets = ["--set", "device=cpu", "--set", "finetune_epochs=1", "--set", "fraction=0.25"]
     assert run("compress", *LENET, *DIGITS, *words, *sets, "--run-dir", "words", "--json") == 0
     by_words = json.loads(capsys.readouterr().out)
@@ -313,6 +336,47 @@ def test_any_method_and_compensation_go_by_name_in_every_way(here: Path, capsys:
     assert [r["removed"] for r in by_file["history"]] == [r["removed"] for r in by_words["history"]]
     once = ["--method", "cshe", "--compensate", "least_squares", "--macs", "0.3", "--batches", "2"]
     assert run("prune", *LENET, *DIGITS, *once) == 0
+
+
+def test_options_of_compress_are_those_of_prune(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One round without training: the command, its file and prune leave the same widths, multiples of 2."""
+    limits = [
+        "--macs",
+        "0.5",
+        "--round-to",
+        "2",
+        "--max-ratio",
+        "conv1=0.5",
+        "--skip",
+        "fc1",
+        "--allocation",
+        "uniform",
+    ]
+    assert run("prune", *LENET, *DIGITS, *limits, "--json") == 0
+    once = json.loads(capsys.readouterr().out)["widths"]["after"]
+    words = ["--baseline", "epochs=1", "--set", "final_epochs=0", "--set", "finetune_epochs=0", "--set", "device=cpu"]
+    # Scores are of other weights, so that only how many go, and not which, is the same.
+    assert run("compress", *LENET, *DIGITS, *limits, *words, "--run-dir", "words", "--json") == 0
+    by_words = json.loads(capsys.readouterr().out)
+    assert by_words["final"]["widths"] == once
+    assert run("compress", "--config", "words/run.yaml", "--run-dir", "file", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["final"]["widths"] == once
+    kept = config.load("words/run.yaml")
+    assert (kept.round_to, kept.max_ratio, kept.skip, kept.allocation) == (2, {"conv1": 0.5}, ("fc1",), "uniform")
+    assert (by_words["parts"]["method"], by_words["parts"]["allocation"]) == ("auto: l2", "uniform")
+
+
+def test_prune_says_whether_accuracy_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("prune", *LENET, "--macs", "0.4") == 0
+    shown = capsys.readouterr().out
+    assert "accuracy was not measured; next: the same with --data" in shown
+    assert "note: auto: without data, channels go by norms of weights" in shown
+    assert run("prune", *LENET, *DIGITS, "--macs", "0.4") == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"accuracy, test set +.*%.*%", shown)
+    assert "not measured" not in shown
+    shown = " ".join(shown.split())
+    assert "method: auto: l2; allocation: sensitivity; selection: l2; compensation: least_squares everywhere" in shown
 
 
 CRITERIA = """
@@ -364,8 +428,14 @@ def test_what_can_not_be_had_is_refused_before_the_baseline_is_trained(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(baseline, "train", lambda *_, **__: pytest.fail("the baseline was trained"))
-    for setting in ("skip=[conv9]", "pairs={conv9: 1}", "widths={conv9: 3}"):
-        assert run("compress", *LENET, *DIGITS, "--set", setting) == 2
+    named = (
+        ["--skip", "conv9"],
+        ["--set", "pairs={conv9: 1}"],
+        ["--set", "widths={conv9: 3}"],
+        ["--ratio", "conv9=0.5"],
+    )
+    for words in named:
+        assert run("compress", *LENET, *DIGITS, "--method", "cfp", *words) == 2
         assert "conv9" in capsys.readouterr().err
 
 
@@ -504,7 +574,7 @@ ERRORS: list[tuple[list[str], int, str]] = [
     (["prune", "lenet5", "--macs", "0.5", "--method", "absent.py:mine"], 2, "no such file: absent.py"),
     (["prune", "lenet5", "--macs", "0.5", "--method", "network.py:bild"], 2, "has no function 'bild'"),
     (["prune", "lenet5", "--macs", "0.5", "--method", "network.py:number"], 2, "no parameter is named after a need"),
-    (["prune", "lenet5", "--macs", "0.5", "--method", "corrnet"], 2, "give --data"),
+    (["prune", "lenet5", "--macs", "0.5", "--method", "corrnet"], 2, "(--data, e.g. --data digits)"),
     (
         ["prune", "lenet5", *DIGITS, "--macs", "0.5", "--method", "corrnet", "--method-option", "threshold=2"],
         2,
@@ -516,16 +586,25 @@ ERRORS: list[tuple[list[str], int, str]] = [
             *("--method-option", "threshold=0.9", "--round-to", "4"),
         ],
         2,
-        "--round-to can't hold",
+        "round_to 4 can't hold",
     ),
     (["compress", *LENET, *DIGITS, "--method", "l1", "--set", "criterion={threshold: 1}"], 2, "unknown option"),
+    (["compress", *LENET, *DIGITS, "--set", "min_width=2"], 2, "settings.min_width: no such key; it is min_channels"),
+    (["compress", *LENET, *DIGITS, "--set", "skip=conv1"], 2, "settings.skip: no such key; it is an option"),
+    (["compress", *LENET, *DIGITS, "--round-to", "0"], 2, "--round-to 0: give a whole number"),
+    (["compress", *LENET, *DIGITS, "--min-channels", "0"], 2, "min_channels: "),
+    (["compress", *LENET, *DIGITS, "--set", "pairs=2"], 2, "pairs: is cfp's, and the method is auto"),
+    (["compress", *LENET, *DIGITS, "--method", "cfp", "--allocation", "uniform"], 2, "allocation: cfp takes pairs"),
+    (["compress", *LENET, *DIGITS, "--max-ratio", "2"], 2, "--max-ratio 2: write FRACTION or"),
     (
         ["compress", *LENET, *DIGITS, "--compensate", "glue"],
         2,
         "error: settings.compensate: unknown compensation 'glue'",
     ),
     (["prune", "lenet5", "--macs", "0.5", "--compensate", "glue"], 2, "unknown compensation 'glue'"),
-    (["prune", "lenet5", "--macs", "0.5", "--compensate", "bn"], 2, "give --data"),
+    (["prune", "lenet5", "--macs", "0.5", "--compensate", "bn"], 2, "(--data, e.g. --data digits)"),
+    (["prune", "lenet5", "--macs", "0.5", "--allocation", "sensitivity"], 2, "allocation by sensitivity looks at"),
+    (["prune", "lenet5", "--macs", "0.5", "--min-channels", "0"], 2, "min_channels: expected a whole number"),
     (["prune", "lenet5", "--ratio", "conv1"], 2, "write NAME=VALUE"),
     (["prune", "lenet5", "--ratio", "conv1=2"], 2, "a fraction in [0, 1)"),
     (["prune", "lenet5", "--ratio", "conv1=0.5", "--skip", "conv1"], 2, "conv1"),
@@ -696,14 +775,18 @@ def test_help_does_not_wait_for_torch() -> None:
 
 def test_defaults_of_prune_are_those_of_the_library() -> None:
     own = {name: parameter.default for name, parameter in inspect.signature(sc.prune).parameters.items()}
+    own |= asdict(sc.Options())
     given = {parameter.name: parameter.default for parameter in commands()["prune"].params}
     file = {
         name: field.get_default(call_default_factory=True) for name, field in config.PruneConfig.model_fields.items()
     }
-    for name in ("method", "round_to", "min_channels", "allocation", "inexact", "compensate", "seed"):
-        assert given[name] in (own[name], str(own[name])), name
+    for name in ("method", "compensate", "seed"):
+        assert given[name] == own[name], name
+    for name in asdict(sc.Options()):
+        # What is not said is left to the library.
+        assert given["ratio" if name == "ratios" else name] is None, name
+    for name in ("method", "compensate", "seed", *asdict(sc.Options())):
         assert file[name] == own[name], name
-    assert options.caps("--max-ratio", given["max_ratio"]) == own["max_ratio"] == file["max_ratio"]
 
 
 # Numbers

@@ -25,14 +25,26 @@ from secateur.pruning.planning import Target
 from tests.conftest import collect_no_garbage
 from tests.engine.nets import Small, digits, trained
 
-SETTINGS: dict[str, Any] = {
-    "pairs": 3, "optimise_epochs": 2, "correlation_target": None, "finetune_epochs": 2, "final_epochs": 1,
+PAIRS: dict[str, Any] = {
+    "method": "cfp", "pairs": 3, "optimise_epochs": 2, "correlation_target": None, "finetune_epochs": 2,
+    "final_epochs": 1,
 }  # fmt: skip
 
 
 def _classifier() -> tuple[Callable[[], nn.Module], Callable[[], nn.Module], dict[str, Any], dict[str, Any]]:
     train, validation, test = digits(200)
-    return trained, Small, {"train": train, "validation": validation, "test": test}, {"tolerance": 6.0, "lr": 0.02}
+    return (
+        trained,
+        Small,
+        {"train": train, "validation": validation, "test": test},
+        {"tolerance": 6.0, "lr": 0.02, **PAIRS},
+    )
+
+
+def _auto() -> tuple[Callable[[], nn.Module], Callable[[], nn.Module], dict[str, Any], dict[str, Any]]:
+    # A large step, so that the table is measured anew in between, and some rounds are reverted.
+    more = {"tolerance": 6.0, "lr": 0.02, "fraction": 0.25, "finetune_epochs": 2, "final_epochs": 1}
+    return *_classifier()[:3], more
 
 
 def _detector() -> tuple[Callable[[], nn.Module], Callable[[], nn.Module], dict[str, Any], dict[str, Any]]:
@@ -45,10 +57,10 @@ def _detector() -> tuple[Callable[[], nn.Module], Callable[[], nn.Module], dict[
 
     # Faster R-CNN draws which of its proposals it is trained on.
     data = {**detectors.batches(), "loss": DetectionLoss(), "metric": MeanAveragePrecision()}
-    return seeded, detectors.faster_rcnn, data, {"target": Target(macs=0.4), "lr": 1e-3}
+    return seeded, detectors.faster_rcnn, data, {"target": Target(macs=0.4), "lr": 1e-3, **PAIRS}
 
 
-CASES = {"classifier": _classifier, "detector": _detector}
+CASES = {"classifier": _classifier, "auto": _auto, "detector": _detector}
 
 
 def attempt(case: str, folder: Path, progress: Any = None) -> None:
@@ -57,7 +69,7 @@ def attempt(case: str, folder: Path, progress: Any = None) -> None:
     if (folder / "checkpoint" / "state.safetensors").is_file():
         resume(folder, fresh(), progress=progress, **data)
     else:
-        compress(first(), run_dir=folder, seed=7, progress=progress, **data, **more, **SETTINGS)
+        compress(first(), run_dir=folder, seed=7, progress=progress, **data, **more)
 
 
 def die() -> NoReturn:
@@ -70,7 +82,7 @@ def doomed(case: str, folder: Path, draw: random.Random) -> None:
     """Run until a place drawn at random, and die there."""
     kind = draw.choice(["batch", "batch", "write", "written", "time"])
     number = draw.randrange(1, 30) if kind == "batch" else draw.randrange(1, 8)
-    stage = draw.choice(["optimise", "finetune"])
+    stage = draw.choice(["optimise" if case != "auto" else "sensitivity", "finetune"])
     count = [0]
 
     def on_event(event: Event) -> None:

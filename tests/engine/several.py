@@ -22,8 +22,8 @@ def main(folder: Path) -> None:
     torch.manual_seed(0)
     model = trained(epochs=1)
     result = compress(
-        model, train=train, validation=validation, test=test, run_dir=folder, widths={"conv1": 6, "conv2": 9}, pairs=2,
-        device="cpu",
+        model, "cfp", train=train, validation=validation, test=test, run_dir=folder, widths={"conv1": 6, "conv2": 9},
+        pairs=2, device="cpu",
     )  # fmt: skip
     runtime.wait_for_everyone()
     again = resume(folder, Small(), train=train, validation=validation, test=test)

@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from secateur import compensation
 from secateur.deploy.timing import RoundToChoice
 from secateur.engine import once
 from secateur.errors import DataError, PlanError, SecateurError, UsageError, VerificationError
+from secateur.pruning.options import OptionKeywords
 from secateur.pruning.verification import VerificationReport
 from secateur.training import evaluation
 from tests.engine.nets import digits
@@ -164,8 +165,15 @@ def test_every_option_reaches_its_step(
 
 
 def test_every_option_is_tried() -> None:
-    parameters = set(inspect.signature(sc.prune).parameters)
-    assert parameters - {name for name, _, _ in OPTIONS} == {"model", "example_inputs", "steps"}
+    parameters = {*inspect.signature(sc.prune).parameters, *OptionKeywords.__annotations__}
+    assert parameters - {name for name, _, _ in OPTIONS} == {"model", "example_inputs", "steps", "options"}
+
+
+def test_a_signature_names_every_option_with_its_kind() -> None:
+    kinds = {f.name: f.type for f in fields(sc.Options)}
+    assert {name: kind.__forward_arg__ for name, kind in OptionKeywords.__annotations__.items()} == kinds
+    for name in ("plan", "prune"):
+        assert str(inspect.signature(getattr(sc, name)).parameters["options"].annotation) == "Unpack[OptionKeywords]"
 
 
 def test_auto_measures_the_network_pruned_to_the_same_target(
@@ -261,12 +269,12 @@ def test_auto_without_data_goes_by_weights_and_each_part_can_be_set(network: nn.
 
 
 ERRORS: list[tuple[dict[str, Any], type[SecateurError], str]] = [
-    ({"target": None}, UsageError, "prune: how much? Give a target, such as Target(macs=0.5), or ratios"),
+    ({"target": None}, UsageError, "prune: how much? Give a target, such as Target(macs=0.5) (--macs), or ratios"),
     ({"target": sc.Target(macs=0.999)}, PlanError, "target: cannot remove 0.999 of the macs"),
     ({"method": "l3"}, UsageError, "unknown criterion 'l3'"),
     ({"method": 3}, UsageError, "criterion: is a name, a Criterion or a function, found int"),
-    ({"method": "corrnet"}, UsageError, "prune: criterion corrnet looks at feature maps; pass data=batches."),
-    ({"compensate": "bn"}, UsageError, "prune: compensation bn looks at feature maps; pass data=batches."),
+    ({"method": "corrnet"}, UsageError, "prune: criterion corrnet looks at feature maps; give data=batches (--data"),
+    ({"compensate": "bn"}, UsageError, "prune: compensation bn looks at feature maps; give data=batches (--data"),
     ({"compensate": "glue"}, UsageError, "unknown compensation 'glue'"),
     ({"compensate": ["bn", "merge"], "data": BATCHES}, UsageError, "Put merge first"),
     ({"method_options": {"power": 2}}, UsageError, "criterion l1: unknown option 'power'. It takes none."),
@@ -275,13 +283,22 @@ ERRORS: list[tuple[dict[str, Any], type[SecateurError], str]] = [
     (
         {"method": "corrnet", "data": BATCHES, "method_options": {"threshold": 0.9}, "round_to": 4},
         UsageError,
-        "prune: round_to 4 can't hold what the option threshold selects; leave one of them out.",
+        "round_to 4 can't hold what the option threshold selects; leave one of them out.",
     ),
     (
         {"method": "corrnet", "data": BATCHES, "method_options": {"threshold": 0.9}, "round_to": "auto"},
         UsageError,
-        "prune: round_to auto can't hold",
+        "round_to auto can't hold",
     ),
+    ({"min_channels": 0}, UsageError, "min_channels: expected a whole number from 1 up; found 0."),
+    ({"min_channels": "2"}, UsageError, "min_channels: expected a whole number from 1 up; found '2'."),
+    ({"inexact": "no"}, UsageError, "inexact: is true or false; found 'no'."),
+    ({"skip": [3]}, UsageError, "skip: is a list of patterns; found (3,)."),
+    ({"ratios": 0.5}, UsageError, "ratios: are a mapping, pattern -> fraction; found 0.5."),
+    ({"ratios": {"conv1": 1}}, UsageError, "ratio of conv1: the fraction to remove is in [0, 1); found 1."),
+    ({"max_ratio": 0}, UsageError, "max_ratio: expected a fraction in (0, 1]; found 0."),
+    ({"max_ratio": {"*": "half"}}, UsageError, "max_ratio of *: the fraction that may go is in [0, 1]; found 'half'."),
+    ({"roundto": 8}, UsageError, "roundto: no such option; did you mean round_to?"),
     ({"metric": confidence}, UsageError, "prune: metric has nothing to be measured on; pass test=batches."),
     ({"ratios": {"conv1": 0.5}, "max_ratio": {"conv1": 0.2}}, UsageError, "contradicts max_ratio 0.2"),
     ({"skip": ["conv9"]}, UsageError, "conv9: no layer has this name or class"),

@@ -70,12 +70,8 @@ def test_which_groups_may_go() -> None:
     _, graph = residual()
     assert [g.name for g in pairing.eligible(graph)] == ["stem", "inner"]
     assert [g.name for g in pairing.eligible(graph, internal_only=True)] == ["inner"]
-    assert [g.name for g in pairing.eligible(graph, skip=["inner"])] == ["stem"]
-    assert [g.name for g in pairing.eligible(graph, skip=["i*er"])] == ["stem"]
-    assert [g.name for g in pairing.eligible(graph, skip=["Conv2d"])] == []
     words = ("inn", "i*er", "Conv2d", "onner")
-    assert [pairing.known(graph, word, starts=True) for word in words] == [True, True, True, False]
-    assert [pairing.known(graph, word, starts=False) for word in words] == [False, True, True, False]
+    assert [pairing.known(graph, word) for word in words] == [True, True, True, False]
     small = sc.trace(Small(), X)
     assert [g.name for g in pairing.eligible(small)] == ["conv1", "conv2"]
     assert [g.name for g in pairing.eligible(small, linear=True)] == ["conv1", "conv2", "fc1"]
@@ -109,7 +105,13 @@ def test_layers_that_are_calls_of_functions_are_told_apart() -> None:
     assert set(pairing.largest_correlations(model, graph)) == set(names)
     batches = [(X, torch.zeros(len(X), dtype=torch.long))]
     result = sc.compress(
-        model, train=batches, validation=batches, widths={"first": 4, "second": 5}, optimise_epochs=0, finetune_epochs=0
+        model,
+        "cfp",
+        train=batches,
+        validation=batches,
+        widths={"first": 4, "second": 5},
+        optimise_epochs=0,
+        finetune_epochs=0,
     )
     assert result.report["final"]["widths"] == {"first": 4, "depthwise": 4, "second": 5, "head": 3}
     assert [layer["parameters"] for layer in result.report["final"]["layers"]] == [36, 36, 180, 15]
@@ -134,16 +136,17 @@ def test_blocks_lose_equal_fractions_and_pair_inside() -> None:
     model = Shuffled()
     graph = sc.trace(model, X)
     group = graph.group("first")
-    assert pairing.step_size(group) == 2
+    assert pairing.totals(group) == [2, 4, 6, 8, 10]
     for count, expected in ((1, 2), (3, 4), (4, 4), (100, 10)):
         pairs = pairing.select_pairs(model, graph, group, count, share="mean", signed=False)
         assert len(pairs) == expected
         assert all(group.blocks[d] == group.blocks[k] for d, k in pairs)
         sc.plan_removal(graph, {"first": [d for d, _ in pairs]})
-        lowest = pairing.select_lowest(group, torch.arange(12.0), count)
-        assert len(lowest) == expected
-        sc.plan_removal(graph, {"first": lowest})
+        assert pairing.whole(group, count) == expected
     assert pairing.most_removable(group, 5) == 6
+    assert pairing.totals(group, round_to=4) == [4, 8]
+    assert (pairing.whole(group, 1, round_to=4), pairing.whole(group, 5, floor=6, round_to=4)) == (4, 4)
+    assert pairing.whole(group, 3, floor=10, round_to=4) == 0
 
 
 @pytest.mark.filterwarnings("ignore")  # what torch says of old layers is no business of this test

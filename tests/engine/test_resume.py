@@ -63,6 +63,13 @@ def test_a_killed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
     assert len(records) >= 4
 
 
+@pytest.mark.slow
+def test_a_killed_run_of_auto_ends_in_the_same_bits(tmp_path: Path) -> None:
+    whole = check_killed(tmp_path, "auto", seed=3, kills=4, total=4)
+    assert {r["accepted"] for r in whole["history"]} == {True, False}
+    assert whole["result"]["parts"]["allocation"] == "sensitivity"
+
+
 def test_no_file_is_missing_after_a_kill_before_it_took_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,7 +79,9 @@ def test_no_file_is_missing_after_a_kill_before_it_took_its_name(
     replace = Path.replace
     train, validation, test = digits(80)
     data = {"train": train, "validation": validation, "test": test}
-    quick: dict[str, Any] = {"pairs": 4, "optimise_epochs": 1, "finetune_epochs": 1, "final_epochs": 1, "lr": 0.02}
+    quick: dict[str, Any] = {
+        "method": "cfp", "pairs": 4, "optimise_epochs": 1, "finetune_epochs": 1, "final_epochs": 1, "lr": 0.02,
+    }  # fmt: skip
     model = trained(epochs=3)
     compress(model, run_dir=tmp_path / "whole", seed=7, tolerance=100, **data, **quick)
     assert "milestone-1.safetensors" in outcome(tmp_path / "whole")["models"]
@@ -105,13 +114,15 @@ def test_a_killed_run_of_a_detector_ends_in_the_same_bits(tmp_path: Path) -> Non
     assert whole["result"]["final"]["validation"] > 0
 
 
-def test_every_single_step_can_be_the_last(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["cfp", "auto", pytest.param("corrnet", marks=pytest.mark.slow)])
+def test_every_single_step_can_be_the_last(tmp_path: Path, method: str) -> None:
     """Store and reload the state after each step: the same network in the end as without."""
     train, validation, _ = digits(80)
-    settings = Settings.of({"pairs": 4, "optimise_epochs": 2, "optimizer": "adam", "lr": 1e-3, "schedule": "cosine"})
+    own: dict[str, Any] = {"pairs": 4, "optimise_epochs": 2} if method == "cfp" else {"fraction": 0.25}
+    settings = Settings.of({**own, "optimizer": "adam", "lr": 1e-3, "schedule": "cosine"})
 
     def engine() -> Engine:
-        return Engine(model, "cfp", train=train, validation=validation, tolerance=10, settings=settings)
+        return Engine(model, method, train=train, validation=validation, tolerance=10, settings=settings)
 
     model = trained(epochs=3)
     whole = engine()

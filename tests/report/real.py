@@ -75,6 +75,7 @@ def resnet20_run(run_dir: Path, images: int = 256, **settings: Any) -> tuple[nn.
     model.load_state_dict(load_file(SHARED / "weights" / "cifar10-resnet20.safetensors"))
     result = compress(
         model.eval(),
+        "cfp",
         train=_cifar10("train-00000", 0, images),
         validation=_cifar10("train-00001", 0, 128),
         test=_cifar10("test", 0, 128),

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+import secateur as sc
 from secateur.cli.commands import app
 from secateur.engine import Settings
 from secateur.errors import UsageError
@@ -67,7 +68,7 @@ def test_the_command_line_goes_before_the_file_and_merges_mappings(tmp_path: Pat
     ("text", "line", "expected"),
     [
         (MINIMAL + "tolerence: 1\n", 3, ["tolerence: no such key", "did you mean tolerance?"]),
-        (MINIMAL + "zzz: 1\n", 3, ["zzz: no such key", "known are model, model_options"]),
+        (MINIMAL + "zzz: 1\n", 3, ["zzz: no such key", "known are round_to, min_channels"]),
         (MINIMAL + "baseline:\n  epocs: 3\n", 4, ["baseline.epocs: no such key", "did you mean epochs?"]),
         (MINIMAL + "target:\n  mac: 0.5\n", 4, ["target.mac: no such key", "did you mean macs?"]),
         (MINIMAL + "target: {}\n", 3, ["give exactly one of macs, params, channels, memory and latency; found none"]),
@@ -77,6 +78,12 @@ def test_the_command_line_goes_before_the_file_and_merges_mappings(tmp_path: Pat
         (MINIMAL + "target: {macs: 0.5, params: 0.5}\n", 3, ["found macs, params"]),
         (MINIMAL + "settings:\n  form: pear\n", 4, ["settings.form", "'pair'", "found 'pear'"]),
         (MINIMAL + "settings:\n  fraktion: 1\n", 4, ["settings.fraktion: no such key; did you mean fraction?"]),
+        (MINIMAL + "settings: {skip: conv1}\n", 3, [":3: settings.skip: no such key; it is an option", "--skip, or"]),
+        (MINIMAL + "settings: {min_width: 2}\n", 3, ["settings.min_width: no such key; it is min_channels"]),
+        (MINIMAL + "settings: {allocaton: global}\n", 3, ["did you mean allocation?"]),
+        (MINIMAL + "min_width: 2\n", 3, ["min_width: no such key"]),
+        (MINIMAL + "round_to: 0\n", 3, [":3: round_to"]),
+        (MINIMAL + "allocation: loudest\n", 3, [":3: allocation: ", "found 'loudest'"]),
         (MINIMAL + "settings: {fraction: 2}\n", 3, [":3: settings.fraction: is in (0, 1), found 2."]),
         (MINIMAL + "settings:\n  lr: 0.1\n  fraction: 2\n", 5, [":5: settings.fraction: is in (0, 1), found 2."]),
         (MINIMAL + "baseline: {epochs: 0}\n", 3, [":3: baseline.epochs: must be at least 1, found 0."]),
@@ -148,6 +155,7 @@ def test_the_schema_names_every_key_with_its_description() -> None:
     schema = json.loads(config.schema())
     assert set(schema["properties"]) == set(config.RunConfig.model_fields)
     assert schema["additionalProperties"] is False
+    assert schema["properties"]["round_to"]["description"].startswith("Kept channels are a multiple of this")
     for section in (schema, schema["$defs"]["TargetConfig"]):
         for name, field in section["properties"].items():
             assert field.get("description"), f"{name} has no description"
@@ -167,9 +175,18 @@ def test_numbers_that_yaml_takes_for_words_are_numbers(tmp_path: Path) -> None:
 
 
 def test_a_lone_value_stands_for_a_list_of_one(tmp_path: Path) -> None:
-    loaded = config.load(written(tmp_path, MINIMAL + "settings: {widths: {conv1: 4}, skip: fc, rounds: 2}\n"))
+    loaded = config.load(written(tmp_path, MINIMAL + "settings: {widths: {conv1: 4}, rounds: 2}\nskip: fc\n"))
     assert loaded.settings.widths == ({"conv1": 4},)
-    assert (loaded.settings.skip, loaded.settings.rounds) == (("fc",), (2,))
+    assert (loaded.skip, loaded.settings.rounds) == (("fc",), (2,))
+
+
+def test_both_files_take_the_options_of_a_plan_alike(tmp_path: Path) -> None:
+    text = "round_to: 8\nmin_channels: 2\nmax_ratio: {conv1: 0.5}\nratios: {conv2: 0.25}\nskip: fc1\n"
+    path = written(tmp_path, MINIMAL + text + "allocation: global\ninexact: true\n")
+    run, once = config.load(path), config.load_prune(path)
+    assert run.options == once.options
+    assert run.options == sc.Options(8, 2, {"conv1": 0.5}, {"conv2": 0.25}, ("fc1",), "global", True)
+    assert config.load(path, run.options.plain()) == run
 
 
 def test_a_file_for_prune_reaches_every_option_of_the_command(tmp_path: Path) -> None:
@@ -184,14 +201,14 @@ def test_a_file_for_prune_reaches_every_option_of_the_command(tmp_path: Path) ->
         "batches": 2, "seed": 3, "out": "o",
     }  # fmt: skip
     assert set(given) == set(config.PruneConfig.model_fields)
-    words = config.load_prune(written(tmp_path, yaml.safe_dump(given))).options()
+    words = config.load_prune(written(tmp_path, yaml.safe_dump(given))).words()
     apart = {"model_flag", "_config_file", "as_json", "macs", "params", "channels", "memory"}
     assert set(words) == set(parameters) - apart
     assert words["max_ratio"] == ["*=0.5", "Linear=0.0"]
     assert (words["data_option"], words["compensate"]) == (["a=[1]"], "merge,bn")
     for name, value in words.items():
         assert parameters[name].multiple == isinstance(value, list), name
-    alone = config.load_prune(written(tmp_path, "max_ratio: 0.5\nskip: conv1\nround_to: auto\n")).options()
+    alone = config.load_prune(written(tmp_path, "max_ratio: 0.5\nskip: conv1\nround_to: auto\n")).words()
     assert alone == {"max_ratio": ["0.5"], "skip": ["conv1"], "round_to": "auto"}
 
 

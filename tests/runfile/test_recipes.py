@@ -66,10 +66,10 @@ def test_a_recipe_names_what_exists(path):
 @pytest.mark.parametrize("path", FULL, ids=ids)
 def test_the_reduced_form_is_the_same_row_on_less(path):
     full, reduced = config.load(path), config.load(ROOT / "cpu" / path.name)
-    for key in ("model", "model_options", "method", "target"):
+    for key in ("model", "model_options", "method", "target", "options"):
         assert getattr(reduced, key) == getattr(full, key)
     same = ("widths", "form", "optimise", "correlation_target", "internal_only", "order", "signed", "merge")
-    for key in (*same, "criterion", "skip", "phases"):
+    for key in (*same, "criterion", "phases"):
         assert getattr(reduced.settings, key) == getattr(full.settings, key)
     # BCCD's 205 photographs are few enough.
     assert reduced.data.startswith("voc:") or reduced.data_options["train_size"] <= 10_000

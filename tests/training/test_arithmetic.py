@@ -243,7 +243,9 @@ def test_a_run_records_what_it_decided_and_keeps_to_it(
     """Begun where bf16 pays, killed, and taken up again on a machine where it does not."""
     train, validation, _ = digits(80)
     data = {"train": train, "validation": validation}
-    options: dict[str, Any] = {"pairs": 3, "finetune_epochs": 2, "max_rounds": 1, "optimise_epochs": 1, "lr": 0.02}
+    options: dict[str, Any] = {
+        "method": "cfp", "pairs": 3, "finetune_epochs": 2, "max_rounds": 1, "optimise_epochs": 1, "lr": 0.02,
+    }  # fmt: skip
     machine("AVX512", True)
     compress(trained(epochs=2), run_dir=tmp_path / "whole", seed=3, tolerance=100, **data, **options)
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
