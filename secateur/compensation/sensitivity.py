@@ -16,9 +16,9 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from secateur.checkpoint.atomic import write_atomic
+from secateur.compensation import replay
+from secateur.compensation.damage import Loss, Reference, floats
 from secateur.compensation.least_squares import RIDGE, NormalEquations, by_weight, refusal, shrunk
+from secateur.compensation.sharing import require_possible, shared
 from secateur.compensation.unfolding import draw_positions, unfold
 from secateur.criteria import feature_maps
 from secateur.criteria.feature_maps import Batch
@@ -37,17 +40,15 @@ from secateur.graph.channels import ChannelGraph, ChannelGroup
 from secateur.graph.plan import PruningPlan
 from secateur.graph.steps import steps
 from secateur.network.inputs import tensors_of, unwrapped
+from secateur.network.isolation import left_as_found
 from secateur.network.named import tensors_named
 from secateur.pruning.planning import plan_removal
 from secateur.pruning.surgery import cut
 
 FORMAT_VERSION = 1
 LEVELS = 8
-TEMPERATURE = 4.0
 ROWS = 1 << 14
 """So many unfolded inputs of a layer are enough: more tell hardly anything, and products of them take the time."""
-
-Loss = Callable[[Any, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def sensitivity(
     groups: Iterable[str] | None = None,
     path: str | os.PathLike[str] | None = None,
     memory: int = feature_maps.MEMORY,
+    workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Sensitivity:
     """Measure what each group loses at several widths.
@@ -137,45 +139,48 @@ def sensitivity(
         groups: Names of the groups to measure; all by default.
         path: A file that is written as measurement goes on, and read where it was interrupted.
         memory: Bytes of moments that are gathered at once.
+        workers: Processes that share the groups; more than one need a network on the CPU, and a system that can fork.
+            Each computes on one thread: the table is that of one process which does so, bit for bit.
         progress: Called with how many groups are measured, and how many there are.
 
     Raises:
-        UsageError: If ``levels`` is out of range, or labels are missing for ``loss``.
+        UsageError: If ``levels`` or ``workers`` is out of range, or labels are missing for ``loss``.
         DataError: If the data are empty or don't fit the network.
+        RunError: If one of several processes was killed.
     """
     if levels < 1:
         raise UsageError(f"sensitivity: levels is {levels}. Use 1 or more.")
     model = unwrapped(model)
     device = feature_maps.device_of(model)
+    require_possible(workers, device)
     held = list(feature_maps.batches(data, device))
     feature_maps.require_samples(sum(batch.size for batch in held), device)
     chosen = [g for g in feature_maps.chosen_groups(graph, groups) if g.exact or inexact]
     if scores is None:
         scores = score(model, graph, "l2", groups=[g.name for g in chosen], inexact=inexact)
     orders = {g.name: np.argsort(scores[g.name].cpu().double().numpy(), kind="stable").tolist() for g in chosen}
-    with feature_maps.evaluating(model), torch.no_grad():
-        compared = _Compared(model, held, loss)
+    with left_as_found(model):
+        model.eval()
+        measuring = _Measuring(model, graph, Reference(model, held, loss), orders, levels)
         options = f"{levels} {sorted(orders.items())}".encode()
         seen = _checksum(t for batch in held for t in tensors_of((batch.args, batch.kwargs)))
         made_with = f"{zlib.crc32(options, seen):08x}"
         network = _checksum(tensors_named(model).values())
         sizes = {g.name: g.size for g in chosen}
-        table = Sensitivity(sizes, {}, compared.measure, compared.images, network, made_with)
+        reference = measuring.reference
+        table = Sensitivity(sizes, {}, reference.measure, reference.images, network, made_with)
         table = _resumed(table, path)
         waiting = [g for g in chosen if g.name not in table.damage]
+        tell = progress or (lambda done, of: None)
+        tell(len(table.damage), len(chosen))
         for some in _passes(model, graph, waiting, memory):
-            moments = _input_moments(model, [name for _, names in some for name in names], held)
-            for group, _ in some:
-                if progress is not None:
-                    progress(len(table.damage), len(chosen))
-                table.damage[group.name] = dict(
-                    _cells(model, graph, group, orders[group.name], levels, moments, compared)
-                )
+            measuring.moments = _input_moments(model, [name for _, names in some for name in names], held)
+            for group, damage in shared(measuring.measured, [group for group, _ in some], workers):
+                table.damage[group.name] = damage
                 if path is not None:
                     table.save(path)
-    if progress is not None:
-        progress(len(chosen), len(chosen))
-    return table
+                tell(len(table.damage), len(chosen))
+    return replace(table, damage={g.name: table.damage[g.name] for g in chosen})
 
 
 def _resumed(table: Sensitivity, path: str | os.PathLike[str] | None) -> Sensitivity:
@@ -188,77 +193,70 @@ def _resumed(table: Sensitivity, path: str | os.PathLike[str] | None) -> Sensiti
     return found
 
 
-class _Compared:
-    """The unpruned network's outputs, and how far those of a cut one are from them."""
+class _Measuring:
+    """What it takes to measure one group after the other."""
 
-    def __init__(self, model: nn.Module, held: Sequence[Batch], loss: Loss | None) -> None:
-        self.held, self.loss = held, loss
-        self.images = sum(batch.size for batch in held)
-        outputs = [feature_maps.forward(model, batch, n) for n, batch in enumerate(held, start=1)]
-        first = outputs[0]
-        if loss is not None:
-            self.measure = "loss"
-        elif isinstance(first, Tensor) and first.ndim == 2 and first.shape[1] > 1 and first.is_floating_point():
-            self.measure = "kl"
-        else:
-            self.measure = "squared error"
-        self.wanted = [self._kept(output) for output in outputs]
-        self.power = [max(sum(float(t.double().square().sum()) for t in o), 1e-30) for o in self.wanted]
-        if loss is not None:
-            self.before = [self._loss(output, batch) for output, batch in zip(outputs, held, strict=True)]
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: ChannelGraph,
+        reference: Reference,
+        orders: Mapping[str, Sequence[int]],
+        levels: int,
+    ) -> None:
+        self.model, self.graph, self.reference, self.orders, self.levels = model, graph, reference, orders, levels
+        self.moments: Mapping[str, Tensor] = {}
+        """Of the inputs of the layers that read the groups to be measured."""
+        self.calls = replay.observe(model, reference.held[0])
 
-    def _kept(self, output: Any) -> list[Tensor]:
-        return [t.detach().clone() for t in tensors_of(output) if t.is_floating_point()]
+    def measured(self, group: ChannelGroup) -> dict[int, float]:
+        """Return what removing so many channels of a group does."""
+        ends = steps(group, self.orders[group.name])
+        counts = sorted({round(len(ends) * level / self.levels) for level in range(1, self.levels + 1)} - {0})
+        smalls: dict[int, nn.Module] = {}
+        changed: set[str] = set()
+        for count in counts:
+            removed = sorted(channel for step in ends[:count] for channel in step)
+            plan = plan_removal(self.graph, {group.name: removed})
+            smalls[len(removed)] = self._small(plan)
+            changed |= plan.kept_outputs.keys() | plan.kept_inputs.keys() | plan.attributes.keys()
+            changed |= {name.rpartition(".")[0] for name in (*plan.kept_tensors, *plan.magnitudes)}
+        skip = self.calls.before(changed)
+        return (skip and self._by_parts(smalls, skip)) or self._by_whole_runs(smalls)
 
-    def _loss(self, output: Any, batch: Batch) -> float:
-        if batch.labels is None:
-            raise UsageError("sensitivity: loss needs labels. Pass (input, label) batches, or leave loss out.")
-        assert self.loss is not None
-        return float(self.loss(output, batch.labels)) * batch.size
+    def _small(self, plan: PruningPlan) -> nn.Module:
+        """Cut the network, and refit what reads the group."""
+        small = cut(self.model, plan, share=True)
+        for name in shrunk(self.model, small, plan):
+            if name in self.moments:
+                _refit(self.model.get_submodule(name), small.get_submodule(name), self.moments[name], plan, name)
+        return small
 
-    def damage(self, small: nn.Module) -> float:
-        """Return the damage of a cut network."""
-        total = 0.0
-        for i, batch in enumerate(self.held):
-            output = feature_maps.forward(small, batch, i + 1)
-            if self.measure == "loss":
-                total += self._loss(output, batch) - self.before[i]
-                continue
-            found = self._kept(output)
-            if [t.shape for t in found] != [t.shape for t in self.wanted[i]]:
-                raise DataError(
-                    f"batch {i + 1}: the cut network's outputs have other shapes, so they can't be compared: pass loss."
-                )
-            if self.measure == "kl":
-                p, q = (torch.log_softmax(o[0].double() / TEMPERATURE, 1) for o in (self.wanted[i], found))
-                total += float((p.exp() * (p - q)).sum())
-            else:
-                pairs = zip(found, self.wanted[i], strict=True)
-                error = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
-                total += error / self.power[i] * batch.size
-        return total / self.images
+    def _by_parts(self, smalls: Mapping[int, nn.Module], skip: replay.Skip) -> dict[int, float] | None:
+        """Measure without running what lies before the group; None where a whole run would give something else."""
+        sums = dict.fromkeys(smalls, 0.0)
+        for i, batch in enumerate(self.reference.held):
+            kept = replay.record(self.model, batch, i + 1, skip)
+            for count, small in smalls.items():
+                try:
+                    with replay.skipping(small, kept):
+                        output = feature_maps.forward(small, batch, i + 1)
+                except DataError:  # the whole run will tell whether the skipping was to blame
+                    return None
+                if i == 0 and count == max(smalls):
+                    found = floats(output)
+                    whole = floats(feature_maps.forward(small, batch, 1))
+                    if len(found) != len(whole) or not all(map(torch.equal, found, whole)):
+                        return None
+                sums[count] += self.reference.damage(i, output)
+        return {count: total / self.reference.images for count, total in sums.items()}
 
-
-def _cells(
-    model: nn.Module,
-    graph: ChannelGraph,
-    group: ChannelGroup,
-    order: Sequence[int],
-    levels: int,
-    moments: Mapping[str, Tensor],
-    compared: _Compared,
-) -> Iterator[tuple[int, float]]:
-    """Yield what removing so many channels of a group does, a level after the other."""
-    ends = steps(group, order)
-    counts = sorted({round(len(ends) * level / levels) for level in range(1, levels + 1)} - {0})
-    for count in counts:
-        removed = sorted(channel for step in ends[:count] for channel in step)
-        plan = plan_removal(graph, {group.name: removed})
-        small = cut(model, plan, share=True)
-        for name in shrunk(model, small, plan):
-            if name in moments:
-                _refit(model.get_submodule(name), small.get_submodule(name), moments[name], plan, name)
-        yield len(removed), compared.damage(small)
+    def _by_whole_runs(self, smalls: Mapping[int, nn.Module]) -> dict[int, float]:
+        sums = dict.fromkeys(smalls, 0.0)
+        for count, small in smalls.items():
+            for i, batch in enumerate(self.reference.held):
+                sums[count] += self.reference.damage(i, feature_maps.forward(small, batch, i + 1))
+        return {count: total / self.reference.images for count, total in sums.items()}
 
 
 def _passes(
