@@ -107,9 +107,11 @@ MaxRatios = Annotated[
     ),
 ]
 Allocation = Annotated[
-    Literal["sensitivity", "normalized", "global", "uniform"] | None,
+    str | None,
     typer.Option(
+        metavar="NAME|FILE",
         help="How many channels each group loses. sensitivity: as measured on the data, what costs the network least; "
+        "a file: as 'secateur sensitivity' has measured it; "
         "normalized: rank all channels together, scores divided by their group's mean; global: scores as they are; "
         "uniform: the same fraction from every group. Unless given: sensitivity for auto with data, else normalized.",
         show_default=False,
@@ -246,6 +248,22 @@ def target(macs: float | None, params: float | None, channels: float | None) -> 
         if not 0 < value < 1:
             raise UsageError(f"--{name} {value:g}: is the fraction to remove, above 0 and below 1.")
     return given
+
+
+def allocation(text: str | None) -> Any:
+    """Read ``--allocation``: the name of one, or a file that holds a table of sensitivity.
+
+    Raises:
+        UsageError: If it is no name, and no such file.
+    """
+    known = ("sensitivity", "normalized", "global", "uniform")
+    if text is None or text in known:
+        return text
+    from secateur.compensation.sensitivity import Sensitivity
+
+    if not Path(text).exists():
+        raise UsageError(f"--allocation {text}: no such file; give {', '.join(known)} or a table of sensitivity.")
+    return Sensitivity.load(text)
 
 
 def round_to(text: str) -> int | Literal["auto"]:

@@ -120,14 +120,14 @@ def prune(
         goal = options.target(*options.nearest(context, macs=macs, params=params, channels=channels))
         model, model_flag = options.nearest(context, model=model, model_flag=model_flag)
         ratios, caps = options.fractions("--ratio", ratio), options.caps("--max-ratio", max_ratio)
-        multiple = options.round_to(round_to)
+        multiple, allotted = options.round_to(round_to), options.allocation(allocation)
         if not goal and not ratios:
             raise UsageError("prune: how much? Give --macs, --params or --channels, or --ratio for some layers.")
         if out is not None:
             sources.writable(out)
         ranked, given = sources.method(method), options.values("--method-option", method_option)
         adjusted = () if compensate == "none" else compensate
-        criterion = once.way_of(ranked, allocation, adjusted, data).criterion
+        criterion = once.way_of(ranked, allotted, adjusted, data).criterion
         _require_possible(method, criterion, given, adjusted, multiple, data, allocation)
         bundle = None
         if data is not None:
@@ -159,7 +159,7 @@ def prune(
                 skip=skip or (),
                 round_to=multiple,
                 min_channels=min_channels,
-                allocation=allocation,
+                allocation=allotted,
                 inexact=inexact,
                 compensate=adjusted,
                 seed=seed,

@@ -79,7 +79,11 @@ class Sensitivity:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON, whole or not at all."""
-        write_atomic(path, json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1).encode())
+        write_atomic(path, json.dumps(self.to_dict(), indent=1).encode())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the table as JSON data."""
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Sensitivity:
@@ -100,6 +104,12 @@ class Sensitivity:
             raise UsageError(
                 f"{path}: no table of sensitivity ({error}). secateur.sensitivity measures one."
             ) from error
+
+    def figure(self, plan: PruningPlan | None = None) -> Any:
+        """Return a Plotly figure, a curve a group, the most harmful first; with a plan, its widths are marked."""
+        from secateur.report.sensitivity import plotly_figure
+
+        return plotly_figure(self, plan)
 
     def __str__(self) -> str:
         width = max((len(name) for name in self.damage), default=5)
