@@ -122,7 +122,7 @@ def test_the_sum_comes_nearer_than_by_the_layers_own_outputs(memory: int, monkey
     refit(model, plain, plan, X.split(5), positions=20)
     whole = sum_of(model, X)[:, plan.kept_outputs["conv2"]]
     errors = [float((sum_of(net, X) - whole).square().sum()) for net in (mended, plain)]
-    assert errors[0] < 0.9 * errors[1]
+    assert errors[0] < 0.95 * errors[1]
 
 
 def cubed(net: Net, x: Tensor) -> Tensor:
