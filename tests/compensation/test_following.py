@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from secateur.compensation.following import Following, observing
 from secateur.compensation.least_squares import refit, unfold
+from secateur.graph.steps import steps
 from secateur.pruning.planning import plan_removal
 from secateur.pruning.surgery import cut
 from secateur.tracing.tracing import trace
-from tests.cases import Net
+from tests.cases import Case, Net, one_in
 
 X = torch.randn(12, 3, 8, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -175,3 +176,22 @@ def test_a_channel_that_its_norm_all_but_mutes_is_not_blown_up() -> None:
     small = cut(model, plan)
     refit(model, small, plan, X.split(5))
     assert float(small.conv2.weight.abs().max()) < 10 * float(model.conv2.weight.abs().max())
+
+
+@pytest.mark.filterwarnings("ignore")  # what torch says of old layers is no business of this test
+@pytest.mark.parametrize("case", one_in(3), ids=lambda case: case.name)
+def test_no_layers_error_grows_whatever_follows_it(case: Case) -> None:
+    torch.manual_seed(0)
+    model = case.build().eval()
+    inputs = case.inputs()
+    graph = trace(model, inputs)
+    exact = [group for group in graph.groups if group.exact and steps(group, range(group.size))]
+    plan = plan_removal(graph, {group.name: sorted(steps(group, range(group.size))[0]) for group in exact[:2]})
+    small = cut(model, plan)
+    data = [inputs if isinstance(inputs, dict) else (inputs,)]
+    for entry in refit(model, small, plan, data, everywhere=True):
+        if entry.applied:
+            assert entry.before is not None
+            assert entry.after is not None
+            assert entry.after <= entry.before + 1e-6
+    assert all(bool(tensor.isfinite().all()) for tensor in small.state_dict().values() if tensor.is_floating_point())
