@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from secateur.checkpoint.atomic import write_atomic
 from secateur.compensation import replay
 from secateur.compensation.damage import Loss, Reference, floats
+from secateur.compensation.following import observing
 from secateur.compensation.least_squares import RIDGE, NormalEquations, by_weight, refusal, shrunk
 from secateur.compensation.sharing import require_possible, shared
 from secateur.compensation.unfolding import draw_positions, unfold
@@ -47,7 +48,7 @@ from secateur.pruning.surgery import cut
 
 FORMAT_VERSION = 1
 LEVELS = 8
-ROWS = 1 << 14
+ROWS = 1 << 16
 """So many unfolded inputs of a layer are enough: more tell hardly anything, and products of them take the time."""
 
 
@@ -218,6 +219,10 @@ class _Measuring:
         self.moments: Mapping[str, Tensor] = {}
         """Of the inputs of the layers that read the groups to be measured."""
         self.calls = replay.observe(model, reference.held[0])
+        with observing(model) as following:
+            feature_maps.forward(model, reference.held[0], 1)
+        self.norms = {name: own.norm for name, own in following.items()}
+        """Layer -> the batch norm that takes up a shift of its outputs, if there is one."""
 
     def measured(self, group: ChannelGroup) -> dict[int, float]:
         """Return what removing so many channels of a group does."""
@@ -239,7 +244,9 @@ class _Measuring:
         small = cut(self.model, plan, share=True)
         for name in shrunk(self.model, small, plan):
             if name in self.moments:
-                _refit(self.model.get_submodule(name), small.get_submodule(name), self.moments[name], plan, name)
+                norm = small.get_submodule(self.norms[name]) if self.norms.get(name) else None
+                layers = self.model.get_submodule(name), small.get_submodule(name)
+                _refit(*layers, norm, self.moments[name], plan, name)
         return small
 
     def _by_parts(self, smalls: Mapping[int, nn.Module], skip: replay.Skip) -> dict[int, float] | None:
@@ -292,8 +299,8 @@ def _bytes(layer: nn.Module) -> int:
 
 
 def _form(layer: Any) -> tuple[int, int]:
-    """Return how many blocks a layer has, and how many unfolded inputs each, the constant 1 of a bias among them."""
-    return getattr(layer, "groups", 1), layer.weight[0].numel() + (layer.bias is not None)
+    """Return how many blocks a layer has, and how many unfolded inputs each, a constant 1 for the bias among them."""
+    return getattr(layer, "groups", 1), layer.weight[0].numel() + 1
 
 
 def _input_moments(model: nn.Module, names: Iterable[str], held: Sequence[Batch]) -> dict[str, Tensor]:
@@ -319,8 +326,7 @@ def _input_moments(model: nn.Module, names: Iterable[str], held: Sequence[Batch]
                 rows = unfold(
                     layer, args[0] if args else kwargs["input"], draw_positions(layer, made, positions, generator)
                 )
-                if layer.bias is not None:
-                    rows = torch.cat((rows, rows.new_ones(*rows.shape[:2], 1)), 2)
+                rows = torch.cat((rows, rows.new_ones(*rows.shape[:2], 1)), 2)
                 moments[name] += rows.mT @ rows
 
             stack.callback(layer.register_forward_hook(see, with_kwargs=True).remove)
@@ -329,33 +335,35 @@ def _input_moments(model: nn.Module, names: Iterable[str], held: Sequence[Batch]
     return moments
 
 
-def _refit(layer: Any, small: Any, moments: Tensor, plan: PruningPlan, name: str) -> None:
-    """Fit a cut layer to what the whole one makes, by the moments of the whole one's inputs."""
+def _refit(layer: Any, small: Any, norm: Any, moments: Tensor, plan: PruningPlan, name: str) -> None:
+    """Fit a cut layer, and the norm that takes up its shift, to what the whole one makes, by moments of its inputs."""
     blocks, width = _form(layer)
-    taps = (width - (layer.bias is not None)) // (layer.weight.shape[1])
+    bias = layer.bias is not None or norm is not None
     inputs = layer.weight.shape[1]
+    taps = (width - 1) // inputs
     kept = torch.zeros(blocks * inputs, dtype=torch.bool)
     kept[plan.kept_inputs[name]] = True
-    columns = kept.reshape(blocks, inputs).repeat_interleave(taps, 1)
-    if layer.bias is not None:
-        columns = torch.cat((columns, torch.ones(blocks, 1, dtype=torch.bool)), 1)
+    kept = kept.reshape(blocks, inputs).repeat_interleave(taps, 1)
     weight = layer.weight.detach().double().reshape(blocks, -1, inputs * taps)
     rows = torch.zeros(len(layer.weight), dtype=torch.bool)
     rows[plan.kept_outputs.get(name, list(range(len(rows))))] = True
     changes = []
     for block in range(blocks):
-        stays, own = columns[block], moments[block]
-        gone = ~stays[: inputs * taps]
-        outputs = weight[block][rows.reshape(blocks, -1)[block]][:, gone]
-        gone = torch.cat((gone, gone.new_zeros(len(stays) - len(gone))))
+        own = moments[block]
+        stays = torch.cat((kept[block], kept.new_full((1,), bias)))
+        gone = torch.cat((~kept[block], kept.new_zeros(1)))
+        outputs = weight[block][rows.reshape(blocks, -1)[block]][:, gone[:-1]]
         errors = own[stays][:, gone] @ outputs.mT
         error = (outputs @ own[gone][:, gone] * outputs).sum()
         equations = NormalEquations(own[stays][:, stays][None], errors[None], error, error, error, error)
-        changes.append(equations.solve(RIDGE, layer.bias is not None)[0][0])
+        changes.append(equations.solve(RIDGE, bias)[0][0])
     change = torch.stack(changes)
-    if layer.bias is not None:
-        small.bias = nn.Parameter(small.bias + change[:, -1].flatten().to(small.bias))
-        change = change[:, :-1]
+    if bias:
+        shift, change = change[:, -1].flatten(), change[:, :-1]
+        if layer.bias is not None:
+            small.bias = nn.Parameter(small.bias + shift.to(small.bias))
+        else:
+            norm.running_mean = norm.running_mean - shift.to(norm.running_mean)
     small.weight = nn.Parameter(small.weight + change.mT.reshape(small.weight.shape).to(small.weight))
 
 

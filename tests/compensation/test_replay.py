@@ -66,9 +66,9 @@ def test_what_lies_before_a_group_is_not_run_again(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(nn.Conv2d, "_conv_forward", counted)
     sc.sensitivity(model, graph, DATA, levels=5, groups=["b"])
-    # Of the first layer: twice for the reference, twice for the moments, once for the calls, twice to keep its outputs,
-    # once to compare with a whole run; never for any of the five widths.
-    assert runs == 8
+    # Of the first layer: twice for the reference, twice for the moments, once for the calls, once for what follows each
+    # layer, twice to keep its outputs, once to compare with a whole run; never for any of the five widths.
+    assert runs == 9
 
 
 def test_outermost_calls_are_skipped_and_none_that_hold_a_change() -> None:
