@@ -64,6 +64,21 @@ def test_a_cell_is_what_cutting_refitting_and_measuring_give(group: str, near: f
         assert damage == pytest.approx(divergence(small), rel=near, abs=1e-7), count
 
 
+def test_a_cell_of_a_layer_without_a_bias_has_the_running_mean_take_up_its_shift() -> None:
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten()]
+    model = nn.Sequential(*body, nn.Linear(24, 5)).eval()
+    graph = sc.trace(model, DATA[0])
+    scores = {g.name: torch.arange(g.size).float() for g in graph.groups}
+    before = model[3].running_mean.clone()
+    table = sc.sensitivity(model, graph, DATA, scores=scores, levels=2, groups=["0"])
+    assert torch.equal(model[3].running_mean, before)
+    small = sc.apply(model, sc.plan_removal(graph, {"0": [0, 1, 2, 3]}), "least_squares", DATA, exact=True)
+    assert float((small[3].running_mean - before).abs().max()) > 0.01
+    p, q = (torch.cat([net(x) for x in DATA]).double().div(4).softmax(1) for net in (model, small))
+    assert table.damage["0"][4] == pytest.approx(float((p * (p / q).log()).sum() / len(p)), rel=1e-3)
+
+
 def test_the_network_is_left_as_found() -> None:
     model = network().train()
     before = copy.deepcopy(model.state_dict())
