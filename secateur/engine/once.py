@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
 
 from secateur import compensation, criteria
-from secateur.compensation.sensitivity import Sensitivity, sensitivity
+from secateur.compensation.sensitivity import Sensitivity, refined, sensitivity
 from secateur.criteria import Criterion
 from secateur.criteria.feature_maps import examples
 from secateur.criteria.scoring import score, select
@@ -36,6 +37,8 @@ AUTO = "auto"
 """The name of the default method."""
 MEASURED_IMAGES = 512
 """So many images are enough to measure sensitivity on."""
+REFINEMENTS = 2
+"""So often the table is measured more finely around the widths planned by it."""
 MEASURED_BATCH = 8
 """Examples in the forward passes that ``round_to="auto"`` times."""
 
@@ -127,15 +130,20 @@ def prune(
     data, test = _rereadable(data), _rereadable(test)
     with _shown(steps, "tracing"):
         graph = trace(model, example_inputs)
+    few = _few(data) if allocation == "sensitivity" and target is not None else []
     if allocation == "sensitivity":
-        allocation = "normalized" if target is None else _measured(model, graph, data, inexact, skip, steps)
+        allocation = _measured(model, graph, few, inexact, skip, steps) if few else "normalized"
     with _shown(steps, f"scoring by {criterion.name}"):
         planned = _planner(
             model, graph, criterion, options,
             {"data": data, "loss": loss, "seed": seed},
             target=target, ratios=ratios, max_ratio=max_ratio, skip=skip, min_channels=min_channels,
-            allocation=allocation, inexact=inexact,
+            inexact=inexact,
         )  # fmt: skip
+    for _ in range(REFINEMENTS if few else 0):
+        table: Any = allocation
+        allocation = refined(model, graph, few, table, planned(1, table), progress=_told(steps))
+    planned = partial(planned, allocation=allocation)
     measured = None
     if round_to == "auto":
         with _shown(steps, "measuring multiples of channels"):
@@ -201,22 +209,26 @@ def way_of(method: Any, allocation: Any, compensate: str | Sequence[str] | None,
 
 
 def _measured(
-    model: nn.Module, graph: ChannelGraph, data: Any, inexact: bool, skip: Sequence[str], steps: Steps | None
+    model: nn.Module, graph: ChannelGraph, few: list[Any], inexact: bool, skip: Sequence[str], steps: Steps | None
 ) -> Sensitivity:
-    """Measure the sensitivity of the groups that may lose channels, on as many images as it takes."""
+    """Measure the sensitivity of the groups that may lose channels."""
+    groups = [g.name for g in graph.groups if not any(matches(g, pattern, graph) for pattern in skip)]
+    return sensitivity(model, graph, few, groups=groups, inexact=inexact, progress=_told(steps))
+
+
+def _few(data: Any) -> list[Any]:
+    """Return as many of the batches as sensitivity is measured on; a loader may give others the next time."""
     few, images = [], 0
     for batch in data:
         few.append(batch)
         images += examples(batch) or 0
         if images >= MEASURED_IMAGES:
             break
-    groups = [g.name for g in graph.groups if not any(matches(g, pattern, graph) for pattern in skip)]
+    return few
 
-    def progress(done: int, of: int) -> None:
-        if steps is not None:
-            steps("measuring sensitivity", done, of)
 
-    return sensitivity(model, graph, few, groups=groups, inexact=inexact, progress=progress)
+def _told(steps: Steps | None) -> Callable[[int, int], None] | None:
+    return None if steps is None else partial(steps, "measuring sensitivity")
 
 
 def _require_request(target: Target | None, ratios: Mapping[str, float] | None, round_to: Any) -> None:
@@ -268,8 +280,8 @@ def _planner(
     options: Mapping[str, Any],
     reading: Mapping[str, Any],
     **request: Any,
-) -> Callable[[int], PruningPlan]:
-    """Score every channel, and return the function that plans on these scores for a multiple of channels.
+) -> Callable[..., PruningPlan]:
+    """Score every channel, and return the function that plans on these scores, for a multiple and an allocation.
 
     Args:
         model: The network.
@@ -283,8 +295,8 @@ def _planner(
     scoring = {name: value for name, value in options.items() if name not in decided}
     scores = score(model, graph, criterion, inexact=request["inexact"], **{**reading, **scoring})
 
-    def planned(round_to: int) -> PruningPlan:
-        by_scores = plan(graph, scores, round_to=round_to, **request)
+    def planned(round_to: int, allocation: Allocation) -> PruningPlan:
+        by_scores = plan(graph, scores, round_to=round_to, allocation=allocation, **request)
         if not decided:
             return by_scores
         counts = {name: len(channels) for name, channels in by_scores.removed.items()}

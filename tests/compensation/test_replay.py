@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import secateur as sc
 from secateur.compensation import replay
+from secateur.compensation.cells import Cells
 from secateur.compensation.replay import Calls
-from secateur.compensation.sensitivity import _Measuring
 from tests.cases import Case, Net, one_in
 
 
@@ -124,14 +124,14 @@ def test_odd_networks_give_what_whole_runs_give(forward: Any, skips: bool, monke
     model.body = forward
     graph = sc.trace(model, DATA[0])
     found: list[bool] = []
-    by_parts = _Measuring._by_parts
+    by_parts = Cells._by_parts
 
     def watched(*args: Any) -> Any:
         damage = by_parts(*args)
         found.append(damage is not None)
         return damage
 
-    monkeypatch.setattr(_Measuring, "_by_parts", watched)
+    monkeypatch.setattr(Cells, "_by_parts", watched)
     table = sc.sensitivity(model, graph, DATA, levels=3, groups=["b"])
     assert table == by_whole_runs(monkeypatch, model, graph, DATA, levels=3, groups=["b"])
     assert found == [skips]
