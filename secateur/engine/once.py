@@ -11,7 +11,8 @@ from typing import Any, Unpack
 from torch import nn
 
 from secateur import compensation
-from secateur.compensation.sensitivity import NotComparableError, Sensitivity
+from secateur.compensation.damage import NotComparableError
+from secateur.compensation.sensitivity import Sensitivity
 from secateur.criteria import Criterion
 from secateur.deploy.timing import choose_round_to
 from secateur.engine.choosing import Choice, measured
@@ -163,7 +164,9 @@ class _Planner:
 
         limits = self._limits(names, self.options).by_group
         try:
-            return measured(self.model, self.graph, data, limits, inexact=self.options.inexact, progress=progress)
+            return measured(
+                self.model, self.graph, data, limits, self.target, inexact=self.options.inexact, progress=progress
+            )
         except NotComparableError as error:
             if self.options.allocation == SENSITIVITY:
                 raise

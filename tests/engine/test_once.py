@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import secateur as sc
 from secateur import compensation
+from secateur.compensation.sensitivity import refined
 from secateur.deploy.timing import RoundToChoice
 from secateur.engine import once
 from secateur.errors import DataError, PlanError, SecateurError, UsageError, VerificationError
@@ -239,8 +240,10 @@ def test_auto_with_data_measures_allocates_and_refits(network: nn.Module) -> Non
     result = sc.prune(network, INPUTS, MACS, data=BATCHES)
     assert (result.report["method"], result.report["allocation"]) == ("auto: l2", "sensitivity")
     graph = sc.trace(network, INPUTS)
-    table = sc.sensitivity(network, graph, BATCHES)
-    plan = sc.plan(graph, sc.score(network, graph, "l2"), MACS, allocation=table)
+    table, scores = sc.sensitivity(network, graph, BATCHES), sc.score(network, graph, "l2")
+    for _ in range(2):
+        table = refined(network, graph, BATCHES, table, sc.plan(graph, scores, MACS, allocation=table))
+    plan = sc.plan(graph, scores, MACS, allocation=table)
     assert result.plan == plan
     by_hand = sc.apply(network, plan, compensate="least_squares", data=BATCHES, everywhere=True)
     assert same(result.model, by_hand)
