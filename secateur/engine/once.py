@@ -68,7 +68,8 @@ def prune(
         data: Batches that criterion and compensation see, see :func:`secateur.criteria.feature_maps.batches`.
         method: The criterion that ranks the channels: its name, a :class:`secateur.Criterion` or a function. ``auto``,
             with data, measures the sensitivity of every group, takes from each what costs the network least, channels
-            of the lowest ``l2`` first, and refits all layers behind by least squares; without data it is ``l1``.
+            of the lowest ``l2`` first, and refits all layers behind by least squares; without data it ranks the
+            channels of all groups together by their ``l2``.
         method_options: The criterion's own options. With one that decides a selection, such as corrnet's
             ``threshold``, the criterion selects by itself and may remove less than asked for.
         loss: ``loss(output, target)``, for criteria of gradients; cross entropy when None.

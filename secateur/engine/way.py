@@ -53,8 +53,8 @@ def way_of(method: Any, allocation: Allocation | None, compensate: str | Sequenc
     if not isinstance(method, str) or method != AUTO:
         criterion = criteria.get(method)
         return Way(criterion.name, criterion, allocation or "normalized", compensation.parse(compensate or ()), {})
-    criterion = criteria.get("l2" if data else "l1")
-    allocation = allocation or ("sensitivity" if data else "normalized")
+    criterion = criteria.get("l2")
+    allocation = allocation or (SENSITIVITY if data else "global")
     refit = {"everywhere": True} if compensate is None and data else {}
     if compensate is None:
         compensate = ["least_squares"] if data else []
