@@ -8,7 +8,7 @@ sections of ``docs/results.md`` do. Each bench writes its own section in the sam
 
 from __future__ import annotations
 
-from bench import accuracy_tables, criteria, finetuning, patterns, recipes, zoo_table
+from bench import accuracy_tables, criteria, finetuning, latency, patterns, recipes, zoo_table
 
 STORES = [
     patterns.STORE,
@@ -17,6 +17,7 @@ STORES = [
     finetuning.STORE,
     recipes.STORE,
     accuracy_tables.STORE,
+    latency.STORE,
 ]
 SECTIONS = [
     patterns.SECTION,
@@ -25,6 +26,7 @@ SECTIONS = [
     finetuning.SECTION,
     recipes.SECTION,
     accuracy_tables.SECTION,
+    latency.SECTION,
 ]
 FIGURES = [accuracy_tables.FIGURE]
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from secateur.criteria import criterion as criterion
     from secateur.criteria.scoring import score as score
     from secateur.criteria.scoring import select as select
+    from secateur.deploy.timing.measuring import latency as latency
+    from secateur.deploy.timing.table import Latency as Latency
     from secateur.engine import Settings as Settings
     from secateur.engine import compress as compress
     from secateur.engine import resume as resume
@@ -43,10 +45,10 @@ if TYPE_CHECKING:
     from secateur.graph.plan import PruningPlan as PruningPlan
     from secateur.network.custom_layers import register_layer as register_layer
     from secateur.pruning.options import Options as Options
-    from secateur.pruning.planning import Target as Target
     from secateur.pruning.planning import plan as plan
     from secateur.pruning.planning import plan_removal as plan_removal
     from secateur.pruning.surgery import carry_optimizer as carry_optimizer
+    from secateur.pruning.target import Target as Target
     from secateur.pruning.verification import VerificationReport as VerificationReport
     from secateur.pruning.verification import verify as verify
     from secateur.tracing.tracing import trace as trace
@@ -60,6 +62,7 @@ _HOME = {
     "CriterionError": "errors",
     "DataError": "errors",
     "ExportError": "errors",
+    "Latency": "deploy.timing.table",
     "Member": "graph.channels",
     "Options": "pruning.options",
     "PlanError": "errors",
@@ -71,7 +74,7 @@ _HOME = {
     "SecateurError": "errors",
     "Sensitivity": "compensation.sensitivity",
     "Settings": "engine",
-    "Target": "pruning.planning",
+    "Target": "pruning.target",
     "TraceError": "errors",
     "UsageError": "errors",
     "VerificationError": "errors",
@@ -80,6 +83,7 @@ _HOME = {
     "carry_optimizer": "pruning.surgery",
     "compress": "engine",
     "criterion": "criteria",
+    "latency": "deploy.timing.measuring",
     "load": "checkpoint",
     "macs": "graph.cost",
     "parameters": "graph.cost",

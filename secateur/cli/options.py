@@ -80,6 +80,29 @@ Params = Annotated[
 Channels = Annotated[
     float | None, typer.Option(metavar="FRACTION", help="Fraction of the prunable channels to remove, in (0, 1).")
 ]
+Memory = Annotated[
+    float | None,
+    typer.Option(metavar="FRACTION", help="Fraction of the run-time memory at --batch to remove, in (0, 1)."),
+]
+Latency = Annotated[
+    float | None,
+    typer.Option(
+        metavar="FRACTION",
+        help="Fraction of the time of a forward pass to remove, in (0, 1), as measured on this machine at --batch, "
+        "--runtime and --threads.",
+    ),
+]
+BatchOfCosts = Annotated[
+    int | None,
+    typer.Option("--batch", metavar="N", help="Examples that --memory and --latency count; 8 unless given."),
+]
+Runtime = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="What --latency is measured with: onnxruntime, as unless given, or eager."),
+]
+Threads = Annotated[
+    int | None, typer.Option(metavar="N", help="Threads that --latency is measured with; 1 unless given.")
+]
 Ratios = Annotated[
     list[str] | None,
     typer.Option(
@@ -251,19 +274,32 @@ def caps(option: str, texts: Sequence[str] | None) -> float | dict[str, float]:
     return float(read.get("*", 1.0)) if set(read) <= {"*"} else read
 
 
-def target(macs: float | None, params: float | None, channels: float | None) -> dict[str, float]:
-    """Collect the target that ``--macs``, ``--params`` or ``--channels`` gives; empty if none does.
+def target(
+    macs: float | None,
+    params: float | None,
+    channels: float | None,
+    memory: float | None = None,
+    latency: float | None = None,
+    **setting: Any,
+) -> dict[str, Any]:
+    """Collect the target that ``--macs`` or another amount gives; empty if none does.
+
+    ``setting`` holds ``--batch``, ``--runtime`` and ``--threads``, which say how memory and latency are counted.
 
     Raises:
-        UsageError: If more than one is given, or a fraction is not between 0 and 1.
+        UsageError: If more than one is given, a fraction is not between 0 and 1, or a setting belongs to none.
     """
-    given = {k: v for k, v in (("macs", macs), ("params", params), ("channels", channels)) if v is not None}
+    amounts = {"macs": macs, "params": params, "channels": channels, "memory": memory, "latency": latency}
+    given = {k: v for k, v in amounts.items() if v is not None}
     if len(given) > 1:
         raise UsageError(f"{' and '.join(f'--{name}' for name in given)} contradict each other; give one.")
     for name, value in given.items():
         if not 0 < value < 1:
             raise UsageError(f"--{name} {value:g}: is the fraction to remove, above 0 and below 1.")
-    return given
+    said = {k: v for k, v in setting.items() if v is not None}
+    if said and not given:
+        raise UsageError(f"--{next(iter(said))}: says how --latency is measured; give --latency, too.")
+    return given | said
 
 
 def planning(

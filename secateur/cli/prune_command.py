@@ -67,6 +67,11 @@ def prune(
     macs: options.Macs = None,
     params: options.Params = None,
     channels: options.Channels = None,
+    memory: options.Memory = None,
+    latency: options.Latency = None,
+    batch: options.BatchOfCosts = None,
+    runtime: options.Runtime = None,
+    threads: options.Threads = None,
     ratio: options.Ratios = None,
     skip: options.Skip = None,
     round_to: options.RoundTo = None,
@@ -104,7 +109,9 @@ def prune(
         from secateur.runfile import sources
         from secateur.training import tasks
 
-        goal = options.target(*options.nearest(context, macs=macs, params=params, channels=channels))
+        amounts = {"macs": macs, "params": params, "channels": channels, "memory": memory, "latency": latency}
+        setting: dict[str, Any] = {"batch": batch, "runtime": runtime, "threads": threads}
+        goal = options.target(*options.nearest(context, **amounts), **setting)
         model, model_flag = options.nearest(context, model=model, model_flag=model_flag)
         limits = options.planning(
             ratio=ratio, skip=skip, max_ratio=max_ratio, round_to=round_to, min_channels=min_channels,
@@ -166,6 +173,20 @@ def prune(
     console.show_pruned(values)
     if values["measured"] is not None:
         _show_measured(values["measured"], values["round_to"])
+    if values["latency"] is not None:
+        _show_latency(values["latency"])
+
+
+def _show_latency(timed: Mapping[str, Any]) -> None:
+    """Say what the network takes of the original's time, what was predicted, and where it is no faster."""
+    at = f"{timed['runtime']}, batch {timed['batch']}, {timed['threads']} thread{'s' if timed['threads'] > 1 else ''}"
+    console.output().print(
+        f"time of a forward pass ({at}): {1000 * timed['before']:.3g} ms → {1000 * timed['after']:.3g} ms, "
+        f"{timed['measured']:.1%} left; asked {timed['asked']:.1%}, predicted {timed['predicted']:.1%} "
+        f"({timed['error']:+.1%})"
+    )
+    if timed["slower"]:
+        console.error_line(f"the pruned network is not faster than the original ({at})", "warning")
 
 
 def _show_measured(measured: Mapping[str, Any], round_to: int) -> None:

@@ -213,7 +213,7 @@ def _configuration(engine: Engine, describe: Mapping[str, Any] | None) -> dict[s
         "method": method,
         "model": f"{type(engine.original).__module__}.{type(engine.original).__qualname__}",
         "tolerance": engine.tolerance,
-        "target": None if target is None else {target.what: target.fraction},
+        "target": None if target is None else target.to_dict(),
         "seed": engine.seed,
         "options": engine.options.plain(),
         "settings": engine.settings.plain(),

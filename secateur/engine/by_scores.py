@@ -188,7 +188,8 @@ class Scores(Selection):
         part = (1 - kept) / remaining if self.settings.pace == "linear" else 1 - math.pow(kept, 1 / remaining)
         if part <= 0:
             return None
-        return replace(self.target, **{self.target.what: part})
+        part_of: dict[str, Any] = {self.target.what: part}
+        return replace(self.target, **part_of)
 
     def _rounds(self, whole: Removed) -> int:
         """Return in how many rounds the channels of a whole plan go."""

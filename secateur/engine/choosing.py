@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from secateur.criteria.scoring import score, select
 from secateur.engine.way import deciding
 from secateur.graph.channels import ChannelGraph
 from secateur.graph.plan import Selection
+from secateur.pruning.allocation import Times
 from secateur.pruning.limits import Limit
 from secateur.pruning.options import Allocation
 from secateur.pruning.planning import Target, choose, plan_removal
@@ -63,14 +64,16 @@ class Choice:
         target: Target | None,
         limits: Mapping[str, Limit],
         *,
-        round_to: int = 1,
+        round_to: int | Literal["auto"] = 1,
         allocation: Allocation = "normalized",
         partial: bool = False,
+        costs: Times | None = None,
     ) -> Selection:
         """Choose the channels to remove; see :func:`secateur.pruning.planning.choose`."""
         found = choose(
-            self.graph, self.scores, target, limits, round_to=round_to, allocation=allocation, partial=partial
-        )
+            self.graph, self.scores, target, limits, round_to=round_to, allocation=allocation, partial=partial,
+            costs=costs,
+        )  # fmt: skip
         if not self.selects:
             return found
         counts = {name: len(channels) for name, channels in found.items()}

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 from torch import nn
 
@@ -15,9 +15,12 @@ from secateur.compensation.damage import NotComparableError
 from secateur.compensation.sensitivity import Sensitivity
 from secateur.criteria import Criterion
 from secateur.deploy.timing import choose_round_to
+from secateur.deploy.timing.measuring import latency
+from secateur.deploy.timing.table import Latency
 from secateur.engine.choosing import Choice, measured
 from secateur.engine.events import Steps
 from secateur.engine.result import PruneResult
+from secateur.engine.speed import in_time
 from secateur.engine.way import Way, require_possible, way_of
 from secateur.errors import UsageError, VerificationError
 from secateur.graph import cost
@@ -64,7 +67,9 @@ def prune(
     Args:
         model: The network; it is copied, never changed.
         example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments to trace and verify on.
-        target: The fraction of MACs, parameters or channels to remove; None to follow ``ratios`` alone.
+        target: The fraction of MACs, parameters, channels, memory or latency to remove; None to follow ``ratios``
+            alone. For latency, times of the layers are measured first (:func:`secateur.latency`), and the whole network
+            before and after.
         data: Batches that criterion and compensation see, see :func:`secateur.criteria.feature_maps.batches`.
         method: The criterion that ranks the channels: its name, a :class:`secateur.Criterion` or a function. ``auto``,
             with data, measures the sensitivity of every group, takes from each what costs the network least, channels
@@ -107,14 +112,11 @@ def prune(
     with _shown(steps, "tracing"):
         graph = trace(model, example_inputs)
     planner = _Planner(model, graph, target, way, chosen, data, steps, {"options": own, "loss": loss, "seed": seed})
-    round_to, times = planner.multiple(example_inputs)
-    with _shown(steps, "pruning"):
-        plan = planner(round_to)
-        small = cut(model, plan)
+    plan, small, report = planner.pruned(example_inputs)
     with _shown(steps, "verifying"):
         check = verify(model, small, plan, example_inputs)
     _require_verified(check, chosen.inexact)
-    report = _figures(graph, plan) | {"round_to": round_to, "measured": times, "verification": asdict(check)}
+    report |= _figures(graph, plan) | {"verification": asdict(check)}
     report |= {"compensation": _compensated(model, small, plan, way, data, graph, example_inputs, steps)}
     _evaluate({"before": model, "after": small}, report, test, metric, steps)
     report |= {"parts": {**way.parts, "allocation": planner.allocated}, "notes": planner.notes}
@@ -188,10 +190,32 @@ class _Planner:
             found = choose_round_to(lambda n: cut(self.model, self(n)), example_inputs, batch_size=MEASURED_BATCH)
         return found.round_to, found.to_dict()
 
-    def __call__(self, round_to: int) -> PruningPlan:
-        """Return the plan whose kept channels are multiples of a number."""
+    def pruned(self, example_inputs: Any) -> tuple[PruningPlan, nn.Module, dict[str, Any]]:
+        """Return the plan, the network that is cut by it, and what was measured to find it."""
+        if self.target is not None and self.target.what == "latency":
+            return self._in_time(self.target, example_inputs)
+        round_to, times = self.multiple(example_inputs)
+        with _shown(self.steps, "pruning"):
+            plan = self(round_to)
+            small = cut(self.model, plan)
+        return plan, small, {"round_to": round_to, "measured": times, "latency": None}
+
+    def _in_time(self, target: Target, example_inputs: Any) -> tuple[PruningPlan, nn.Module, dict[str, Any]]:
+        with _shown(self.steps, "measuring times of layers"):
+            costs = latency(self.model, self.graph, **target.setting, example_inputs=example_inputs)
+        round_to = self.options.round_to
+        with _shown(self.steps, "pruning and timing"):
+            timed = in_time(
+                self.model, self.graph, example_inputs, target, costs, lambda goal: self(round_to, goal, costs)
+            )
+        return timed.plan, timed.model, {"round_to": round_to, "measured": None, "latency": timed.report}
+
+    def __call__(
+        self, round_to: int | Literal["auto"], target: Target | None = None, costs: Latency | None = None
+    ) -> PruningPlan:
+        """Return the plan whose kept channels are multiples of a number, to another target if one is given."""
         limits = self._limits(self.choice.scores, replace(self.options, round_to=round_to)).by_group
-        found = self.choice(self.target, limits, round_to=round_to, allocation=self.allocation)
+        found = self.choice(target or self.target, limits, round_to=round_to, allocation=self.allocation, costs=costs)
         return plan_removal(self.graph, found)
 
 

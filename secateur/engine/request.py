@@ -43,6 +43,11 @@ def check_end(target: Target | None, options: Options, settings: Settings, toler
     Raises:
         UsageError: If there are two, or the tolerance is out of range.
     """
+    if target is not None and target.what == "latency":
+        raise UsageError(
+            "target: compress does not count latency; prune to it (secateur.prune, secateur prune --latency), and "
+            "fine-tune what comes of it."
+        )
     if target is not None and settings.widths:
         raise UsageError("target: widths are given as well; give one of them.")
     if options.ratios and settings.widths:

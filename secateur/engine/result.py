@@ -27,7 +27,8 @@ class PruneResult:
     report: dict[str, Any]
     """Plain values, ready for JSON: ``method``, ``parts`` (what allocated, selected and compensated), ``notes`` (what
     of ``auto`` could not be had), ``metric``, the figures ``before`` and ``after``, ``widths``, ``verification``,
-    ``compensation``, ``round_to``, and under ``measured`` the times that chose it."""
+    ``compensation``, ``round_to``, under ``measured`` the times that chose it, and under ``latency`` what a target of
+    latency predicted and measured (:class:`secateur.engine.speed.Timed`)."""
 
 
 @dataclass(frozen=True)

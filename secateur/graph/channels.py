@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -161,6 +162,28 @@ class Refusal:
     """Names of the parameters whose channels are fixed by it."""
 
 
+@dataclass(frozen=True)
+class Window:
+    """How a convolution goes over space: what its time depends on besides its numbers of channels."""
+
+    space: tuple[int, ...]
+    """Sizes of its input beyond batch and channels."""
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    output_padding: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class InputShape:
+    """A tensor of the example inputs, without its values."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """As torch names it, such as ``float32``."""
+
+
 @dataclass(frozen=True, eq=False)
 class LayerPort:
     """One call of a convolution or linear layer: which channel of which group each of its input and output channels is.
@@ -193,6 +216,8 @@ class LayerPort:
     out_order: Order | None = None
     parts: tuple[str, ...] = ()
     """Names of all parameters and buffers that the weight is computed from, where it is not the layer's parameter."""
+    window: Window | None = None
+    """Of a plain convolution; None otherwise."""
 
     @property
     def name(self) -> str:
@@ -257,6 +282,8 @@ class ChannelGraph:
     """The weights under weight norm."""
     shuffles: tuple[Shuffle, ...] = ()
     """Every shuffle, behind those that its own order names."""
+    inputs: Any = None
+    """The example inputs, as they were given, with an :class:`InputShape` in place of each tensor."""
 
     def group(self, name: str) -> ChannelGroup:
         """Return the group of that name.

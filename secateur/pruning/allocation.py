@@ -7,7 +7,7 @@ they lose, which for products of two adds up to what all save together; it is so
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,10 @@ import numpy as np
 
 from secateur.errors import PlanError, UsageError
 from secateur.graph.channels import ChannelGraph, LayerPort
+from secateur.graph.plan import PruningPlan
+
+CostOf = Callable[[np.ndarray], np.ndarray]
+"""What a network costs where so many channels of each group go: shape ``(..., G)`` -> ``(...)``."""
 
 _GRID = 8192
 """Cells that what is to be saved is divided into; a saving is rounded down to whole cells, so that no budget breaks."""
@@ -32,6 +36,28 @@ class Table(Protocol):
     @property
     def damage(self) -> Mapping[str, Mapping[int, float]]:
         """Group -> channels removed -> damage."""
+
+
+class Times(Protocol):
+    """Times of a network's layers over their widths on one machine, as :func:`secateur.latency` has measured them."""
+
+    @property
+    def batch(self) -> int:
+        """Examples in a forward pass."""
+
+    @property
+    def runtime(self) -> str:
+        """What runs it."""
+
+    @property
+    def threads(self) -> int:
+        """Threads of one operator."""
+
+    def of(self, graph: ChannelGraph) -> CostOf:
+        """Return the seconds of a forward pass by the channels that each group loses."""
+
+    def seconds(self, graph: ChannelGraph, plan: PruningPlan | None = None) -> float:
+        """Return the seconds of a forward pass of the network that a plan leaves."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +160,34 @@ def costs_of(graph: ChannelGraph, what: str, batch: int = 1) -> Costs:
     )
 
 
-def allocate(graph: ChannelGraph, costs: Costs, found: Sequence[Choices], start: np.ndarray, need: float) -> np.ndarray:
+def paying(costs: CostOf, group: int, groups: int, ends: np.ndarray) -> np.ndarray:
+    """Tell at which of the numbers of channels removed a group costs clearly less than where it loses fewer.
+
+    Time falls in stairs: a vector unit takes as long for seven channels as for eight. A width pays that saves, since
+    the one before it that does, at least half of what its channels save on the group's average.
+
+    Args:
+        costs: The network's cost; all other groups are whole.
+        group: Index of the group.
+        groups: How many there are.
+        ends: Numbers of channels that may go, ascending.
+    """
+    removed = np.zeros((len(ends) + 1, groups))
+    removed[1:, group] = ends
+    found = costs(removed)
+    pays = np.zeros(len(ends), dtype=bool)
+    each = max((float(found[0]) - float(found.min())) / max(float(removed[found.argmin(), group]), 1.0), 0.0)
+    last = 0
+    for i, end in enumerate(ends.tolist(), start=1):
+        saved = float(found[last] - found[i])
+        if saved > 1e-9 * float(found[0]) and saved >= 0.5 * each * (end - float(removed[last, group])):
+            pays[i - 1], last = True, i
+    return pays
+
+
+def allocate(
+    graph: ChannelGraph, costs: CostOf, found: Sequence[Choices], start: np.ndarray, need: float
+) -> np.ndarray:
     """Choose what every group loses, for the least damage in sum under a budget.
 
     Args:
@@ -149,41 +202,51 @@ def allocate(graph: ChannelGraph, costs: Costs, found: Sequence[Choices], start:
     """
     places = {group.name: i for i, group in enumerate(graph.groups)}
     index = np.array([places[one.group] for one in found], dtype=int)
-    whole = float(costs(np.zeros(len(places))))
+    budget = float(costs(np.zeros(len(places)))) - need
     most = start.copy()
     most[index] = [one.removed[-1] for one in found]
     best, best_damage = most, np.inf
-    current, asked = start, need
-    for _ in range(_ROUNDS):
-        savings = [_savings(costs, current, i, one.removed) for i, one in zip(index, found, strict=True)]
-        fixed = _fixed(costs, current, start)
-        picked = knapsack(savings, [one.damage for one in found], asked - fixed)
-        following = start.copy()
-        following[index] = [one.removed[p] for one, p in zip(found, picked, strict=True)]
-        saved = whole - float(costs(following))
-        damage = sum(float(one.damage[p]) for one, p in zip(found, picked, strict=True))
-        if saved >= need - 1e-9 * whole and damage < best_damage:
-            best, best_damage = following, damage
-        if (following == current).all():
-            break
-        asked += 0.5 * (need - saved) if saved < need else 0.0
-        current = following
-    return _with_slack_spent(costs, whole - need, best, index, found)
+    for share in (0.5, 1.0):
+        current, over = start if share < 1 else best, 0.0
+        for _ in range(_ROUNDS):
+            # A group's choices are counted with the others at a share of what they lose now: at half, what all save
+            # adds up where costs are products of two; at all of it, where it changes little from round to round.
+            savings = [_savings(costs, share * current, i, one.removed) for i, one in zip(index, found, strict=True)]
+            picked = knapsack(
+                savings, [one.damage for one in found], _asked(costs, current, start, index, share, budget) + over
+            )
+            following = start.copy()
+            following[index] = [one.removed[p] for one, p in zip(found, picked, strict=True)]
+            left = float(costs(following)) - budget
+            damage = sum(float(one.damage[p]) for one, p in zip(found, picked, strict=True))
+            if left <= 1e-9 * (budget + need) and damage < best_damage:
+                best, best_damage = following, damage
+            if (following == current).all():
+                break
+            over += 0.5 * max(left, 0.0)
+            current = following
+    return _with_slack_spent(costs, budget, best, index, found)
 
 
-def _savings(costs: Costs, current: np.ndarray, group: int, removed: np.ndarray) -> np.ndarray:
-    """Return what a group saves by each choice, the others at half of what they lose now."""
-    at = np.repeat((current / 2)[None], len(removed) + 1, 0)
+def _savings(costs: CostOf, others: np.ndarray, group: int, removed: np.ndarray) -> np.ndarray:
+    """Return what a group saves by each choice, where the others lose so many."""
+    at = np.repeat(others[None], len(removed) + 1, 0)
     at[:, group] = [0, *removed]
     values = costs(at)
     saved: np.ndarray = values[0] - values[1:]
     return saved
 
 
-def _fixed(costs: Costs, current: np.ndarray, start: np.ndarray) -> float:
-    """Return what those groups save that have no choice."""
-    groups = np.flatnonzero(start).tolist()
-    return sum(float(_savings(costs, current, group, start[[group]])[0]) for group in groups)
+def _asked(
+    costs: CostOf, current: np.ndarray, start: np.ndarray, index: np.ndarray, share: float, budget: float
+) -> float:
+    """Return how much the groups with a choice have to save in sum, by savings counted at a share of what is lost."""
+    if share < 1:
+        fixed = np.flatnonzero(start).tolist()
+        saved = sum(float(_savings(costs, share * current, g, start[[g]])[0]) for g in fixed)
+        return float(costs(np.zeros(len(start)))) - budget - saved
+    now = sum(float(_savings(costs, current, g, current[[g]])[0]) for g in index.tolist())
+    return now + float(costs(current)) - budget
 
 
 def knapsack(savings: Sequence[np.ndarray], damage: Sequence[np.ndarray], need: float) -> list[int]:
@@ -231,7 +294,7 @@ def knapsack(savings: Sequence[np.ndarray], damage: Sequence[np.ndarray], need: 
 
 
 def _with_slack_spent(
-    costs: Costs, budget: float, removed: np.ndarray, index: np.ndarray, found: Sequence[Choices]
+    costs: CostOf, budget: float, removed: np.ndarray, index: np.ndarray, found: Sequence[Choices]
 ) -> np.ndarray:
     """Give channels back where the budget still allows it, those first whose loss does most damage."""
     removed = removed.copy()

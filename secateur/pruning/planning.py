@@ -3,65 +3,22 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Unpack
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Unpack
 
 import numpy as np
 from torch import Tensor
 
 from secateur.errors import PlanError, UsageError
-from secateur.graph import cost
 from secateur.graph.channels import ChannelGraph, ChannelGroup
 from secateur.graph.plan import PruningPlan, Selection
 from secateur.graph.steps import steps
-from secateur.pruning.allocation import Table, allocate, choices, costs_of
+from secateur.pruning.allocation import CostOf, Table, Times, allocate, choices, costs_of, paying
 from secateur.pruning.building import build, checked
 from secateur.pruning.limits import Limit, Limits, totals
 from secateur.pruning.options import SENSITIVITY, Allocation, OptionKeywords, Options
-
-
-@dataclass(frozen=True)
-class Target:
-    """How much to remove: each a fraction of the unpruned network's, in (0, 1); exactly one is given."""
-
-    macs: float | None = None
-    params: float | None = None
-    channels: float | None = None
-
-    def __post_init__(self) -> None:
-        """Check the fractions.
-
-        Raises:
-            UsageError: If not exactly one is given, or it is outside (0, 1).
-        """
-        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-        if len(given) != 1:
-            raise UsageError(
-                f"target: give exactly one of macs, params and channels; found {', '.join(given) or 'none'}."
-            )
-        for name, value in given.items():
-            if not 0 < value < 1:
-                raise UsageError(f"target: {name} is the fraction to remove, between 0 and 1; found {value}.")
-
-    @property
-    def what(self) -> str:
-        """The quantity that the target counts."""
-        return next(f.name for f in fields(self) if getattr(self, f.name) is not None)
-
-    @property
-    def fraction(self) -> float:
-        """The fraction of it to remove."""
-        return float(getattr(self, self.what))
-
-    def removed(self, graph: ChannelGraph, plan: PruningPlan) -> float:
-        """Return the fraction of the quantity that a plan removes."""
-        if self.what == "channels":
-            total = sum(g.size for g in graph.groups)
-            return sum(len(v) for v in plan.removed.values()) / total if total else 0.0
-        count = cost.macs if self.what == "macs" else cost.parameters
-        before = count(graph)
-        return 1 - count(graph, plan) / before if before else 0.0
+from secateur.pruning.target import Target as Target
 
 
 def plan_removal(graph: ChannelGraph, removed: Mapping[str, Sequence[int]]) -> PruningPlan:
@@ -98,10 +55,12 @@ class _Candidate:
     """By what steps of all groups are ordered: none is lower than the one before it."""
     size: int
     """Number of the group's channels."""
+    fitting: np.ndarray
+    """Whether what the steps up to each leave is a width that the request allows."""
 
-    def removed(self, count: int, round_to: int) -> list[int]:
-        """Return the channels of the first ``count`` steps, or of as many fewer as rounding asks for."""
-        while count and (self.size - int(self.ends[count - 1])) % round_to:
+    def removed(self, count: int) -> list[int]:
+        """Return the channels of the first ``count`` steps, or of as many fewer as leave a width that is allowed."""
+        while count and not self.fitting[count - 1]:
             count -= 1
         return [int(c) for c in np.sort(self.channels[: self.ends[count - 1] if count else 0])]
 
@@ -110,6 +69,8 @@ def plan(
     graph: ChannelGraph,
     scores: Mapping[str, Tensor],
     target: Target | None = None,
+    *,
+    costs: Times | None = None,
     **options: Unpack[OptionKeywords],
 ) -> PruningPlan:
     """Choose the channels to remove: the lowest scores first, until the target is met.
@@ -118,7 +79,11 @@ def plan(
         graph: The traced network.
         scores: Group name -> one score a channel, shape ``(group.size,)``; the higher, the more important. Groups
             without scores are left alone.
-        target: The fraction of MACs, parameters or channels to remove; None to follow ``ratios`` alone.
+        target: The fraction of MACs, parameters, channels, memory or latency to remove; None to follow ``ratios``
+            alone. A target of latency leaves each group only widths that pay by ``costs``: with one
+            step more of them it would take clearly longer.
+        costs: Times of the network's layers, as :func:`secateur.latency` measures them, for a target of latency; and
+            for ``round_to="auto"``, which leaves only widths that pay whatever the target.
         **options: ``round_to``, ``min_channels``, ``max_ratio``, ``ratios``, ``skip``, ``allocation`` and ``inexact``,
             see :class:`secateur.Options`.
 
@@ -134,12 +99,11 @@ def plan(
         raise UsageError("plan: nothing is asked for: give a target or ratios.")
     if chosen.allocation == SENSITIVITY:
         raise UsageError("allocation: plan measures nothing; give the table that secateur.sensitivity has measured.")
-    if chosen.round_to == "auto":
-        raise UsageError("round_to: plan measures nothing; give a number, or let secateur.prune measure it.")
     groups = [g for g in graph.groups if g.name in scores and (g.exact or chosen.inexact)]
     limits = Limits(graph, groups, chosen).by_group
     allocation = chosen.allocation or "normalized"
-    return build(graph, choose(graph, scores, target, limits, round_to=chosen.round_to, allocation=allocation))
+    found = choose(graph, scores, target, limits, round_to=chosen.round_to, allocation=allocation, costs=costs)
+    return build(graph, found)
 
 
 def choose(
@@ -148,9 +112,10 @@ def choose(
     target: Target | None,
     limits: Mapping[str, Limit],
     *,
-    round_to: int = 1,
+    round_to: int | Literal["auto"] = 1,
     allocation: Allocation = "normalized",
     partial: bool = False,
+    costs: Times | None = None,
 ) -> Selection:
     """Choose the channels that a plan removes.
 
@@ -162,30 +127,54 @@ def choose(
         round_to: As in :func:`plan`.
         allocation: As in :func:`plan`.
         partial: Take all that may go where the target is out of reach.
+        costs: As in :func:`plan`.
 
     Raises:
         PlanError: As :func:`plan`.
-        UsageError: If a ratio asks a group for more than its constraint allows.
+        UsageError: If a ratio asks a group for more than its constraint allows, or times of layers are missing.
     """
+    times = _times(graph, target, round_to, costs)
     candidates: list[_Candidate] = []
     forced: Selection = {}
     for group in graph.groups:
         if group.name not in limits or group.name not in scores:
             continue
         limit = limits[group.name]
-        candidate = _candidate(group, scores[group.name], limit, allocation)
+        candidate = _candidate(group, scores[group.name], limit, allocation, 1 if round_to == "auto" else round_to)
         if not limit.forced:
+            if times is not None:
+                candidate.fitting &= paying(times, graph.groups.index(group), len(graph.groups), candidate.ends)
             candidates.append(candidate)
-        elif channels := candidate.removed(candidate.ends.size, round_to):
+        elif channels := candidate.removed(candidate.ends.size):
             forced[group.name] = channels
     if target is None:
         return forced
+
+    def removed(selection: Selection) -> float:
+        return target.removed(graph, PruningPlan(removed=selection), costs)
+
     if isinstance(allocation, str):
-        return _search(graph, candidates, forced, target, round_to, partial)
-    return _allocated(graph, candidates, forced, target, round_to, allocation, partial)
+        return _search(graph, candidates, forced, target, removed, partial)
+    own = times if target.what == "latency" else costs_of(graph, target.what, target.setting.get("batch", 1))
+    assert own is not None
+    return _allocated(graph, candidates, forced, target, removed, allocation, own, partial)
 
 
-def _candidate(group: ChannelGroup, scores: Tensor, limit: Limit, allocation: Allocation) -> _Candidate:
+def _times(graph: ChannelGraph, target: Target | None, round_to: int | str, costs: Times | None) -> CostOf | None:
+    """Return the time of a network by what its groups lose, where the request asks for that."""
+    if target is not None and target.what == "latency":
+        return target.require_times(costs).of(graph)
+    if round_to != "auto":
+        return None
+    if costs is None:
+        raise UsageError(
+            "round_to: plan measures nothing; for auto pass costs=secateur.latency(model, graph), which tell what pays, "
+            "or let secateur.prune measure."
+        )
+    return costs.of(graph)
+
+
+def _candidate(group: ChannelGroup, scores: Tensor, limit: Limit, allocation: Allocation, round_to: int) -> _Candidate:
     """Cut a group's channels into steps, as many as its limit allows, and rank them.
 
     Raises:
@@ -208,7 +197,9 @@ def _candidate(group: ChannelGroup, scores: Tensor, limit: Limit, allocation: Al
         scale = float(np.abs(values).mean()) or 1.0
         sums = np.diff(np.cumsum(values[channels])[ends - 1], prepend=0.0)
         keys = sums / np.diff(ends, prepend=0) / (scale if allocation == "normalized" else 1.0)
-    return _Candidate(group.name, channels, ends, np.maximum.accumulate(keys), group.size)
+    return _Candidate(
+        group.name, channels, ends, np.maximum.accumulate(keys), group.size, (group.size - ends) % round_to == 0
+    )
 
 
 def _values(group: ChannelGroup, scores: Tensor) -> np.ndarray:
@@ -225,7 +216,7 @@ def _search(
     candidates: list[_Candidate],
     forced: Selection,
     target: Target,
-    round_to: int,
+    removed_by: Callable[[Selection], float],
     partial: bool,
 ) -> Selection:
     """Find the fewest steps, in order of importance over all groups, that meet the target: by bisection.
@@ -242,11 +233,11 @@ def _search(
     def first(count: int) -> Selection:
         """Return what the first steps remove of all groups."""
         counts = np.bincount(order[:count], minlength=len(candidates)).tolist()
-        found = {c.name: c.removed(n, round_to) for c, n in zip(candidates, counts, strict=True)}
+        found = {c.name: c.removed(n) for c, n in zip(candidates, counts, strict=True)}
         return forced | {name: channels for name, channels in found.items() if channels}
 
     def removed(count: int) -> float:
-        return target.removed(graph, PruningPlan(removed=first(count)))
+        return removed_by(first(count))
 
     enough = target.fraction - 1e-12
     if (most := removed(order.size)) < enough:
@@ -260,8 +251,9 @@ def _out_of_reach(graph: ChannelGraph, target: Target, most: float) -> PlanError
     if not graph.groups:
         why = f", such as: {graph.refused[0].reason}" if graph.refused else ""
         return PlanError(f"target: this network has no channels that can go; trace lists the reasons{why}.")
+    at = "".join(f", {name} {value}" for name, value in target.setting.items())
     return PlanError(
-        f"target: cannot remove {target.fraction:g} of the {target.what}; all that may go is {most:.4g}. "
+        f"target: cannot remove {target.fraction:g} of the {target.what}{at}; all that may go is {most:.4g}. "
         f"Lower --{target.what}, or loosen --skip, --max-ratio, --min-channels or --round-to."
     )
 
@@ -271,8 +263,9 @@ def _allocated(
     candidates: list[_Candidate],
     forced: Selection,
     target: Target,
-    round_to: int,
+    reached: Callable[[Selection], float],
     table: Table,
+    costs: CostOf,
     partial: bool,
 ) -> Selection:
     """Find what every group loses by a table of damage, so that the plan meets the target.
@@ -283,24 +276,18 @@ def _allocated(
     Raises:
         PlanError: If the target is out of reach, or the table is of another network.
     """
-    costs = costs_of(graph, target.what)
     places = {group.name: i for i, group in enumerate(graph.groups)}
     start = np.zeros(len(places))
     for name, channels in forced.items():
         start[places[name]] = len(channels)
-    allowed = {c.name: [int(n) for n in c.ends if (c.size - n) % round_to == 0] for c in candidates}
+    allowed = {c.name: c.ends[c.fitting].tolist() for c in candidates}
     found = [choices(table, c.name, c.size, allowed[c.name]) for c in candidates if allowed[c.name]]
 
     def chosen(removed: np.ndarray) -> Selection:
         own = {c.name: int(removed[places[c.name]]) for c in candidates}
         return forced | {
-            c.name: c.removed(int(np.searchsorted(c.ends, own[c.name])) + 1, round_to)
-            for c in candidates
-            if own[c.name]
+            c.name: c.removed(int(np.searchsorted(c.ends, own[c.name])) + 1) for c in candidates if own[c.name]
         }
-
-    def reached(selection: Selection) -> float:
-        return target.removed(graph, PruningPlan(removed=selection))
 
     whole = float(costs(np.zeros(len(places))))
     need = target.fraction * whole

@@ -30,6 +30,7 @@ from secateur.engine import Settings
 from secateur.engine.settings import meant
 from secateur.errors import UsageError
 from secateur.pruning.options import AUTO, Options
+from secateur.pruning.target import Target
 from secateur.runfile import yaml_lines
 from secateur.training.stages import TrainingSettings
 
@@ -52,12 +53,24 @@ class TargetConfig(_Section):
     channels: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="Fraction of the removable channels to remove."
     )
+    memory: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Fraction of the run-time memory to remove."
+    )
+    latency: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Fraction of the time of a forward pass on this machine to remove."
+    )
+    batch: int | None = Field(None, ge=1, description="Examples that memory and latency are counted with; 8.")
+    runtime: Literal["onnxruntime", "eager"] | None = Field(
+        None, description="What latency is measured with; onnxruntime."
+    )
+    threads: int | None = Field(None, ge=1, description="Threads that latency is measured with; 1.")
 
     @model_validator(mode="after")
     def _exactly_one(self) -> TargetConfig:
-        given = list(self.model_dump(exclude_none=True))
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of macs, params and channels; found {', '.join(given) or 'none'}")
+        try:
+            Target(**self.model_dump())
+        except UsageError as error:
+            raise ValueError(str(error).removeprefix("target: ").rstrip(".")) from error
         return self
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from secateur.graph.channels import Magnitude
+from secateur.graph.channels import Magnitude, Window
 from secateur.tracing.assumptions import Assumption, Cause
 from secateur.tracing.labels import Labels
 from secateur.tracing.numbers import Measure
@@ -38,6 +38,7 @@ class LayerCall:
     batch: int = 1
     parts: tuple[str, ...] = ()
     """Where the weight is not the layer's own: the parameters and buffers that it is computed from."""
+    window: Window | None = None
 
 
 @dataclass(frozen=True, eq=False)

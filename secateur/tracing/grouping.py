@@ -245,5 +245,5 @@ def _port(layer: LayerCall, own: Partition, all_places: Places) -> LayerPort:
     return LayerPort(
         layer.module, layer.kind, layer.weight, layer.owned, layer.in_channels, layer.out_channels, layer.groups,
         layer.kernel, layer.positions, layer.batch, *side(layer.inputs), *side(layer.outputs),
-        all_places.order(layer.inputs), all_places.order(layer.outputs), layer.parts,
+        all_places.order(layer.inputs), all_places.order(layer.outputs), layer.parts, layer.window,
     )  # fmt: skip

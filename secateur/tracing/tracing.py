@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.errors import TraceError
-from secateur.graph.channels import ChannelGraph
-from secateur.network.inputs import batch_size, unwrapped, varied
+from secateur.graph.channels import ChannelGraph, InputShape
+from secateur.network.inputs import batch_size, mapped, unwrapped, varied
 from secateur.network.isolation import ONE_AT_A_TIME
 from secateur.pruning.leftovers import unfollowed
 from secateur.tracing.assumptions import Assumptions
@@ -36,6 +36,10 @@ def _rest_aside() -> Iterator[None]:
     finally:
         if aside:
             gc.unfreeze()
+
+
+def _shape(tensor: Tensor) -> InputShape:
+    return InputShape(() if tensor.is_nested else tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
 
 @_rest_aside()
@@ -81,7 +85,8 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
             first.written.put_back()
             if not failures:
                 graph = trials.floored(grouping.graph)
-                return replace(graph, notes=(*graph.notes, *unfollowed(model, graph)))
+                inputs = mapped(example_inputs, _shape)
+                return replace(graph, notes=(*graph.notes, *unfollowed(model, graph)), inputs=inputs)
             if not give_up(trials, grouping, failures):
                 continue
         trials.recording = record(model, example_inputs, assumptions, plain=plain)

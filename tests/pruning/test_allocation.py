@@ -16,7 +16,7 @@ from secateur.graph import cost
 from secateur.graph.channels import ChannelGraph
 from secateur.graph.plan import PruningPlan
 from secateur.graph.steps import steps
-from secateur.pruning.allocation import allocate, choices, costs_of, knapsack
+from secateur.pruning.allocation import Choices, allocate, choices, costs_of, knapsack
 from secateur.pruning.limits import totals
 from tests.cases import CASES, Case
 from tests.pruning.test_planning import GRAPH, SIZES, scores
@@ -131,7 +131,7 @@ def test_damage_never_falls_where_more_goes() -> None:
     assert found.damage.tolist() == [0.0, 0.25, 0.5, 0.5, 0.5, 1.25, 2.0]
 
 
-@pytest.mark.parametrize("what", ["macs", "params", "channels"])
+@pytest.mark.parametrize("what", ["macs", "params", "channels", "memory"])
 @pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 0.7])
 @pytest.mark.parametrize("seed", range(2))
 def test_a_plan_by_a_table_meets_its_target_at_nearly_the_least_damage(what: str, fraction: float, seed: int) -> None:
@@ -141,7 +141,7 @@ def test_a_plan_by_a_table_meets_its_target_at_nearly_the_least_damage(what: str
     assert target.removed(GRAPH, plan) >= fraction
     own = [choices(table, g.name, g.size, totals(g)) for g in GRAPH.groups]
     grid = np.array(list(product(*(one.removed.tolist() for one in own))), dtype=float)
-    costs = costs_of(GRAPH, what)
+    costs = costs_of(GRAPH, what, target.setting.get("batch", 1))
     whole = float(costs(np.zeros(len(own))))
     enough = grid[costs(grid) <= (1 - fraction) * whole * (1 + 1e-12)]
 
@@ -184,3 +184,36 @@ def test_all_that_may_go_goes_where_that_is_too_little() -> None:
     start = np.zeros(len(found))
     removed = allocate(GRAPH, costs, found, start, 2 * float(costs(start)))
     assert removed.tolist() == [one.removed[-1] for one in found]
+
+
+def stairs(seed: int) -> tuple[list[np.ndarray], Any]:
+    """Make up a chain of layers whose times grow with widths in and out by uneven stairs."""
+    draw = np.random.default_rng(seed)
+    grids = [np.cumsum(np.cumsum(draw.integers(0, 4, (5, 5)), 0), 1) + 1.0 for _ in range(len(GRAPH.groups) + 1)]
+
+    def costs(removed: np.ndarray) -> np.ndarray:
+        left = [np.floor(4 - removed[..., i] + 1e-9).astype(int) for i in range(len(GRAPH.groups))]
+        whole = np.full_like(left[0], 4)
+        ends = zip([whole, *left], [*left, whole], grids, strict=True)
+        return np.asarray(sum(grid[a, b] for a, b, grid in ends), dtype=float)
+
+    return grids, costs
+
+
+@given(seed=st.integers(0, 100_000), share=st.floats(0.1, 0.9))
+@settings(max_examples=40, deadline=None)
+def test_times_by_stairs_are_allocated_at_nearly_the_least_damage(seed: int, share: float) -> None:
+    _, costs = stairs(seed)
+    draw = np.random.default_rng(seed + 1)
+    harm = [np.concatenate(([0.0], np.cumsum(draw.uniform(0.1, 1.0, 4)))) for _ in GRAPH.groups]
+    found = [Choices(g.name, np.arange(5), own) for g, own in zip(GRAPH.groups, harm, strict=True)]
+    start = np.zeros(len(found))
+    grid = np.array(list(product(range(5), repeat=len(found))), dtype=float)
+    times = costs(grid)
+    whole, least = float(costs(start)), float(times.min())
+    budget = whole - share * (whole - least)
+    removed = allocate(GRAPH, costs, found, start, whole - budget)
+    damage = sum(own[grid[:, i].astype(int)] for i, own in enumerate(harm))
+    mine = sum(float(own[int(removed[i])]) for i, own in enumerate(harm))
+    assert float(costs(removed)) <= budget * (1 + 1e-12)
+    assert mine <= 1.25 * float(damage[times <= budget].min()) + 1e-9

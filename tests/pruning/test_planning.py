@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import secateur as sc
+from secateur.graph.cost import run_time_memory
 from secateur.graph.plan import FORMAT_VERSION
 from secateur.graph.steps import steps
 from secateur.pruning import limits
@@ -57,7 +59,7 @@ def test_the_graph_is_the_one_drawn_by_hand() -> None:
     assert GRAPH.group("mix").constraint == "equal fractions of 4 blocks"
 
 
-@pytest.mark.parametrize("what", ["macs", "params", "channels"])
+@pytest.mark.parametrize("what", ["macs", "params", "channels", "memory"])
 @pytest.mark.parametrize("allocation", ["normalized", "global", "uniform"])
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.8])
 def test_a_target_is_met_and_by_no_more_than_one_step(what: str, allocation: Any, fraction: float) -> None:
@@ -322,10 +324,42 @@ def test_an_impossible_choice_is_refused(removed: dict[str, list[int]], says: st
     assert says in str(caught.value)
 
 
-@pytest.mark.parametrize("given_", [{}, {"macs": 0.5, "params": 0.5}, {"macs": 0.0}, {"channels": 1.0}])
-def test_a_target_is_one_fraction(given_: dict[str, float]) -> None:
-    with pytest.raises(sc.UsageError, match="target"):
+@pytest.mark.parametrize(
+    ("given_", "says"),
+    [
+        ({}, "exactly one of macs, params, channels, memory and latency; found none"),
+        ({"macs": 0.5, "params": 0.5}, "found macs, params"),
+        ({"macs": 0.0}, "between 0 and 1; found 0.0"),
+        ({"channels": 1.0}, "between 0 and 1; found 1.0"),
+        ({"macs": 0.5, "batch": 8}, "batch says nothing of macs"),
+        ({"memory": 0.5, "threads": 2}, "threads says nothing of memory"),
+        ({"latency": 0.5, "runtime": "tflite"}, "runtime is onnxruntime or eager; found 'tflite'"),
+        ({"latency": 0.5, "batch": 0}, "batch is a whole number from 1 up; found 0"),
+    ],
+)
+def test_a_target_is_one_fraction_with_its_setting(given_: dict[str, Any], says: str) -> None:
+    with pytest.raises(sc.UsageError, match="target: .*" + re.escape(says)):
         sc.Target(**given_)
+
+
+def test_a_target_is_made_again_from_what_was_given() -> None:
+    target = sc.Target(latency=0.5, threads=2)
+    assert target.setting == {"batch": 8, "runtime": "onnxruntime", "threads": 2}
+    assert sc.Target(**target.to_dict()) == target
+    assert target.to_dict() == {"latency": 0.5, "threads": 2}
+    assert sc.Target(memory=0.5).setting == {"batch": 8}
+
+
+def test_memory_is_counted_at_the_batch_asked_for() -> None:
+    plan = sc.plan(GRAPH, scores(), sc.Target(memory=0.4, batch=16))
+    left = [run_time_memory(GRAPH, p, 16) for p in (plan, None)]
+    assert sc.Target(memory=0.4, batch=16).removed(GRAPH, plan) == 1 - left[0] / left[1] >= 0.4
+
+
+@pytest.mark.parametrize("request_", [{"target": sc.Target(latency=0.5)}, {"round_to": "auto"}])
+def test_times_are_asked_for_where_they_are_needed(request_: Any) -> None:
+    with pytest.raises(sc.UsageError, match=r"pass costs=secateur\.latency\(model, graph\)"):
+        sc.plan(GRAPH, scores(), **{"target": sc.Target(macs=0.5), **request_})
 
 
 @given(seed=st.integers(0, 50))

@@ -71,7 +71,7 @@ def test_the_command_line_goes_before_the_file_and_merges_mappings(tmp_path: Pat
         (MINIMAL + "zzz: 1\n", 3, ["zzz: no such key", "known are round_to, min_channels"]),
         (MINIMAL + "baseline:\n  epocs: 3\n", 4, ["baseline.epocs: no such key", "did you mean epochs?"]),
         (MINIMAL + "target:\n  mac: 0.5\n", 4, ["target.mac: no such key", "did you mean macs?"]),
-        (MINIMAL + "target: {}\n", 3, ["target", "give exactly one of macs, params and channels; found none"]),
+        (MINIMAL + "target: {}\n", 3, ["give exactly one of macs, params, channels, memory and latency; found none"]),
         (MINIMAL + "target: {macs: 1.5}\n", 3, ["target.macs", "less than 1", "1.5"]),
         (MINIMAL + "tolerance: -1\n", 3, ["tolerance", "greater than or equal to 0", "-1"]),
         (MINIMAL + "seed: often\n", 3, ["seed", "valid integer", "'often'"]),
@@ -194,14 +194,15 @@ def test_a_file_for_prune_reaches_every_option_of_the_command(tmp_path: Path) ->
     parameters = {p.name: p for p in command.params}
     given = {
         "model": "lenet5", "model_options": {"hidden": 8}, "weights": "w", "data": "digits", "data_options": {"a": [1]},
-        "input": ["1x1x28x28"], "method": "l1", "method_options": {"p": 2}, "target": {"macs": 0.5},
+        "input": ["1x1x28x28"], "method": "l1", "method_options": {"p": 2},
+        "target": {"latency": 0.5, "batch": 8, "runtime": "eager", "threads": 2},
         "ratios": {"conv*": 0.5}, "max_ratio": {"*": 0.5, "Linear": 0}, "skip": ["conv1", "Linear"], "round_to": 8,
         "min_channels": 2, "allocation": "global", "inexact": True, "compensate": ["merge", "bn"],
         "batches": 2, "seed": 3, "out": "o",
     }  # fmt: skip
     assert set(given) == set(config.PruneConfig.model_fields)
     words = config.load_prune(written(tmp_path, yaml.safe_dump(given))).words()
-    apart = {"model_flag", "_config_file", "as_json", "params", "channels"}
+    apart = {"model_flag", "_config_file", "as_json", "macs", "params", "channels", "memory"}
     assert set(words) == set(parameters) - apart
     assert words["max_ratio"] == ["*=0.5", "Linear=0.0"]
     assert (words["data_option"], words["compensate"]) == (["a=[1]"], "merge,bn")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from secateur.graph.channels import Magnitude
+from secateur.graph.channels import Magnitude, Window
 from secateur.tracing.call import Call
 from secateur.tracing.labels import Axes, Labels
 from secateur.tracing.rules.registry import rule
@@ -96,10 +96,12 @@ def convolution(
         made = _grouped(call, weight, given, out_channels if transposed else in_channels, groups, transposed)
         _make(call, made, bias)
     positions = prod((x if transposed else call.out).shape[2:]) * call.out.shape[0]
+    sizes = (x.shape[2:], weight.shape[2:], stride, padding, dilation, output_padding)
+    window = Window(*(tuple(int(n) for n in size) for size in sizes))
     _note_layer(
         call, "conv_transposed" if transposed else "conv", weight, given, made, in_channels=in_channels,
         out_channels=out_channels, groups=groups, kernel=prod(weight.shape[2:]), positions=positions,
-        batch=call.out.shape[0],
+        batch=call.out.shape[0], window=window,
     )  # fmt: skip
     return passed | ({1: made} if made is not None else {})
 
