@@ -54,11 +54,11 @@ def way_of(method: Any, allocation: Allocation | None, compensate: str | Sequenc
         criterion = criteria.get(method)
         return Way(criterion.name, criterion, allocation or "normalized", compensation.parse(compensate or ()), {})
     criterion = criteria.get("l2")
-    allocation = allocation or (SENSITIVITY if data else "global")
+    share: Allocation = allocation or (SENSITIVITY if data else "global")
     refit = {"everywhere": True} if compensate is None and data else {}
     if compensate is None:
         compensate = ["least_squares"] if data else []
-    return Way(f"{AUTO}: {criterion.name}", criterion, allocation, compensation.parse(compensate), refit, auto=True)
+    return Way(f"{AUTO}: {criterion.name}", criterion, share, compensation.parse(compensate), refit, auto=True)
 
 
 def require_possible(target: Target | None, way: Way, options: Options, given: Mapping[str, Any], data: bool) -> None:

@@ -168,8 +168,8 @@ def _times(graph: ChannelGraph, target: Target | None, round_to: int | str, cost
         return None
     if costs is None:
         raise UsageError(
-            "round_to: plan measures nothing; for auto pass costs=secateur.latency(model, graph), which tell what pays, "
-            "or let secateur.prune measure."
+            "round_to: plan measures nothing; for auto pass costs=secateur.latency(model, graph), which tell what "
+            "pays, or let secateur.prune measure."
         )
     return costs.of(graph)
 
