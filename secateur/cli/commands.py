@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from secateur import __version__
-from secateur.cli import console, deploy_commands, options, prune_command, run_commands
+from secateur.cli import console, deploy_commands, options, prune_command, run_commands, sensitivity_command
 from secateur.errors import DataError, SecateurError, UsageError
 
 app = typer.Typer(
@@ -111,6 +111,7 @@ def trace(
         console.show_graph(graph, found.name, seconds, figure)
 
 
+sensitivity_command.register(app)
 prune_command.register(app)
 run_commands.register(app)
 deploy_commands.register(app)

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict
@@ -21,10 +22,14 @@ from rich.text import Text
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from secateur.compensation.sensitivity import Sensitivity
     from secateur.graph.channels import ChannelGraph, Member
 
 WIDTH = 120
 """Columns of what is written to a file or a pipe, where there is no terminal to ask."""
+
+LINE_SECONDS = 30.0
+"""Where there is no terminal, progress is a line in so many seconds at most."""
 
 PICTURE_WIDTH = 100
 """Columns of a picture of the terminal."""
@@ -49,9 +54,10 @@ def write_json(value: Any) -> None:
 
 
 class Steps:
-    """Progress of a command's steps on standard error; silent when that is no terminal.
+    """Progress of a command's steps on standard error.
 
-    A step is a line with a spinner until its length is known, and with a bar from then on.
+    On a terminal a step is a line with a spinner until its length is known, and with a bar from then on. Elsewhere a
+    step that takes long writes a line now and then.
     """
 
     def __init__(self) -> None:
@@ -68,6 +74,7 @@ class Steps:
             disable=not console.is_terminal,
             transient=True,
         )
+        self._console, self._said = console, time.monotonic()
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Steps:
@@ -82,6 +89,9 @@ class Steps:
         if step not in self._tasks:
             self._tasks[step] = self._progress.add_task(step, total=total, note=note)
         self._progress.update(self._tasks[step], completed=done, total=total, note=note)
+        if (total or 1) > 1 and not self._console.is_terminal and time.monotonic() - self._said > LINE_SECONDS:
+            self._said = time.monotonic()
+            self._console.print(f"{step}: {done} of {total}", markup=False, soft_wrap=True)
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -243,6 +253,21 @@ def show_graph(graph: ChannelGraph, name: str, seconds: float, figure: Path | No
     )
     if figure is not None:
         out.print(f"drawn: {figure}", markup=False, soft_wrap=True)
+
+
+def show_sensitivity(table: Sensitivity, name: str, seconds: float, files: Mapping[str, str | None]) -> None:
+    """Print what each group loses, the most harmful first, and where table and figure are."""
+    out = output()
+    out.print(str(table), markup=False, soft_wrap=True)
+    out.print(
+        f"\n{name}: {len(table.damage)} groups measured on {table.images} images in {seconds:.0f} s",
+        style="bold",
+        markup=False,
+    )
+    if files["file"]:
+        out.print(f"saved: {files['file']}", markup=False, soft_wrap=True)
+    if files["figure"]:
+        out.print(f"drawn: {files['figure']}", markup=False, soft_wrap=True)
 
 
 def show_pruned(values: Mapping[str, Any]) -> None:

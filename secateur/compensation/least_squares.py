@@ -10,14 +10,16 @@ refitted, feed to it. Everything is accumulated as second moments in fp64.
 
 Departures from the plain ridge: the penalty pulls towards the weights that plain dropping leaves, not towards zero. So
 the error on the data is never above that of plain dropping, and with fewer observations than inputs the undetermined
-part of the weights stays as it was. A layer with a bias is also refitted in its bias, without penalty.
+part of the weights stays as it was. A layer with a bias is also refitted in its bias, without penalty; one without, in
+the running mean of the batch norm behind it. Where a layer's output is added to another branch, Y and what it is
+compared with are the sums, see :mod:`secateur.compensation.following`.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +27,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from secateur.compensation.following import Following, Sums, observing, sums_of
 from secateur.compensation.report import LayerCompensation
 from secateur.compensation.unfolding import Draw, extent_of, outputs_of, unfold
 from secateur.criteria import feature_maps, moments, weights
 from secateur.errors import CriterionError, PlanError, UsageError
 from secateur.graph.plan import PruningPlan
 
-RIDGE = 1e-4
+RIDGE = 1e-2
+POSITIONS = 128
+"""Output positions read of each image, unless stated otherwise: neighbours tell much the same."""
 
 
 class _Reached(BaseException):
@@ -161,7 +166,7 @@ def refit(
     data: Iterable[Any],
     *,
     ridge: float = RIDGE,
-    positions: int = feature_maps.POSITIONS,
+    positions: int = POSITIONS,
     exact: bool = False,
     seed: int = 0,
     memory: int = feature_maps.MEMORY,
@@ -200,7 +205,7 @@ def refit(
         raise UsageError(f"least squares: ridge {ridge} and positions {positions} must be at least 0 and 1.")
     lost = shrunk(original, pruned, plan)
     device = feature_maps.device_of(pruned)
-    calls = _calls(pruned, data, device)
+    calls, after = _calls(pruned, data, device)
     ordered = [name for name in calls if name in lost]
     report = [LayerCompensation("least_squares", name, False, "it does not run") for name in lost if name not in calls]
     if everywhere and ordered:
@@ -210,24 +215,28 @@ def refit(
     refusals = {name: refusal(name, pruned.get_submodule(name), tied, memory) for name in ordered}
     feature_maps.require_passes(data, 1 + sum(not reason for reason in refusals.values()))
     draw = Draw(None if exact else positions, seed)
-    wanted = _Wanted(original, plan, calls, [name for name in ordered if not refusals[name]], data, draw, memory)
+    fitted = [name for name in ordered if not refusals[name]]
+    whole, small = sums_of(original, pruned, after, fitted, plan)
+    wanted = _Wanted(whole, plan, calls, fitted, data, draw, memory)
     for name in ordered:
         if refusals[name]:
             report.append(LayerCompensation("least_squares", name, False, refusals[name]))
             continue
         try:
-            equations = _accumulate(pruned, name, wanted, data, draw)
+            norm = after[name].norm if name in after else ""
+            equations = _accumulate(small, name, wanted, data, draw, norm)
         except _Unlike:
             why = "removed channels lie along other dimensions of its outputs, so they can't be compared"
             report.append(LayerCompensation("least_squares", name, False, why))
             continue
-        report.append(_replace(name, pruned.get_submodule(name), equations, ridge))
+        report.append(_replace(name, pruned, equations, ridge, norm))
     return report
 
 
-def _calls(model: nn.Module, data: Iterable[Any], device: torch.device) -> dict[str, int]:
-    """Count the calls of every convolution and linear layer on the first batch, in the order of their first call."""
+def _calls(model: nn.Module, data: Iterable[Any], device: torch.device) -> tuple[dict[str, int], dict[str, Following]]:
+    """Return the calls of every convolution and linear layer on the first batch, by first call, and what follows."""
     calls: dict[str, int] = {}
+    after: dict[str, Following] = {}
     with feature_maps.evaluating(model), torch.no_grad(), ExitStack() as stack:
         for name, module in model.named_modules():
             if isinstance(module, weights.READERS):
@@ -238,15 +247,16 @@ def _calls(model: nn.Module, data: Iterable[Any], device: torch.device) -> dict[
                 stack.callback(module.register_forward_hook(count).remove)
         samples = 0
         for batch in feature_maps.batches(data, device):
-            feature_maps.forward(model, batch, 1)
+            with observing(model) as after:
+                feature_maps.forward(model, batch, 1)
             samples = batch.size
             break
     feature_maps.require_samples(samples, device)
     if moments.several_processes():  # one without data has to solve the same layers as the others
         found: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(found, calls)
-        calls = next(each for each in found if each)
-    return calls
+        torch.distributed.all_gather_object(found, (calls, after))
+        calls, after = next(each for each in found if each[0])
+    return calls, after
 
 
 _Output = tuple[tuple[int, ...], Tensor]
@@ -263,7 +273,7 @@ class _Wanted:
 
     def __init__(
         self,
-        original: nn.Module,
+        sums: Sums,
         plan: PruningPlan,
         calls: Mapping[str, int],
         names: Sequence[str],
@@ -271,7 +281,8 @@ class _Wanted:
         draw: Draw,
         memory: int,
     ) -> None:
-        self.original, self.calls, self.data, self.draw, self.memory = original, calls, data, draw, memory
+        self.sums, self.original = sums, sums.model
+        self.calls, self.data, self.draw, self.memory = calls, data, draw, memory
         self.waiting = list(names)
         self.channels = {
             name: torch.tensor(plan.kept_outputs[name], dtype=torch.long) if name in plan.kept_outputs else None
@@ -301,7 +312,7 @@ class _Wanted:
     def run(self, name: str, batch: feature_maps.Batch, number: int, at: Sequence[Tensor | None]) -> list[_Output]:
         """Run the original up to a layer."""
         layer = self.original.get_submodule(name)
-        made = _run_to(self.original, layer, batch, number, self.calls[name])
+        made = _run_to(self.sums, name, batch, number, self.calls[name])
         return [
             (extent_of(layer, y), outputs_of(layer, y, places, self.channels[name]))
             for (_, y), places in zip(made, at, strict=True)
@@ -327,15 +338,20 @@ class _Wanted:
                 def see(layer: nn.Module, _: Any, y: Tensor, name: str = name) -> None:
                     if name not in kept or len(current.setdefault(name, [])) == self.calls[name]:
                         return
-                    at = self.draw(layer, y, generators[name])
-                    current[name].append((extent_of(layer, y), outputs_of(layer, y, at, self.channels[name]).clone()))
+                    at, own = self.draw(layer, y, generators[name]), current[name]
+
+                    def keep(made: Tensor) -> None:
+                        own.append((extent_of(layer, made), outputs_of(layer, made, at, self.channels[name]).clone()))
+
+                    self.sums.take(name, y, keep)
 
                 stack.callback(layer.register_forward_hook(see).remove)
             for number, batch in enumerate(
                 feature_maps.batches(self.data, feature_maps.device_of(self.original)), start=1
             ):
                 current.clear()
-                feature_maps.forward(self.original, batch, number)
+                with self.sums.watched():
+                    feature_maps.forward(self.original, batch, number)
                 self.marks.append(_mark(batch))
                 for name in kept:
                     kept[name].append(current.get(name, []))
@@ -357,13 +373,13 @@ def _mark(batch: feature_maps.Batch) -> list[tuple[tuple[int, ...], int]]:
     return [(tuple(t.shape), zlib.crc32(t.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)) for t in tensors]
 
 
-def _accumulate(pruned: nn.Module, name: str, wanted: _Wanted, data: Iterable[Any], draw: Draw) -> NormalEquations:
+def _accumulate(sums: Sums, name: str, wanted: _Wanted, data: Iterable[Any], draw: Draw, norm: str) -> NormalEquations:
     wanted.start(name)
     try:
-        equations = _sums(pruned, name, wanted, data, draw)
+        equations = _equations(sums, name, wanted, data, draw, norm)
     except _Changed:
         wanted.distrust()
-        equations = _sums(pruned, name, wanted, data, draw)
+        equations = _equations(sums, name, wanted, data, draw, norm)
     wanted.end(name)
     equations.all_reduce()
     if equations.unlike:
@@ -371,17 +387,18 @@ def _accumulate(pruned: nn.Module, name: str, wanted: _Wanted, data: Iterable[An
     return equations
 
 
-def _sums(pruned: nn.Module, name: str, wanted: _Wanted, data: Iterable[Any], draw: Draw) -> NormalEquations:
+def _equations(sums: Sums, name: str, wanted: _Wanted, data: Iterable[Any], draw: Draw, norm: str) -> NormalEquations:
+    pruned = sums.model
     layer = pruned.get_submodule(name)
     assert isinstance(layer, (*weights.CONVOLUTIONS, nn.Linear))
-    blocks, bias = getattr(layer, "groups", 1), layer.bias is not None
+    blocks, bias = getattr(layer, "groups", 1), layer.bias is not None or bool(norm)
     device, generator = feature_maps.device_of(pruned), draw.generator()
     sums_on = torch.device("cpu") if device.type == "mps" else device
     equations = NormalEquations.empty(blocks, layer.weight[0].numel() + bias, len(layer.weight), sums_on)
     with feature_maps.evaluating(wanted.original), feature_maps.evaluating(pruned), torch.no_grad():
         for number, batch in enumerate(feature_maps.batches(data, device), start=1):
             targets = wanted.outputs(name, batch, number)
-            given = _run_to(pruned, layer, batch, number, wanted.calls[name])
+            given = _run_to(sums, name, batch, number, wanted.calls[name])
             at = [draw(layer, made, generator) for _, made in given]
             if targets is None:
                 targets = wanted.run(name, batch, number, at)
@@ -400,37 +417,41 @@ def _sums(pruned: nn.Module, name: str, wanted: _Wanted, data: Iterable[Any], dr
     return equations
 
 
-def _run_to(
-    model: nn.Module, layer: nn.Module, batch: feature_maps.Batch, number: int, calls: int
-) -> list[tuple[Tensor, Tensor]]:
-    """Run the model until the layer has been called so often; return its inputs and outputs."""
+def _run_to(sums: Sums, name: str, batch: feature_maps.Batch, number: int, calls: int) -> list[tuple[Tensor, Tensor]]:
+    """Run the model until the layer has been called so often; return its inputs and outputs, or the outputs' sums."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         # Clones, since what follows in the forward may write into either.
-        seen.append(((args[0] if args else kwargs["input"]).clone(), output.clone()))
-        if len(seen) == calls:
-            raise _Reached
+        x = (args[0] if args else kwargs["input"]).clone()
 
-    handle = layer.register_forward_hook(hook, with_kwargs=True)
-    try:
-        feature_maps.forward(model, batch, number)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
+        def keep(made: Tensor) -> None:
+            seen.append((x, made))
+            if len(seen) == calls:
+                raise _Reached
+
+        sums.take(name, output, keep)
+
+    with ExitStack() as stack:
+        stack.enter_context(suppress(_Reached))
+        stack.callback(sums.model.get_submodule(name).register_forward_hook(hook, with_kwargs=True).remove)
+        stack.enter_context(sums.watched())
+        feature_maps.forward(sums.model, batch, number)
     return seen
 
 
-def _replace(name: str, layer: nn.Module, equations: NormalEquations, ridge: float) -> LayerCompensation:
-    assert isinstance(layer, (*weights.CONVOLUTIONS, nn.Linear))
-    bias = layer.bias is not None
+def _replace(name: str, model: nn.Module, equations: NormalEquations, ridge: float, norm: str) -> LayerCompensation:
+    layer: Any = model.get_submodule(name)
+    bias = layer.bias is not None or bool(norm)
     change, after = equations.solve(ridge, bias)
     weight, shift = (change[:, :-1], change[:, -1].flatten()) if bias else (change, None)
     with torch.no_grad():
         layer.weight += weight.mT.reshape(layer.weight.shape).to(layer.weight)
         if shift is not None and layer.bias is not None:
             layer.bias += shift.to(layer.bias)
+        elif shift is not None:
+            mean: Any = model.get_submodule(norm).running_mean
+            mean -= shift.to(mean)
     power = float(equations.output_power) or 1.0
     few = float(equations.count) < equations.inputs.shape[1]
     reason = (

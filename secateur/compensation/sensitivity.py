@@ -16,9 +16,8 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,31 +26,21 @@ import torch
 from torch import Tensor, nn
 
 from secateur.checkpoint.atomic import write_atomic
-from secateur.compensation.least_squares import RIDGE, NormalEquations, by_weight, refusal, shrunk
-from secateur.compensation.unfolding import draw_positions, unfold
+from secateur.compensation.cells import Cells, input_moments, passes
+from secateur.compensation.damage import Loss, Reference
+from secateur.compensation.sharing import require_possible, shared
 from secateur.criteria import feature_maps
-from secateur.criteria.feature_maps import Batch
 from secateur.criteria.scoring import score
-from secateur.errors import DataError, PlanError, UsageError
+from secateur.errors import PlanError, UsageError
 from secateur.graph.channels import ChannelGraph, ChannelGroup
 from secateur.graph.plan import PruningPlan
 from secateur.graph.steps import steps
 from secateur.network.inputs import tensors_of, unwrapped
+from secateur.network.isolation import left_as_found
 from secateur.network.named import tensors_named
-from secateur.pruning.planning import plan_removal
-from secateur.pruning.surgery import cut
 
 FORMAT_VERSION = 1
 LEVELS = 8
-TEMPERATURE = 4.0
-ROWS = 1 << 14
-"""So many unfolded inputs of a layer are enough: more tell hardly anything, and products of them take the time."""
-
-Loss = Callable[[Any, Any], Tensor]
-
-
-class NotComparableError(DataError):
-    """What a cut network returns can't be compared with what the whole one does."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +71,11 @@ class Sensitivity:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON, whole or not at all."""
-        write_atomic(path, json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1).encode())
+        write_atomic(path, json.dumps(self.to_dict(), indent=1).encode())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the table as JSON data."""
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Sensitivity:
@@ -103,6 +96,12 @@ class Sensitivity:
             raise UsageError(
                 f"{path}: no table of sensitivity ({error}). secateur.sensitivity measures one."
             ) from error
+
+    def figure(self, plan: PruningPlan | None = None) -> Any:
+        """Return a Plotly figure, a curve a group, the most harmful first; with a plan, its widths are marked."""
+        from secateur.report.sensitivity import plotly_figure
+
+        return plotly_figure(self, plan)
 
     def __str__(self) -> str:
         width = max((len(name) for name in self.damage), default=5)
@@ -125,6 +124,7 @@ def sensitivity(
     groups: Iterable[str] | None = None,
     path: str | os.PathLike[str] | None = None,
     memory: int = feature_maps.MEMORY,
+    workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Sensitivity:
     """Measure what each group loses at several widths.
@@ -141,45 +141,135 @@ def sensitivity(
         groups: Names of the groups to measure; all by default.
         path: A file that is written as measurement goes on, and read where it was interrupted.
         memory: Bytes of moments that are gathered at once.
+        workers: Processes that share the groups; more than one need a network on the CPU, and a system that can fork.
+            Each computes on one thread: the table is that of one process which does so, bit for bit.
         progress: Called with how many groups are measured, and how many there are.
 
     Raises:
-        UsageError: If ``levels`` is out of range, or labels are missing for ``loss``.
+        UsageError: If ``levels`` or ``workers`` is out of range, or labels are missing for ``loss``.
         DataError: If the data are empty or don't fit the network.
+        RunError: If one of several processes was killed.
     """
     if levels < 1:
         raise UsageError(f"sensitivity: levels is {levels}. Use 1 or more.")
+    chosen = [g for g in feature_maps.chosen_groups(graph, groups) if g.exact or inexact]
+
+    def evenly(_: str, totals: Sequence[int]) -> list[int]:
+        places = {round(len(totals) * level / levels) for level in range(1, levels + 1)} - {0}
+        return [totals[place - 1] for place in sorted(places)]
+
+    return _measured(model, graph, data, chosen, evenly, scores, loss, path, memory, workers, progress)
+
+
+def refined(
+    model: nn.Module,
+    graph: ChannelGraph,
+    data: Iterable[Any],
+    table: Sensitivity,
+    plan: PruningPlan,
+    *,
+    scores: Mapping[str, Tensor] | None = None,
+    loss: Loss | None = None,
+    memory: int = feature_maps.MEMORY,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Sensitivity:
+    """Measure around a plan's widths: halfway from what each group loses to the neighbours that the table knows.
+
+    Two rounds of planning and refining find what a table of twice the levels does, for a quarter of its further cells.
+
+    Args:
+        model: The network; left as it is.
+        graph: Its channel graph.
+        data: What the table was measured on.
+        table: The table.
+        plan: A plan by it.
+        scores: As for the table.
+        loss: As for the table.
+        memory: See :func:`sensitivity`.
+        workers: See :func:`sensitivity`.
+        progress: See :func:`sensitivity`.
+
+    Returns:
+        The table with the new cells among its own.
+
+    Raises:
+        PlanError: If the table is another network's.
+        UsageError: If the table is of another measure than asked for.
+        DataError: As :func:`sensitivity`.
+        RunError: As :func:`sensitivity`.
+    """
+    table.require_of(model)
+    chosen = feature_maps.chosen_groups(graph, table.damage)
+
+    def between(name: str, totals: Sequence[int]) -> list[int]:
+        known, own = {0, *table.damage[name]}, len(plan.removed.get(name, ()))
+        below, above = max((n for n in known if n < own), default=own), min((n for n in known if n > own), default=own)
+        wanted = ((own + below) / 2, own, (own + above) / 2)
+        nearest = {min(totals, key=lambda n, at=at: abs(n - at)) for at in wanted if at} if totals else set()  # type: ignore[misc]
+        return sorted(nearest - known)
+
+    found = _measured(model, graph, data, chosen, between, scores, loss, None, memory, workers, progress)
+    if (found.measure, found.images) != (table.measure, table.images):
+        raise UsageError(
+            "sensitivity: the table was measured on other data, or by another measure: refine it as it was."
+        )
+    damage = {name: dict(sorted((own | found.damage[name]).items())) for name, own in table.damage.items()}
+    return replace(table, damage=damage, made_with=found.made_with)
+
+
+def _measured(
+    model: nn.Module,
+    graph: ChannelGraph,
+    data: Iterable[Any],
+    chosen: Sequence[ChannelGroup],
+    cells: Callable[[str, Sequence[int]], list[int]],
+    scores: Mapping[str, Tensor] | None,
+    loss: Loss | None,
+    path: str | os.PathLike[str] | None,
+    memory: int,
+    workers: int,
+    progress: Callable[[int, int], None] | None,
+) -> Sensitivity:
+    """Measure cells of a table.
+
+    ``cells`` says which: of a group's name and all numbers of its channels that may go, those to measure.
+    """
     model = unwrapped(model)
     device = feature_maps.device_of(model)
+    require_possible(workers, device)
     held = list(feature_maps.batches(data, device))
     feature_maps.require_samples(sum(batch.size for batch in held), device)
-    chosen = [g for g in feature_maps.chosen_groups(graph, groups) if g.exact or inexact]
     if scores is None:
-        scores = score(model, graph, "l2", groups=[g.name for g in chosen], inexact=inexact)
-    orders = {g.name: np.argsort(scores[g.name].cpu().double().numpy(), kind="stable").tolist() for g in chosen}
-    with feature_maps.evaluating(model), torch.no_grad():
-        compared = _Compared(model, held, loss)
-        options = f"{levels} {sorted(orders.items())}".encode()
+        scores = score(model, graph, "l2", groups=[g.name for g in chosen], inexact=True)
+    wanted: dict[str, list[list[int]]] = {}
+    for group in chosen:
+        found = steps(group, np.argsort(scores[group.name].cpu().double().numpy(), kind="stable").tolist())
+        order = [channel for step in found for channel in step]
+        totals = np.cumsum([len(step) for step in found], dtype=np.int64).tolist()
+        wanted[group.name] = [sorted(order[:count]) for count in cells(group.name, totals)]
+    with left_as_found(model):
+        model.eval()
+        measuring = Cells(model, graph, Reference(model, held, loss), wanted)
         seen = _checksum(t for batch in held for t in tensors_of((batch.args, batch.kwargs)))
-        made_with = f"{zlib.crc32(options, seen):08x}"
+        made_with = f"{zlib.crc32(repr(sorted(wanted.items())).encode(), seen):08x}"
         network = _checksum(tensors_named(model).values())
         sizes = {g.name: g.size for g in chosen}
-        table = Sensitivity(sizes, {}, compared.measure, compared.images, network, made_with)
+        reference = measuring.reference
+        table = Sensitivity(sizes, {}, reference.measure, reference.images, network, made_with)
         table = _resumed(table, path)
         waiting = [g for g in chosen if g.name not in table.damage]
-        for some in _passes(model, graph, waiting, memory):
-            moments = _input_moments(model, [name for _, names in some for name in names], held)
-            for group, _ in some:
-                if progress is not None:
-                    progress(len(table.damage), len(chosen))
-                table.damage[group.name] = dict(
-                    _cells(model, graph, group, orders[group.name], levels, moments, compared)
-                )
+        tell = progress or (lambda done, of: None)
+        tell(len(table.damage), len(chosen))
+        for some in passes(model, graph, waiting, memory):
+            needed = [name for group, names in some if wanted[group.name] for name in names]
+            measuring.moments = input_moments(model, needed, held)
+            for group, damage in shared(measuring.measured, [group for group, _ in some], workers):
+                table.damage[group.name] = damage
                 if path is not None:
                     table.save(path)
-    if progress is not None:
-        progress(len(chosen), len(chosen))
-    return table
+                tell(len(table.damage), len(chosen))
+    return replace(table, damage={g.name: table.damage[g.name] for g in chosen})
 
 
 def _resumed(table: Sensitivity, path: str | os.PathLike[str] | None) -> Sensitivity:
@@ -190,169 +280,6 @@ def _resumed(table: Sensitivity, path: str | os.PathLike[str] | None) -> Sensiti
     if (found.network, found.made_with, found.measure) != (table.network, table.made_with, table.measure):
         raise UsageError(f"{path}: a table of another network, other data or options; name another file.")
     return found
-
-
-class _Compared:
-    """The unpruned network's outputs, and how far those of a cut one are from them."""
-
-    def __init__(self, model: nn.Module, held: Sequence[Batch], loss: Loss | None) -> None:
-        self.held, self.loss = held, loss
-        self.images = sum(batch.size for batch in held)
-        outputs = [feature_maps.forward(model, batch, n) for n, batch in enumerate(held, start=1)]
-        first = outputs[0]
-        if loss is not None:
-            self.measure = "loss"
-        elif isinstance(first, Tensor) and first.ndim == 2 and first.shape[1] > 1 and first.is_floating_point():
-            self.measure = "kl"
-        else:
-            self.measure = "squared error"
-        self.wanted = [self._kept(output) for output in outputs]
-        self.power = [max(sum(float(t.double().square().sum()) for t in o), 1e-30) for o in self.wanted]
-        if loss is not None:
-            self.before = [self._loss(output, batch) for output, batch in zip(outputs, held, strict=True)]
-
-    def _kept(self, output: Any) -> list[Tensor]:
-        return [t.detach().clone() for t in tensors_of(output) if t.is_floating_point()]
-
-    def _loss(self, output: Any, batch: Batch) -> float:
-        if batch.labels is None:
-            raise UsageError("sensitivity: loss needs labels. Pass (input, label) batches, or leave loss out.")
-        assert self.loss is not None
-        return float(self.loss(output, batch.labels)) * batch.size
-
-    def damage(self, small: nn.Module) -> float:
-        """Return the damage of a cut network."""
-        total = 0.0
-        for i, batch in enumerate(self.held):
-            output = feature_maps.forward(small, batch, i + 1)
-            if self.measure == "loss":
-                total += self._loss(output, batch) - self.before[i]
-                continue
-            found = self._kept(output)
-            if [t.shape for t in found] != [t.shape for t in self.wanted[i]]:
-                raise NotComparableError(
-                    f"batch {i + 1}: the cut network's outputs have other shapes, so they can't be compared: pass loss."
-                )
-            if self.measure == "kl":
-                p, q = (torch.log_softmax(o[0].double() / TEMPERATURE, 1) for o in (self.wanted[i], found))
-                total += float((p.exp() * (p - q)).sum())
-            else:
-                pairs = zip(found, self.wanted[i], strict=True)
-                error = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
-                total += error / self.power[i] * batch.size
-        return total / self.images
-
-
-def _cells(
-    model: nn.Module,
-    graph: ChannelGraph,
-    group: ChannelGroup,
-    order: Sequence[int],
-    levels: int,
-    moments: Mapping[str, Tensor],
-    compared: _Compared,
-) -> Iterator[tuple[int, float]]:
-    """Yield what removing so many channels of a group does, a level after the other."""
-    ends = steps(group, order)
-    counts = sorted({round(len(ends) * level / levels) for level in range(1, levels + 1)} - {0})
-    for count in counts:
-        removed = sorted(channel for step in ends[:count] for channel in step)
-        plan = plan_removal(graph, {group.name: removed})
-        small = cut(model, plan, share=True)
-        for name in shrunk(model, small, plan):
-            if name in moments:
-                _refit(model.get_submodule(name), small.get_submodule(name), moments[name], plan, name)
-        yield len(removed), compared.damage(small)
-
-
-def _passes(
-    model: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup], memory: int
-) -> list[list[tuple[ChannelGroup, list[str]]]]:
-    """Divide groups, with the layers that read each, so that the moments of those layers fit into memory."""
-    tied = by_weight(model)
-    found: dict[str, list[str]] = {}
-    for group in groups:
-        readers = dict.fromkeys(member.module for member in group.members if member.read)
-        own = [name for name in readers if not refusal(name, model.get_submodule(name), tied, memory)]
-        found[group.name] = own
-
-    def need(group: ChannelGroup) -> int:
-        return sum(_bytes(model.get_submodule(name)) for name in found[group.name])
-
-    return [[(g, found[g.name]) for g in some] for some in feature_maps.passes(groups, need, memory)]
-
-
-def _bytes(layer: nn.Module) -> int:
-    blocks, width = _form(layer)
-    return 8 * blocks * width * width
-
-
-def _form(layer: Any) -> tuple[int, int]:
-    """Return how many blocks a layer has, and how many unfolded inputs each, the constant 1 of a bias among them."""
-    return getattr(layer, "groups", 1), layer.weight[0].numel() + (layer.bias is not None)
-
-
-def _input_moments(model: nn.Module, names: Iterable[str], held: Sequence[Batch]) -> dict[str, Tensor]:
-    r"""Run the network once; return :math:`\sum z z^T` of layers' unfolded inputs, ``(blocks, D, D)``.
-
-    Batches are multiplied in the network's own precision, which takes a fraction of the time, and summed in fp64.
-    """
-    names = list(dict.fromkeys(names))
-    images = sum(batch.size for batch in held)
-    positions = max(1, -(-ROWS // images))
-    moments: dict[str, Tensor] = {}
-    with ExitStack() as stack:
-        for name in names:
-            layer = model.get_submodule(name)
-            blocks, width = _form(layer)
-            device = feature_maps.device_of(layer)
-            moments[name] = torch.zeros(blocks, width, width, dtype=torch.float64, device=device)
-            generator = torch.Generator().manual_seed(0)
-
-            def see(
-                layer: Any, args: Any, kwargs: Any, made: Tensor, name: str = name, generator: Any = generator
-            ) -> None:
-                rows = unfold(
-                    layer, args[0] if args else kwargs["input"], draw_positions(layer, made, positions, generator)
-                )
-                if layer.bias is not None:
-                    rows = torch.cat((rows, rows.new_ones(*rows.shape[:2], 1)), 2)
-                moments[name] += rows.mT @ rows
-
-            stack.callback(layer.register_forward_hook(see, with_kwargs=True).remove)
-        for number, batch in enumerate(held, start=1):
-            feature_maps.forward(model, batch, number)
-    return moments
-
-
-def _refit(layer: Any, small: Any, moments: Tensor, plan: PruningPlan, name: str) -> None:
-    """Fit a cut layer to what the whole one makes, by the moments of the whole one's inputs."""
-    blocks, width = _form(layer)
-    taps = (width - (layer.bias is not None)) // (layer.weight.shape[1])
-    inputs = layer.weight.shape[1]
-    kept = torch.zeros(blocks * inputs, dtype=torch.bool)
-    kept[plan.kept_inputs[name]] = True
-    columns = kept.reshape(blocks, inputs).repeat_interleave(taps, 1)
-    if layer.bias is not None:
-        columns = torch.cat((columns, torch.ones(blocks, 1, dtype=torch.bool)), 1)
-    weight = layer.weight.detach().double().reshape(blocks, -1, inputs * taps)
-    rows = torch.zeros(len(layer.weight), dtype=torch.bool)
-    rows[plan.kept_outputs.get(name, list(range(len(rows))))] = True
-    changes = []
-    for block in range(blocks):
-        stays, own = columns[block], moments[block]
-        gone = ~stays[: inputs * taps]
-        outputs = weight[block][rows.reshape(blocks, -1)[block]][:, gone]
-        gone = torch.cat((gone, gone.new_zeros(len(stays) - len(gone))))
-        errors = own[stays][:, gone] @ outputs.mT
-        error = (outputs @ own[gone][:, gone] * outputs).sum()
-        equations = NormalEquations(own[stays][:, stays][None], errors[None], error, error, error, error)
-        changes.append(equations.solve(RIDGE, layer.bias is not None)[0][0])
-    change = torch.stack(changes)
-    if layer.bias is not None:
-        small.bias = nn.Parameter(small.bias + change[:, -1].flatten().to(small.bias))
-        change = change[:, :-1]
-    small.weight = nn.Parameter(small.weight + change.mT.reshape(small.weight.shape).to(small.weight))
 
 
 def _checksum(tensors: Iterable[Tensor]) -> int:

@@ -169,7 +169,7 @@ class Scores(Selection):
             found[name] = some(name, self._paced(left, size - left, remaining)) if spread else replace(limit, most=left)
         return found
 
-    def _target_now(self, state: State, graph: ChannelGraph, remaining: int) -> Target | None:
+    def target_now(self, state: State, graph: ChannelGraph, remaining: int = 1) -> Target | None:
         """Return what this round is to remove of the network as it is now."""
         if self.goals or state.phase == 2:
             return None
@@ -236,7 +236,7 @@ class Scores(Selection):
         def whole(round_to: int) -> Removed:
             """Choose all at once, as a plan does."""
             limits = self._limits_for(round_to)
-            return choice(self._target_now(state, graph, 1), limits, round_to=round_to, allocation=allocation)
+            return choice(self.target_now(state, graph), limits, round_to=round_to, allocation=allocation)
 
         try:
             if planned and not state.rounds:
@@ -248,7 +248,7 @@ class Scores(Selection):
                     return found
             remaining = max(1, state.rounds - state.goal_round)
             return choice(
-                self._target_now(state, graph, remaining),
+                self.target_now(state, graph, remaining),
                 self.limits_now(state, graph, remaining=remaining),
                 round_to=self._multiple(state),
                 allocation=allocation,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from secateur.compensation.sensitivity import Sensitivity, sensitivity
+from secateur.compensation.sensitivity import Sensitivity, refined, sensitivity
 from secateur.criteria import Criterion
 from secateur.criteria.feature_maps import examples
 from secateur.criteria.scoring import score, select
@@ -18,12 +18,14 @@ from secateur.graph.plan import Selection
 from secateur.pruning.allocation import Times
 from secateur.pruning.limits import Limit
 from secateur.pruning.options import Allocation
-from secateur.pruning.planning import Target, choose
+from secateur.pruning.planning import Target, choose, plan_removal
 from secateur.training import passes
 from secateur.training.passes import Batches
 
 MEASURED_IMAGES = 512
 """So many images are enough to measure sensitivity on."""
+REFINEMENTS = 2
+"""So often the table is measured more finely around the widths planned by it."""
 
 
 class Choice:
@@ -84,11 +86,15 @@ def measured(
     graph: ChannelGraph,
     data: Iterable[Any],
     limits: Mapping[str, Limit],
+    target: Target | None,
     *,
     inexact: bool,
     progress: Callable[[int, int], None] | None = None,
 ) -> Sensitivity:
-    """Measure the sensitivity of the groups whose loss is still to be found, on as many images as it takes."""
+    """Measure the sensitivity of the groups whose loss is still to be found, on as many images as it takes.
+
+    It is measured more finely around the widths that it leads to under the target.
+    """
     few, images = [], 0
     for batch in data:
         few.append(batch)
@@ -96,7 +102,13 @@ def measured(
         if images >= MEASURED_IMAGES:
             break
     open_to = [name for name, limit in limits.items() if limit.most and not limit.forced]
-    return sensitivity(model, graph, few, groups=open_to, inexact=inexact, progress=progress)
+    table = sensitivity(model, graph, few, groups=open_to, inexact=inexact, progress=progress)
+    if target is not None and open_to:
+        scores = score(model, graph, "l2", groups=list(limits), inexact=True)
+        for _ in range(REFINEMENTS):
+            found = choose(graph, scores, target, limits, allocation=table, partial=True)
+            table = refined(model, graph, few, table, plan_removal(graph, found), progress=progress)
+    return table
 
 
 class Some:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.compensation import compensate, parse
-from secateur.compensation.sensitivity import NotComparableError
+from secateur.compensation.damage import NotComparableError
 from secateur.engine import pairing, request
 from secateur.engine.by_scores import Scores
 from secateur.engine.choosing import Some, measured
@@ -236,7 +236,7 @@ class Engine:
             try:
                 table = measured(
                     state.network, graph, Some(self.train, None, seed), selection.limits_now(state, graph),
-                    inexact=self.options.inexact, progress=progress,
+                    selection.target_now(state, graph), inexact=self.options.inexact, progress=progress,
                 )  # fmt: skip
                 selection.store_table(state, table)
             except NotComparableError as error:

@@ -11,7 +11,8 @@ from typing import Any, Literal, Unpack
 from torch import nn
 
 from secateur import compensation
-from secateur.compensation.sensitivity import NotComparableError, Sensitivity
+from secateur.compensation.damage import NotComparableError
+from secateur.compensation.sensitivity import Sensitivity
 from secateur.criteria import Criterion
 from secateur.deploy.timing import choose_round_to
 from secateur.deploy.timing.measuring import latency
@@ -72,7 +73,8 @@ def prune(
         data: Batches that criterion and compensation see, see :func:`secateur.criteria.feature_maps.batches`.
         method: The criterion that ranks the channels: its name, a :class:`secateur.Criterion` or a function. ``auto``,
             with data, measures the sensitivity of every group, takes from each what costs the network least, channels
-            of the lowest ``l2`` first, and refits all layers behind by least squares; without data it is ``l1``.
+            of the lowest ``l2`` first, and refits all layers behind by least squares; without data it ranks the
+            channels of all groups together by their ``l2``.
         method_options: The criterion's own options. With one that decides a selection, such as corrnet's
             ``threshold``, the criterion selects by itself and may remove less than asked for.
         loss: ``loss(output, target)``, for criteria of gradients; cross entropy when None.
@@ -165,7 +167,9 @@ class _Planner:
 
         limits = self._limits(names, self.options).by_group
         try:
-            return measured(self.model, self.graph, data, limits, inexact=self.options.inexact, progress=progress)
+            return measured(
+                self.model, self.graph, data, limits, self.target, inexact=self.options.inexact, progress=progress
+            )
         except NotComparableError as error:
             if self.options.allocation == SENSITIVITY:
                 raise

@@ -53,12 +53,12 @@ def way_of(method: Any, allocation: Allocation | None, compensate: str | Sequenc
     if not isinstance(method, str) or method != AUTO:
         criterion = criteria.get(method)
         return Way(criterion.name, criterion, allocation or "normalized", compensation.parse(compensate or ()), {})
-    criterion = criteria.get("l2" if data else "l1")
-    allocation = allocation or ("sensitivity" if data else "normalized")
+    criterion = criteria.get("l2")
+    share: Allocation = allocation or (SENSITIVITY if data else "global")
     refit = {"everywhere": True} if compensate is None and data else {}
     if compensate is None:
         compensate = ["least_squares"] if data else []
-    return Way(f"{AUTO}: {criterion.name}", criterion, allocation, compensation.parse(compensate), refit, auto=True)
+    return Way(f"{AUTO}: {criterion.name}", criterion, share, compensation.parse(compensate), refit, auto=True)
 
 
 def require_possible(target: Target | None, way: Way, options: Options, given: Mapping[str, Any], data: bool) -> None:

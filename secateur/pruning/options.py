@@ -62,7 +62,8 @@ class Options:
     mean; ``global`` ranks the scores as they are; ``uniform`` removes the same fraction from every group. A table of
     :func:`secateur.sensitivity` says what each group's loss does to the network: the plan has the least such damage in
     sum, exactly solved, and scores decide only which channels of a group go. ``sensitivity``, of prune and compress,
-    measures that table first. None is ``sensitivity`` for the method ``auto`` with data, and ``normalized`` otherwise;
+    measures that table first. None is, for the method ``auto``, ``sensitivity`` with data and ``global``
+    without, and ``normalized`` for any other;
     ``cfp`` of compress has its pairs in place of an allocation."""
     inexact: bool = False
     """Whether groups whose removal can't equal zeroing (layer norm, softmax over channels) may lose channels."""

@@ -1,6 +1,7 @@
 """The report of a run: one HTML page that carries everything, its numbers as JSON, its figures for a paper.
 
-:func:`draw_graph` draws the coupling of a network's channels as such a page.
+:func:`draw_graph` draws the coupling of a network's channels as such a page, :func:`draw_sensitivity` a table of what
+each group loses.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from secateur.report.graph_page import draw_graph
 from secateur.report.html import finite
 from secateur.report.page import render
 from secateur.report.reading import Run, read_run
+from secateur.report.sensitivity import draw_sensitivity
 from secateur.report.summary import headline, refusals, rounds, sentence, settings, side_by_side, speeds, widths
 
-__all__ = ["ReportFiles", "draw_graph", "read_run", "write_report"]
+__all__ = ["ReportFiles", "draw_graph", "draw_sensitivity", "read_run", "write_report"]
 
 HEAT_MAPS = 24
 """The most heat maps a page carries, over all its runs, which keeps the file under 6 MB."""

@@ -97,7 +97,7 @@ def render(runs: Sequence[Run], figures: Sequence[Sequence[Figure]], heat_maps: 
         comparison={"table": side_by_side(runs), "figures": compared, "lead": _comparison_lead(runs)},
         css=html.asset("page.css"),
         js=html.asset("frame.js", "page.js"),
-        plotly_js=Markup(_plotly_js()),
+        plotly_js=Markup(plotly_js()),
         figures_json=html.script_json(store),
     )
 
@@ -184,7 +184,12 @@ def _comparison_lead(runs: Sequence[Run]) -> str:
     return f"{len(front)} of {len(runs)} on the Pareto front: no run beats them both in metric and in MACs removed."
 
 
-def _plotly_js() -> str:
+def plotly_js() -> str:
+    """Return Plotly's own script, as it can stand inside a script element.
+
+    Raises:
+        UsageError: If Plotly is not installed.
+    """
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:

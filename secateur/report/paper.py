@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 COLUMN = 3.4
 """Width of a column of a two-column paper, inches."""
+LEGEND = 24
+"""Most names in a column of a legend; a legend of more than half as many stands beside the figure."""
 
 _COLOURS = {
     Tone.BEFORE: "#94a39a",
@@ -22,7 +24,7 @@ _COLOURS = {
     Tone.REVERTED: "#c2410c",
     Tone.LIMIT: "#8a6a1f",
 }
-_RUNS = ("#15803d", "#2563ad", "#b4540a", "#7c3aad", "#0e7c86", "#b0275e")
+RUNS = ("#15803d", "#2563ad", "#b4540a", "#7c3aad", "#0e7c86", "#b0275e")
 _MARKERS = ("o", "s", "D", "^", "P", "*")
 _DASHES = ("-", "--", ":", "-.")
 
@@ -61,9 +63,11 @@ def draw(figures: list[Figure], heat_maps: list[HeatMap], folder: Path) -> list[
     with rc_context(style):
         for figure in figures:
             many = figure.x_scale == "category" and len(figure.series[0].x) > 12
-            canvas = Canvas(figsize=(COLUMN * (2.1 if many else 1), 2.4), layout="constrained")
+            beside = -(-len(figure.series) // LEGEND) if len(figure.series) > LEGEND // 2 else 0
+            size = (COLUMN * (2.1 if many or beside else 1) + max(0, beside - 1), 3.6 if beside else 2.4)
+            canvas = Canvas(figsize=size, layout="constrained")
             FigureCanvasAgg(canvas)
-            _chart(figure, canvas.add_subplot())
+            _chart(figure, canvas.add_subplot(), beside)
             written += _saved(canvas, folder, figure.id, figure.title)
         for heat_map in heat_maps:
             sides = [heat_map.before] + ([heat_map.after] if heat_map.after is not None else [])
@@ -88,7 +92,8 @@ def _saved(canvas: Any, folder: Path, name: str, title: str) -> list[Path]:
     return files
 
 
-def _chart(figure: Figure, axes: Axes) -> None:
+def _chart(figure: Figure, axes: Axes, beside: int) -> None:
+    """Draw a figure; its legend stands beside it, in so many columns, or inside where that is 0."""
     if figure.x_scale == "category":
         _bars(figure, axes)
     else:
@@ -115,7 +120,9 @@ def _chart(figure: Figure, axes: Axes) -> None:
     }
     if figure.y_format in write:
         axes.yaxis.set_major_formatter(write[figure.y_format])
-    if len(figure.series) > 1:
+    if beside:
+        axes.legend(fontsize=5, ncols=beside, loc="upper left", bbox_to_anchor=(1, 1))
+    elif len(figure.series) > 1:
         axes.legend(fontsize=6.5)
 
 
@@ -152,4 +159,4 @@ def _points(series: Series, axes: Axes) -> None:
 
 
 def _colour(series: Series) -> str:
-    return _COLOURS.get(series.tone, _RUNS[series.place % len(_RUNS)])
+    return _COLOURS.get(series.tone, RUNS[series.place % len(RUNS)])

@@ -522,7 +522,7 @@ ERRORS: list[tuple[list[str], int, str]] = [
     (["trace", "lenet5", "--weights"], 2, "requires an argument"),
     (["prune", "lenet5", "--macs", "half"], 2, "'--macs'"),
     (["prune", "lenet5", "--macs", "0.5", "--round-to", "0"], 2, "--round-to 0"),
-    (["prune", "lenet5", "--macs", "0.5", "--allocation", "loudest"], 2, "'--allocation'"),
+    (["prune", "lenet5", "--macs", "0.5", "--allocation", "loudest"], 2, "--allocation loudest: no such file; give"),
     (["demo", "--seed", "-1"], 2, "'--seed'"),
     (["resume"], 2, "Missing argument"),
     # The model

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import secateur as sc
+from secateur.compensation.sensitivity import refined
 from secateur.graph.steps import steps
 from tests.pruning.test_planning import Net
 
@@ -62,6 +63,40 @@ def test_a_cell_is_what_cutting_refitting_and_measuring_give(group: str, near: f
         removed = [c for step in ends for c in step][:count]
         small, _ = by_hand(group, sorted(removed))
         assert damage == pytest.approx(divergence(small), rel=near, abs=1e-7), count
+
+
+def test_a_cell_of_a_layer_without_a_bias_has_the_running_mean_take_up_its_shift() -> None:
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten()]
+    model = nn.Sequential(*body, nn.Linear(24, 5)).eval()
+    graph = sc.trace(model, DATA[0])
+    scores = {g.name: torch.arange(g.size).float() for g in graph.groups}
+    before = model[3].running_mean.clone()
+    table = sc.sensitivity(model, graph, DATA, scores=scores, levels=2, groups=["0"])
+    assert torch.equal(model[3].running_mean, before)
+    small = sc.apply(model, sc.plan_removal(graph, {"0": [0, 1, 2, 3]}), "least_squares", DATA, exact=True)
+    assert float((small[3].running_mean - before).abs().max()) > 0.01
+    p, q = (torch.cat([net(x) for x in DATA]).double().div(4).softmax(1) for net in (model, small))
+    assert table.damage["0"][4] == pytest.approx(float((p * (p / q).log()).sum() / len(p)), rel=1e-3)
+
+
+def test_a_refined_table_knows_more_around_the_widths_planned() -> None:
+    scores = {g.name: torch.arange(g.size).float() for g in GRAPH.groups}
+    table = sc.sensitivity(MODEL, GRAPH, DATA, scores=scores, levels=3, groups=["inner", "hidden"])
+    assert list(table.damage["inner"]) == [8, 15, 23]
+    assert list(table.damage["hidden"]) == [4, 7, 11]
+    plan = sc.plan_removal(GRAPH, {"inner": list(range(15))})
+    found = refined(MODEL, GRAPH, DATA, table, plan, scores=scores)
+    assert list(found.damage["inner"]) == [8, 11, 15, 19, 23]  # halfway to 8 and to 23
+    assert list(found.damage["hidden"]) == [2, 4, 7, 11]  # halfway from 0 to 4
+    everything = sc.sensitivity(MODEL, GRAPH, DATA, scores=scores, levels=23, groups=["inner"]).damage["inner"]
+    assert found.damage["inner"] == {count: everything[count] for count in found.damage["inner"]}
+    between = sc.plan_removal(GRAPH, {"inner": list(range(10))})
+    assert list(refined(MODEL, GRAPH, DATA, table, between, scores=scores).damage["inner"]) == [8, 9, 10, 12, 15, 23]
+    with pytest.raises(sc.PlanError, match="measured with other weights"):
+        refined(network().train().requires_grad_(False).half().float(), GRAPH, DATA, table, plan)
+    with pytest.raises(sc.UsageError, match="refine it as it was"):
+        refined(MODEL, GRAPH, DATA[:2], table, plan, scores=scores)
 
 
 def test_the_network_is_left_as_found() -> None:

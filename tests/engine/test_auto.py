@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import secateur as sc
-from secateur.compensation.sensitivity import NotComparableError
+from secateur.compensation.damage import NotComparableError
+from secateur.compensation.sensitivity import LEVELS
 from secateur.engine import CompressResult, Event, choosing, compress
 from secateur.engine.by_scores import _since
 from secateur.errors import PlanError
@@ -126,16 +127,15 @@ def test_a_table_goes_on_from_the_widths_that_a_network_has_come_to() -> None:
 
 
 def test_a_table_that_is_given_is_taken_and_one_of_other_weights_refused(
-    network: nn.Module, monkeypatch: pytest.MonkeyPatch
+    network: nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    graph = sc.trace(network, INPUTS)
-    table = sc.sensitivity(network, graph, list(TRAIN))
-    widths = measurements(monkeypatch)
     short: dict[str, Any] = {"target": sc.Target(macs=0.3), "final_epochs": 0, "finetune_epochs": 0}
+    own = run(network, run_dir=tmp_path, **short)
+    table = sc.Sensitivity.load(tmp_path / "sensitivity.json")
+    widths = measurements(monkeypatch)
     given = run(network, allocation=table, **short)
     assert widths == []
-    assert given.plan == run(network, **short).plan
-    assert len(widths) == 1
+    assert given.plan == own.plan
     with pytest.raises(PlanError, match="measured with other weights"):
         run(Small(), allocation=table, **short)
 
@@ -185,11 +185,16 @@ def test_each_part_can_be_set(network: nn.Module) -> None:
     assert record["images"] == 200
 
 
-def test_the_damage_of_a_round_is_the_least_for_its_macs(network: nn.Module) -> None:
-    """Against all widths of a small network: no choice that saves as much does less damage by the table."""
+def test_the_damage_of_a_round_is_the_least_for_its_macs(network: nn.Module, tmp_path: Path) -> None:
+    """Against all widths of a small network: no choice that saves as much does 3% less damage.
+
+    The knapsack takes products of widths for sums, anew around each solution, so it may miss the least by little.
+    """
     graph = sc.trace(network, INPUTS)
-    table = sc.sensitivity(network, graph, list(TRAIN))
-    result = run(network, tolerance=100, max_rounds=1, fraction=0.3, finetune_epochs=0)
+    result = run(network, tolerance=100, max_rounds=1, fraction=0.3, finetune_epochs=0, run_dir=tmp_path)
+    table = sc.Sensitivity.load(tmp_path / "sensitivity.json")
+    cells = sum(map(len, table.damage.values()))
+    assert cells > 3 * LEVELS  # it was refined around the widths of the round
     counts = {g.name: len(result.plan.removed.get(g.name, ())) for g in graph.groups}
 
     def damage(name: str, n: int) -> float:
@@ -205,4 +210,4 @@ def test_the_damage_of_a_round_is_the_least_for_its_macs(network: nn.Module) -> 
         for widths in np.ndindex(*(graph.group(name).size for name in counts))
         if macs(dict(zip(counts, widths, strict=True))) <= 0.7 * sc.macs(graph)
     )
-    assert sum(damage(name, n) for name, n in counts.items()) <= 1.02 * least + 1e-9
+    assert sum(damage(name, n) for name, n in counts.items()) <= 1.03 * least + 1e-9

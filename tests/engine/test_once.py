@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import secateur as sc
 from secateur import compensation
+from secateur.compensation.sensitivity import refined
 from secateur.deploy.timing import RoundToChoice
 from secateur.engine import once
 from secateur.errors import DataError, PlanError, SecateurError, UsageError, VerificationError
@@ -149,7 +150,7 @@ def test_every_option_reaches_its_step(
     network: nn.Module, name: str, base: dict[str, Any], change: dict[str, Any]
 ) -> None:
     assert name in change
-    base = {"target": MACS, **base}
+    base = {"target": MACS, "method": "l1", **base}
     before = copy.deepcopy(network.state_dict())
     without = sc.prune(network, INPUTS, **base)
     result = sc.prune(network, INPUTS, **{**base, **change})
@@ -187,7 +188,7 @@ def test_auto_measures_the_network_pruned_to_the_same_target(
         return RoundToChoice(4, "channels_last", {(4, "channels_last"): 0.5}, {16: "too wide"})
 
     monkeypatch.setattr(once, "choose_round_to", fastest)
-    result = sc.prune(network, INPUTS, MACS, round_to="auto")
+    result = sc.prune(network, INPUTS, MACS, method="l1", round_to="auto")
     assert offered == {n: chain(network, INPUTS, MACS, round_to=n)[0].conv1.out_channels for n in (1, 4)}
     assert result.plan == chain(network, INPUTS, MACS, round_to=4)[1]
     assert result.report["round_to"] == 4
@@ -239,8 +240,10 @@ def test_auto_with_data_measures_allocates_and_refits(network: nn.Module) -> Non
     result = sc.prune(network, INPUTS, MACS, data=BATCHES)
     assert (result.report["method"], result.report["allocation"]) == ("auto: l2", "sensitivity")
     graph = sc.trace(network, INPUTS)
-    table = sc.sensitivity(network, graph, BATCHES)
-    plan = sc.plan(graph, sc.score(network, graph, "l2"), MACS, allocation=table)
+    table, scores = sc.sensitivity(network, graph, BATCHES), sc.score(network, graph, "l2")
+    for _ in range(2):
+        table = refined(network, graph, BATCHES, table, sc.plan(graph, scores, MACS, allocation=table))
+    plan = sc.plan(graph, scores, MACS, allocation=table)
     assert result.plan == plan
     by_hand = sc.apply(network, plan, compensate="least_squares", data=BATCHES, everywhere=True)
     assert same(result.model, by_hand)
@@ -255,9 +258,9 @@ def test_auto_with_data_measures_allocates_and_refits(network: nn.Module) -> Non
 def test_auto_without_data_goes_by_weights_and_each_part_can_be_set(network: nn.Module) -> None:
     bare = sc.prune(network, INPUTS, MACS)
     assert (bare.report["method"], bare.report["allocation"], bare.report["compensation"]) == (
-        "auto: l1", "normalized", None,
+        "auto: l2", "global", None,
     )  # fmt: skip
-    assert bare.plan == sc.prune(network, INPUTS, MACS, method="l1").plan
+    assert bare.plan == sc.prune(network, INPUTS, MACS, method="l2", allocation="global").plan
     plain = sc.prune(network, INPUTS, MACS, data=BATCHES, compensate=())
     assert plain.report["compensation"] is None
     assert same(plain.model, sc.apply(network, plain.plan))
@@ -277,7 +280,7 @@ ERRORS: list[tuple[dict[str, Any], type[SecateurError], str]] = [
     ({"compensate": "bn"}, UsageError, "prune: compensation bn looks at feature maps; give data=batches (--data"),
     ({"compensate": "glue"}, UsageError, "unknown compensation 'glue'"),
     ({"compensate": ["bn", "merge"], "data": BATCHES}, UsageError, "Put merge first"),
-    ({"method_options": {"power": 2}}, UsageError, "criterion l1: unknown option 'power'. It takes none."),
+    ({"method_options": {"power": 2}}, UsageError, "criterion l2: unknown option 'power'. It takes none."),
     ({"round_to": 0}, UsageError, "round_to: expected a whole number from 1 up, or 'auto'; found 0."),
     ({"round_to": "fast"}, UsageError, "or 'auto'; found 'fast'."),
     (
