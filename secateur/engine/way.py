@@ -54,7 +54,7 @@ def way_of(method: Any, allocation: Allocation | None, compensate: str | Sequenc
         criterion = criteria.get(method)
         return Way(criterion.name, criterion, allocation or "normalized", compensation.parse(compensate or ()), {})
     criterion = criteria.get("l2")
-    share: Allocation = allocation or (SENSITIVITY if data else "global")
+    share: Allocation = allocation or ("sensitivity" if data else "global")
     refit = {"everywhere": True} if compensate is None and data else {}
     if compensate is None:
         compensate = ["least_squares"] if data else []
