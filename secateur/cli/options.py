@@ -134,7 +134,7 @@ Allocation = Annotated[
     typer.Option(
         metavar="NAME|FILE",
         help="How many channels each group loses. sensitivity: as measured on the data, what costs the network least; "
-        "a file: as 'secateur sensitivity' has measured it; "
+        "a file, of prune: as 'secateur sensitivity' has measured it; "
         "normalized: rank all channels together, scores divided by their group's mean; global: scores as they are; "
         "uniform: the same fraction from every group. Unless given: sensitivity for auto with data, else normalized.",
         show_default=False,
@@ -302,6 +302,22 @@ def target(
     return given | said
 
 
+def allocation(text: str | None) -> Any:
+    """Read ``--allocation``: the name of one, or a file that holds a table of sensitivity.
+
+    Raises:
+        UsageError: If it is no name, and no such file.
+    """
+    known = ("sensitivity", "normalized", "global", "uniform")
+    if text is None or text in known:
+        return text
+    from secateur.compensation.sensitivity import Sensitivity
+
+    if not Path(text).exists():
+        raise UsageError(f"--allocation {text}: no such file; give {', '.join(known)} or a table of sensitivity.")
+    return Sensitivity.load(text)
+
+
 def planning(
     *,
     ratio: Sequence[str] | None,
@@ -328,26 +344,10 @@ def planning(
         "max_ratio": caps("--max-ratio", max_ratio) if max_ratio else None,
         "round_to": None if round_to is None else _round_to(round_to),
         "min_channels": min_channels,
-        "allocation": _allocation(allocation),
+        "allocation": allocation,
         "inexact": inexact or None,
     }
     return {name: value for name, value in given.items() if value is not None}
-
-
-def _allocation(text: str | None) -> Any:
-    """Read ``--allocation``: the name of one, or a file that holds a table of sensitivity.
-
-    Raises:
-        UsageError: If it is no name, and no such file.
-    """
-    known = ("sensitivity", "normalized", "global", "uniform")
-    if text is None or text in known:
-        return text
-    from secateur.compensation.sensitivity import Sensitivity
-
-    if not Path(text).exists():
-        raise UsageError(f"--allocation {text}: no such file; give {', '.join(known)} or a table of sensitivity.")
-    return Sensitivity.load(text)
 
 
 def _round_to(text: str) -> int | Literal["auto"]:

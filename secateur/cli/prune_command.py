@@ -117,6 +117,8 @@ def prune(
             ratio=ratio, skip=skip, max_ratio=max_ratio, round_to=round_to, min_channels=min_channels,
             allocation=allocation, inexact=inexact,
         )  # fmt: skip
+        if "allocation" in limits:
+            limits["allocation"] = options.allocation(limits["allocation"])
         if out is not None:
             sources.writable(out)
         ranked, given = sources.method(method), options.values("--method-option", method_option)

@@ -85,3 +85,9 @@ def test_without_a_terminal_a_long_step_is_told_now_and_then(
             now += 100
     lines = console.sys.stderr.getvalue().splitlines()
     assert lines == ["measuring: 2 of 9", "measuring: 5 of 9", "measuring: 8 of 9"]
+
+
+def test_compress_measures_its_own_table(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sc.Sensitivity({"a": 2}, {}, "kl", 1, 1).save("table.json")
+    assert run("compress", *LENET, *DIGITS, "--macs", "0.5", "--allocation", "table.json") == 2
+    assert "found 'table.json'" in capsys.readouterr().err
