@@ -69,6 +69,7 @@ def test_each_of_our_arms_removes_what_is_asked_for_from_the_inner_filters_alone
     assert all(torch.equal(before[name], value) for name, value in inner.model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", ["inner", pytest.param("all", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("importance", slow_but(IMPORTANCES))
@@ -100,6 +101,7 @@ class Lowest:
         return torch.arange(len(group[0].idxs), dtype=torch.float32)
 
 
+@pytest.mark.slow
 def test_gradients_that_the_peer_gets_are_means_over_the_images(inner: Setting) -> None:
     mean = accuracy_peers._gradients(inner, 3, squared=False)["linear.weight"]
     root = accuracy_peers._gradients(inner, 3, squared=True)["linear.weight"]
@@ -129,6 +131,7 @@ def measuring(work: Path) -> Measuring:
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_and_ends_in_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cell = Cell("tiny", "inner", 0.4, "l1", 3, 300, seed=2, distilled=True, peak=0.01)
     whole = measuring(tmp_path / "a")
@@ -153,6 +156,7 @@ def test_a_killed_training_goes_on_and_ends_in_the_same_bits(tmp_path: Path, mon
     assert not list((tmp_path / "b" / "training").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ["l1", AUTO, SCRATCH, SPARSE, "TP l2 global"])
 def test_a_trained_cell_is_a_row_with_its_figures(tmp_path: Path, arm: str) -> None:
     row = measuring(tmp_path).row(Cell("tiny", "inner", 0.4, arm, 1, 300, peak=0.01))
@@ -162,6 +166,7 @@ def test_a_trained_cell_is_a_row_with_its_figures(tmp_path: Path, arm: str) -> N
     assert row["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_what_a_peer_cannot_do_is_a_row_with_the_reason(tmp_path: Path) -> None:
     row = measuring(tmp_path).row(Cell("tiny", "inner", 0.4, KIRIGAMI))
     assert row["failed"] == "torch-kirigami is not installed"

@@ -73,6 +73,7 @@ for moment in ("before the disk has it", "before the rename", "0.003", "0.02"):
 """
 
 
+@pytest.mark.slow
 def test_a_writer_killed_at_any_moment_leaves_a_whole_file_and_the_next_write_tidies_up(tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], cwd=ROOT, check=True, stdout=subprocess.PIPE)
     assert [int(status) for status in done.stdout.split()] == [-signal.SIGKILL] * 4

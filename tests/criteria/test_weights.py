@@ -320,6 +320,7 @@ assert surroundings() == before
 """
 
 
+@pytest.mark.slow
 def test_a_criterion_imports_what_it_alone_needs_and_leaves_no_trace() -> None:
     root = Path(sc.__file__).parents[1]
     environment = {"PYTHONPATH": str(root), "PATH": "", "OMP_NUM_THREADS": "1"}

@@ -73,12 +73,14 @@ def test_an_exported_file_computes_the_network_at_any_batch_size(suffix: str, ba
     torch.testing.assert_close(found, model.eval()(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 def test_keyword_arguments_and_nested_outputs(suffix: str, tmp_path: Path) -> None:
     report = export(Several(), tmp_path / f"net{suffix}", {"x": torch.randn(2, 3, 8, 8), "mask": torch.ones(2)})
     assert report.batch_sizes == (1, 2, 3)
 
 
+@pytest.mark.slow
 def test_a_smaller_network_is_a_smaller_file(tmp_path: Path) -> None:
     sizes = {}
     for width in (16, 64):
@@ -188,6 +190,7 @@ def test_int8_is_measured_by_the_callers_metric(tmp_path: Path) -> None:
     assert "QuantizeLinear" in {node.op_type for node in onnx.load(tmp_path / "net.int8.onnx").graph.node}
 
 
+@pytest.mark.slow
 def test_int8_without_calibration_or_of_a_foreign_file_is_a_data_error(tmp_path: Path) -> None:
     export(Net(), tmp_path / "net.onnx", torch.randn(2, 3, 8, 8))
     with pytest.raises(DataError, match="calibration"):

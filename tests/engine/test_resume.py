@@ -55,6 +55,7 @@ def check_killed(folder: Path, case: str, seed: int, kills: int, total: int) -> 
     return whole
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
     records = check_killed(tmp_path, "classifier", seed=1, kills=5, total=5)["history"]
     # The run has every kind of step.

@@ -225,6 +225,7 @@ for channels in (1, 2, 3, 4, 5, 7):
 """
 
 
+@pytest.mark.slow
 def test_training_never_writes_past_its_memory() -> None:
     """In a process whose allocator checks, where there is one that does (glibc's); it dies at the first free."""
     debug = Path("/lib/x86_64-linux-gnu/libc_malloc_debug.so.0")
