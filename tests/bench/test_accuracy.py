@@ -53,7 +53,7 @@ def shrunk(own: Setting, small: nn.Module) -> set[str]:
     return {n for n, m in small.named_modules() if isinstance(m, nn.Conv2d) and m.out_channels < sizes[n]}
 
 
-QUICK = (UNIFORM, RANDOM, AUTO, SCRATCH, "redundancy global + least squares", "l2", "Hessian")
+QUICK = (UNIFORM, RANDOM, SCRATCH, "redundancy global + least squares", "l2", "Hessian")
 
 
 def slow_but(names: Iterable[str]) -> list[Any]:

@@ -13,8 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 FAST = {
     *("c2f", "halves_at_two_scales", "masked", "read_in_half", "grouped_transposed", "one_channel_a_block"),
-    *("mixed_depthwise", "grouped_to_the_last", "mixed_positions", "takes_a_deep_dict", "residual_stage", "windows"),
-    *("no_grad_inside", "low_rank_kernel", "blur_pool"),
+    *("mixed_depthwise", "mixed_positions", "takes_a_deep_dict", "windows", "no_grad_inside", "blur_pool"),
 }
 """A network or two of each kind, in fp64; the others are slow together."""
 

@@ -52,7 +52,7 @@ def _line(cls: type, words: str) -> str:
     return f"{__file__}:{next(i for i, text in enumerate(lines, 1) if words in text)}"
 
 
-@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_an_exported_file_computes_the_network_at_any_batch_size(suffix: str, batch: int, tmp_path: Path) -> None:
     torch.manual_seed(0)

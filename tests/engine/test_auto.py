@@ -72,7 +72,7 @@ def test_a_target_is_met_in_one_round_and_trained_by_distillation(network: nn.Mo
     assert (asked["settings"]["distillation"], asked["settings"]["schedule"]) == (0.9, "cosine")
 
 
-@pytest.mark.parametrize(("share", "rounds"), [(0.7, 2), (0.85, 3)])
+@pytest.mark.parametrize(("share", "rounds"), [(0.7, 2), pytest.param(0.85, 3, marks=pytest.mark.slow)])
 def test_much_goes_in_several_rounds_each_measured_anew(
     network: nn.Module, share: float, rounds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +88,7 @@ def test_much_goes_in_several_rounds_each_measured_anew(
     assert result.report["verification"]["exact"]
 
 
+@pytest.mark.slow
 def test_the_rounds_of_a_tolerance_go_on_until_small_steps_cost_too_much(
     network: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
