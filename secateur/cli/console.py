@@ -159,7 +159,8 @@ def comparison(before: Mapping[str, Any], after: Mapping[str, Any], metric: str 
     """Tabulate a network's figures before and after pruning; those that were not measured are left out.
 
     Args:
-        before: Any of ``test``, ``validation`` (fractions), ``macs``, ``parameters``, ``file_bytes``, ``latency_ms``.
+        before: Any of ``test``, ``validation`` (fractions), ``macs``, ``parameters``,
+            ``memory_bytes``, ``file_bytes``, ``latency_ms``.
         after: The same of the pruned network.
         metric: Name of the metric that ``test`` and ``validation`` hold.
     """
@@ -172,6 +173,7 @@ def comparison(before: Mapping[str, Any], after: Mapping[str, Any], metric: str 
     for key, name, write in (
         ("macs", "MACs", quantity),
         ("parameters", "parameters", quantity),
+        ("memory_bytes", "run-time memory", size),
         ("file_bytes", "file size", size),
         ("latency_ms", "CPU latency", lambda ms: f"{ms:.3g} ms"),
     ):

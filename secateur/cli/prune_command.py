@@ -184,8 +184,8 @@ def _show_latency(timed: Mapping[str, Any]) -> None:
     at = f"{timed['runtime']}, batch {timed['batch']}, {timed['threads']} thread{'s' if timed['threads'] > 1 else ''}"
     console.output().print(
         f"time of a forward pass ({at}): {1000 * timed['before']:.3g} ms → {1000 * timed['after']:.3g} ms, "
-        f"{timed['measured']:.1%} left; asked {timed['asked']:.1%}, predicted {timed['predicted']:.1%} "
-        f"({timed['error']:+.1%})"
+        f"{timed['measured']:.1%} left; asked {timed['asked']:.1%}, predicted {timed['predicted']:.1%} from the times "
+        "of layers"
     )
     if timed["slower"]:
         console.error_line(f"the pruned network is not faster than the original ({at})", "warning")

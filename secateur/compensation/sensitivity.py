@@ -94,7 +94,8 @@ class Sensitivity:
             raise UsageError(f"{path}: can't be read: {error.strerror}.") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(
-                f"{path}: no table of sensitivity ({error}). secateur.sensitivity measures one."
+                f"{path}: no table of sensitivity ({_found(error)}). secateur.sensitivity (secateur sensitivity) "
+                "measures one."
             ) from error
 
     def figure(self, plan: PruningPlan | None = None) -> Any:
@@ -288,3 +289,7 @@ def _checksum(tensors: Iterable[Tensor]) -> int:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         found = zlib.crc32(flat.view(torch.uint8).numpy().data if flat.numel() else b"", found)
     return found
+
+
+def _found(error: Exception) -> str:
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)

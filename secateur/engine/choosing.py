@@ -89,6 +89,7 @@ def measured(
     target: Target | None,
     *,
     inexact: bool,
+    costs: Times | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Sensitivity:
     """Measure the sensitivity of the groups whose loss is still to be found, on as many images as it takes.
@@ -106,7 +107,7 @@ def measured(
     if target is not None and open_to:
         scores = score(model, graph, "l2", groups=list(limits), inexact=True)
         for _ in range(REFINEMENTS):
-            found = choose(graph, scores, target, limits, allocation=table, partial=True)
+            found = choose(graph, scores, target, limits, allocation=table, partial=True, costs=costs)
             table = refined(model, graph, few, table, plan_removal(graph, found), progress=progress)
     return table
 

@@ -111,12 +111,13 @@ def prune(
     data, test = _rereadable(data), _rereadable(test)
     with _shown(steps, "tracing"):
         graph = trace(model, example_inputs)
-    planner = _Planner(model, graph, target, way, chosen, data, steps, {"options": own, "loss": loss, "seed": seed})
-    plan, small, report = planner.pruned(example_inputs)
+    reading = {"options": own, "loss": loss, "seed": seed}
+    planner = _Planner(model, graph, example_inputs, target, way, chosen, data, steps, reading)
+    plan, small, report = planner.pruned()
     with _shown(steps, "verifying"):
         check = verify(model, small, plan, example_inputs)
     _require_verified(check, chosen.inexact)
-    report |= _figures(graph, plan) | {"verification": asdict(check)}
+    report |= _figures(graph, plan, target) | {"verification": asdict(check)}
     report |= {"compensation": _compensated(model, small, plan, way, data, graph, example_inputs, steps)}
     _evaluate({"before": model, "after": small}, report, test, metric, steps)
     report |= {"parts": {**way.parts, "allocation": planner.allocated}, "notes": planner.notes}
@@ -130,6 +131,7 @@ class _Planner:
         self,
         model: nn.Module,
         graph: ChannelGraph,
+        example_inputs: Any,
         target: Target | None,
         way: Way,
         options: Options,
@@ -138,6 +140,11 @@ class _Planner:
         reading: dict[str, Any],
     ) -> None:
         self.model, self.graph, self.target, self.options, self.steps = model, graph, target, options, steps
+        self.example_inputs = example_inputs
+        self.times: Latency | None = None
+        if target is not None and target.what == "latency":
+            with _shown(steps, "measuring times of layers"):
+                self.times = latency(model, graph, **target.setting, example_inputs=example_inputs)
         names = [group.name for group in graph.groups if group.exact or options.inexact]
         self.allocation: Allocation = way.allocation
         self.notes: list[str] = []
@@ -168,8 +175,9 @@ class _Planner:
         limits = self._limits(names, self.options).by_group
         try:
             return measured(
-                self.model, self.graph, data, limits, self.target, inexact=self.options.inexact, progress=progress
-            )
+                self.model, self.graph, data, limits, self.target,
+                inexact=self.options.inexact, costs=self.times, progress=progress,
+            )  # fmt: skip
         except NotComparableError as error:
             if self.options.allocation == SENSITIVITY:
                 raise
@@ -182,40 +190,38 @@ class _Planner:
         """The allocation's name."""
         return self.allocation if isinstance(self.allocation, str) else SENSITIVITY
 
-    def multiple(self, example_inputs: Any) -> tuple[int, dict[str, Any] | None]:
+    def multiple(self) -> tuple[int, dict[str, Any] | None]:
         """Return the multiple of channels that is asked for, or the one that runs fastest, and the times."""
         if self.options.round_to != "auto":
             return self.options.round_to, None
         with _shown(self.steps, "measuring multiples of channels"):
-            found = choose_round_to(lambda n: cut(self.model, self(n)), example_inputs, batch_size=MEASURED_BATCH)
+            found = choose_round_to(lambda n: cut(self.model, self(n)), self.example_inputs, batch_size=MEASURED_BATCH)
         return found.round_to, found.to_dict()
 
-    def pruned(self, example_inputs: Any) -> tuple[PruningPlan, nn.Module, dict[str, Any]]:
+    def pruned(self) -> tuple[PruningPlan, nn.Module, dict[str, Any]]:
         """Return the plan, the network that is cut by it, and what was measured to find it."""
-        if self.target is not None and self.target.what == "latency":
-            return self._in_time(self.target, example_inputs)
-        round_to, times = self.multiple(example_inputs)
+        if self.target is not None and self.times is not None:
+            return self._in_time(self.target, self.times)
+        round_to, times = self.multiple()
         with _shown(self.steps, "pruning"):
             plan = self(round_to)
             small = cut(self.model, plan)
         return plan, small, {"round_to": round_to, "measured": times, "latency": None}
 
-    def _in_time(self, target: Target, example_inputs: Any) -> tuple[PruningPlan, nn.Module, dict[str, Any]]:
-        with _shown(self.steps, "measuring times of layers"):
-            costs = latency(self.model, self.graph, **target.setting, example_inputs=example_inputs)
+    def _in_time(self, target: Target, times: Latency) -> tuple[PruningPlan, nn.Module, dict[str, Any]]:
         round_to = self.options.round_to
         with _shown(self.steps, "pruning and timing"):
             timed = in_time(
-                self.model, self.graph, example_inputs, target, costs, lambda goal: self(round_to, goal, costs)
+                self.model, self.graph, self.example_inputs, target, times, lambda goal: self(round_to, goal)
             )
         return timed.plan, timed.model, {"round_to": round_to, "measured": None, "latency": timed.report}
 
-    def __call__(
-        self, round_to: int | Literal["auto"], target: Target | None = None, costs: Latency | None = None
-    ) -> PruningPlan:
+    def __call__(self, round_to: int | Literal["auto"], target: Target | None = None) -> PruningPlan:
         """Return the plan whose kept channels are multiples of a number, to another target if one is given."""
         limits = self._limits(self.choice.scores, replace(self.options, round_to=round_to)).by_group
-        found = self.choice(target or self.target, limits, round_to=round_to, allocation=self.allocation, costs=costs)
+        found = self.choice(
+            target or self.target, limits, round_to=round_to, allocation=self.allocation, costs=self.times
+        )
         return plan_removal(self.graph, found)
 
 
@@ -263,9 +269,12 @@ def _require_verified(check: VerificationReport, inexact: bool) -> None:
         )
 
 
-def _figures(graph: ChannelGraph, plan: PruningPlan) -> dict[str, Any]:
+def _figures(graph: ChannelGraph, plan: PruningPlan, target: Target | None) -> dict[str, Any]:
     def costs(of: PruningPlan | None) -> dict[str, float]:
-        return {"macs": cost.macs(graph, of), "parameters": cost.parameters(graph, of)}
+        found: dict[str, float] = {"macs": cost.macs(graph, of), "parameters": cost.parameters(graph, of)}
+        if target is not None and target.what == "memory":
+            found["memory_bytes"] = cost.run_time_memory(graph, of, target.setting["batch"])
+        return found
 
     def widths(of: PruningPlan | None) -> dict[str, int]:
         return {layer.module: layer.out_channels for layer in cost.layer_costs(graph, of)}

@@ -83,7 +83,7 @@ def _measured(
 ) -> Timed:
     small = cut(model, plan)
     before, after = whole.whole([model, small], example_inputs, **target.setting)
-    left = statistics.median(b / a for a, b in zip(before, after, strict=True))
+    left = statistics.median(after) / statistics.median(before)
     predicted = costs.seconds(graph, plan) / costs.seconds(graph)
     return Timed(
         plan,

@@ -109,6 +109,8 @@ class Options:
         """
         known = [f.name for f in fields(cls)]
         for name in given:
+            if name == "options" or isinstance(given[name], cls):
+                raise UsageError(f"{name}: give the fields of Options as keywords, such as round_to=8.")
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}."

@@ -409,3 +409,10 @@ def test_where_nothing_can_go_the_reason_is_told() -> None:
     graph = sc.trace(nn.Sequential(nn.Conv2d(3, 4, 3)), x)
     with pytest.raises(sc.PlanError, match="trace lists the reasons, such as: is returned by the model"):
         sc.plan(graph, {}, sc.Target(channels=0.3))
+
+
+def test_options_given_whole_are_told_to_be_keywords() -> None:
+    graph = sc.trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 3, 3)).eval(), torch.rand(1, 3, 8, 8))
+    scores = sc.score(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 3, 3)), graph, "l1")
+    with pytest.raises(sc.UsageError, match="options: give the fields of Options as keywords, such as round_to=8"):
+        sc.plan(graph, scores, sc.Target(macs=0.5), options=sc.Options(round_to=4))  # type: ignore[call-arg]
