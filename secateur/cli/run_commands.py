@@ -76,7 +76,8 @@ def compress(
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help="Setting of the method, e.g. finetune_epochs=4; repeatable; 'secateur config --schema' lists them.",
+            help="Setting of the method, e.g. final_epochs=4 (of auto to a target; finetune_epochs=4 of rounds before "
+            "the last, and of other methods); repeatable; 'secateur config --schema' lists them.",
         ),
     ] = None,
     baseline: Annotated[

@@ -68,6 +68,7 @@ def sensitivity(
     """Measure what each group of channels loses at several widths, on unlabelled images; prune takes the table."""
     with console.running(as_json) as steps:
         import secateur as sc
+        from secateur.cli.run_commands import RunInterruptedError
         from secateur.report.sensitivity import draw_sensitivity, require_drawable
         from secateur.runfile import sources
         from secateur.training import tasks
@@ -96,17 +97,22 @@ def sensitivity(
         with steps.step("tracing"):
             graph = sc.trace(found.model, found.inputs)
         started = time.perf_counter()
-        table = sc.sensitivity(
-            found.model,
-            graph,
-            tasks.sample(bundle, -(-images // tasks.SAMPLE_BATCH[bundle.task]), seed),
-            levels=levels,
-            loss=_loss(bundle) if loss else None,
-            inexact=inexact,
-            path=output,
-            workers=workers,
-            progress=lambda done, of: steps("measuring sensitivity", done, of),
-        )
+        try:
+            table = sc.sensitivity(
+                found.model,
+                graph,
+                tasks.sample(bundle, -(-images // tasks.SAMPLE_BATCH[bundle.task]), seed),
+                levels=levels,
+                loss=_loss(bundle) if loss else None,
+                inexact=inexact,
+                path=output,
+                workers=workers,
+                progress=lambda done, of: steps("measuring sensitivity", done, of),
+            )
+        except KeyboardInterrupt:
+            if output is None or not output.exists():
+                raise
+            raise RunInterruptedError(f"interrupted; {output} is kept, and the same command goes on with it") from None
         seconds = time.perf_counter() - started
         if output is not None:
             table.save(output)

@@ -93,6 +93,7 @@ class Settings:
 
     # Training
     finetune_epochs: int = 2
+    """Epochs of fine-tuning in each round; the last round of ``auto`` with a target has the final epochs instead."""
     final_epochs: int | None = None
     """Epochs of fine-tuning beside those of the episode, where a target or widths are reached, and at the end. None is
     8 for ``auto`` with a target, in place of its last round's own, and 0 otherwise."""

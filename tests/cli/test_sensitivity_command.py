@@ -91,3 +91,22 @@ def test_compress_measures_its_own_table(here: Path, capsys: pytest.CaptureFixtu
     sc.Sensitivity({"a": 2}, {}, "kl", 1, 1).save("table.json")
     assert run("compress", *LENET, *DIGITS, "--macs", "0.5", "--allocation", "table.json") == 2
     assert "found 'table.json'" in capsys.readouterr().err
+
+
+def test_an_interrupted_measurement_says_how_it_goes_on(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["sensitivity", *LENET, *DIGITS, *QUICK, "--output", "table.json"]
+    save = sc.Sensitivity.save
+
+    def saved(table: sc.Sensitivity, path: Path) -> None:
+        save(table, path)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sc.Sensitivity, "save", saved)
+        assert run(*words) == 130
+    assert "interrupted; table.json is kept, and the same command goes on with it" in capsys.readouterr().err
+    assert len(sc.Sensitivity.load("table.json").damage) == 1
+    assert run(*words) == 0
+    assert len(sc.Sensitivity.load("table.json").damage) == 3
