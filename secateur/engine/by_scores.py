@@ -121,8 +121,12 @@ class Scores(Selection):
             return False
         if self.target is None and not self.bounded:
             return False  # ratios alone leave nothing to allocate
-        now = cost.macs(self.graph, self.plan(state.removed))
-        return state.table is None or now < (1 - STALE) * state.table["macs"]
+        if state.table is None:
+            return True
+        if self.graph.shuffles:
+            return False  # the graph of what is left does not know them, so that no cell can be cut by it
+        least: float = (1 - STALE) * state.table["macs"]
+        return cost.macs(self.graph, self.plan(state.removed)) < least
 
     def store_table(self, state: State, table: Table) -> None:
         """Put a table into the state, as plain data."""

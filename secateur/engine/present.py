@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from secateur.graph.channels import ChannelGraph, ChannelGroup, LayerPort, Member, Staying
+from secateur.graph.channels import AttributeRule, ChannelGraph, ChannelGroup, LayerPort, Member, Staying
 from secateur.graph.places import mask_at
 from secateur.graph.plan import PruningPlan, masks
 
@@ -22,13 +22,15 @@ _Kept = dict[tuple[str, int], list[int]]
 def remaining(graph: ChannelGraph, plan: PruningPlan) -> ChannelGraph:
     """Return the channel graph of the network that a plan leaves.
 
-    Channels and positions are numbered anew, in the order in which they are left. No plan is to be made of the result,
-    as it knows neither shuffles nor attributes; see :func:`difference`.
+    Channels and positions are numbered anew, in the order in which they are left. Where any are gone, the result
+    knows no shuffles; the plan of a round is :func:`difference`.
 
     Args:
         graph: Of the unpruned network.
         plan: Made of that graph.
     """
+    if not any(plan.removed.values()):
+        return graph
     gone, kept = masks(graph, plan.removed), _kept(graph, plan)
     groups = tuple(_left_of(group, gone[i], graph, kept) for i, group in enumerate(graph.groups))
     shapes = {name: list(shape) for name, shape in graph.shapes.items()}
@@ -40,7 +42,7 @@ def remaining(graph: ChannelGraph, plan: PruningPlan) -> ChannelGraph:
         groups=groups,
         layers=tuple(_port(port, plan, gone) for port in graph.layers),
         shapes={name: tuple(shape) for name, shape in shapes.items()},
-        attributes=(),
+        attributes=tuple(_attribute(rule, gone) for rule in graph.attributes),
         shuffles=(),
     )
 
@@ -165,6 +167,13 @@ def _port(port: LayerPort, plan: PruningPlan, gone: list[np.ndarray]) -> LayerPo
         port, in_channels=inputs, out_channels=outputs, groups=inputs if depthwise else port.groups, in_group=in_group,
         in_channel=in_channel, out_group=out_group, out_channel=out_channel, in_order=None, out_order=None,
     )  # fmt: skip
+
+
+def _attribute(rule: AttributeRule, gone: list[np.ndarray]) -> AttributeRule:
+    left, groups, channels = _side(len(rule.group), rule.group, rule.channel, None, gone)
+    assert groups is not None
+    assert channels is not None
+    return replace(rule, value=rule.value - len(rule.group) + left, group=groups, channel=channels)
 
 
 def _side(
