@@ -127,6 +127,7 @@ class Measuring:
         if cell.arm == SPARSE:
             train = Half(train)
         kept = self.work / "training" / f"{'-'.join(str(v).replace(' ', '_') for v in cell.row().values())}.pt"
+        # Unpickled, as this bench wrote the file itself, and a peer's cut network has no plan to be built anew from.
         found: dict[str, Any] = torch.load(kept, weights_only=False) if kept.exists() else {"done": 0}
         model: nn.Module = found["cut"] if found["done"] else self._start(cell, setting, train)
         start = copy.deepcopy(model)

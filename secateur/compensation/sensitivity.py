@@ -13,7 +13,6 @@ that one run of it serves every width.
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.checkpoint.atomic import write_atomic
+from secateur.checkpoint.tables import read_table, write_table
 from secateur.compensation.cells import Cells, input_moments, passes
 from secateur.compensation.damage import Loss, Reference
 from secateur.compensation.sharing import require_possible, shared
@@ -71,7 +70,7 @@ class Sensitivity:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON, whole or not at all."""
-        write_atomic(path, json.dumps(self.to_dict(), indent=1).encode())
+        write_table(path, FORMAT_VERSION, asdict(self), indent=1)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table as JSON data."""
@@ -84,19 +83,13 @@ class Sensitivity:
         Raises:
             UsageError: If the file is not there or not of this form.
         """
-        try:
-            given = json.loads(Path(path).read_bytes())
-            if given.pop("format_version") != FORMAT_VERSION:
-                raise ValueError("its version is unknown")
+
+        def made(given: dict[str, Any]) -> Sensitivity:
             damage = {g: {int(n): float(d) for n, d in own.items()} for g, own in given.pop("damage").items()}
             return cls(damage=damage, **given)
-        except OSError as error:
-            raise UsageError(f"{path}: can't be read: {error.strerror}.") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(
-                f"{path}: no table of sensitivity ({_found(error)}). secateur.sensitivity (secateur sensitivity) "
-                "measures one."
-            ) from error
+
+        remedy = "secateur.sensitivity (secateur sensitivity) measures one."
+        return read_table(path, FORMAT_VERSION, "table of sensitivity", remedy, made)
 
     def figure(self, plan: PruningPlan | None = None) -> Any:
         """Return a Plotly figure, a curve a group, the most harmful first; with a plan, its widths are marked."""
@@ -289,7 +282,3 @@ def _checksum(tensors: Iterable[Tensor]) -> int:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         found = zlib.crc32(flat.view(torch.uint8).numpy().data if flat.numel() else b"", found)
     return found
-
-
-def _found(error: Exception) -> str:
-    return f"it has no {error}" if isinstance(error, KeyError) else str(error)

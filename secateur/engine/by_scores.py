@@ -14,7 +14,7 @@ from secateur.criteria.papers import singh2020cfp as cfp
 from secateur.criteria.registry import NotDefinedError
 from secateur.deploy.timing import choose_round_to
 from secateur.engine import pairing
-from secateur.engine.choosing import Choice, Some
+from secateur.engine.choosing import MEASURED_BATCH, Choice, Some
 from secateur.engine.selection import Selection
 from secateur.engine.settings import Settings
 from secateur.engine.state import Removed, State
@@ -23,7 +23,7 @@ from secateur.errors import PlanError, UsageError
 from secateur.graph import cost
 from secateur.graph.channels import ChannelGraph
 from secateur.graph.plan import PruningPlan
-from secateur.pruning.allocation import Table
+from secateur.pruning.allocation import Table, curve
 from secateur.pruning.limits import Limit, Limits
 from secateur.pruning.options import SENSITIVITY, Allocation, Options
 from secateur.pruning.planning import Target
@@ -36,8 +36,6 @@ STALE = 0.25
 """A table is measured anew once this share of the MACs has gone since."""
 SEVERAL = (0.6, 0.8)
 """``auto`` goes to a target in one round, in two from the first share of the MACs on, in three from the second."""
-MEASURED_BATCH = 8
-"""Examples in the forward passes that ``round_to="auto"`` times."""
 
 
 class Scores(Selection):
@@ -124,7 +122,7 @@ class Scores(Selection):
         if state.table is None:
             return True
         if self.graph.shuffles:
-            return False  # the graph of what is left does not know them, so that no cell can be cut by it
+            return False  # no cell can be cut by the graph of what is left, which knows no shuffles
         least: float = (1 - STALE) * state.table["macs"]
         return cost.macs(self.graph, self.plan(state.removed)) < least
 
@@ -292,9 +290,7 @@ def _since(table: Mapping[str, Any], graph: ChannelGraph) -> _Since:
     for name, size in table["sizes"].items():
         sizes[name] = graph.group(name).size
         gone = size - sizes[name]
-        measured = {0: 0.0} | {int(n): float(d) for n, d in table["damage"][name].items()}
-        at = np.array(sorted(measured))
-        repaired = np.maximum.accumulate([measured[n] for n in at.tolist()])
+        at, repaired = curve({int(n): float(d) for n, d in table["damage"][name].items()})
         now = float(np.interp(gone, at, repaired))
         damage[name] = {n - gone: float(d) - now for n, d in zip(at.tolist(), repaired, strict=True) if n > gone}
     return _Since(sizes, damage)

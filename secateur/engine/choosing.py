@@ -24,6 +24,8 @@ from secateur.training.passes import Batches
 
 MEASURED_IMAGES = 512
 """So many images are enough to measure sensitivity on."""
+MEASURED_BATCH = 8
+"""Examples in the forward passes that ``round_to="auto"`` times."""
 REFINEMENTS = 2
 """So often the table is measured more finely around the widths planned by it."""
 

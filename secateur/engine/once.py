@@ -17,7 +17,7 @@ from secateur.criteria import Criterion
 from secateur.deploy.timing import choose_round_to
 from secateur.deploy.timing.measuring import latency
 from secateur.deploy.timing.table import Latency
-from secateur.engine.choosing import Choice, measured
+from secateur.engine.choosing import MEASURED_BATCH, Choice, measured
 from secateur.engine.events import Steps
 from secateur.engine.result import PruneResult
 from secateur.engine.speed import in_time
@@ -38,9 +38,6 @@ from secateur.training.passes import Batches
 from secateur.training.stages import Loss
 
 _LOG = logging.getLogger(__name__)
-
-MEASURED_BATCH = 8
-"""Examples in the forward passes that ``round_to="auto"`` times."""
 
 
 def prune(
@@ -141,11 +138,12 @@ class _Planner:
     ) -> None:
         self.model, self.graph, self.target, self.options, self.steps = model, graph, target, options, steps
         self.example_inputs = example_inputs
+        names = [group.name for group in graph.groups if group.exact or options.inexact]
         self.times: Latency | None = None
         if target is not None and target.what == "latency":
+            self._limits(names, options)  # requests that contradict each other are refused before minutes of timing
             with _shown(steps, "measuring times of layers"):
                 self.times = latency(model, graph, **target.setting, example_inputs=example_inputs)
-        names = [group.name for group in graph.groups if group.exact or options.inexact]
         self.allocation: Allocation = way.allocation
         self.notes: list[str] = []
         """Parts of ``auto`` that can't be had."""

@@ -86,11 +86,16 @@ def choices(table: Table, group: str, size: int, removed: Sequence[int]) -> Choi
             f"{group}: the allocation's table knows {found} of it, and it has {size} channels: measure the sensitivity "
             "of this very network."
         )
-    measured = {0: 0.0} | dict(table.damage[group])
-    at = np.array(sorted(measured))
-    repaired = np.maximum.accumulate([measured[int(n)] for n in at])
+    at, repaired = curve(table.damage[group])
     own = np.array([0, *(n for n in removed if 0 < n <= at[-1])], dtype=np.int64)
     return Choices(group, own, np.interp(own, at, repaired))
+
+
+def curve(damage: Mapping[int, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Return how many channels go, from 0 up, and the damage of each, never smaller where more go."""
+    measured = {0: 0.0} | dict(damage)
+    at = np.array(sorted(measured))
+    return at, np.maximum.accumulate([measured[n] for n in at.tolist()])
 
 
 @dataclass(frozen=True)

@@ -80,8 +80,8 @@ def plan(
         scores: Group name -> one score a channel, shape ``(group.size,)``; the higher, the more important. Groups
             without scores are left alone.
         target: The fraction of MACs, parameters, channels, memory or latency to remove; None to follow ``ratios``
-            alone. A target of latency leaves each group only widths that pay by ``costs``: with one
-            step more of them it would take clearly longer.
+            alone. A target of latency leaves each group only widths that pay by ``costs``: a group that kept one step
+            of channels more would take clearly longer.
         costs: Times of the network's layers, as :func:`secateur.latency` measures them, for a target of latency; and
             for ``round_to="auto"``, which leaves only widths that pay whatever the target.
         **options: ``round_to``, ``min_channels``, ``max_ratio``, ``ratios``, ``skip``, ``allocation`` and ``inexact``,

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from secateur.checkpoint import write_atomic
-from secateur.errors import PlanError, UsageError
+from secateur.checkpoint.tables import read_table, write_table
+from secateur.errors import PlanError
 from secateur.graph.channels import ChannelGraph, LayerPort
 from secateur.graph.cost import layer_costs
 from secateur.graph.plan import PruningPlan
@@ -126,7 +124,7 @@ class Latency:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON, whole or not at all."""
-        write_atomic(path, json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}).encode())
+        write_table(path, FORMAT_VERSION, asdict(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Latency:
@@ -135,17 +133,13 @@ class Latency:
         Raises:
             UsageError: If the file is not there or not of this form.
         """
-        try:
-            given = json.loads(Path(path).read_bytes())
-            if given.pop("format_version") != FORMAT_VERSION:
-                raise ValueError("its version is unknown")
+
+        def made(given: dict[str, Any]) -> Latency:
             for name in ("grids", "odd"):
                 given[name] = [g and Grid(**{**g, "steps": tuple(g["steps"])}) for g in given[name]]
             return cls(**{**given, "fit": [(float(a), float(b)) for a, b in given["fit"]]})
-        except OSError as error:
-            raise UsageError(f"{path}: can't be read: {error.strerror}.") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"{path}: no table of times ({error}). secateur.latency measures one.") from error
+
+        return read_table(path, FORMAT_VERSION, "table of times", "secateur.latency measures one.", made)
 
     def __str__(self) -> str:
         lines = [f"batch {self.batch}, {self.runtime}, {self.threads} threads, {self.machine.get('processor', '')}"]
