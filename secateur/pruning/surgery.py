@@ -38,11 +38,13 @@ Along dimension 1, the weight of a grouped convolution holds the channels of one
 
 
 _AT_ONCE = 1 << 18
-"""So many elements of a tensor are cut at once along several dimensions."""
+"""So many elements of a tensor are cut at once along several dimensions; more make a tensor large."""
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.float16: np.float16}
+"""What NumPy allocates as zeros without touching the memory, which PyTorch would."""
 
 
 @torch.inference_mode(False)  # what is made in inference mode can never be trained
-def cut(model: nn.Module, plan: PruningPlan, *, share: bool = False) -> nn.Module:
+def cut(model: nn.Module, plan: PruningPlan, *, share: bool = False, hollow: bool = False) -> nn.Module:
     """Return a copy of the model without the channels that the plan removes; the model itself is untouched.
 
     The copy is of the model's own class. Its parameters hold exactly the kept elements; attributes that count channels
@@ -54,6 +56,7 @@ def cut(model: nn.Module, plan: PruningPlan, *, share: bool = False) -> nn.Modul
             taken off; an ``AveragedModel`` stays one, with as many averages behind it.
         plan: What to keep.
         share: Let the copy hold the model's own tensors, but for those that are cut; for a copy that is only looked at.
+        hollow: Let large tensors that are cut be zeros, for a copy that is run without values.
 
     Raises:
         PlanError: If the plan names a module or tensor that the model lacks, or that has another shape.
@@ -62,7 +65,7 @@ def cut(model: nn.Module, plan: PruningPlan, *, share: bool = False) -> nn.Modul
     modules = modules_of(model)
     tensors = tensors_named(model)
     if isinstance(model, AveragedModel) and not plan.shapes.keys() <= tensors.keys():
-        averaged: nn.Module = replica(model, {id(model.module): cut(model.module, plan, share=share)})
+        averaged: nn.Module = replica(model, {id(model.module): cut(model.module, plan, share=share, hollow=hollow)})
         return averaged
     for name, shape in plan.shapes.items():
         if name not in tensors:
@@ -73,7 +76,7 @@ def cut(model: nn.Module, plan: PruningPlan, *, share: bool = False) -> nn.Modul
                 "Apply it to the unpruned model."
             )
     memo = {id(t): t for t in tensors.values()} if share else {}
-    memo |= _cut_tensors(modules, plan, tensors)
+    memo |= _cut_tensors(modules, plan, tensors, hollow=hollow)
     small: nn.Module = replica(model, memo)
     _set_attributes(modules_of(small), plan)
     _forget(small, modules)
@@ -96,7 +99,9 @@ def _forget(copied: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     set_modes(modes)
 
 
-def _cut_tensors(modules: Mapping[str, nn.Module], plan: PruningPlan, tensors: Mapping[str, Tensor]) -> dict[int, Any]:
+def _cut_tensors(
+    modules: Mapping[str, nn.Module], plan: PruningPlan, tensors: Mapping[str, Tensor], *, hollow: bool = False
+) -> dict[int, Any]:
     """Return what every tensor that the plan touches becomes, by the identity of the old one."""
     memo: dict[int, Any] = {}
     for name in plan.kept_outputs.keys() | plan.kept_inputs.keys():
@@ -106,13 +111,13 @@ def _cut_tensors(modules: Mapping[str, nn.Module], plan: PruningPlan, tensors: M
         if not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
             found = type(layer).__name__ if layer is not None else "nothing"
             raise PlanError(f"{name}: the plan expects a convolution or linear layer; the model has {found}.")
-        _cut_layer(name, layer, plan, tensors, memo)
+        _cut_layer(name, layer, plan, tensors, memo, hollow)
     for name, dims in plan.kept_tensors.items():
         tensor = tensors[name]
         if name in plan.blocks and 1 in dims:
             value = _cut_blocks(tensor, dims.get(0), dims[1], plan.blocks[name])
         else:
-            value = _select(tensor, dims)
+            value = _select(tensor, dims, hollow=hollow)
         memo[id(tensor)] = _like(tensor, value)
     for name, (direction, dim) in plan.magnitudes.items():
         tensor, whole = tensors[name], tensors[direction]
@@ -201,6 +206,7 @@ def _cut_layer(
     plan: PruningPlan,
     tensors: Mapping[str, Tensor],
     memo: dict[int, Any],
+    hollow: bool,
 ) -> None:
     """Cut the weight and the bias of a layer, where the memo does not hold what they become yet."""
     prefix = f"{name}." if name else ""
@@ -209,7 +215,7 @@ def _cut_layer(
         rows, columns = _kept_by_dim(name, layer, plan)
         groups = getattr(layer, "groups", 1)
         if groups == 1:
-            value = _select(weight, {0: rows, 1: columns})
+            value = _select(weight, {0: rows, 1: columns}, hollow=hollow)
         elif weight.shape[1] == 1:  # each block holds one channel of those that dimension 1 counts
             value = _select(weight, {0: rows})
         else:
@@ -236,14 +242,17 @@ def _is_depthwise(layer: nn.Module) -> bool:
     return groups > 1 and groups == getattr(layer, "in_channels", 0)
 
 
-def _select(tensor: Tensor, kept: Mapping[int, list[int] | None]) -> Tensor:
-    """Return a copy of a tensor with the kept indices of some dimensions; None: all."""
+def _select(tensor: Tensor, kept: Mapping[int, list[int] | None], *, hollow: bool = False) -> Tensor:
+    """Return a copy of a tensor with the kept indices of some dimensions; None: all. A hollow one may be zeros."""
     whole = tensor.detach()
     indices = {
         dim: torch.from_numpy(np.asarray(own, dtype=np.int64)).to(tensor.device)
         for dim, own in kept.items()
         if own is not None
     }
+    sizes = [len(indices[dim]) if dim in indices else size for dim, size in enumerate(whole.shape)]
+    if hollow and whole.device.type == "cpu" and whole.dtype in _NUMPY and whole.numel() > _AT_ONCE:
+        return torch.from_numpy(np.zeros(sizes, _NUMPY[whole.dtype]))
     rows = indices.pop(0, None)
     if rows is None or not indices:
         value = whole if rows is None else whole.index_select(0, rows)
@@ -251,8 +260,7 @@ def _select(tensor: Tensor, kept: Mapping[int, list[int] | None]) -> Tensor:
             value = value.index_select(dim, index)
         return value.clone() if value.data_ptr() == tensor.data_ptr() else value
     # Some rows at a time: what is cut along one dimension alone then needs no memory of its own.
-    left = {0: len(rows)} | {dim: len(index) for dim, index in indices.items()}
-    value = whole.new_empty([left.get(dim, size) for dim, size in enumerate(whole.shape)])
+    value = whole.new_empty(sizes)
     at_once = max(1, _AT_ONCE // max(1, whole[:1].numel()))
     for some, place in zip(torch.split(rows, at_once), torch.split(value, at_once), strict=True):
         part = whole.index_select(0, some)

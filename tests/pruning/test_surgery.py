@@ -11,6 +11,7 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import secateur as sc
+from secateur.pruning import surgery
 from secateur.pruning.surgery import carry_optimizer
 
 
@@ -77,6 +78,17 @@ def test_every_kept_element_is_the_original_one() -> None:
     assert torch.equal(small.bn.running_var, model.bn.running_var[kept])
     assert torch.equal(small.depthwise.weight, model.depthwise.weight[kept])
     assert torch.equal(small.up.weight, model.up.weight[plan.kept_inputs["up"]][:, plan.kept_outputs["up"]])
+
+
+def test_a_hollow_copy_is_the_cut_one_but_for_the_values_of_large_weights() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 512, 3), nn.BatchNorm2d(512), nn.Conv2d(512, 64, 3)).eval()
+    model[2].weight.requires_grad_(False)
+    plan, small = halved(model)
+    copied = surgery.cut(model, plan, share=True, hollow=True)
+    for (name, whole), hollow in zip(small.state_dict().items(), copied.state_dict().values(), strict=True):
+        assert (hollow.shape, hollow.dtype, hollow.stride()) == (whole.shape, whole.dtype, whole.stride())
+        assert torch.equal(hollow, torch.zeros_like(whole) if name == "2.weight" else whole)
+    assert [p.requires_grad for p in copied.parameters()] == [p.requires_grad for p in small.parameters()]
 
 
 def test_frozen_stay_frozen_tied_stay_tied_hooks_and_mode_stay() -> None:

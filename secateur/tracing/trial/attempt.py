@@ -139,19 +139,21 @@ def _run(trials: Trials, grouping: Grouping, chosen: list[int], plan: PruningPla
     """Cut the network and run it, and compare values where asked; None: all is well."""
     small, program = trials.model, Program()
     try:
+        if _pays(trials, grouping.graph):
+            small = cut(trials.model, plan, share=True, hollow=True)
+            if _is_told_by_program(trials, grouping, plan, small, program):
+                trials.passed.append((plan, True))
+                return None
+            if program.failed is not None:
+                raise program.failed
         small = cut(trials.model, plan, share=True)
-        if _pays(trials, grouping.graph) and _is_told_by_program(trials, grouping, plan, small, program):
-            trials.passed.append((plan, True))
-            return None
-        if program.failed is not None:
-            raise program.failed
         if not compared:
             outputs(small, trials.example_inputs)
             return None
         misread = _differing(trials, plan, small, fine=bool(told(trials, grouping).intersection(chosen)))
         # Values of a network that keeps state differ from run to run; its program tells all the same.
         if misread is not None and can_tell(trials.recording) and not program.steps:
-            fresh = cut(trials.model, plan, share=True)
+            fresh = cut(trials.model, plan, share=True, hollow=True)
             misread = None if _is_told_by_program(trials, grouping, plan, fresh, program) else misread
     except SecateurError:
         raise

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import secateur as sc
+from secateur.pruning import surgery
 from secateur.tracing import grouping
 from secateur.tracing.assumptions import Assumptions
 from secateur.tracing.program import Program
@@ -26,8 +27,9 @@ from tests.cases.table import Net, conv
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every network tried, and its program compared however small it is."""
+    """Have every network tried, its program compared however small it is, and weights cut hollow for that."""
     monkeypatch.setattr(attempt, "WORTH", -1)
+    monkeypatch.setattr(surgery, "_AT_ONCE", 0)
 
 
 def verdicts(monkeypatch: pytest.MonkeyPatch, model: nn.Module, inputs: Any) -> list[tuple[bool, bool]]:
@@ -41,7 +43,7 @@ def verdicts(monkeypatch: pytest.MonkeyPatch, model: nn.Module, inputs: Any) -> 
 
     def both(trials: Any, grouping: Any, chosen: Any, plan: Any, compared: bool) -> Any:
         nonlocal told_of
-        small = attempt.cut(trials.model, plan, share=True)
+        small = attempt.cut(trials.model, plan, share=True, hollow=True)
         told = can_tell(trials.recording) and tells(trials, grouping, plan, small, Program())
         outcome = run(trials, grouping, chosen, plan, compared)
         found.append((told or told_of == (grouping, chosen), outcome is None))
