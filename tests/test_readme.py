@@ -86,6 +86,7 @@ def test_the_configuration_shown_is_valid(tmp_path: Path) -> None:
     assert loaded.settings.fraction == 0.125
 
 
+@pytest.mark.slow
 def test_the_code_shown_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("secateur.data.load", functools.partial(load, train_size=100))

@@ -45,7 +45,7 @@ def test_every_mutant_is_one_change_of_what_runs() -> None:
         ("assert two() == 2", 60, "exit code 1"),
         ("print('FAILED tests/test_m.py::test_two - it is 3'); assert two() == 2", 60, "tests/test_m.py::test_two"),
         ("assert two() > 1", 60, None),
-        ("while two() != 2: pass", 2, "the time limit"),
+        pytest.param("while two() != 2: pass", 2, "the time limit", marks=pytest.mark.slow),
     ],
 )
 def test_a_mutant_is_judged_in_a_copy_that_is_mended_after(

@@ -179,7 +179,7 @@ def test_a_channel_that_its_norm_all_but_mutes_is_not_blown_up() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # what torch says of old layers is no business of this test
-@pytest.mark.parametrize("case", one_in(3), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", one_in(5), ids=lambda case: case.name)
 def test_no_layers_error_grows_whatever_follows_it(case: Case) -> None:
     torch.manual_seed(0)
     model = case.build().eval()

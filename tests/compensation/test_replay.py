@@ -27,7 +27,7 @@ def batch_of(case: Case) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")  # what torch says of old layers is no business of this test
-@pytest.mark.parametrize("case", one_in(3), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", one_in(5), ids=lambda case: case.name)
 def test_tables_are_those_of_whole_runs(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = case.build().eval()

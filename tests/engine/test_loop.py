@@ -549,7 +549,10 @@ def test_a_group_that_a_criterion_is_not_defined_on_is_left_alone(caplog: pytest
         over("functional_head", method="redundancy", skip=("first",), tolerance=100)
 
 
-@pytest.mark.parametrize("name", [name for name, found in NETWORKS.items() if found.kind == "computed"])
+COMPUTED = [name for name, found in NETWORKS.items() if found.kind == "computed"]
+
+
+@pytest.mark.parametrize("name", [COMPUTED[0], *(pytest.param(n, marks=pytest.mark.slow) for n in COMPUTED[1:])])
 def test_computed_weights_are_paired_and_trained_towards_each_other(name: str) -> None:
     result = over(name, method="cfp", phases=(1,), max_rounds=2, optimise_epochs=30, lr=0.05, tolerance=100)
     assert len(result.history) == 2

@@ -298,7 +298,9 @@ def test_widths_are_the_layers_widths():
     assert len(resnet110().layer3) == 18
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in ("resnet56", "vgg16") else []) for n in sorted(MODELS)]
+)
 def test_every_named_model_trains_a_step(name):
     torch.manual_seed(0)
     shape = (1, 28, 28) if name == "lenet5" else (3, 32, 32)
@@ -368,7 +370,7 @@ def test_padded_streams_are_pruned_exactly_and_come_back_from_a_file(tmp_path, f
         assert torch.equal(loaded(x), small(x))
 
 
-@pytest.mark.parametrize("kind", ["A", "B"])
+@pytest.mark.parametrize("kind", ["A", pytest.param("B", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("streams", "published"), [((10, 20, 38), 48_553_596), ((9, 18, 36), 40_818_024), ((8, 16, 27), 29_549_902)]
 )

@@ -21,7 +21,7 @@ from tests.cases import CASES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-NAMES = ["lenet5", "dense", *list(CASES)[::9]]
+NAMES = ["lenet5", "dense", *list(CASES)[::18]]
 MORE = [pytest.param(name, marks=pytest.mark.slow) for name in list(CASES)[::3] if name not in NAMES]
 
 

@@ -50,7 +50,7 @@ def test_the_page_holds_everything_and_names_are_never_markup(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml")])
-@pytest.mark.parametrize("groups", [2, 40])
+@pytest.mark.parametrize("groups", [2, pytest.param(40, marks=pytest.mark.slow)])
 def test_a_picture_is_drawn_however_many_groups_there_are(
     suffix: str, start: bytes, groups: int, tmp_path: Path
 ) -> None:
