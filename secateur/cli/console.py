@@ -311,7 +311,21 @@ def show_run(values: Mapping[str, Any], out: Console | None = None) -> None:
     out.print()
     out.print(verdict(values["verification"], tuned=True), markup=False)
     _show_parts(out, values)
+    if values.get("latency") is not None:
+        show_latency(values["latency"], out)
     out.print(f"files: {values['run_dir']}", markup=False, soft_wrap=True)
+
+
+def show_latency(timed: Mapping[str, Any], out: Console | None = None) -> None:
+    """Say what the network takes of the original's time, what was predicted, and where it is no faster."""
+    at = f"{timed['runtime']}, batch {timed['batch']}, {timed['threads']} thread{'s' if timed['threads'] > 1 else ''}"
+    (out or output()).print(
+        f"time of a forward pass ({at}): {1000 * timed['before']:.3g} ms → {1000 * timed['after']:.3g} ms, "
+        f"{timed['measured']:.1%} left; asked {timed['asked']:.1%}, predicted {timed['predicted']:.1%} from the times "
+        "of layers"
+    )
+    if timed["slower"]:
+        error_line(f"the pruned network is not faster than the original ({at})", "warning")
 
 
 def show_demo(values: Mapping[str, Any], picture: Path | None = None) -> None:

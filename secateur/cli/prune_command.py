@@ -176,19 +176,7 @@ def prune(
     if values["measured"] is not None:
         _show_measured(values["measured"], values["round_to"])
     if values["latency"] is not None:
-        _show_latency(values["latency"])
-
-
-def _show_latency(timed: Mapping[str, Any]) -> None:
-    """Say what the network takes of the original's time, what was predicted, and where it is no faster."""
-    at = f"{timed['runtime']}, batch {timed['batch']}, {timed['threads']} thread{'s' if timed['threads'] > 1 else ''}"
-    console.output().print(
-        f"time of a forward pass ({at}): {1000 * timed['before']:.3g} ms → {1000 * timed['after']:.3g} ms, "
-        f"{timed['measured']:.1%} left; asked {timed['asked']:.1%}, predicted {timed['predicted']:.1%} from the times "
-        "of layers"
-    )
-    if timed["slower"]:
-        console.error_line(f"the pruned network is not faster than the original ({at})", "warning")
+        console.show_latency(values["latency"])
 
 
 def _show_measured(measured: Mapping[str, Any], round_to: int) -> None:

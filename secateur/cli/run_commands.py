@@ -64,6 +64,11 @@ def compress(
     macs: options.Macs = None,
     params: options.Params = None,
     channels: options.Channels = None,
+    memory: options.Memory = None,
+    latency: options.Latency = None,
+    batch: options.BatchOfCosts = None,
+    runtime: options.Runtime = None,
+    threads: options.Threads = None,
     ratio: options.Ratios = None,
     skip: options.Skip = None,
     round_to: options.RoundTo = None,
@@ -116,7 +121,9 @@ def compress(
             "input": input_shape,
             "method": method,
             "tolerance": tolerance,
-            "target": options.target(macs, params, channels),
+            "target": options.target(
+                macs, params, channels, memory, latency, batch=batch, runtime=runtime, threads=threads
+            ),
             "settings": chosen_settings,
             "baseline": options.values("--baseline", baseline),
             "batch_size": batch_size,

@@ -23,7 +23,7 @@ class Pairs(Selection):
     """
 
     def __init__(self, graph: ChannelGraph, options: Options, settings: Settings, target: Target | None) -> None:
-        self.check(options, settings)
+        self.check(options, settings, target)
         for pattern in settings.pairs if isinstance(settings.pairs, dict) else ():
             if not pairing.known(graph, pattern):
                 raise UsageError(f"pairs: {pattern}: no layer has this name or class. See `secateur trace`.")
@@ -41,12 +41,14 @@ class Pairs(Selection):
         return {"method": "cfp", "allocation": allocation, "selection": f"pairs by {self.settings.order}"}
 
     @staticmethod
-    def check(options: Options, settings: Settings) -> None:
+    def check(options: Options, settings: Settings, target: Target | None) -> None:
         """Refuse what has no place in CFP.
 
         Raises:
-            UsageError: If an option or a setting has none.
+            UsageError: If an option, a setting or the target has none.
         """
+        if target is not None and target.what == "latency":
+            raise UsageError("target: cfp counts no latency; choose another method, such as auto, or give --macs.")
         for name in settings.criterion:
             raise UsageError(f"criterion: cfp takes no option {name!r}; share and signed are settings.")
         if settings.rounds and not settings.widths:

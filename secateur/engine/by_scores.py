@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
+from secateur.compensation.damage import NotComparableError
 from secateur.compensation.sensitivity import Sensitivity
 from secateur.criteria.papers import singh2020cfp as cfp
 from secateur.criteria.registry import NotDefinedError
 from secateur.deploy.timing import choose_round_to
+from secateur.deploy.timing.measuring import latency
+from secateur.deploy.timing.table import Latency
 from secateur.engine import pairing
-from secateur.engine.choosing import MEASURED_BATCH, Choice, Some
+from secateur.engine.choosing import MEASURED_BATCH, Choice, Some, measured
 from secateur.engine.selection import Selection
 from secateur.engine.settings import Settings
+from secateur.engine.speed import in_time
 from secateur.engine.state import Removed, State
 from secateur.engine.way import Way
 from secateur.errors import PlanError, UsageError
@@ -26,11 +31,13 @@ from secateur.graph.plan import PruningPlan
 from secateur.pruning.allocation import Table, curve
 from secateur.pruning.limits import Limit, Limits
 from secateur.pruning.options import SENSITIVITY, Allocation, Options
-from secateur.pruning.planning import Target
+from secateur.pruning.planning import Target, plan_removal
 from secateur.pruning.surgery import cut
 from secateur.training import passes
 from secateur.training.passes import Batches
 from secateur.training.stages import Loss
+
+_LOG = logging.getLogger(__name__)
 
 STALE = 0.25
 """A table is measured anew once this share of the MACs has gone since."""
@@ -42,8 +49,9 @@ class Scores(Selection):
     """Chooses a round's channels by a criterion, exactly as :func:`secateur.plan` does; see :class:`Selection`.
 
     A target is gone to in ``rounds`` rounds, or in as many as it takes to remove at most ``fraction`` of the channels
-    in each; the plan of each goes a part of the way, from what is left. Under a tolerance a round removes ``fraction``
-    of the channels, by ``auto`` of the MACs.
+    in each; the plan of each goes a part of the way, from what is left. A target of latency is gone to in one round,
+    since times are those of the unpruned network's layers. Under a tolerance a round removes ``fraction`` of the
+    channels, by ``auto`` of the MACs.
 
     Args:
         graph: See :class:`Selection`.
@@ -54,7 +62,7 @@ class Scores(Selection):
         train: Training batches, for a criterion that looks at data.
         loss: The training loss, for a criterion that needs gradients.
         seed: Seed of a criterion's random draws.
-        example_inputs: What ``round_to="auto"`` times the network on.
+        example_inputs: What the network is timed on.
 
     Raises:
         UsageError: As :class:`Selection`; if the criterion has no such option, or settings of pairs are given.
@@ -110,6 +118,51 @@ class Scores(Selection):
             if getattr(settings, name) not in ("width", None):
                 raise UsageError(f"{name}: is cfp's, and the method is {way.name}; set fraction, rounds or allocation.")
 
+    # Times of layers
+
+    @property
+    def by_time(self) -> bool:
+        """Whether the target counts latency."""
+        return self.target is not None and self.target.what == "latency"
+
+    def needs_measuring(self, state: State) -> bool:
+        """Tell whether times or sensitivity are to be measured before the next choice."""
+        return self.needs_times(state) or self.needs_table(state)
+
+    def needs_times(self, state: State) -> bool:
+        """Tell whether the times of layers are to be measured before the first choice."""
+        return self.by_time and state.times is None
+
+    def measure(self, state: State, graph: ChannelGraph, progress: Callable[[int, int], None]) -> None:
+        """Measure the times of layers, if they count and are not known, else the sensitivity of the network as it is.
+
+        Both go into the state as plain data.
+        """
+        if self.target is not None and self.needs_times(state):
+            at = self.target.setting
+            state.times = asdict(latency(state.network, self.graph, **at, example_inputs=self.example_inputs))
+            return
+        with passes.seeded(self.seed, 0, 3) as seed:
+            try:
+                table = measured(
+                    state.network, graph, Some(self.train, None, seed), self.limits_now(state, graph),
+                    self.target_now(state, graph), inexact=self.options.inexact, costs=self.times(state),
+                    progress=progress,
+                )  # fmt: skip
+                self.store_table(state, table)
+            except NotComparableError as error:
+                state.table = {"sizes": {}, "damage": {}, "macs": 0}
+                state.notes.append(f"allocation by normalized scores, as sensitivity can't be measured: {error}")
+                _LOG.warning("compress: %s", state.notes[-1])
+
+    def times(self, state: State) -> Latency | None:
+        """Return the times of layers, where latency is to be reached."""
+        return None if state.times is None else Latency.from_dict(state.times)
+
+    def target_met(self, removed: Removed) -> bool:
+        """Tell whether the target is met; one of latency by its one round, which has measured what it leads to."""
+        return bool(removed) if self.by_time else super().target_met(removed)
+
     # The table of sensitivity
 
     def needs_table(self, state: State) -> bool:
@@ -133,10 +186,6 @@ class Scores(Selection):
         state.table = {"sizes": dict(table.sizes), "damage": damage, "macs": now}
         if isinstance(table, Sensitivity):
             state.table |= {"measure": table.measure, "images": table.images, "network": table.network}
-
-    def store_no_table(self, state: State) -> None:
-        """Put down that sensitivity can't be measured."""
-        state.table = {"sizes": {}, "damage": {}, "macs": 0}
 
     def _allocation(self, state: State, graph: ChannelGraph) -> Allocation:
         if state.table is not None and state.table["sizes"]:
@@ -242,6 +291,9 @@ class Scores(Selection):
 
         try:
             if planned and not state.rounds:
+                if self.target is not None and self.by_time:
+                    state.rounds = 1
+                    return self._in_time(state, graph, choice, self.target, allocation)
                 if self.options.round_to == "auto":
                     state.round_to = self._fastest(state, whole)
                 found = whole(self._multiple(state))
@@ -260,7 +312,23 @@ class Scores(Selection):
             why = "".join(f" {name} is left alone: {reason}." for name, reason in self.left.items())
             raise PlanError(f"{error}{why}") from error
 
-    def _limits_for(self, round_to: int) -> dict[str, Limit]:
+    def _in_time(
+        self, state: State, graph: ChannelGraph, choice: Choice, target: Target, allocation: Allocation
+    ) -> Mapping[str, list[int]]:
+        """Choose by the times of layers, and by what the whole network takes as measured."""
+        costs, round_to = self.times(state), self.options.round_to
+        assert costs is not None
+        limits = self._limits_for(round_to)
+
+        def planned(goal: Target) -> PruningPlan:
+            found = choice(goal, limits, round_to=round_to, allocation=allocation, costs=costs)
+            return plan_removal(graph, found)
+
+        timed = in_time(state.network, graph, self.example_inputs, target, costs, planned)
+        state.latency = timed.report
+        return timed.plan.removed
+
+    def _limits_for(self, round_to: int | Literal["auto"]) -> dict[str, Limit]:
         """Return the limits of the unpruned network's groups for a multiple of channels."""
         groups = [group for group in self.groups if group.name not in self.left]
         return Limits(self.graph, groups, replace(self.options, round_to=round_to)).by_group

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.compensation import compensate, parse
-from secateur.compensation.damage import NotComparableError
 from secateur.engine import pairing, request
 from secateur.engine.by_scores import Scores
-from secateur.engine.choosing import Some, measured
+from secateur.engine.choosing import Some
 from secateur.engine.events import Event, Progress
 from secateur.engine.present import difference, remaining
 from secateur.engine.selection import Selection, union
@@ -198,7 +197,7 @@ class Engine:
         if self._arrived(state):
             state.stage, state.epoch = "final", 0
             return
-        if isinstance(self.selection, Scores) and self.selection.needs_table(state):
+        if isinstance(self.selection, Scores) and self.selection.needs_measuring(state):
             state.stage = "measure"
             return
         graph = self.present(state)
@@ -225,24 +224,13 @@ class Engine:
         state.stage, state.epoch = ("optimise" if optimises else "drop"), 0
 
     def _sense(self, state: State) -> None:
-        """Measure the sensitivity of the network as it is now."""
-        selection, graph = self.selection, self.present(state)
-        assert isinstance(selection, Scores)
+        """Measure what the next choice counts by."""
+        assert isinstance(self.selection, Scores)
 
         def progress(done: int, of: int) -> None:
             self.progress(Event("batch", SENSITIVITY, state.round, state.phase, 1, 1, batch=done, batches=of))
 
-        with passes.seeded(self.seed, 0, 3) as seed:
-            try:
-                table = measured(
-                    state.network, graph, Some(self.train, None, seed), selection.limits_now(state, graph),
-                    selection.target_now(state, graph), inexact=self.options.inexact, progress=progress,
-                )  # fmt: skip
-                selection.store_table(state, table)
-            except NotComparableError as error:
-                selection.store_no_table(state)
-                state.notes.append(f"allocation by normalized scores, as sensitivity can't be measured: {error}")
-                _LOG.warning("compress: %s", state.notes[-1])
+        self.selection.measure(state, self.present(state), progress)
         state.stage = "select"
 
     def _arrived(self, state: State) -> bool:

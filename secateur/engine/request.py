@@ -43,11 +43,8 @@ def check_end(target: Target | None, options: Options, settings: Settings, toler
     Raises:
         UsageError: If there are two, or the tolerance is out of range.
     """
-    if target is not None and target.what == "latency":
-        raise UsageError(
-            "target: compress does not count latency; prune to it (secateur.prune, secateur prune --latency), and "
-            "fine-tune what comes of it."
-        )
+    if target is not None and target.what == "latency" and settings.rounds not in ((), (1,)):
+        raise UsageError("rounds: a target of latency is gone to in one round; leave them out.")
     if target is not None and settings.widths:
         raise UsageError("target: widths are given as well; give one of them.")
     if options.ratios and settings.widths:
@@ -124,14 +121,14 @@ def selection(
     return Scores(graph, options, settings, target, way=way, **reading)
 
 
-def require_method(method: Any, options: Options, settings: Settings) -> None:
+def require_method(method: Any, options: Options, settings: Settings, target: Target | None) -> None:
     """Refuse, before data are loaded, what the method has not.
 
     Raises:
         UsageError: If the method is unknown, or an option or a setting is none of its own.
     """
     if isinstance(method, str) and method == "cfp":
-        Pairs.check(options, settings)
+        Pairs.check(options, settings, target)
     else:
         way = way_of(method, options.allocation, settings.compensate, True)
         require_options(way.criterion, settings.criterion, options)

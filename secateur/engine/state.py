@@ -52,6 +52,10 @@ class State:
     """Multiple of channels that runs fastest, where it was measured."""
     table: dict[str, Any] | None = None
     """Sensitivity as last measured, and the MACs that the network had then."""
+    times: dict[str, Any] | None = None
+    """Times of the unpruned network's layers, where latency is to be reached."""
+    latency: dict[str, Any] | None = None
+    """What a target of latency predicted and measured, see :class:`secateur.engine.speed.Timed`."""
     images: int = 0
     """Training images seen in all."""
     metric: float = 0.0

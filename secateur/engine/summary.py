@@ -45,6 +45,7 @@ def summarise(engine: Engine, state: State, directory: RunDirectory | None) -> C
             for r in engine.graph.refused
         ],
         "verification": asdict(check),
+        "latency": state.latency,
         "max_abs_rho": {"before": before, "after": after},
         "milestones": state.milestones,
         "rounds": len(state.history),

@@ -46,14 +46,15 @@ def start(run: RunConfig, steps: Steps) -> CompressResult:
     if RunDirectory(folder).started:
         raise UsageError(f"{folder}: holds a run already; go on with 'secateur resume {folder}', or give --run-dir.")
     method = sources.method(run.method)
-    require_method(method, run.options, run.settings)
+    target = None if run.target is None else Target(**run.target.model_dump())
+    require_method(method, run.options, run.settings, target)
     bundle, found = _found(run, steps)
     run = run.model_copy(update={"batch_size": run.batch_size or tasks.TRAINING_BATCH[bundle.task]})
     request: dict[str, Any] = {
         **_data(run, bundle),
         "example_inputs": found.inputs if run.input else None,
         "tolerance": run.tolerance,
-        "target": None if run.target is None else Target(**run.target.model_dump()),
+        "target": target,
         "seed": run.seed,
     }
     model = found.model

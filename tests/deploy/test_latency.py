@@ -19,13 +19,15 @@ from torch import nn
 from typer.testing import CliRunner
 
 import secateur as sc
-from secateur.cli import prune_command
+from secateur.cli import console
 from secateur.cli.commands import app
 from secateur.deploy.timing import layers, whole
 from secateur.deploy.timing.layers import Layer
 from secateur.deploy.timing.table import Grid, Lookup, ports_of
+from secateur.engine import Engine, Settings
 from secateur.engine.speed import in_time
 from secateur.pruning.limits import totals
+from tests.engine.nets import digits, trained
 from tests.pruning.test_allocation import made_up
 
 OVERHEAD, SCALE = 2e-4, 1.5
@@ -250,9 +252,57 @@ def test_the_command_says_what_was_measured(world: World, capsys: pytest.Capture
     assert "time of a forward pass (eager, batch 4, 1 thread)" in said
     assert re.search(r"\d\d\.\d% left; asked 60\.0%, predicted \d\d\.\d% from the times of layers", said)
     told = {"runtime": "eager", "batch": 1, "threads": 2, "asked": 0.5, "predicted": 0.5, "measured": 1.2}
-    prune_command._show_latency({**told, "error": -0.58, "before": 0.01, "after": 0.012, "slower": True})
+    console.show_latency({**told, "error": -0.58, "before": 0.01, "after": 0.012, "slower": True})
     shown = capsys.readouterr()
     assert "not faster than the original (eager, batch 1, 2 threads)" in " ".join((shown.out + shown.err).split())
+
+
+AIM = sc.Target(latency=0.2, runtime="eager", batch=1000)
+
+
+def compressed(target: sc.Target, **options: Any) -> Any:
+    train, validation, _ = digits(100)
+    given: dict[str, Any] = {"lr": 0.02, "precision": "fp32", "channels_last": False, "final_epochs": 1}
+    return sc.compress(trained(), train=train, validation=validation, target=target, **{**given, **options})
+
+
+@pytest.mark.usefixtures("world")
+def test_compress_goes_to_a_target_of_latency_as_prune_does_and_trains(tmp_path: Path) -> None:
+    network, (train, validation, _) = trained(), digits(100)
+    result = compressed(AIM, run_dir=tmp_path)
+    once = sc.prune(network, validation.x[:1], AIM, data=list(train))
+    assert result.plan.removed == once.plan.removed
+    assert result.report["latency"] == once.report["latency"]
+    assert len(result.history) == 1
+    assert result.report["images"] == 100
+    assert json.loads((tmp_path / "result.json").read_text())["latency"]["asked"] == 0.8
+
+
+@pytest.mark.usefixtures("world")
+def test_a_run_to_a_target_of_latency_goes_on_by_the_times_it_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, validation, _ = digits(100)
+    given: dict[str, Any] = {"train": train, "validation": validation, "target": AIM}
+    engine = Engine(trained(), "l1", **given, settings=Settings(finetune_epochs=0))
+    state = engine.step(engine.step(engine.init()))
+    assert state.times is not None
+    state.times = json.loads(json.dumps(state.times))
+    monkeypatch.setattr(layers, "TIMERS", {})
+    while not engine.finished(state):
+        state = engine.step(state)
+    assert state.latency is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"method": "cfp"}, "cfp counts no latency; choose another method"),
+        ({"rounds": (3,)}, "rounds: a target of latency is gone to in one round"),
+        ({"widths": ({"conv1": 4},)}, "widths are given as well"),
+    ],
+)
+def test_what_compress_can_not_bring_to_a_latency_is_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(sc.UsageError, match=re.escape(says)):
+        compressed(AIM, **options)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +319,12 @@ def test_contradictions_on_the_command_line_are_one_line(options: list[str], say
     result = CliRunner().invoke(app, ["prune", "lenet5", *options])
     assert isinstance(result.exception, sc.UsageError)
     assert says in str(result.exception)
+
+
+def test_compress_takes_latency_on_the_command_line() -> None:
+    command = ["compress", "lenet5", "--data", "digits", "--latency", "0.5", "--threads", "2", "--method", "cfp"]
+    result = CliRunner().invoke(app, command)
+    assert "cfp counts no latency" in str(result.exception)
 
 
 def test_a_runtime_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

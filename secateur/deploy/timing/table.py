@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -133,13 +133,15 @@ class Latency:
         Raises:
             UsageError: If the file is not there or not of this form.
         """
+        return read_table(path, FORMAT_VERSION, "table of times", "secateur.latency measures one.", cls.from_dict)
 
-        def made(given: dict[str, Any]) -> Latency:
-            for name in ("grids", "odd"):
-                given[name] = [g and Grid(**{**g, "steps": tuple(g["steps"])}) for g in given[name]]
-            return cls(**{**given, "fit": [(float(a), float(b)) for a, b in given["fit"]]})
-
-        return read_table(path, FORMAT_VERSION, "table of times", "secateur.latency measures one.", made)
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Latency:
+        """Make it of plain data, as ``dataclasses.asdict`` gives them and JSON keeps them."""
+        grids = {
+            name: [g and Grid(**{**g, "steps": tuple(g["steps"])}) for g in given[name]] for name in ("grids", "odd")
+        }
+        return cls(**{**given, **grids, "fit": [(float(a), float(b)) for a, b in given["fit"]]})
 
     def __str__(self) -> str:
         lines = [f"batch {self.batch}, {self.runtime}, {self.threads} threads, {self.machine.get('processor', '')}"]
