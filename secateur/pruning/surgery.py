@@ -38,7 +38,7 @@ Along dimension 1, the weight of a grouped convolution holds the channels of one
 
 
 _AT_ONCE = 1 << 18
-"""So many elements of a tensor are cut at once along several dimensions; more make a tensor large."""
+"""So many elements of a tensor are cut at once along several dimensions."""
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.float16: np.float16}
 """What NumPy allocates as zeros without touching the memory, which PyTorch would."""
 
@@ -56,7 +56,7 @@ def cut(model: nn.Module, plan: PruningPlan, *, share: bool = False, hollow: boo
             taken off; an ``AveragedModel`` stays one, with as many averages behind it.
         plan: What to keep.
         share: Let the copy hold the model's own tensors, but for those that are cut; for a copy that is only looked at.
-        hollow: Let large tensors that are cut be zeros, for a copy that is run without values.
+        hollow: Let weights that are cut be zeros, for a copy that is run without values.
 
     Raises:
         PlanError: If the plan names a module or tensor that the model lacks, or that has another shape.
@@ -245,14 +245,15 @@ def _is_depthwise(layer: nn.Module) -> bool:
 def _select(tensor: Tensor, kept: Mapping[int, list[int] | None], *, hollow: bool = False) -> Tensor:
     """Return a copy of a tensor with the kept indices of some dimensions; None: all. A hollow one may be zeros."""
     whole = tensor.detach()
+    lengths = {dim: len(own) for dim, own in kept.items() if own is not None}
+    sizes = [lengths.get(dim, size) for dim, size in enumerate(whole.shape)]
+    if hollow and whole.device.type == "cpu" and whole.dtype in _NUMPY:
+        return torch.from_numpy(np.zeros(sizes, _NUMPY[whole.dtype]))
     indices = {
         dim: torch.from_numpy(np.asarray(own, dtype=np.int64)).to(tensor.device)
         for dim, own in kept.items()
         if own is not None
     }
-    sizes = [len(indices[dim]) if dim in indices else size for dim, size in enumerate(whole.shape)]
-    if hollow and whole.device.type == "cpu" and whole.dtype in _NUMPY and whole.numel() > _AT_ONCE:
-        return torch.from_numpy(np.zeros(sizes, _NUMPY[whole.dtype]))
     rows = indices.pop(0, None)
     if rows is None or not indices:
         value = whole if rows is None else whole.index_select(0, rows)

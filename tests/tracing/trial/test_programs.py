@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import secateur as sc
-from secateur.pruning import surgery
 from secateur.tracing import grouping
 from secateur.tracing.assumptions import Assumptions
 from secateur.tracing.program import Program
@@ -27,9 +26,8 @@ from tests.cases.table import Net, conv
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every network tried, its program compared however small it is, and weights cut hollow for that."""
+    """Have every network tried, and its program compared however small it is."""
     monkeypatch.setattr(attempt, "WORTH", -1)
-    monkeypatch.setattr(surgery, "_AT_ONCE", 0)
 
 
 def verdicts(monkeypatch: pytest.MonkeyPatch, model: nn.Module, inputs: Any) -> list[tuple[bool, bool]]:
