@@ -19,17 +19,20 @@ from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from secateur.checkpoint.atomic import write_atomic
-from secateur.checkpoint.weights import looks_like_safetensors, read_bytes, why_unreadable
+from secateur.checkpoint.weights import looks_like_safetensors, parse_tensors, read_bytes
 from secateur.errors import CheckpointError, PlanError, UsageError
 from secateur.graph import plan as plan_form
 from secateur.graph.plan import PruningPlan
 from secateur.network.copies import replica
 from secateur.network.inputs import unwrapped
 from secateur.pruning.applied import plans_of, require_made_by
+from secateur.pruning.soundness import require_sound
 from secateur.pruning.surgery import cut
+from secateur.structure import Index, Record, checked, parsed
 
-FORMAT_VERSION = 1
-"""Version of the file's layout; raised when an older reader could misread a newer file."""
+FORMAT_VERSION = 2
+"""Version of the file's layout; raised when an older reader could misread a newer file. The digest of version 1 is of
+the tensors alone; that of version 2 covers the rest of the header, too."""
 
 KEY = "secateur"
 """Key of the safetensors metadata under which the JSON header stands."""
@@ -59,8 +62,8 @@ def save(
 
     The file is a safetensors file with the model's state dict; its metadata holds, as JSON under the key
     ``secateur``, the format's version, the model's class name, the plans, ``extra``, which names are one tied tensor
-    (stored once), and a SHA-256 of the tensors. Dtypes are kept; memory layouts are not: every tensor is stored
-    contiguous. Data parallel and compiled wrappers are taken off.
+    (stored once), and a SHA-256 of the tensors and of all these. Dtypes are kept; memory layouts are not: every tensor
+    is stored contiguous. Data parallel and compiled wrappers are taken off.
 
     Args:
         model: The pruned network.
@@ -93,10 +96,11 @@ def save(
         "plans": [p.to_dict() for p in plans],
         "extra": dict(extra or {}),
         "aliases": aliases,
-        "sha256": _digest(tensors),
     }
     try:
         text = json.dumps(header, separators=(",", ":"), allow_nan=False)
+        header = json.loads(text)
+        text = json.dumps({**header, "sha256": _digest(tensors, header)}, separators=(",", ":"))
     except (TypeError, ValueError) as error:
         raise UsageError(f"{path}: extra holds something that JSON has no form for: {error}.") from error
     try:
@@ -164,10 +168,11 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     length = int.from_bytes(content[:8], "little")
     header = content[8 : 8 + length]
     try:
-        metadata = json.loads(header).get("__metadata__")
-    except (ValueError, AttributeError):
+        found = parsed(header)
+    except ValueError:
         # A truncated or damaged header can't be parsed; a tensor of that name would have an object here.
         return re.search(rb'"%s"\s*:\s*"' % KEY.encode(), header) is not None
+    metadata = found.get("__metadata__") if isinstance(found, dict) else None
     return isinstance(metadata, dict) and KEY in metadata
 
 
@@ -220,9 +225,15 @@ def _place(value: Tensor) -> tuple[object, ...]:
     return value.device, value.data_ptr(), value.dtype, tuple(value.shape), value.stride()
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256, in hexadecimal, of names, dtypes, shapes and bytes in the order of the names."""
+def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """Return the SHA-256, in hexadecimal, of the tensors' names, dtypes, shapes and bytes in the order of the names.
+
+    The header goes before them, but for the digest itself; of a file of version 1 it doesn't.
+    """
     digest = hashlib.sha256()
+    if header["format_version"] > 1:
+        covered = {key: value for key, value in header.items() if key != "sha256"}
+        digest.update(json.dumps(covered, sort_keys=True, separators=(",", ":")).encode())
     for name in sorted(tensors):
         value = tensors[name]
         digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
@@ -235,43 +246,50 @@ def _bits(value: Tensor) -> Tensor:
     return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
+class _Stored(Record):
+    """The header as JSON."""
+
+    format_version: Index
+    model: str
+    plans: list[dict[str, Any]]
+    extra: dict[str, Any]
+    aliases: dict[str, str]
+    sha256: str
+
+
 def _read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
     content = read_bytes(path)
+    tensors = parse_tensors(path, content)
     try:
-        tensors = safetensors.torch.load(content)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: {why_unreadable(content)} ({error}).") from error
-    length = int.from_bytes(content[:8], "little")
-    text = json.loads(content[8 : 8 + length]).get("__metadata__", {}).get(KEY)
-    if text is None:
+        text = (parsed(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}).get(KEY)
+        if text is None:
+            raise CheckpointError(
+                f"{path}: a safetensors file, but not one of Secateur's: it holds no plan. Load plain weights into the "
+                "model itself."
+            )
+        given = parsed(text)
+        _require_known(given, "format_version", FORMAT_VERSION, "file format", path)
+        stored = checked(_Stored, given)
+        for plan in stored.plans:
+            _require_known(plan, "version", plan_form.FORMAT_VERSION, "plan format", path)
+        plans = tuple(PruningPlan.from_dict(plan) for plan in stored.plans)
+        lost = next((first for first in stored.aliases.values() if first not in tensors), None)
+        if lost is not None:
+            raise ValueError(f"aliases: no tensor {lost!r}")
+    except (ValueError, PlanError) as error:
         raise CheckpointError(
-            f"{path}: a safetensors file, but not one of Secateur's: it holds no plan. Load plain weights into the "
-            "model itself."
-        )
-    try:
-        stored = json.loads(text)
-        version = int(stored["format_version"])
-        _require_known(version, FORMAT_VERSION, "file format", path)
-        for plan in stored["plans"]:
-            _require_known(int(plan["version"]), plan_form.FORMAT_VERSION, "plan format", path)
-        header = Header(
-            str(stored["model"]),
-            tuple(PruningPlan.from_dict(plan) for plan in stored["plans"]),
-            dict(stored["extra"]),
-            dict(stored["aliases"]),
-        )
-        digest = stored["sha256"]
-    except (KeyError, TypeError, ValueError, PlanError) as error:
-        raise CheckpointError(
-            f"{path}: the plan in the metadata can't be read ({error!r}); copy the file again."
+            f"{path}: the plan in the metadata can't be read ({error}); copy the file again."
         ) from error
-    if _digest(tensors) != digest:
-        raise CheckpointError(f"{path}: damaged: the tensors aren't the ones that were saved; copy the file again.")
-    return header, tensors
+    if _digest(tensors, given) != stored.sha256:
+        raise CheckpointError(
+            f"{path}: damaged: the tensors or the plan aren't the ones that were saved; copy the file again."
+        )
+    return Header(stored.model, plans, stored.extra, stored.aliases), tensors
 
 
-def _require_known(version: int, newest: int, what: str, path: str | os.PathLike[str]) -> None:
-    if version > newest:
+def _require_known(given: Any, key: str, newest: int, what: str, path: str | os.PathLike[str]) -> None:
+    version = given.get(key) if isinstance(given, dict) else None
+    if isinstance(version, int) and version > newest:
         raise CheckpointError(
             f"{path}: written by a newer Secateur ({what} {version}; this one reads up to {newest}); upgrade secateur."
         )
@@ -310,6 +328,7 @@ def _apply(model: nn.Module, plans: Sequence[PruningPlan], path: str | os.PathLi
     pruned = replica(model) if not plans else model
     try:
         for plan in plans:
+            require_sound(pruned, plan)
             pruned = cut(pruned, plan)
     except PlanError as error:
         raise CheckpointError(f"{path}: the plan doesn't fit the model given: {error}") from error

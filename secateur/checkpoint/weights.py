@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
 from torch import Tensor
 
@@ -42,7 +41,7 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             dict.
     """
     content = read_bytes(path)
-    state = _parse(path, content) if looks_like_safetensors(content) else _unpickle(path, content)
+    state = parse_tensors(path, content) if looks_like_safetensors(content) else _unpickle(path, content)
     for key in NESTED:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
@@ -98,11 +97,20 @@ def why_unreadable(content: bytes) -> str:
     return "the file is truncated or damaged; copy it again"
 
 
-def _parse(path: str | os.PathLike[str], content: bytes) -> dict[str, Tensor]:
+def parse_tensors(path: str | os.PathLike[str], content: bytes) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file.
+
+    Args:
+        path: For messages.
+        content: Of the file.
+
+    Raises:
+        CheckpointError: If the file is damaged or of another kind.
+    """
     try:
         return parse_safetensors(content)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: {why_unreadable(content)} ({error}).") from error
+    except Exception as error:  # a type or a shape that torch has no form for raises errors of any kind
+        raise CheckpointError(f"{path}: {why_unreadable(content)} ({' '.join(str(error).split())}).") from error
 
 
 def _unpickle(path: str | os.PathLike[str], content: bytes) -> object:

@@ -14,6 +14,7 @@ from secateur.errors import UsageError
 from secateur.graph.channels import ChannelGraph
 from secateur.graph.plan import PruningPlan
 from secateur.network.inputs import arguments, batch_size, unwrapped
+from secateur.pruning.soundness import require_sound
 from secateur.pruning.surgery import cut
 from secateur.tracing.tracing import trace
 
@@ -142,6 +143,7 @@ def apply(
         DataError: As :func:`secateur.compensation.compensate`.
         CriterionError: As :func:`secateur.compensation.compensate`.
     """
+    require_sound(model, plan)
     small = cut(model, plan)
     if compensate is not None:
         _compensate(model, small, plan, compensate, data, **options)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from secateur.errors import PlanError
 from secateur.graph.channels import ChannelGraph
+from secateur.structure import Index, Indices, Record, checked, parsed
 
 FORMAT_VERSION = 1
 """Version of the plan's JSON form; raised when an older reader could misread a newer plan."""
@@ -70,31 +72,18 @@ class PruningPlan:
         Raises:
             PlanError: If the data is no plan, or one of a newer format version.
         """
-        if not isinstance(data, dict) or not isinstance(data.get("version"), int):
+        if not isinstance(data, dict) or type(data.get("version")) is not int:
             raise PlanError("plan: this is no pruning plan: it has no format version.")
         if data["version"] > FORMAT_VERSION:
             raise PlanError(
                 f"plan: format version {data['version']} is newer than {FORMAT_VERSION}, the newest read here. "
                 "Update secateur."
             )
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(data) - known)
-        if unknown:
-            raise PlanError(f"plan: unknown field {unknown[0]!r}.")
         try:
-            values = dict(data)
-            for key in ("kept_tensors", "reads"):
-                values[key] = {
-                    name: {int(d): [int(i) for i in v] for d, v in dims.items()}
-                    for name, dims in data.get(key, {}).items()
-                }
-            values["magnitudes"] = {name: (str(v), int(dim)) for name, (v, dim) in data.get("magnitudes", {}).items()}
-            values["shapes"] = {name: tuple(int(n) for n in v) for name, v in data.get("shapes", {}).items()}
-            for key in ("kept_outputs", "kept_inputs", "removed"):
-                values[key] = {name: [int(i) for i in v] for name, v in data.get(key, {}).items()}
-            return cls(**values)
-        except (AttributeError, TypeError, ValueError) as error:
+            form = checked(_Form, data)
+        except ValueError as error:
             raise PlanError(f"plan: damaged: {error}.") from error
+        return cls(**{f.name: getattr(form, f.name) for f in fields(cls)})
 
     @classmethod
     def from_json(cls, text: str) -> PruningPlan:
@@ -104,10 +93,31 @@ class PruningPlan:
             PlanError: If the text is no plan, or one of a newer format version.
         """
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PlanError(f"plan: not JSON: {error}.") from error
+            data = parsed(text)
+        except ValueError as error:
+            raise PlanError(f"plan: {error}.") from error
         return cls.from_dict(data)
+
+
+_Dim = Annotated[int, Field(strict=False, ge=0, lt=64)]  # a key of JSON is a string
+_Cuts = dict[str, dict[_Dim, Indices]]
+_Pair = Annotated[tuple[str, _Dim], Field(strict=False)]  # JSON has lists alone
+_Shape = Annotated[tuple[Index, ...], Field(strict=False)]
+
+
+class _Form(Record):
+    """A plan's JSON form."""
+
+    kept_outputs: dict[str, Indices] = Field(default_factory=dict)
+    kept_inputs: dict[str, Indices] = Field(default_factory=dict)
+    kept_tensors: _Cuts = Field(default_factory=dict)
+    blocks: dict[str, Index] = Field(default_factory=dict)
+    attributes: dict[str, dict[str, Index]] = Field(default_factory=dict)
+    magnitudes: dict[str, _Pair] = Field(default_factory=dict)
+    reads: _Cuts = Field(default_factory=dict)
+    removed: dict[str, Indices] = Field(default_factory=dict)
+    shapes: dict[str, _Shape] = Field(default_factory=dict)
+    version: Index
 
 
 def masks(graph: ChannelGraph, removed: Mapping[str, list[int]]) -> list[np.ndarray]:

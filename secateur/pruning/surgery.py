@@ -225,7 +225,7 @@ def _cut_layer(
         memo[id(bias)] = _like(bias, _select(bias, {0: kept}))
 
 
-def _kind_of(layer: nn.Module | None) -> tuple[str, tuple[str, ...]]:
+def kind_of(layer: nn.Module | None) -> tuple[str, tuple[str, ...]]:
     """Return the entry of a layer in the table of kinds; an empty one for a layer without channels of its own."""
     return next((entry for kind, entry in _KINDS.items() if isinstance(layer, kind)), ("", ()))
 
@@ -233,7 +233,7 @@ def _kind_of(layer: nn.Module | None) -> tuple[str, tuple[str, ...]]:
 def _kept_by_dim(name: str, layer: nn.Module, plan: PruningPlan) -> list[list[int] | None]:
     """Return the channels that a layer keeps along each dimension of its weight that counts channels; None: all."""
     kept = {"in": plan.kept_inputs.get(name), "out": plan.kept_outputs.get(name)}
-    return [kept[attribute.partition("_")[0]] for attribute in _kind_of(layer)[1]]
+    return [kept[attribute.partition("_")[0]] for attribute in kind_of(layer)[1]]
 
 
 def _is_depthwise(layer: nn.Module) -> bool:
@@ -320,18 +320,18 @@ def _set_attributes(modules: Mapping[str, Any], plan: PruningPlan) -> None:
     for name in plan.kept_tensors:
         path, _, own = name.rpartition(".")
         layer = modules[path]
-        if own == _kind_of(layer)[0]:  # a convolution or linear layer may run in train mode alone, or lend its weight
-            _set_counts(layer, _sizes(layer, getattr(layer, own)))
+        if own == kind_of(layer)[0]:  # a convolution or linear layer may run in train mode alone, or lend its weight
+            _set_counts(layer, sizes_of(layer, getattr(layer, own)))
     for name, values in plan.attributes.items():
         for attribute, value in values.items():
             _set_listed(modules[name], attribute, value)
 
 
-def _sizes(layer: Any, tensor: Tensor) -> list[int]:
+def sizes_of(layer: Any, tensor: Tensor) -> list[int]:
     """Return how many channels lie along each dimension of a layer's cut tensor, those of all groups together."""
     sizes = list(tensor.shape)
     if isinstance(layer, nn.modules.conv._ConvNd):
-        groups, rows = layer.groups, getattr(layer, _kind_of(layer)[1][0])
+        groups, rows = layer.groups, getattr(layer, kind_of(layer)[1][0])
         sizes[1] *= groups * sizes[0] // rows if _is_depthwise(layer) else groups
     return sizes
 
@@ -339,7 +339,7 @@ def _sizes(layer: Any, tensor: Tensor) -> list[int]:
 def _set_counts(layer: Any, sizes: Sequence[int | None]) -> None:
     """Let a layer's attributes count so many channels along each dimension of its tensor; None: as many as before."""
     depthwise = _is_depthwise(layer)
-    for attribute, size in zip(_kind_of(layer)[1], sizes, strict=False):
+    for attribute, size in zip(kind_of(layer)[1], sizes, strict=False):
         if attribute and size is not None:
             setattr(layer, attribute, size)
     if depthwise:

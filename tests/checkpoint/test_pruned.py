@@ -221,13 +221,15 @@ def stored(tmp_path):
     return tmp_path / "small.safetensors"
 
 
-def rewrite(path, change):
-    """Change the JSON header of a file, or its tensors, and write it back."""
+def rewrite(path, change, *, signed=False):
+    """Change the JSON header of a file, or its tensors, and write it back, with a new digest where it is signed."""
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["secateur"])
     tensors = parse(content)
     change(header, tensors)
+    if signed:
+        header["sha256"] = checkpoint.pruned._digest(tensors, header)
     save_file(tensors, path, {"secateur": json.dumps(header)})
 
 
@@ -267,9 +269,8 @@ def test_tensors_that_the_plan_does_not_touch_are_compared_too(tmp_path):
 def test_missing_and_unknown_tensors_are_counted_and_named(stored):
     def swap(header, tensors):
         tensors["head.weight"] = tensors.pop("fc.weight")
-        header["sha256"] = checkpoint.pruned._digest(tensors)
 
-    rewrite(stored, swap)
+    rewrite(stored, swap, signed=True)
     with pytest.raises(CheckpointError) as caught:
         checkpoint.load(Net(), stored)
     assert "1 tensor of the model not in the file (first: fc.weight)" in str(caught.value)
@@ -325,7 +326,7 @@ def test_a_flipped_bit_is_noticed(stored):
     content = bytearray(stored.read_bytes())
     content[-5] ^= 1
     stored.write_bytes(content)
-    with pytest.raises(CheckpointError, match="damaged: the tensors aren't the ones that were saved"):
+    with pytest.raises(CheckpointError, match="damaged: the tensors or the plan aren't the ones that were saved"):
         checkpoint.load(Net(), stored)
 
 
@@ -359,7 +360,7 @@ def test_newer_versions_are_refused_with_both_versions(stored):
         header["plans"][0]["unheard_of"] = {}
 
     rewrite(stored, newer_file)
-    with pytest.raises(CheckpointError, match=r"newer Secateur \(file format 2; this one reads up to 1\); upgrade"):
+    with pytest.raises(CheckpointError, match=r"newer Secateur \(file format 3; this one reads up to 2\); upgrade"):
         checkpoint.load(Net(), stored)
     rewrite(stored, newer_plan)
     with pytest.raises(CheckpointError, match=rf"plan format {plan_form.FORMAT_VERSION + 3}; this one reads up to"):
@@ -373,12 +374,54 @@ def test_a_header_without_a_part_is_refused(stored, key):
         checkpoint.load(Net(), stored)
 
 
-def test_a_plan_that_fits_no_such_layer_is_refused(stored):
-    def misfit(header, tensors):
-        header["plans"][0]["kept_outputs"]["bn"] = [0]
+def test_a_file_of_the_first_version_is_read(stored):
+    """Its digest is of the tensors alone."""
+    rewrite(stored, lambda header, tensors: header.update(format_version=1), signed=True)
+    assert checkpoint.load(Net(), stored).conv1.out_channels == 4
+    rewrite(stored, lambda header, tensors: header.update(format_version=2))
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.load(Net(), stored)
 
-    rewrite(stored, misfit)
-    with pytest.raises(CheckpointError, match="the plan doesn't fit the model given: bn: "):
+
+def test_the_digest_covers_the_plan(stored):
+    def touch(header, tensors):
+        header["plans"][0]["removed"]["conv1"] = [0, 4]
+
+    rewrite(stored, touch)
+    with pytest.raises(CheckpointError, match="damaged: the tensors or the plan aren't the ones that were saved"):
+        checkpoint.load(Net(), stored)
+
+
+@pytest.mark.parametrize(
+    ("field", "name", "value", "message"),
+    [
+        ("kept_outputs", "bn", [0], "bn: the plan expects a convolution or linear layer; the model has BatchNorm2d"),
+        ("kept_outputs", "conv1", [1, 2, 4, 6], "conv1: the plan keeps 6 among the output channels, of which"),
+        ("kept_outputs", "conv1", [1, 2, 4, -1], "kept_outputs.conv1.3: should be greater than or equal to 0"),
+        ("kept_outputs", "conv1", [1, 2, 4, 4], "kept_outputs.conv1: an index stands twice"),
+        ("kept_outputs", "conv1", [1, 2, 4, 5.0], "kept_outputs.conv1.3: should be a valid integer, found 5.0"),
+        ("kept_outputs", "conv1", [], "conv1: the plan keeps none of its 6 output channels"),
+        ("kept_inputs", "fc", [20], "fc: the plan keeps 20 among the input channels, of which there are 20"),
+        ("kept_tensors", "gone", {"0": [0]}, "gone: no such parameter or buffer"),
+        ("kept_tensors", "bn.bias", {"1": [0]}, "bn.bias: has no dimension 1"),
+        ("kept_tensors", "bn.bias", {"0": [9]}, "bn.bias: the plan keeps 9 among the indices of dimension 0"),
+        ("reads", "bn.bias", {"0": [9]}, "bn.bias: the plan keeps 9 among the indices of dimension 0"),
+        ("blocks", "conv2.weight", 4, "conv2.weight: blocks: 4 do not divide the rows of such a weight"),
+        ("magnitudes", "bn.bias", ["bn.weight", 0], "bn.bias: no magnitude of a direction that is cut"),
+        ("magnitudes", "bn.bias", ["conv1.weight", 1], "bn.bias: no magnitude of a direction that is cut"),
+        ("attributes", "bn", {"eps": 5}, "bn: eps of a BatchNorm2d counts no channels"),
+        ("attributes", "bn", {"num_features": 0}, "bn: num_features can't be 0: it is 6"),
+        ("attributes", "bn", {"num_features": 7}, "bn: num_features can't be 7: it is 6"),
+        ("attributes", "bn", {"training": 1}, "bn: it has no attribute 'training' that counts channels"),
+        ("attributes", "bn", {"forward": 1}, "bn: it has no attribute 'forward' that counts channels"),
+        ("attributes", "bn", {"num_features[1]": 1}, r"bn: num_features\[1\] can't be 1"),
+        ("attributes", "nothing", {"width": 1}, "nothing: it has no attribute 'width'"),
+        ("shapes", "bn.bias", [7], r"bn.bias has shape \(7,\)"),
+    ],
+)  # fmt: skip
+def test_a_plan_that_no_trace_makes_is_refused(stored, field, name, value, message):
+    rewrite(stored, lambda header, tensors: header["plans"][0][field].update({name: value}), signed=True)
+    with pytest.raises(CheckpointError, match=message):
         checkpoint.load(Net(), stored)
 
 
