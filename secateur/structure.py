@@ -52,9 +52,7 @@ def parsed(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from error
 
 
-@lru_cache(maxsize=64)
-def _adapter(form: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(form)
+_adapter = lru_cache(maxsize=64)(TypeAdapter)
 
 
 def checked(form: type[Form], value: Any) -> Form:
@@ -68,7 +66,7 @@ def checked(form: type[Form], value: Any) -> Form:
         ValueError: If it has another form; the message is one line, and names the first key at fault.
     """
     try:
-        found: Form = _adapter(form).validate_python(value)
+        found: Form = _adapter(form).validate_python(value)  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])

@@ -32,6 +32,7 @@ from secateur.errors import UsageError
 from secateur.pruning.options import AUTO, Options
 from secateur.pruning.target import Target
 from secateur.runfile import yaml_lines
+from secateur.structure import shown
 from secateur.training.stages import TrainingSettings
 
 FILE = "run.yaml"
@@ -372,7 +373,7 @@ def explain(
         text = f"{key}: {said}."
     else:
         message = first["msg"].removeprefix("Input ")
-        text = f"{key}: {message[0].lower()}{message[1:]}, found {first['input']!r}."
+        text = f"{key}: {message[0].lower()}{message[1:]}, found {shown(first['input'])}."
     more = len({finding["loc"][:2] for finding in findings}) - 1
     return f"{where}{text}" + (f" ({more} more like this.)" if more else "")
 

@@ -235,3 +235,46 @@ def test_the_schema_knows_every_setting_of_the_engine() -> None:
     assert set(definitions["Settings"]["properties"]) == {f.name for f in fields(Settings)}
     assert set(definitions["Baseline"]["properties"]) == {f.name for f in fields(config.Baseline)}
     assert "share of a group" in definitions["Settings"]["properties"]["fraction"]["description"]
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{key}: &{key} [{', '.join(['*' + before] * 9)}]\n" for before, key in zip("abcdefgh", "bcdefghi", strict=True)
+)
+"""Nine anchors, each of nine times the one before: 387 million values where each is looked at whenever it is named."""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (LAUGHS, "holds more than 100000 values, those behind references counted each time"),
+        ("model_options: {a: &x [*x]}", "refers to itself"),
+        ("model_options: " + "[" * 900, "nested more than 50 deep"),
+        ("k0: &k0 [1]\n" + "".join(f"k{i}: &k{i} [*k{i - 1}]\n" for i in range(1, 60)), "more than 50 deep"),
+        ("seed: " + "9" * 5000, "is a number of 5000 characters; 40 are the most"),
+        ("seed: 0x" + "f" * 5000, "is a number of 5002 characters"),
+        ("seed: " + ":".join(["59"] * 3000), "is a number of 8999 characters"),
+        ("run_dir: 2026-99-99", "a timestamp; put it in quotes if a text is meant"),
+        ("seed: !!int abc", "not YAML: invalid literal"),
+        ("seed: !!bool maybe", "not YAML: 'maybe'"),
+        ("seed: !!binary gICA", "a binary; put"),
+        ("seed: !!python/object/apply:os.system [id]", "not YAML of a configuration: a python/object/apply:os.system"),
+        ("model_options: {[1]: 2}", "is a key, and no name"),
+        ("seed: " + "[" + "1, " * 400_000 + "1]", "a configuration holds 1048576 at most"),
+    ],
+    ids=lambda text: text[:24],
+)  # fmt: skip
+def test_a_file_that_would_keep_its_reader_busy_is_refused_at_once(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    for read in (config.load, config.load_prune):
+        with pytest.raises(UsageError) as error:
+            read(path)
+        assert expected in str(error.value)
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < 1000
+
+
+def test_an_anchor_may_be_used(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: lenet5\ndata: digits\nmodel_options: &o {a: 1}\ndata_options: {<<: *o, b: 2}\n")
+    assert config.load(path).data_options == {"a": 1, "b": 2}
