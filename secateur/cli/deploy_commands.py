@@ -63,13 +63,17 @@ def report(
     measure: Annotated[
         bool,
         typer.Option(
-            "--measure/--no-measure",
-            help="Measure time and memory of a run that has not been measured yet (RUN_DIR/benchmark.json).",
+            "--measure",
+            help="Build the networks of a run that has not been measured yet, by the code that its run.yaml names, and "
+            "measure their time and memory (RUN_DIR/benchmark.json). Without it nothing that a run names is run.",
         ),
-    ] = True,
+    ] = False,
+    trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
     """Write the report of a run as one HTML page that needs no network; of several runs, side by side."""
+    for folder in (run_dir or ()) if measure else ():
+        options.require_trust_of_run(folder, trust)
     with console.running(as_json) as steps:
         from secateur.report import read_run, write_report
         from secateur.runfile import config
@@ -118,9 +122,12 @@ def benchmark(
         typer.Option(metavar="RUN_DIR", help="Measure this run's network against its original, for its report."),
     ] = None,
     out: Out = None,
+    trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
     """Measure time and peak memory of a network, or of two in turns: theoretical against measured speed-up."""
+    if run_dir is not None:
+        options.require_trust_of_run(run_dir, trust)
     with console.running(as_json) as steps, ExitStack() as files:
         from secateur.deploy.export import replacing
         from secateur.runfile.sources import open_model

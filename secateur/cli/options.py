@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -165,7 +166,21 @@ RunDir = Annotated[
         show_default=False,
     ),
 ]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="Run the code that the file names (path/to/file.py:FUNCTION, package.module:FUNCTION) without asking; "
+        "folders named in SECATEUR_TRUST are trusted, too.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to standard output, and nothing else.")]
+
+
+def is_said(context: typer.Context, name: str) -> bool:
+    """Tell whether a parameter's value is from the command line, and no default or file's."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def nearest(context: typer.Context, **values: Any) -> list[Any]:
@@ -178,9 +193,41 @@ def nearest(context: typer.Context, **values: Any) -> list[Any]:
     Returns:
         The values in their order, None for each that is not kept.
     """
-    sources = {name: context.get_parameter_source(name) for name in values}
-    said = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    said = {name for name in values if is_said(context, name)}
     return [value if name in said or not said else None for name, value in values.items()]
+
+
+def require_trust(file: Path, run: Any, given: bool, said: Mapping[str, Any] | None = None) -> None:
+    """Let a person say whether the code that a file names may run.
+
+    Args:
+        file: The file.
+        run: Its values.
+        given: Whether ``--trust`` is.
+        said: Values of the command line, which are the person's own word.
+
+    Raises:
+        UsageError: If it may not.
+    """
+    from secateur.runfile import trust
+
+    def ask(question: str) -> bool:
+        return typer.confirm(question, default=False, err=True)
+
+    terminal = sys.stdin.isatty() and sys.stderr.isatty()
+    trust.require(file, trust.code_named(run, said), given=given, ask=ask if terminal else None)
+
+
+def require_trust_of_run(folder: Path, given: bool) -> None:
+    """Let a person say whether the code that a run's file names may run; see :func:`require_trust`.
+
+    Raises:
+        UsageError: If it may not, or the file can't be read.
+    """
+    from secateur.runfile import config
+
+    if (folder / config.FILE).is_file():
+        require_trust(folder / config.FILE, config.load(folder / config.FILE), given)
 
 
 def one(argument: str | None, flag: str | None) -> str:

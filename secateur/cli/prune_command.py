@@ -31,7 +31,7 @@ def prune(
     context: typer.Context,
     model: options.ModelArgument = None,
     model_flag: options.ModelFlag = None,
-    _config_file: Annotated[
+    config_file: Annotated[
         Path | None,
         typer.Option(
             "--config",
@@ -100,9 +100,16 @@ def prune(
             show_default=False,
         ),
     ] = None,
+    trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
     """Remove the least important channels of a network, once and without training, and verify the result."""
+    if config_file is not None:
+        from secateur.runfile import config
+
+        said = {name: value for name, value in context.params.items() if options.is_said(context, name)}
+        said = {**said, "model": said.get("model") or said.get("model_flag"), "model_options": None}
+        options.require_trust(config_file, config.load_prune(config_file), trust, said)
     with console.running(as_json) as steps:
         import secateur as sc
         from secateur.engine.way import require_possible, way_of

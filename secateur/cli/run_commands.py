@@ -99,40 +99,43 @@ def compress(
         int | None, typer.Option(metavar="N", help="Seed of everything that is drawn; 0 unless given.")
     ] = None,
     run_dir: options.RunDir = None,
+    trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
     """Prune and fine-tune a trained network round by round, as far as its accuracy allows or to a target."""
-    with console.running(as_json) as steps:
-        from secateur.runfile import config, configured_run
+    from secateur.runfile import config, configured_run
 
-        limits = options.planning(
-            ratio=ratio, skip=skip, max_ratio=max_ratio, round_to=round_to, min_channels=min_channels,
-            allocation=allocation, inexact=inexact,
-        )  # fmt: skip
-        chosen_settings = options.values("--set", settings)
-        if compensate is not None:
-            chosen_settings["compensate"] = [] if compensate == "none" else compensate
-        given = {
-            "model": options.one(model, model_flag) if config_file is None or model or model_flag else None,
-            "model_options": options.values("--model-option", model_option),
-            "weights": weights,
-            "data": data,
-            "data_options": options.values("--data-option", data_option),
-            "input": input_shape,
-            "method": method,
-            "tolerance": tolerance,
-            "target": options.target(
-                macs, params, channels, memory, latency, batch=batch, runtime=runtime, threads=threads
-            ),
-            "settings": chosen_settings,
-            "baseline": options.values("--baseline", baseline),
-            "batch_size": batch_size,
-            "seed": seed,
-            "run_dir": None if run_dir is None else str(run_dir),
-            **limits,
-        }
-        chosen = {name: value for name, value in given.items() if value not in (None, {}, [])}
-        configured = config.build(chosen) if config_file is None else config.load(config_file, chosen)
+    limits = options.planning(
+        ratio=ratio, skip=skip, max_ratio=max_ratio, round_to=round_to, min_channels=min_channels,
+        allocation=allocation, inexact=inexact,
+    )  # fmt: skip
+    chosen_settings = options.values("--set", settings)
+    if compensate is not None:
+        chosen_settings["compensate"] = [] if compensate == "none" else compensate
+    given = {
+        "model": options.one(model, model_flag) if config_file is None or model or model_flag else None,
+        "model_options": options.values("--model-option", model_option),
+        "weights": weights,
+        "data": data,
+        "data_options": options.values("--data-option", data_option),
+        "input": input_shape,
+        "method": method,
+        "tolerance": tolerance,
+        "target": options.target(
+            macs, params, channels, memory, latency, batch=batch, runtime=runtime, threads=threads
+        ),
+        "settings": chosen_settings,
+        "baseline": options.values("--baseline", baseline),
+        "batch_size": batch_size,
+        "seed": seed,
+        "run_dir": None if run_dir is None else str(run_dir),
+        **limits,
+    }
+    chosen = {name: value for name, value in given.items() if value not in (None, {}, [])}
+    configured = config.build(chosen) if config_file is None else config.load(config_file, chosen)
+    if config_file is not None:
+        options.require_trust(config_file, configured, trust, chosen)
+    with console.running(as_json) as steps:
         grounded = configured_run.grounded(configured)
         with _resumable(grounded.run_dir or ""):
             result = configured_run.start(grounded, steps)
@@ -141,9 +144,11 @@ def compress(
 
 def resume(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of the interrupted run.")],
+    trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
     """Go on with a run that was interrupted, from its last whole epoch."""
+    options.require_trust_of_run(run_dir, trust)
     with console.running(as_json) as steps:
         from secateur.runfile import configured_run
 

@@ -1,17 +1,29 @@
-"""Import and call user code, named ``path/to/file.py:FUNCTION`` or ``package.module:FUNCTION``; say where it fails."""
+"""Import and call user code, named ``path/to/file.py:FUNCTION`` or ``package.module:FUNCTION``; say where it fails.
+
+A name is called only if it can be meant. A model's is a class derived from ``torch.nn.Module``, or a function written
+in Python; a data set's a :class:`secateur.data.DataBundle` or such a function; a method's a criterion or such a
+function. No builtin is, and nothing of the standard library, which isn't imported either.
+"""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import importlib.util
+import inspect
 import sys
+import sysconfig
 import traceback
+import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from secateur.criteria import Criterion
+from secateur.data import DataBundle
 from secateur.errors import SecateurError, UsageError
 
 
@@ -31,6 +43,8 @@ def imported(spec: str, what: str) -> Any:
         there = _module_of(path) if what == "method" else None
         module = there or guard(spec, lambda: _import_file(path), {}, what)
     else:
+        if _is_standard(place):
+            raise UsageError(f"{spec}: {place} is of Python's standard library, which has no {_MEANT[what]}.")
         try:
             found = importlib.util.find_spec(place)
         except (ImportError, ValueError):
@@ -42,7 +56,52 @@ def imported(spec: str, what: str) -> Any:
     if not callable(function) and not isinstance(function, Criterion):
         known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         raise UsageError(f"{spec}: {place} has no function {name!r}{suggest(name, known)}")
+    if not _can_be_meant(function, what):
+        kind = "a class" if inspect.isclass(function) else f"a {type(function).__name__}"
+        raise UsageError(f"{spec}: is {kind} of {_module_name(function) or place}, and no {_MEANT[what]}.")
     return function
+
+
+_MEANT = {
+    "model": "class derived from torch.nn.Module, nor a function of yours that returns one",
+    "data": "function of yours that returns a secateur.data.DataBundle",
+    "method": "criterion, nor a function of yours that computes one",
+}
+"""What a name stands for, as messages say it."""
+
+
+def _can_be_meant(named: Any, what: str) -> bool:
+    """Tell whether an object may be called for what its name is given for."""
+    if inspect.isclass(named):
+        return issubclass(named, {"model": nn.Module, "data": DataBundle, "method": Criterion}[what])
+    if what == "method" and isinstance(named, Criterion):
+        return True
+    while isinstance(named, functools.partial | types.MethodType):
+        named = named.func if isinstance(named, functools.partial) else named.__func__
+    named = inspect.unwrap(named)
+    return isinstance(named, types.FunctionType) and not _is_standard(_module_name(named))
+
+
+def _module_name(named: Any) -> str:
+    """Return the name of the module that a function was written in; empty where it has none."""
+    return str(getattr(named, "__module__", None) or "")
+
+
+def _is_standard(module: str) -> bool:
+    """Tell whether a module is of Python's standard library, and no other one of the same name."""
+    top = module.partition(".")[0]
+    if top not in sys.stdlib_module_names:
+        return False
+    try:
+        found = importlib.util.find_spec(top)
+    except ValueError:
+        return True
+    if found is None or found.origin is None or not found.has_location:
+        return True
+    file = Path(found.origin).resolve()
+    own = [Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib")]
+    installed = [Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib")]
+    return any(map(file.is_relative_to, own)) and not any(map(file.is_relative_to, installed))
 
 
 def _module_of(path: Path) -> Any:
