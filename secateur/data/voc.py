@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,8 @@ def voc(root: Path, *, validation: float | None = None, seed: int = 0, train_siz
         train_size: Number of training photographs to take; all where None.
 
     Raises:
-        DataError: If a file is missing or damaged, a list is empty, or a photograph is in two lists.
+        DataError: If a file is missing or damaged, a list is empty, a name leads out of the folder, or a photograph is
+            listed twice, be it under two names.
         UsageError: If ``validation`` is given, or there aren't as many photographs as ``train_size``.
     """
     root = Path(root)
@@ -101,6 +103,12 @@ def voc(root: Path, *, validation: float | None = None, seed: int = 0, train_siz
                 )
             seen[name] = part
     parts = {part: [_annotation(root, name) for name in members] for part, members in names.items()}
+    files: dict[tuple[int, int], Path] = {}
+    for found in (annotation for members in parts.values() for annotation in members):
+        stat = found.image.stat()
+        twin = files.setdefault((stat.st_dev, stat.st_ino), found.image)
+        if twin is not found.image:
+            raise DataError(f"{root}: {twin.name} and {found.image.name} are one file; a photograph is listed once.")
     classes = tuple(sorted({name for found in parts.values() for a in found for name, _, _ in a.boxes}))
     if not classes:
         raise DataError(f"{root}/Annotations: not one box in {len(seen)} files.")
@@ -130,6 +138,10 @@ def _list(root: Path, part: str) -> list[str]:
         ) from error
     if not names:
         raise DataError(f"{path}: names no photograph.")
+    for name in names:
+        parts = name.split("/")
+        if "\0" in name or "\\" in name or not {"", ".", ".."}.isdisjoint(parts) or Path(name).is_absolute():
+            raise DataError(f"{path}: {name!r} is no name of a photograph; names lead nowhere but into JPEGImages.")
     return names
 
 
@@ -139,7 +151,7 @@ def _annotation(root: Path, name: str) -> _Annotation:
         tree = ElementTree.parse(path).getroot()
     except OSError as error:
         raise DataError(f"{path}: is missing, and ImageSets/Main names it.") from error
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # the last two of encodings
         raise DataError(f"{path}: not readable as XML: {error}") from error
     image = root / "JPEGImages" / f"{name}.jpg"
     if not image.is_file():
@@ -147,6 +159,8 @@ def _annotation(root: Path, name: str) -> _Annotation:
     try:
         size = int(_text(tree, "size/width")), int(_text(tree, "size/height"))
         boxes = [_box(node) for node in tree.iter("object")]
+        if min(size) < 1:
+            raise ValueError(f"a photograph of {size[0]}x{size[1]}")
     except (KeyError, ValueError) as error:
         raise DataError(f"{path}: expected VOC's size and bndbox entries: {error}") from error
     kept = [(n, (x1, y1, x2, y2), hard) for n, (x1, y1, x2, y2), hard in boxes if x1 < x2 and y1 < y2]
@@ -158,6 +172,8 @@ def _annotation(root: Path, name: str) -> _Annotation:
 
 def _box(node: Any) -> tuple[str, tuple[float, float, float, float], bool]:
     x1, y1, x2, y2 = (float(_text(node, f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
+    if not all(map(math.isfinite, (x1, y1, x2, y2))):
+        raise ValueError(f"a box of {x1}, {y1}, {x2}, {y2}")
     return _text(node, "name").strip(), (x1, y1, x2, y2), node.findtext("difficult", "0").strip() == "1"
 
 

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from secateur.data import DATASETS, Batches, load
+from secateur.data.image import decode, most_pixels, opened
 from secateur.errors import DataError, UsageError
 
 SHARED = Path(os.environ.get("SECATEUR_SHARED", Path(__file__).parents[3] / "shared"))
@@ -443,6 +444,67 @@ def test_damaged_voc_is_refused(tmp_path, change, message):
     change(write_voc(tmp_path / "v"))
     with pytest.raises(DataError, match=message):
         load("voc", root=tmp_path / "v")
+
+
+@pytest.mark.parametrize("name", ["../JPEGImages/im00", "/etc/passwd", "./im00", "a//b", "..", "a\\..\\b", "im\0"])
+def test_voc_names_lead_nowhere_else(tmp_path, name):
+    root = write_voc(tmp_path / "v")
+    (root / "ImageSets/Main/val.txt").write_text(f"{name}\n")
+    with pytest.raises(DataError, match=r"val.txt: .* is no name of a photograph"):
+        load("voc", root=root)
+
+
+def test_a_voc_photograph_is_listed_once_under_whatever_name(tmp_path):
+    root = write_voc(tmp_path / "v")
+    for kind, suffix in (("JPEGImages", "jpg"), ("Annotations", "xml")):
+        (root / kind / f"twin.{suffix}").symlink_to(root / kind / f"im00.{suffix}")
+    (root / "ImageSets/Main/test.txt").write_text("twin\n")
+    with pytest.raises(DataError, match=r"im00.jpg and twin.jpg are one file; a photograph is listed once"):
+        load("voc", root=root)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("<width>40<", "<width>0<", "a photograph of 0x32"),
+        ("<width>40<", f"<width>{'9' * 5000}<", "expected VOC's size"),
+        ("<xmin>5<", "<xmin>nan<", "a box of nan, 6.0"),
+        ("<annotation>", "<?xml version='1.0' encoding='moo'?><annotation>", "not readable as XML"),
+    ],
+)
+def test_odd_numbers_in_voc_are_refused(tmp_path, old, new, message):
+    root = write_voc(tmp_path / "v")
+    path = root / "Annotations/im00.xml"
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(DataError, match=message):
+        load("voc", root=root)
+
+
+def test_images_over_the_limit_are_refused_with_the_setting_that_raises_it(tmp_path, monkeypatch):
+    file = tmp_path / "wide.png"
+    Image.new("RGB", (20, 6)).save(file)
+    assert most_pixels() == 100_000_000
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # PIL's own limit, which no setting raises
+    assert opened(file, str(file)).size == (20, 6)
+    assert Image.MAX_IMAGE_PIXELS == 10
+    monkeypatch.setenv("SECATEUR_MAX_PIXELS", "99")
+    with pytest.raises(DataError, match=r"wide.png: holds 20x6 pixels, more than 99; .* SECATEUR_MAX_PIX"):
+        decode(file, str(file))
+    small = write_folder(tmp_path / "f")
+    with pytest.raises(DataError, match="more than 99"):
+        load("imagefolder", root=small).train[0]
+    with pytest.raises(DataError, match="more than 99"):
+        load("voc", root=write_voc(tmp_path / "v")).train[0]
+    monkeypatch.setenv("SECATEUR_MAX_PIXELS", "many")
+    with pytest.raises(UsageError, match="SECATEUR_MAX_PIXELS: is a whole number from 1 up, found 'many'"):
+        decode(file, str(file))
+
+
+def test_a_file_of_another_kind_is_no_image(tmp_path):
+    file = tmp_path / "drawing.jpg"
+    Image.new("RGB", (8, 8)).save(file, "EPS")
+    with pytest.raises(DataError, match="can't be decoded as an image"):
+        decode(file, str(file))
 
 
 def test_voc_boxes_and_photographs_are_checked(tmp_path):
