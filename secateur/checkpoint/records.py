@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from secateur.checkpoint.atomic import write_atomic
 from secateur.errors import CheckpointError
+from secateur.structure import parsed, shown
 
 
 def write_record(
@@ -54,9 +55,11 @@ def read_record(
     """
     try:
         with safe_open(Path(path), framework="pt") as file:
-            record = json.loads((file.metadata() or {})[key])
+            record = parsed((file.metadata() or {})[key])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        if not isinstance(record, dict):
+            raise ValueError("its record is no mapping")
+    except Exception as error:  # a type or a shape that torch has no form for raises errors of any kind
         raise CheckpointError(f"{path}: damaged, or not {what}: {' '.join(str(error).split())}.") from error
     if record.get("version") != version:
         raise CheckpointError(f"{path}: format version {record.get('version')}, this release resumes {version} only.")
@@ -75,12 +78,23 @@ def flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     return {"value": value}
 
 
-def restore(value: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
-    """Undo :func:`flatten`; tuples come back as lists."""
-    if "tensor" in value:
-        return tensors[value["tensor"]]
-    if "items" in value:
-        return {k: restore(v, tensors) for k, v in value["items"]}
-    if "list" in value:
-        return [restore(v, tensors) for v in value["list"]]
-    return value["value"]
+def restore(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Undo :func:`flatten`; tuples come back as lists.
+
+    Raises:
+        ValueError: If the value is not of the form that :func:`flatten` gives, or a tensor is missing.
+    """
+    match value:
+        case {"tensor": str(name)} if name in tensors:
+            return tensors[name]
+        case {"items": list(pairs)} if all(_is_pair(pair) for pair in pairs):
+            return {k: restore(v, tensors) for k, v in pairs}
+        case {"list": list(values)}:
+            return [restore(v, tensors) for v in values]
+        case {"value": plain}:
+            return plain
+    raise ValueError(f"no stored value: {shown(value)}")
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], (str, int, float, bool, type(None)))

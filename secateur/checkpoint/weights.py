@@ -57,6 +57,11 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
                 f"{path}: expected a state dict, names and tensors; found {name!r}: {type(value).__name__}. "
                 "Save one by torch.save(model.state_dict(), ...)."
             )
+        if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+            kind = "on the meta device" if value.device.type == "meta" else "sparse, quantised or nested"
+            raise CheckpointError(
+                f"{path}: {name} is {kind}; save plain tensors: value.to_dense(), value.dequantize()."
+            )
     prefix = _common_prefix(list(state))
     return {name.removeprefix(prefix): value for name, value in state.items()}
 

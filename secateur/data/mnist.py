@@ -51,12 +51,16 @@ def mnist(root: Path, *, validation: float | None = None, seed: int = 0, train_s
 
 
 def _part(root: Path, train: bool) -> ImageTensors:
-    from torchvision.datasets import MNIST
+    # Not through torchvision's MNIST itself, which reads a pickle in place of these files where it finds one.
+    from torchvision.datasets.mnist import read_image_file, read_label_file
 
-    what = " and ".join(f"MNIST/raw/{file}" for file in FILES if file.startswith("train") is train)
+    names = FILES[:2] if train else FILES[2:]
+    what = " and ".join(f"MNIST/raw/{file}" for file in names)
     try:
-        part = MNIST(str(root), train=train, download=False)
-        images, labels = part.data, part.targets
+        images, labels = (
+            read(str(root / "MNIST" / "raw" / file))
+            for read, file in zip((read_image_file, read_label_file), names, strict=True)
+        )
     except Exception as error:  # damaged bytes raise errors of any kind
         found = " ".join(str(error).split()) or "the file ends before the images its header announces"
         raise DataError(f"{root}: {what}: not readable as IDX: {found}; unpack them anew.") from error

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from secateur import checkpoint
 from secateur.engine.state import State
+from secateur.engine.stored import require_configuration
 from secateur.errors import CheckpointError, RunError, UsageError
 from secateur.graph.plan import PruningPlan
+from secateur.structure import parsed
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -91,10 +93,9 @@ class RunDirectory:
         """
         path = self.path / "config.json"
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-            if not {"method", "tolerance", "target", "seed", "options", "settings"} <= set(config):
-                raise ValueError("a key is missing")
-        except (OSError, ValueError, TypeError) as error:
+            config = parsed(path.read_bytes())
+            require_configuration(config)
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: missing or damaged: {error}.") from error
         return dict(config)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from secateur.checkpoint.records import flatten, read_record, restore, write_record
 from secateur.compensation.sensitivity import Sensitivity
+from secateur.engine.stored import plain_state
 from secateur.errors import CheckpointError
 
 FORMAT_VERSION = 1
@@ -124,12 +125,13 @@ class State:
             )
         record, tensors = read_record(path, _KEY, FORMAT_VERSION, "the state of a run")
         try:
-            state = cls(**record["state"])
+            state = cls(**plain_state(cls, record["state"]))
+            _ = state.sensitivity  # its table is of the form of one
             if record["accepted"]:
                 state.accepted = {
                     k.removeprefix("accepted/"): v for k, v in tensors.items() if k.startswith("accepted/")
                 }
             state.training = restore(record["training"], tensors)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path}: damaged, or written by another release: {error}.") from error
         return state, {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")}

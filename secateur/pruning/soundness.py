@@ -18,7 +18,7 @@ from secateur.graph.plan import PruningPlan
 from secateur.network.custom_layers import layer_rule
 from secateur.network.inputs import unwrapped
 from secateur.network.named import BOOKS, modules_of, tensors_named
-from secateur.pruning.surgery import kind_of, sizes_of
+from secateur.pruning.surgery import is_depthwise, kind_of, sizes_of
 
 _COUNTS = frozenset(
     {
@@ -49,6 +49,9 @@ def require_sound(model: nn.Module, plan: PruningPlan) -> None:
     for side, kept_by in (("out", plan.kept_outputs), ("in", plan.kept_inputs)):
         for name, kept in kept_by.items():
             _require_layer(name, modules.get(name), side, kept)
+    for name in plan.kept_outputs.keys() | plan.kept_inputs.keys():
+        if layer_rule(modules[name]) is None and is_depthwise(modules[name]):
+            _require_along(name, modules[name], plan.kept_inputs.get(name), plan.kept_outputs.get(name))
     for name, blocks in plan.blocks.items():
         tensor = tensors.get(name)
         if tensor is None or tensor.ndim < 2 or not 1 <= blocks <= tensor.shape[0] or tensor.shape[0] % blocks:
@@ -82,6 +85,18 @@ def _require_layer(name: str, layer: nn.Module | None, side: str, kept: Sequence
     groups = getattr(layer, "groups", 1)
     if groups > 1 and groups != getattr(layer, "in_channels", 0) and len(kept) % groups:
         raise _unsound(name, f"it keeps {len(kept)} {side}put channels in {groups} groups")
+
+
+def _require_along(name: str, layer: Any, read: Sequence[int] | None, made: Sequence[int] | None) -> None:
+    """Refuse a depthwise convolution that keeps other filters than those of the channels that it keeps."""
+    each = layer.out_channels // layer.in_channels
+    if (
+        read is None
+        or made is None
+        or sorted({i // each for i in made}) != sorted(read)
+        or len(made) != each * len(read)
+    ):
+        raise _unsound(name, "it keeps filters of other channels than those that it reads")
 
 
 def _require_tensor(name: str, tensor: Tensor | None, dims: dict[int, list[int]], blocks: int) -> None:

@@ -236,7 +236,7 @@ def _kept_by_dim(name: str, layer: nn.Module, plan: PruningPlan) -> list[list[in
     return [kept[attribute.partition("_")[0]] for attribute in kind_of(layer)[1]]
 
 
-def _is_depthwise(layer: nn.Module) -> bool:
+def is_depthwise(layer: nn.Module) -> bool:
     """Tell whether a convolution reads one input channel a group, so that a removed channel takes its group along."""
     groups = getattr(layer, "groups", 1)
     return groups > 1 and groups == getattr(layer, "in_channels", 0)
@@ -332,13 +332,13 @@ def sizes_of(layer: Any, tensor: Tensor) -> list[int]:
     sizes = list(tensor.shape)
     if isinstance(layer, nn.modules.conv._ConvNd):
         groups, rows = layer.groups, getattr(layer, kind_of(layer)[1][0])
-        sizes[1] *= groups * sizes[0] // rows if _is_depthwise(layer) else groups
+        sizes[1] *= groups * sizes[0] // rows if is_depthwise(layer) else groups
     return sizes
 
 
 def _set_counts(layer: Any, sizes: Sequence[int | None]) -> None:
     """Let a layer's attributes count so many channels along each dimension of its tensor; None: as many as before."""
-    depthwise = _is_depthwise(layer)
+    depthwise = is_depthwise(layer)
     for attribute, size in zip(kind_of(layer)[1], sizes, strict=False):
         if attribute and size is not None:
             setattr(layer, attribute, size)

@@ -180,7 +180,7 @@ class RunConfig(_Planning):
         if value not in names and ":" not in value:
             close = difflib.get_close_matches(value, names, n=1)
             raise ValueError(
-                f"unknown method {value!r}; " + (f"did you mean {close[0]!r}" if close else ", ".join(names))
+                f"unknown method {shown(value)}; " + (f"did you mean {close[0]!r}" if close else ", ".join(names))
             )
         return value
 
@@ -247,6 +247,8 @@ class PruneConfig(_Planning):
         for name in self.model_fields_set:
             value = getattr(self, name)
             option = _PARAMETERS.get(name, name)
+            if value is None:
+                continue
             if isinstance(value, TargetConfig):
                 words |= value.model_dump(exclude_none=True)
             elif isinstance(value, Mapping):
@@ -255,7 +257,7 @@ class PruneConfig(_Planning):
                 words[option] = [str(value)]
             elif name == "compensate":
                 words[option] = ",".join(value) or "none"
-            elif value is not None:
+            else:
                 words[option] = list(value) if isinstance(value, tuple) else str(value) if name == "round_to" else value
         return words
 
@@ -334,6 +336,10 @@ def schema() -> str:
     return json.dumps(values, indent=2, ensure_ascii=False)
 
 
+_KEY = 80
+"""So many characters of a key are shown in a message."""
+
+
 def explain(
     error: ValidationError, place: str, tree: yaml.Node | None = None, overrides: Mapping[str, Any] | None = None
 ) -> str:
@@ -349,7 +355,7 @@ def explain(
     # An unknown key often explains the missing one, so it is told first.
     findings = sorted(error.errors(), key=lambda e: e["type"] not in unknown)
     first = findings[0]
-    location = [str(part) for part in first["loc"]]
+    location = [part if len(part) <= _KEY else f"{part[:_KEY]}…" for part in map(str, first["loc"])]
     said = str(first["ctx"]["error"]) if first["type"] == "value_error" else ""
     name, colon, rest = said.partition(": ")
     if colon and len(location) == 1 and name in _keys(location):

@@ -89,6 +89,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
                 f"{path}: {key} has shape {tuple(value.shape)} in the file and {tuple(own[key].shape)} in "
                 f"{type(model).__name__}; give the file of this very model, or build the model with --model-option."
             )
+        if value.is_complex() and not own[key].is_complex():
+            raise UsageError(f"{path}: {key} holds complex numbers, and that of {type(model).__name__} real ones.")
     model.load_state_dict(state)
 
 

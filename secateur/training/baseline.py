@@ -72,7 +72,7 @@ def read(file: Path, request: Mapping[str, Any]) -> Halfway | None:
             {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")},
             restore(record["stage"], tensors),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: damaged, or written by another release: {error}.") from error
     wanted = json.loads(json.dumps(request))
     other = next((k for k in {**stored, **wanted} if stored.get(k) != wanted.get(k)), None)
