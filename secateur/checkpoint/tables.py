@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from secateur.checkpoint.atomic import write_atomic
 from secateur.errors import UsageError
+from secateur.structure import checked, parsed
 
 Table = TypeVar("Table")
 
@@ -19,9 +19,7 @@ def write_table(path: str | os.PathLike[str], version: int, values: dict[str, An
     write_atomic(path, json.dumps({"format_version": version, **values}, indent=indent).encode())
 
 
-def read_table(
-    path: str | os.PathLike[str], version: int, what: str, remedy: str, make: Callable[[dict[str, Any]], Table]
-) -> Table:
+def read_table(path: str | os.PathLike[str], version: int, what: str, remedy: str, form: type[Table]) -> Table:
     """Read what :func:`write_table` wrote.
 
     Args:
@@ -29,18 +27,17 @@ def read_table(
         version: The one version that is read.
         what: What the file ought to be, for errors: ``table of times``.
         remedy: What to do about a file that is none.
-        make: Makes the table of the values.
+        form: The table's class.
 
     Raises:
         UsageError: If the file is not there or not of this form.
     """
     try:
-        given = json.loads(Path(path).read_bytes())
-        if given.pop("format_version") != version:
+        given = parsed(Path(path).read_bytes())
+        if not isinstance(given, dict) or given.pop("format_version", None) != version:
             raise ValueError("its version is unknown")
-        return make(given)
+        return checked(form, given)
     except OSError as error:
         raise UsageError(f"{path}: can't be read: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        found = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise UsageError(f"{path}: no {what} ({found}). {remedy}") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: no {what} ({error}). {remedy}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -361,7 +362,9 @@ def allocation(text: str | None) -> Any:
     from secateur.compensation.sensitivity import Sensitivity
 
     if not Path(text).exists():
-        raise UsageError(f"--allocation {text}: no such file; give {', '.join(known)} or a table of sensitivity.")
+        close = difflib.get_close_matches(text, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"give {', '.join(known)} or a table of sensitivity."
+        raise UsageError(f"--allocation {text}: no such file; {hint}")
     return Sensitivity.load(text)
 
 

@@ -59,6 +59,15 @@ class Sensitivity:
     made_with: str = ""
     """Checksum of data and options, by which an interrupted measurement is told from another."""
 
+    def __post_init__(self) -> None:
+        """Refuse what no measurement makes.
+
+        Raises:
+            ValueError: If a group has no size.
+        """
+        if lost := sorted(self.damage.keys() - self.sizes.keys()):
+            raise ValueError(f"damage.{lost[0]}: the group has no number of channels")
+
     def require_of(self, model: nn.Module) -> None:
         """Refuse a network that this was not measured on.
 
@@ -83,16 +92,20 @@ class Sensitivity:
         Raises:
             UsageError: If the file is not there or not of this form.
         """
-
-        def made(given: dict[str, Any]) -> Sensitivity:
-            damage = {g: {int(n): float(d) for n, d in own.items()} for g, own in given.pop("damage").items()}
-            return cls(damage=damage, **given)
-
         remedy = "secateur.sensitivity (secateur sensitivity) measures one."
-        return read_table(path, FORMAT_VERSION, "table of sensitivity", remedy, made)
+        return read_table(path, FORMAT_VERSION, "table of sensitivity", remedy, cls)
 
     def figure(self, plan: PruningPlan | None = None) -> Any:
-        """Return a Plotly figure, a curve a group, the most harmful first; with a plan, its widths are marked."""
+        """Return a Plotly figure, a curve a group, the most harmful first; with a plan, its widths are marked.
+
+        Raises:
+            UsageError: If what is given is no plan.
+        """
+        if plan is not None and not isinstance(plan, PruningPlan):
+            raise UsageError(
+                f"figure: takes a plan, whose widths are marked, found {plan!r}; what it returns writes a file by "
+                ".write_html(path)."
+            )
         from secateur.report.sensitivity import plotly_figure
 
         return plotly_figure(self, plan)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
+from secateur.deploy.timing.table import Latency
 from secateur.engine.settings import Settings
 from secateur.errors import UsageError
 from secateur.pruning.options import Options
@@ -54,7 +55,10 @@ def plain_state(of: type[State], values: Any) -> dict[str, Any]:
         ValueError: If a field is unknown, or of another kind than the state's.
     """
     form = checked(_form(of), values)
-    return {name: getattr(form, name) for name in form.model_fields_set}
+    plain: dict[str, Any] = {name: getattr(form, name) for name in form.model_fields_set}
+    if plain.get("times") is not None:
+        Latency.from_dict(plain["times"])
+    return plain
 
 
 @cache

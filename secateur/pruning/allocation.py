@@ -7,6 +7,7 @@ they lose, which for products of two adds up to what all save together; it is so
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -326,4 +327,6 @@ def require_known(what: object) -> None:
     """
     known = ("normalized", "global", "uniform")
     if not (what in known if isinstance(what, str) else hasattr(what, "damage") and hasattr(what, "sizes")):
-        raise UsageError(f"allocation: expected {', '.join(known)} or a table of sensitivity; found {what!r}.")
+        close = difflib.get_close_matches(what, known, n=1) if isinstance(what, str) else []
+        hint = f"; did you mean {close[0]}?" if close else "."
+        raise UsageError(f"allocation: expected {', '.join(known)} or a table of sensitivity; found {what!r}{hint}")

@@ -68,6 +68,11 @@ class Options:
     inexact: bool = False
     """Whether groups whose removal can't equal zeroing (layer norm, softmax over channels) may lose channels."""
 
+    def __new__(cls, *_: Any, **given: Any) -> Options:
+        """Refuse a keyword that is none; the dataclass would name no other."""
+        cls._require_known(given)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         """Refuse what can't be meant."""
         if isinstance(self.skip, str):
@@ -107,7 +112,12 @@ class Options:
         Raises:
             UsageError: If one is unknown, or its value can't be meant.
         """
-        known = [f.name for f in fields(cls)]
+        cls._require_known(given)
+        return cls(**given)
+
+    @classmethod
+    def _require_known(cls, given: Mapping[str, Any]) -> None:
+        known = list(OptionKeywords.__annotations__)
         for name in given:
             if name == "options" or isinstance(given[name], cls):
                 raise UsageError(f"{name}: give the fields of Options as keywords, such as round_to=8.")
@@ -115,7 +125,6 @@ class Options:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}."
                 raise UsageError(f"{name}: no such option; {hint}")
-        return cls(**given)
 
     def plain(self) -> dict[str, Any]:
         """Return the options as JSON values, which :meth:`of` takes back; a table is the ``sensitivity`` it holds."""

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from secateur import checkpoint
 from secateur.checkpoint import pruned
+from secateur.compensation.sensitivity import Sensitivity
 from secateur.data.cifar10 import _decode_file
 from secateur.data.image import decode
 from secateur.data.mnist import FILES, mnist
 from secateur.data.voc import voc
+from secateur.deploy.timing.table import Grid, Latency
 from secateur.engine.rundir import RunDirectory
 from secateur.engine.state import State
 from secateur.errors import CheckpointError, DataError, RunError, UsageError
@@ -251,6 +253,28 @@ def _config_json(folder: Path) -> Read:
         changed = rng.random() < 0.5
         path.write_bytes(json.dumps(restructured(whole, rng)).encode() if changed else damaged(text, rng))
         RunDirectory(folder).configuration()
+
+    return read
+
+
+@kind("measured tables", 300, UsageError)
+def _tables(folder: Path) -> Read:
+    path = folder / "table.json"
+    damage = {"a": {1: 0.25, 2: 1.5}}
+    sensitivity = Sensitivity(sizes={"a": 4}, damage=damage, measure="kl", images=8, network=5)
+    grid = Grid(wide=[1, 2], made=[1, 2], seconds=[[0.5, 1.0], [1.0, 2.0]])
+    times = Latency(
+        batch=8, runtime="eager", threads=1, machine={"cores": 2}, network=5, layers=[0, -1], grids=[grid], odd=[None],
+        overhead=0.5, scale=1.0, per_value=0.0, fit=[(1.0, 1.0)],
+    )  # fmt: skip
+
+    def read(rng: random.Random) -> None:
+        table = rng.choice((sensitivity, times))
+        table.save(path)
+        assert type(table).load(path) == table
+        whole, changed = path.read_bytes(), rng.random() < 0.6
+        path.write_bytes(json.dumps(restructured(json.loads(whole), rng)).encode() if changed else damaged(whole, rng))
+        str(type(table).load(path))
 
     return read
 

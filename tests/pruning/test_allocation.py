@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pickle
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import secateur as sc
+from secateur.errors import UsageError
 from secateur.graph import cost
 from secateur.graph.channels import ChannelGraph
 from secateur.graph.plan import PruningPlan
@@ -217,3 +220,12 @@ def test_times_by_stairs_are_allocated_at_nearly_the_least_damage(seed: int, sha
     mine = sum(float(own[int(removed[i])]) for i, own in enumerate(harm))
     assert float(costs(removed)) <= budget * (1 + 1e-12)
     assert mine <= 1.25 * float(damage[times <= budget].min()) + 1e-9
+
+
+def test_a_misspelt_allocation_and_a_misspelt_option_say_what_is_meant():
+    with pytest.raises(UsageError, match=r"found 'uniforn'; did you mean uniform\?"):
+        sc.Options(allocation="uniforn")
+    with pytest.raises(UsageError, match=r"^round_too: no such option; did you mean round_to\?$"):
+        sc.Options(round_too=4)
+    assert dataclasses.replace(sc.Options(round_to=4), min_channels=2) == sc.Options(round_to=4, min_channels=2)
+    assert pickle.loads(pickle.dumps(sc.Options(skip="a"))) == sc.Options(skip=("a",))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import secateur as sc
+from secateur.errors import UsageError
 from secateur.report import draw_sensitivity
 from secateur.report.sensitivity import figure
 
@@ -68,6 +69,11 @@ def test_a_table_draws_itself_for_a_notebook() -> None:
     drawn = TABLE.figure(PLAN)
     assert [trace.name for trace in drawn.data] == ["harsh", "mild", "odd<b>", "chosen"]
     assert "$" not in drawn.to_json()
+
+
+def test_a_file_in_place_of_a_plan_is_told() -> None:
+    with pytest.raises(UsageError, match=r"figure: takes a plan, .* found 'f.html'; .*write_html"):
+        TABLE.figure("f.html")  # type: ignore[arg-type]
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:

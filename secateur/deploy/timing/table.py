@@ -16,6 +16,7 @@ from secateur.graph.channels import ChannelGraph, LayerPort
 from secateur.graph.cost import layer_costs
 from secateur.graph.plan import PruningPlan
 from secateur.pruning.allocation import CostOf
+from secateur.structure import checked
 
 FORMAT_VERSION = 1
 
@@ -133,15 +134,16 @@ class Latency:
         Raises:
             UsageError: If the file is not there or not of this form.
         """
-        return read_table(path, FORMAT_VERSION, "table of times", "secateur.latency measures one.", cls.from_dict)
+        return read_table(path, FORMAT_VERSION, "table of times", "secateur.latency measures one.", cls)
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Latency:
-        """Make it of plain data, as ``dataclasses.asdict`` gives them and JSON keeps them."""
-        grids = {
-            name: [g and Grid(**{**g, "steps": tuple(g["steps"])}) for g in given[name]] for name in ("grids", "odd")
-        }
-        return cls(**{**given, **grids, "fit": [(float(a), float(b)) for a, b in given["fit"]]})
+        """Make it of plain data, as ``dataclasses.asdict`` gives them and JSON keeps them.
+
+        Raises:
+            ValueError: If they are of another form.
+        """
+        return checked(cls, dict(given))
 
     def __str__(self) -> str:
         lines = [f"batch {self.batch}, {self.runtime}, {self.threads} threads, {self.machine.get('processor', '')}"]
