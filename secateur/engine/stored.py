@@ -54,7 +54,7 @@ def plain_state(of: type[State], values: Any) -> dict[str, Any]:
     Raises:
         ValueError: If a field is unknown, or of another kind than the state's.
     """
-    form = checked(_form(of), values)
+    form = checked(_form(of), values)  # type: ignore[arg-type]
     plain: dict[str, Any] = {name: getattr(form, name) for name in form.model_fields_set}
     if plain.get("times") is not None:
         Latency.from_dict(plain["times"])
