@@ -310,6 +310,18 @@ def build(values: Mapping[str, Any]) -> RunConfig:
         raise UsageError(explain(error, "")) from error
 
 
+def changed(run: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """Return a configuration with other values; a mapping is merged into what is there, but for a target.
+
+    Raises:
+        UsageError: If a key is unknown or a value out of range.
+    """
+    if not values:
+        return run
+    plain = run.model_dump(mode="json", exclude_none=True)
+    return build(_merge({k: v for k, v in plain.items() if k != "target" or "target" not in values}, values))
+
+
 def save(config: RunConfig, path: str | Path) -> None:
     """Write a configuration as YAML that :func:`load` reads back to an equal one, whole or not at all."""
     write_atomic(path, to_yaml(config).encode())
