@@ -106,7 +106,7 @@ def prune(
     with console.running(as_json) as steps:
         import secateur as sc
         from secateur.engine.way import require_possible, way_of
-        from secateur.runfile import sources
+        from secateur.runfile import sources, suspicions
         from secateur.training import tasks
 
         amounts = {"macs": macs, "params": params, "channels": channels, "memory": memory, "latency": latency}
@@ -141,8 +141,10 @@ def prune(
                 input_shape or (),
                 bundle,
             )
+        suspicions.of_fresh_weights(found, weights, "prune")
         read: dict[str, Any] = {}
         if bundle is not None:
+            suspicions.of_classes(found, bundle)
             read = {"data": tasks.sample(bundle, batches, seed), "loss": tasks.loss(bundle)}
             read |= {"test": tasks.evaluation_batches(bundle, "test"), "metric": tasks.metric(bundle)}
         try:

@@ -140,10 +140,10 @@ class Engine:
         if self.metric is None:
             request.warn_at_chance(state.network, self.example_inputs, state.metric)
         state.notes = list(self.notes)
-        state.baseline = {
-            "validation": state.metric,
-            "test": None if self.test is None else self._measure(state.network, self.test),
-        }
+        tested = None if self.test is None else self._measure(state.network, self.test)
+        state.baseline = {"validation": state.metric, "test": tested}
+        if self.metric is None:
+            request.warn_if_seen(state.metric, tested, self.validation, self.test)
         given = self.options.allocation
         if isinstance(self.selection, Scores) and given is not None and not isinstance(given, str):
             self.selection.store_table(state, given)

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from secateur.data import DATASETS
 from secateur.engine import CompressResult, Engine, Event, RunDirectory, compress, log, resume
-from secateur.engine.events import Steps
+from secateur.engine.events import Progress, Steps
 from secateur.engine.request import require_method
 from secateur.engine.rundir import writes
+from secateur.engine.tracking import Trackers, require
 from secateur.errors import UsageError
 from secateur.models import MODELS
 from secateur.pruning.options import AUTO
 from secateur.pruning.planning import Target
-from secateur.runfile import config, sources
+from secateur.runfile import config, sources, suspicions
 from secateur.runfile.config import RunConfig
 from secateur.training import baseline, stages, tasks
 from secateur.training.fingerprint import fingerprint
@@ -56,6 +57,7 @@ def start(run: RunConfig, steps: Steps, *, go_on_with: bool = False) -> Compress
         )
         return go_on(folder.path, steps)
     folder.require_free()
+    require(run.track)
     method = sources.method(run.method)
     target = None if run.target is None else Target(**run.target.model_dump())
     require_method(method, run.options, run.settings, target)
@@ -80,18 +82,18 @@ def start(run: RunConfig, steps: Steps, *, go_on_with: bool = False) -> Compress
         if engine.arithmetic.reason:
             described["arithmetic"] = engine.arithmetic.reason
     folder.earlier = found.plans
-    with folder:
+    with folder, _tracked(run, folder, steps) as told:
         folder.require_free()
         if folder.write:
             config.save(run, folder.path / config.FILE)
         if training is not None:
-            model = training.trained(model, request, steps)
+            model = training.trained(model, request, steps, told)
             described |= {"baseline": training.record}
         return compress(
             model,
             method,
             run_dir=folder,
-            progress=Show(steps),
+            progress=told,
             describe={**described, "run": run.model_dump(mode="json")},
             **request,
             **run.settings.plain(),
@@ -117,7 +119,9 @@ def go_on(path: Path, steps: Steps, changes: Mapping[str, Any] | None = None) ->
         raise UsageError(f"{path}: holds no run to resume: there is no {config.FILE}; 'secateur compress' begins one.")
     folder = RunDirectory(path, write=writes())
     if folder.finished:
-        raise FinishedRunError(f"{path}: the run has finished, and is left as it is.", *folder.written())
+        raise FinishedRunError(
+            f"{path}: the run has finished, and is left as it is.", *folder.written(), list(changes or {})
+        )
     run = config.changed(config.load(file, {"run_dir": str(path.absolute())}), changes or {})
     if not folder.started:
         # The run was interrupted while its baseline was trained; that training goes on from its last whole epoch.
@@ -132,7 +136,7 @@ def go_on(path: Path, steps: Steps, changes: Mapping[str, Any] | None = None) ->
     given = changes or {}
     own = {k: v for k, v in run.options.plain().items() if k in given}
     own |= {k: v for k, v in run.settings.plain().items() if k in given.get("settings", {})}
-    with folder:
+    with folder, _tracked(run, folder, steps) as told:
         if changes and folder.write:
             config.save(run, file)
         return resume(
@@ -141,7 +145,7 @@ def go_on(path: Path, steps: Steps, changes: Mapping[str, Any] | None = None) ->
             **_data(run, bundle),
             example_inputs=found.inputs if run.input else None,
             method=sources.method(run.method),
-            progress=Show(steps),
+            progress=told,
             describe={"run": run.model_dump(mode="json")},
             tolerance=given.get("tolerance"),
             target=Target(**given["target"]) if "target" in given else None,
@@ -152,9 +156,9 @@ def go_on(path: Path, steps: Steps, changes: Mapping[str, Any] | None = None) ->
 class FinishedRunError(UsageError):
     """There is nothing to go on with; the report and the history of the run that is there are at hand."""
 
-    def __init__(self, text: str, report: dict[str, Any], history: list[dict[str, Any]]) -> None:
+    def __init__(self, text: str, report: dict[str, Any], history: list[dict[str, Any]], changes: list[str]) -> None:
         super().__init__(text)
-        self.report, self.history = report, history
+        self.report, self.history, self.changes = report, history, changes
 
 
 _PLACES = ("run_dir", "baselines", "weights", "data", "workers", "track")
@@ -211,6 +215,8 @@ class Show:
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
+        if event.stage == "baseline":
+            return  # the step of its training shows it
         if event.kind == "episode" and event.record is not None:
             self.rounds += 1
             kept = "accepted" if event.record["accepted"] else "reverted"
@@ -242,6 +248,19 @@ def grounded(run: RunConfig) -> RunConfig:
     )
 
 
+def _tracked(run: RunConfig, folder: RunDirectory, steps: Steps) -> Trackers:
+    """Return what shows a run's events, and sends them to the trackers that it names."""
+    trained = run.baseline.epochs if run.weights is None else 0
+    return Trackers(
+        run.track,
+        folder.path,
+        run.model_dump(mode="json", exclude={"track", "run_dir", "baselines"}),
+        Show(steps),
+        device=run.settings.device,
+        baseline=trained,
+    )
+
+
 def _found(run: RunConfig, steps: Steps, *, fresh: bool = False) -> tuple[DataBundle, sources.SourceModel]:
     with steps.step("loading the data"):
         bundle = sources.data(run.data, run.data_options)
@@ -252,7 +271,9 @@ def _found(run: RunConfig, steps: Steps, *, fresh: bool = False) -> tuple[DataBu
     with steps.step("building the model"):
         sources.seed(run.seed)
         weights = None if fresh else run.weights
-        return bundle, sources.open_model(run.model, run.model_options, weights, run.input, bundle)
+        found = sources.open_model(run.model, run.model_options, weights, run.input, bundle)
+    suspicions.of_classes(found, bundle)
+    return bundle, found
 
 
 def _data(run: RunConfig, bundle: DataBundle) -> dict[str, Any]:
@@ -300,8 +321,8 @@ class _BaselineTraining:
         self.record: dict[str, Any] = {"file": str(self.file), "trained_here": not self.file.is_file()}
         baseline.read(self.under_way, self.request)
 
-    def trained(self, model: nn.Module, data: Mapping[str, Any], steps: Steps) -> nn.Module:
-        """Return the trained network."""
+    def trained(self, model: nn.Module, data: Mapping[str, Any], steps: Steps, told: Progress) -> nn.Module:
+        """Return the trained network; each of its epochs is told."""
         runtime = stages.accelerator(self.run.settings.device)
         # Every process looks before one of them writes.
         found = baseline.kept(model, self.file, self.request)
@@ -322,6 +343,7 @@ class _BaselineTraining:
             epoch = done
             if record is not None:
                 log.baseline_epoch(record, plan.epochs)
+                told(Event("epoch", "baseline", 0, 0, done, plan.epochs, record=record))
 
         records = baseline.train(
             model, data["train"], self.under_way, self.request,
