@@ -141,10 +141,8 @@ def prune(
                 input_shape or (),
                 bundle,
             )
-        suspicions.of_fresh_weights(found, weights, "prune")
         read: dict[str, Any] = {}
         if bundle is not None:
-            suspicions.of_classes(found, bundle)
             read = {"data": tasks.sample(bundle, batches, seed), "loss": tasks.loss(bundle)}
             read |= {"test": tasks.evaluation_batches(bundle, "test"), "metric": tasks.metric(bundle)}
         try:
@@ -162,6 +160,9 @@ def prune(
             )
         except VerificationError as error:
             raise VerificationError(f"{found.name}: {error}") from error
+        suspicions.of_fresh_weights(found, weights, "prune")
+        if bundle is not None:
+            suspicions.of_classes(found, bundle)
         values = {
             "model": found.name,
             **result.report,

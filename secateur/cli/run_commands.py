@@ -212,10 +212,10 @@ def evaluate(
                 input_shape or (),
                 bundle,
             )
-        suspicions.of_fresh_weights(found, weights, "evaluate")
-        suspicions.of_classes(found, bundle)
         with steps.step("evaluating"):
             value = evaluation.evaluate(found.model, tasks.evaluation_batches(bundle, split), metric)
+        suspicions.of_fresh_weights(found, weights, "evaluate")
+        suspicions.of_classes(found, bundle)
         graph = sc.trace(found.model, found.inputs)
     values = {
         "model": found.name,

@@ -638,7 +638,7 @@ ERRORS: list[tuple[list[str], int, str]] = [
     (["compress", "lenet5", "--data", "digits", "--run-dir", "bad.yaml"], 2, "bad.yaml"),
     (["compress", *LENET, *DIGITS, *QUICK, "--method", "l3"], 2, "unknown method 'l3'"),
     (["compress", *LENET, *DIGITS, *QUICK, "--set", "widths={conv9: 3}"], 2, "conv9"),
-    (["compress", *LENET, *DIGITS, *QUICK[:-2], "--baseline", "lr=1e6"], 1, "the training loss is"),
+    (["compress", *LENET, *DIGITS, *QUICK[:-2], "--baseline", "lr=1e6", "--quiet"], 1, "the training loss is"),
     (["resume", "absent"], 2, "no run to resume"),
     (["resume", "empty"], 2, "no run to resume"),
     (["config"], 2, "either a FILE to check or --schema"),
