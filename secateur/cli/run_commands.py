@@ -163,9 +163,9 @@ def resume(
     log_level: options.LogLevel = "info",
     as_json: options.Json = False,
 ) -> None:
-    """Go on with a run that was interrupted or ended by an error, from its last whole epoch.
+    """Go on with a run that was interrupted, from its last whole epoch.
 
-    Other settings hold from the beginning of the round that is under way, and are recorded.
+    So does one that an error ended. Other settings hold from the beginning of the round under way, and are recorded.
     """
     with console.running(as_json, quiet=quiet, level=log_level) as steps:
         from secateur.runfile import configured_run
