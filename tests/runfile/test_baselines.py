@@ -119,8 +119,9 @@ def main(folder: Path, part: str, places: list[str]) -> None:
 
 PLACES = [
     "batch:5",  # in the second epoch, of three batches each
+    "write:4",  # after run.yaml, the lines of the first epoch and its state's new name: before the second's state
     "write:4",  # after run.yaml, the lines of the first epoch and the second's state: before the lines of the second
-    "written:3",  # after run.yaml, the lines and the last epoch's state
+    "written:4",  # after run.yaml, the lines, the second state's new name and the last epoch's state
     "write:3",  # before the finished network takes its name
     "written:3",  # after it did, before the state that led to it is cleared away
 ]
