@@ -159,7 +159,7 @@ def warn_if_seen(accuracy: float, tested: float | None, validation: Batches, tes
         validation: Validation batches.
         test: Test batches.
     """
-    counts = [passes.length_of(getattr(part, "dataset", None)) for part in (validation, test)]
+    counts = [passes.length_of(getattr(part, "dataset", ())) for part in (validation, test)]
     if tested is None or not counts[0] or not counts[1]:
         return
     pooled = (accuracy * counts[0] + tested * counts[1]) / (counts[0] + counts[1])
