@@ -7,7 +7,6 @@ anywhere goes on from its last whole step and, on a CPU with the same seed, ends
 from __future__ import annotations
 
 import copy
-import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 
 from secateur.engine import cutting, ending, log, request
 from secateur.engine.by_scores import Scores
-from secateur.engine.choosing import Some
 from secateur.engine.events import Event, Progress
 from secateur.engine.present import difference, remaining
 from secateur.engine.selection import Selection, union
@@ -34,7 +32,7 @@ from secateur.pruning.options import AUTO, SENSITIVITY, Options
 from secateur.pruning.planning import Target
 from secateur.pruning.surgery import cut
 from secateur.tracing.tracing import trace
-from secateur.training import evaluation, passes, stages
+from secateur.training import evaluation, stages
 from secateur.training.arithmetic import decide
 from secateur.training.evaluation import Metric
 from secateur.training.passes import Batches
@@ -42,8 +40,6 @@ from secateur.training.stages import Distillation, Loss, Stage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-_LOG = logging.getLogger(__name__)
 
 HALVINGS = 4
 """``auto`` tries steps down to this part of the usual one, where a larger one costs more than the tolerance."""
