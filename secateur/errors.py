@@ -1,5 +1,7 @@
 """The exceptions that Secateur raises: each says where, which rule, what was found, what to do."""
 
+from typing import Any
+
 
 class SecateurError(Exception):
     """Base of every error raised on purpose; its text is one clear line."""
@@ -35,6 +37,13 @@ class DataError(SecateurError):
 
 class RunError(SecateurError):
     """A run could not go on: a diverged loss, a run directory in use, a target out of reach."""
+
+    result: Any = None
+    """The :class:`secateur.CompressResult` of the last accepted network, where a run has one."""
+
+
+class DivergedError(RunError):
+    """A training loss or a metric is not a finite number."""
 
 
 class ExportError(SecateurError):

@@ -14,7 +14,7 @@ from typing import Any
 from secateur.errors import RunError, UsageError
 
 
-def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
+def write_atomic(path: str | os.PathLike[str], content: bytes, *, keep: Path | None = None) -> None:
     """Replace a file by new content, so that a reader at any moment sees the old file or the new one, whole.
 
     The content goes to a hidden file beside the target, is forced to the disk, and takes the target's name; being
@@ -24,6 +24,8 @@ def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
     Args:
         path: File to write.
         content: All of it.
+        keep: Name that the file which is replaced takes, in the same folder; between the two renamings that file alone
+            is there.
 
     Raises:
         UsageError: If the place can't be written to: no permission, a folder of that name, a file among the parents.
@@ -44,6 +46,8 @@ def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
                 os.fsync(file.fileno())
             if target.exists():
                 partial.chmod(target.stat().st_mode & 0o7777)
+                if keep is not None:
+                    target.replace(keep)
             partial.replace(target)
         except BaseException:
             partial.unlink(missing_ok=True)

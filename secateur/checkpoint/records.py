@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -17,11 +19,36 @@ from secateur.checkpoint.atomic import write_atomic
 from secateur.errors import CheckpointError
 from secateur.structure import parsed, shown
 
+_LOG = logging.getLogger(__name__)
+
+Stored = TypeVar("Stored")
+
+
+_DIGEST = "sha256"
+"""Key of the metadata under which the digest of record and tensors stands."""
+
+
+def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of a text, and of the names, types, shapes and bytes of tensors, in order of their names."""
+    found = hashlib.sha256(f"{text}\n".encode())
+    for name, value in sorted(tensors.items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def before(path: str | os.PathLike[str]) -> Path:
+    """Return where :func:`write_record` keeps the file that the one at this path has followed."""
+    named = Path(path)
+    return named.with_name(f"{named.stem}-before{named.suffix}")
+
 
 def write_record(
     path: str | os.PathLike[str], key: str, version: int, record: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Write a record with its tensors, atomically; tensors are stored contiguous.
+    """Write a record with its tensors and a digest of both, atomically; tensors are stored contiguous.
+
+    The file that was there is kept beside, see :func:`before`.
 
     Args:
         path: File to write.
@@ -36,7 +63,7 @@ def write_record(
     """
     stored = {k: v.detach().to("cpu").clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     text = json.dumps({"version": version, **record}, separators=(",", ":"))
-    write_atomic(path, to_bytes(stored, metadata={key: text}))
+    write_atomic(path, to_bytes(stored, metadata={key: text, _DIGEST: digest(text, stored)}), keep=before(path))
 
 
 def read_record(
@@ -55,7 +82,8 @@ def read_record(
     """
     try:
         with safe_open(Path(path), framework="pt") as file:
-            record = parsed((file.metadata() or {})[key])
+            metadata = file.metadata() or {}
+            record = parsed(metadata[key])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         if not isinstance(record, dict):
             raise ValueError("its record is no mapping")
@@ -63,7 +91,32 @@ def read_record(
         raise CheckpointError(f"{path}: damaged, or not {what}: {' '.join(str(error).split())}.") from error
     if record.get("version") != version:
         raise CheckpointError(f"{path}: format version {record.get('version')}, this release resumes {version} only.")
+    if metadata.get(_DIGEST) != digest(metadata[key], tensors):
+        raise CheckpointError(f"{path}: damaged: its content is not what was written, by the digest that it carries.")
     return record, tensors
+
+
+def newest(path: str | os.PathLike[str], read: Callable[[Path], Stored]) -> Stored:
+    """Read a file that :func:`write_record` wrote, or the one before it where that is damaged or missing.
+
+    Args:
+        path: As it was written.
+        read: Reads one file, and raises :class:`CheckpointError` where it can't.
+
+    Raises:
+        CheckpointError: If neither can be read.
+    """
+    path, older = Path(path), before(path)
+    try:
+        return read(path)
+    except CheckpointError as error:
+        try:
+            found = read(older)
+        except CheckpointError:
+            raise error from None
+        if path.exists():  # else a process was killed as the two changed places
+            _LOG.warning("%s Going on from the one before it, %s.", error, older.name)
+        return found
 
 
 def flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -1,4 +1,7 @@
-"""The command line: parse, call, print. Every error is one line; 2 is a wrong request, 1 a failed run, 130 Ctrl-C."""
+"""The command line: parse, call, print. Every error is one line; 2 is a wrong request, 1 a failed run, 130 Ctrl-C.
+
+A run that SIGTERM or SIGUSR1 stops ends with 143 or 138.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from typing import Annotated
 import typer
 
 from secateur import __version__
-from secateur.cli import console, deploy_commands, options, prune_command, run_commands, sensitivity_command
+from secateur.cli import console, deploy_commands, options, prune_command, run_commands, sensitivity_command, signals
 from secateur.errors import DataError, SecateurError, UsageError
 
 app = typer.Typer(
@@ -126,7 +129,10 @@ def config_command(
         bool, typer.Option("--schema", help="Print the JSON schema of a configuration file instead.")
     ] = False,
 ) -> None:
-    """Check a run's configuration and print it with every default, as YAML; or print its JSON schema."""
+    """Check a run's configuration and print it with every default, as YAML; or print its JSON schema.
+
+    What the method decides where nothing is said is filled in, too; precision and channels_last are the machine's.
+    """
     from secateur.runfile import config
 
     if schema == (file is not None):
@@ -134,7 +140,7 @@ def config_command(
     if file is None:
         typer.echo(config.schema())
     else:
-        typer.echo(config.to_yaml(config.load(file)), nl=False)
+        typer.echo(config.to_yaml(config.resolved(config.load(file))), nl=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -144,11 +150,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after the program's name; those of the process unless given.
 
     Returns:
-        The exit status: 0 success, 1 a failed run, 2 a wrong request, 130 interrupted.
+        The exit status: 0 success, 1 a failed run, 2 a wrong request, 130 interrupted, 143 SIGTERM, 138 SIGUSR1.
     """
     debug = bool(os.environ.get("SECATEUR_DEBUG"))
     try:
-        with warnings.catch_warnings(), console.log_lines():
+        with warnings.catch_warnings(), console.log_lines(), signals.heeded():
             if not debug:
                 # A dependency's warnings are for programmers, and would bury the one line of an error.
                 warnings.simplefilter("ignore")
@@ -158,7 +164,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except run_commands.RunInterruptedError as error:
         console.error_line(str(error))
-        return 130
+        return error.status
+    except signals.Stopped as stop:
+        console.error_line(f"{stop}.")
+        return stop.status
     except (UsageError, DataError) as error:
         console.error_line(str(error))
         return 2

@@ -19,6 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column, Table
 from rich.text import Text
 
+from secateur.cli import signals
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -60,8 +62,8 @@ class Steps:
     step that takes long writes a line now and then.
     """
 
-    def __init__(self) -> None:
-        console = Console(stderr=True, highlight=False, emoji=False)
+    def __init__(self, *, quiet: bool = False) -> None:
+        console = Console(stderr=True, highlight=False, emoji=False, quiet=quiet)
         self._progress = Progress(
             TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=21)),
             BarColumn(bar_width=12, table_column=Column(min_width=12)),
@@ -71,7 +73,7 @@ class Steps:
             TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
             console=console,
             expand=True,
-            disable=not console.is_terminal,
+            disable=quiet or not console.is_terminal,
             transient=True,
         )
         self._console, self._said = console, time.monotonic()
@@ -85,7 +87,8 @@ class Steps:
         self._progress.stop()
 
     def __call__(self, step: str, done: int, total: int | None = None, note: str = "") -> None:
-        """Show that ``done`` of ``total`` units of ``step`` are finished."""
+        """Show that ``done`` of ``total`` units of ``step`` are finished; stop here, if a signal asks to."""
+        signals.check()
         if step not in self._tasks:
             self._tasks[step] = self._progress.add_task(step, total=total, note=note)
         self._progress.update(self._tasks[step], completed=done, total=total, note=note)
@@ -103,13 +106,17 @@ class Steps:
 
 class _OneLine(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        error_line(record.getMessage(), "warning" if record.levelno < logging.ERROR else "error")
+        if record.levelno >= logging.WARNING:
+            error_line(record.getMessage(), "warning" if record.levelno < logging.ERROR else "error")
+        else:
+            line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(record.getMessage().split())}"
+            Console(stderr=True, highlight=False, emoji=False, markup=False).print(line, soft_wrap=True)
 
 
 @contextmanager
 def log_lines() -> Iterator[None]:
-    """Show the package's own log messages from WARNING up as lines on standard error."""
-    logger, handler = logging.getLogger("secateur"), _OneLine(logging.WARNING)
+    """Show the package's own log messages as lines on standard error: from WARNING up, unless ``running`` says else."""
+    logger, handler = logging.getLogger("secateur"), _OneLine()
     logger.addHandler(handler)
     propagate, logger.propagate = logger.propagate, False
     try:
@@ -421,7 +428,19 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 
 
 @contextmanager
-def running(as_json: bool) -> Iterator[Steps]:
-    """Show progress; with ``--json``, keep what the user's own code prints off standard output."""
-    with Steps() as steps, redirect_stdout(sys.stderr) if as_json else nullcontext():
-        yield steps
+def running(as_json: bool, *, quiet: bool = False, level: str = "warning") -> Iterator[Steps]:
+    """Show progress; with ``--json``, keep what the user's own code prints off standard output.
+
+    Args:
+        as_json: Whether standard output is for one JSON document.
+        quiet: Whether neither progress nor lines below a warning are shown.
+        level: Least level of the lines of the package's log.
+    """
+    logger = logging.getLogger("secateur")
+    before = logger.level
+    logger.setLevel(max(logging.WARNING, logging.getLevelName(level.upper())) if quiet else level.upper())
+    try:
+        with Steps(quiet=quiet) as steps, redirect_stdout(sys.stderr) if as_json else nullcontext():
+            yield steps
+    finally:
+        logger.setLevel(before)

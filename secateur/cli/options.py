@@ -175,6 +175,24 @@ Trust = Annotated[
         "folders named in SECATEUR_TRUST are trusted, too.",
     ),
 ]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Show neither progress nor the log; warnings and the result remain.")
+]
+LogLevel = Annotated[
+    Literal["debug", "info", "warning", "error"],
+    typer.Option(
+        "--log-level", help="Least level of the lines on standard error: info is one an epoch and a decision of a run."
+    ),
+]
+Track = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Send losses, metric, MACs, |ρ|, learning rate and speed to a tracker: tensorboard, wandb, mlflow or "
+        "another that Accelerate knows; repeatable.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to standard output, and nothing else.")]
 
 

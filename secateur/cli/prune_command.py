@@ -113,7 +113,7 @@ def prune(
     with console.running(as_json) as steps:
         import secateur as sc
         from secateur.engine.way import require_possible, way_of
-        from secateur.runfile import sources
+        from secateur.runfile import sources, suspicions
         from secateur.training import tasks
 
         amounts = {"macs": macs, "params": params, "channels": channels, "memory": memory, "latency": latency}
@@ -167,6 +167,9 @@ def prune(
             )
         except VerificationError as error:
             raise VerificationError(f"{found.name}: {error}") from error
+        suspicions.of_fresh_weights(found, weights, "prune")
+        if bundle is not None:
+            suspicions.of_classes(found, bundle)
         values = {
             "model": found.name,
             **result.report,

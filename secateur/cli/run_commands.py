@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from secateur.cli import console, options
+from secateur.cli import console, options, signals
 from secateur.errors import SecateurError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from secateur.engine import CompressResult
 
@@ -99,7 +100,14 @@ def compress(
         int | None, typer.Option(metavar="N", help="Seed of everything that is drawn; 0 unless given.")
     ] = None,
     run_dir: options.RunDir = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the run where it has begun already: one command for a queue."),
+    ] = False,
     trust: options.Trust = False,
+    track: options.Track = None,
+    quiet: options.Quiet = False,
+    log_level: options.LogLevel = "info",
     as_json: options.Json = False,
 ) -> None:
     """Prune and fine-tune a trained network round by round, as far as its accuracy allows or to a target."""
@@ -129,32 +137,54 @@ def compress(
         "batch_size": batch_size,
         "seed": seed,
         "run_dir": None if run_dir is None else str(run_dir),
+        "track": track,
         **limits,
     }
     chosen = {name: value for name, value in given.items() if value not in (None, {}, [])}
     configured = config.build(chosen) if config_file is None else config.load(config_file, chosen)
     if config_file is not None:
         options.require_trust(config_file, configured, trust, chosen)
-    with console.running(as_json) as steps:
+    with console.running(as_json, quiet=quiet, level=log_level) as steps:
         grounded = configured_run.grounded(configured)
         with _resumable(grounded.run_dir or ""):
-            result = configured_run.start(grounded, steps)
-    _show_run(result, as_json)
+            values = _values(lambda: configured_run.start(grounded, steps, go_on_with=resume), grounded.run_dir)
+    _show_run(values, as_json)
 
 
 def resume(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of the interrupted run.")],
     trust: options.Trust = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Another setting from here on, e.g. lr=0.001; repeatable."),
+    ] = None,
+    tolerance: Annotated[float | None, typer.Option(metavar="POINTS", help="Another tolerance from here on.")] = None,
+    macs: options.Macs = None,
+    params: options.Params = None,
+    channels: options.Channels = None,
+    track: options.Track = None,
+    quiet: options.Quiet = False,
+    log_level: options.LogLevel = "info",
     as_json: options.Json = False,
 ) -> None:
-    """Go on with a run that was interrupted, from its last whole epoch."""
+    """Go on with a run that was interrupted, from its last whole epoch.
+
+    So does one that an error ended. Other settings hold from the beginning of the round under way, and are recorded.
+    """
     options.require_trust_of_run(run_dir, trust)
-    with console.running(as_json) as steps:
+    with console.running(as_json, quiet=quiet, level=log_level) as steps:
         from secateur.runfile import configured_run
 
+        given = {
+            "settings": options.values("--set", settings),
+            "tolerance": tolerance,
+            "target": options.target(macs, params, channels),
+            "track": track,
+        }
+        changes = {name: value for name, value in given.items() if value not in (None, {}, [])}
         with _resumable(run_dir):
-            result = configured_run.go_on(run_dir, steps)
-    _show_run(result, as_json)
+            values = _values(lambda: configured_run.go_on(run_dir, steps, changes), run_dir)
+    _show_run(values, as_json)
 
 
 def evaluate(
@@ -171,7 +201,7 @@ def evaluate(
     """Measure a network, pruned or not: accuracy, or mAP of a detector, MACs, parameters."""
     with console.running(as_json) as steps:
         import secateur as sc
-        from secateur.runfile import sources
+        from secateur.runfile import sources, suspicions
         from secateur.training import evaluation, tasks
 
         if data is None:
@@ -189,6 +219,8 @@ def evaluate(
             )
         with steps.step("evaluating"):
             value = evaluation.evaluate(found.model, tasks.evaluation_batches(bundle, split), metric)
+        suspicions.of_fresh_weights(found, weights, "evaluate")
+        suspicions.of_classes(found, bundle)
         graph = sc.trace(found.model, found.inputs)
     values = {
         "model": found.name,
@@ -205,7 +237,11 @@ def evaluate(
 
 
 class RunInterruptedError(SecateurError):
-    """Ctrl-C during a run; the message says how to resume it."""
+    """Ctrl-C or a signal during a run; the message says how to resume it."""
+
+    def __init__(self, text: str, status: int = 130) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 @contextmanager
@@ -213,10 +249,26 @@ def _resumable(run_dir: str | Path) -> Iterator[None]:
     """Say how to resume a run that is interrupted."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise RunInterruptedError(f"interrupted; go on with: secateur resume {run_dir}") from None
+    except (KeyboardInterrupt, signals.Stopped) as stop:
+        said, status = (str(stop), stop.status) if isinstance(stop, signals.Stopped) else ("interrupted", 130)
+        begun = (Path(run_dir) / "run.yaml").is_file()
+        way = f"secateur resume {shlex.quote(str(run_dir))}" if begun else "the same command, as nothing is written yet"
+        raise RunInterruptedError(f"{said}; go on with: {way}", status) from None
 
 
-def _show_run(result: CompressResult, as_json: bool) -> None:
-    values = {**result.report, "history": result.history, "run_dir": str(result.run_dir)}
+def _values(run: Callable[[], CompressResult], run_dir: str | Path | None) -> dict[str, Any]:
+    """Return what is to be shown of a run, or of one that has finished before."""
+    from secateur.runfile.configured_run import FinishedRunError
+
+    try:
+        result = run()
+    except FinishedRunError as finished:
+        if given := finished.changes:
+            raise UsageError(f"{finished} Begin another one with {', '.join(given)}, from its model.") from None
+        console.error_line(str(finished), "note")
+        return {**finished.report, "history": finished.history, "run_dir": str(run_dir)}
+    return {**result.report, "history": result.history, "run_dir": str(result.run_dir)}
+
+
+def _show_run(values: Mapping[str, Any], as_json: bool) -> None:
     console.write_json(values) if as_json else console.show_run(values)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from secateur.cli import console, options
+from secateur.cli import console, options, signals
 from secateur.errors import UsageError
 
 
@@ -70,7 +70,7 @@ def sensitivity(
         import secateur as sc
         from secateur.cli.run_commands import RunInterruptedError
         from secateur.report.sensitivity import draw_sensitivity, require_drawable
-        from secateur.runfile import sources
+        from secateur.runfile import sources, suspicions
         from secateur.training import tasks
 
         if data is None:
@@ -94,6 +94,7 @@ def sensitivity(
                 input_shape or (),
                 bundle,
             )
+        suspicions.of_fresh_weights(found, weights, "sensitivity")
         with steps.step("tracing"):
             graph = sc.trace(found.model, found.inputs)
         started = time.perf_counter()
@@ -109,10 +110,13 @@ def sensitivity(
                 workers=workers,
                 progress=lambda done, of: steps("measuring sensitivity", done, of),
             )
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, signals.Stopped) as stop:
             if output is None or not output.exists():
                 raise
-            raise RunInterruptedError(f"interrupted; {output} is kept, and the same command goes on with it") from None
+            raise RunInterruptedError(
+                f"{str(stop) or 'interrupted'}; {output} is kept, and the same command goes on with it",
+                getattr(stop, "status", 130),
+            ) from None
         seconds = time.perf_counter() - started
         if output is not None:
             table.save(output)

@@ -21,6 +21,8 @@ NORMALISE = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 VALIDATION_FOLDERS = ("val", "valid", "validation")
 
+_PARTS = {"train", "training", "test", "testing", "eval", *VALIDATION_FOLDERS}
+
 Samples = list[tuple[str, int]]
 
 
@@ -132,6 +134,11 @@ def _parts(root: Path, validation: float | None, seed: int) -> tuple[tuple[str, 
         test = _same_classes(root / "train", classes, tests or val)
     else:
         classes, everything = _folder(root)
+        if len(classes) > 1 and {name.lower() for name in classes} <= _PARTS:
+            raise DataError(
+                f"{root}: {' and '.join(classes)} look like parts of a data set and would be read as its classes; name "
+                "them train, val and test."
+            )
         rest, chosen = stratified([label for _, label in everything], 0.2, TEST_SEED, where)
         train, test = _at(everything, rest), _at(everything, chosen)
     if held is None:

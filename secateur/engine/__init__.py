@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import os
-import platform
+import logging
 from collections.abc import Mapping
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from secateur.engine import ending, log, record
 from secateur.engine.events import Event, Progress
 from secateur.engine.loop import Engine
 from secateur.engine.pairing import CorrelationRegulariser, largest_correlations
 from secateur.engine.result import CompressResult
-from secateur.engine.rundir import RunDirectory
+from secateur.engine.rundir import RunDirectory, writes
 from secateur.engine.settings import Settings, parted
 from secateur.engine.state import State
 from secateur.engine.summary import summarise
-from secateur.errors import UsageError
+from secateur.errors import CriterionError, PlanError, RunError, UsageError
 from secateur.pruning.options import Options
 from secateur.pruning.planning import Target
 from secateur.training.evaluation import Metric
 from secateur.training.passes import Batches
 from secateur.training.stages import Loss
+
+_LOG = logging.getLogger(__name__)
 
 __all__ = [
     "CompressResult",
@@ -52,7 +51,7 @@ def compress(
     example_inputs: Any = None,
     tolerance: float = 0.5,
     target: Target | None = None,
-    run_dir: str | Path | None = None,
+    run_dir: str | Path | RunDirectory | None = None,
     seed: int = 0,
     loss: Loss | None = None,
     metric: Metric | Any = None,
@@ -82,7 +81,7 @@ def compress(
         target: Stop when this fraction is removed, whatever the metric; ``widths`` among the settings does the same
             for given widths.
         run_dir: Folder for the run's files: its configuration, history, result, models, and the state from which
-            :func:`resume` goes on. Nothing is written when None.
+            :func:`resume` goes on; or one that is held already. Nothing is written when None.
         seed: Seed of everything that is drawn.
         loss: ``loss(output, target)``; cross entropy when None. :mod:`secateur.training.detection` has a detector's.
         metric: None for accuracy; a ``torchmetrics.Metric``; or ``metric(model, batches) -> float``, higher is better.
@@ -98,7 +97,9 @@ def compress(
     Raises:
         UsageError: If a setting is unknown or out of range, or ``run_dir`` holds another run.
         PlanError: If the target is out of reach.
-        RunError: If the loss is not finite, ``cfp`` can't reach its target, or ``run_dir`` is in use.
+        RunError: If the loss is not finite, ``cfp`` can't reach its target, or ``run_dir`` is in use. Where a round was
+            accepted before, its network and result are written as at a run's end; ``error.result`` has them, too. Under
+            a tolerance, a round that diverges is reverted.
         DataError: If data are empty or no pairs of inputs and targets.
         TraceError: If the network can't be run on the example inputs.
     """
@@ -110,19 +111,18 @@ def compress(
     )  # fmt: skip
     if run_dir is None:
         return _run(engine, engine.init(), None)
-    with RunDirectory(run_dir, write=engine.runtime.is_main_process) as directory:
-        if directory.started:
-            raise UsageError(f"{directory.path}: holds a run already; resume it, or choose another run directory.")
+    with _directory(run_dir, engine.runtime.is_main_process) as directory:
+        directory.require_free()
         # The main process must not write before every other one has seen that no run is here.
         engine.runtime.wait_for_everyone()
         state = engine.init()
-        directory.begin(engine.original, _configuration(engine, describe))
+        directory.begin(engine.original, _configuration(engine, chosen, describe))
         directory.store(state)
         return _run(engine, state, directory)
 
 
 def resume(
-    run_dir: str | Path,
+    run_dir: str | Path | RunDirectory,
     model: nn.Module,
     *,
     train: Batches,
@@ -133,8 +133,16 @@ def resume(
     loss: Loss | None = None,
     metric: Metric | Any = None,
     progress: Progress | None = None,
+    tolerance: float | None = None,
+    target: Target | None = None,
+    describe: Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> CompressResult:
     """Go on with a run that was killed, from its last whole step; the data must be those it began with.
+
+    A run that has finished is left as it is, and its result returned. What is given of ``tolerance``, ``target`` and
+    settings takes the place of what the run began with, from the beginning of the round that is under way; it is
+    recorded in ``config.json`` under ``changes``.
 
     Args:
         run_dir: The folder given to :func:`compress`.
@@ -147,40 +155,63 @@ def resume(
         loss: As in :func:`compress`.
         metric: As in :func:`compress`.
         progress: As in :func:`compress`.
+        tolerance: Another one.
+        target: Another one.
+        describe: JSON values that take the place of those in ``config.json``.
+        **settings: Other settings and options; as in :func:`compress`.
 
     Returns:
         What the uninterrupted run returns; on a CPU, with the same seed and threads, in the same bits.
 
     Raises:
-        UsageError: If there is no run in the folder.
+        UsageError: If there is no run in the folder, or the data are not those that the run began with.
         RunError: If another process is running it.
         CheckpointError: If a file is damaged, or the model is another.
     """
-    # torchrun and accelerate launch tell each process its number before anything else is known.
-    with RunDirectory(run_dir, write=int(os.environ.get("RANK", "0")) == 0) as directory:
+    with _directory(run_dir, writes()) as directory:
+        if directory.finished:
+            _LOG.warning("resume: %s: the run has finished; its result is returned as it is.", directory.path)
+            return directory.result(model)
         if not directory.started:
             raise UsageError(f"{directory.path}: holds no run to resume; compress writes one.")
         config = directory.configuration()
-        original = directory.baseline(model)
-        target = config["target"]
+        record.compare(directory.path, config, train=train, validation=validation, test=test)
+        config, changed = record.changed(config, tolerance, target, settings, dict(describe or {}))
+        goal = config["target"]
         engine = Engine(
-            original, method or config["method"], train=train, validation=validation, test=test,
+            directory.baseline(model), method or config["method"], train=train, validation=validation, test=test,
             example_inputs=example_inputs, tolerance=config["tolerance"],
-            target=None if target is None else Target(**target), seed=config["seed"],
+            target=None if goal is None else Target(**goal), seed=config["seed"],
             options=Options.of(config["options"]), settings=Settings.of(config["settings"]),
             loss=loss, metric=metric, progress=progress,
         )  # fmt: skip
-        stored, tensors = directory.restore()
-        return _run(engine, engine.resume(stored, tensors), directory)
+        record.compare_machine(directory.path, config, engine)
+        state = engine.resume(*directory.restore())
+        if changed:
+            directory.reconfigure({**config, "settings": engine.settings.plain()})
+        if state.changes < len(config["changes"]):
+            engine.begin_round(state)
+            state.changes = len(config["changes"])
+            directory.store(state)
+        return _run(engine, state, directory)
+
+
+def _directory(given: str | Path | RunDirectory, write: bool) -> RunDirectory:
+    return given if isinstance(given, RunDirectory) else RunDirectory(given, write=write)
 
 
 def _run(engine: Engine, state: State, directory: RunDirectory | None) -> CompressResult:
     if directory is not None:
         directory.write_history(state)
+        directory.write_epochs(state)
         directory.write_table(state)
+    engine.progress(log.begin(engine, state))
     while not engine.finished(state):
-        rounds, goals, table = len(state.history), len(state.milestones), state.table
-        state = engine.step(state)
+        rounds, goals, table, epochs = len(state.history), len(state.milestones), state.table, len(state.epochs)
+        try:
+            state = engine.step(state)
+        except (RunError, PlanError, CriterionError) as error:
+            ending.ended(engine, state, directory, error)
         if directory is not None:
             if len(state.milestones) > goals:
                 # The milestone is written before the state: a run killed between the two repeats the step and the file.
@@ -188,6 +219,8 @@ def _run(engine: Engine, state: State, directory: RunDirectory | None) -> Compre
             directory.store(state)
             if len(state.history) > rounds:
                 directory.write_history(state)
+            if len(state.epochs) > epochs:
+                directory.write_epochs(state)
             if state.table is not table:
                 directory.write_table(state)
     result = summarise(engine, state, directory)
@@ -196,7 +229,7 @@ def _run(engine: Engine, state: State, directory: RunDirectory | None) -> Compre
     return result
 
 
-def _configuration(engine: Engine, describe: Mapping[str, Any] | None) -> dict[str, Any]:
+def _configuration(engine: Engine, asked: Settings, describe: Mapping[str, Any] | None) -> dict[str, Any]:
     target = engine.target
     if not isinstance(engine.method, str) and not hasattr(engine.method, "name") and not callable(engine.method):
         raise UsageError(f"method: is a name or a criterion, found {type(engine.method).__name__}.")
@@ -205,10 +238,6 @@ def _configuration(engine: Engine, describe: Mapping[str, Any] | None) -> dict[s
         if isinstance(engine.method, str)
         else getattr(engine.method, "name", None) or engine.method.__name__
     )
-    versions = {}
-    for package in ("secateur", "torch", "torchvision", "accelerate", "torchmetrics"):
-        with suppress(PackageNotFoundError):
-            versions[package] = version(package)
     return {
         "method": method,
         "model": f"{type(engine.original).__module__}.{type(engine.original).__qualname__}",
@@ -216,14 +245,11 @@ def _configuration(engine: Engine, describe: Mapping[str, Any] | None) -> dict[s
         "target": None if target is None else target.to_dict(),
         "seed": engine.seed,
         "options": engine.options.plain(),
+        "asked": asked.plain(),
         "settings": engine.settings.plain(),
+        "changes": [],
         "arithmetic": engine.arithmetic.reason,
-        "versions": versions,
-        "machine": {
-            "system": platform.platform(), "processor": platform.processor() or platform.machine(),
-            "python": platform.python_version(), "threads": torch.get_num_threads(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "device": str(engine.runtime.device), "processes": engine.runtime.num_processes,
-        },
+        "data_fingerprints": record.fingerprints(train=engine.train, validation=engine.validation, test=engine.test),
+        **record.surroundings(engine),
         **dict(describe or {}),
-    }  # fmt: skip
+    }

@@ -13,9 +13,10 @@ from typing import Any, Literal, Protocol
 class Event:
     """What a run is doing, for progress bars and logs."""
 
-    kind: Literal["stage", "batch", "episode", "milestone"]
-    """``stage``: a stage of training begins an epoch; ``batch``: a batch is done; ``episode``, ``milestone``: its
-    ``record`` is complete."""
+    kind: Literal["begin", "stage", "batch", "epoch", "cut", "episode", "milestone"]
+    """``begin``: the run begins or goes on, with the unpruned network's figures as ``record``; ``stage``: a stage of
+    training begins an epoch; ``batch``: a batch is done; ``epoch``: a line of ``epochs.jsonl`` is complete; ``cut``:
+    channels are gone; ``episode``, ``milestone``: its record is complete."""
     stage: str
     """``optimise``, ``finetune`` or ``final``."""
     round: int
@@ -26,6 +27,8 @@ class Event:
     batches: int | None = None
     loss: float = math.nan
     record: Mapping[str, Any] | None = None
+    next: str = ""
+    """What comes next, in words."""
 
 
 Progress = Callable[[Event], None]

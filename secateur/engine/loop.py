@@ -7,7 +7,6 @@ anywhere goes on from its last whole step and, on a CPU with the same seed, ends
 from __future__ import annotations
 
 import copy
-import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,27 +15,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from secateur.compensation import compensate, parse
-from secateur.engine import pairing, request
+from secateur.engine import cutting, ending, log, request
 from secateur.engine.by_scores import Scores
-from secateur.engine.choosing import Some
 from secateur.engine.events import Event, Progress
 from secateur.engine.present import difference, remaining
 from secateur.engine.selection import Selection, union
 from secateur.engine.settings import Settings
 from secateur.engine.state import Removed, State
-from secateur.errors import RunError
+from secateur.errors import DivergedError
 from secateur.graph import cost
 from secateur.graph.channels import ChannelGraph
 from secateur.graph.plan import PruningPlan
 from secateur.network.copies import replica
 from secateur.network.inputs import unwrapped
-from secateur.pruning.applied import note
 from secateur.pruning.options import AUTO, SENSITIVITY, Options
 from secateur.pruning.planning import Target
 from secateur.pruning.surgery import cut
 from secateur.tracing.tracing import trace
-from secateur.training import evaluation, passes, stages
+from secateur.training import evaluation, stages
 from secateur.training.arithmetic import decide
 from secateur.training.evaluation import Metric
 from secateur.training.passes import Batches
@@ -44,8 +40,6 @@ from secateur.training.stages import Distillation, Loss, Stage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-_LOG = logging.getLogger(__name__)
 
 HALVINGS = 4
 """``auto`` tries steps down to this part of the usual one, where a larger one costs more than the tolerance."""
@@ -94,7 +88,7 @@ class Engine:
         self.method, self.seed, self.tolerance, self.target = method, seed, tolerance, target
         self.train, self.validation, self.test = train, validation, test
         self.loss, self.metric = loss, metric
-        self.progress: Progress = progress or (lambda _event: None)
+        self.progress: Progress = log.Log(progress, metric)
         request.check_batches(train=train, validation=validation, test=test)
         request.check_end(target, self.options, self.settings, tolerance)
         self.runtime: Accelerator = stages.accelerator(self.settings.device)
@@ -142,15 +136,15 @@ class Engine:
         if self.metric is None:
             request.warn_at_chance(state.network, self.example_inputs, state.metric)
         state.notes = list(self.notes)
-        state.baseline = {
-            "validation": state.metric,
-            "test": None if self.test is None else self._measure(state.network, self.test),
-        }
+        tested = None if self.test is None else self._measure(state.network, self.test)
+        state.baseline = {"validation": state.metric, "test": tested}
+        if self.metric is None:
+            request.warn_if_seen(state.metric, tested, self.validation, self.test)
         given = self.options.allocation
         if isinstance(self.selection, Scores) and given is not None and not isinstance(given, str):
             self.selection.store_table(state, given)
+        state.accepted = _copied(state.network)
         if self.bounded:
-            state.accepted = _copied(state.network)
             state.phase = 1 if self.auto or 1 in self.settings.phases else 2
         return state
 
@@ -162,15 +156,31 @@ class Engine:
         """Take one step, in place, and return the state: at most one epoch of training."""
         started = time.perf_counter()
         with torch.inference_mode(False), torch.enable_grad():
-            {
-                "select": self._select, "measure": self._sense, "optimise": self._optimise, "drop": self._drop,
-                "finetune": self._finetune, "judge": self._judge, "final": self._final, "settle": self._settle,
-            }[state.stage](state)  # fmt: skip
+            try:
+                {
+                    "select": self._select, "measure": self._sense, "optimise": self._optimise, "drop": self._drop,
+                    "finetune": self._finetune, "judge": self._judge, "final": self._final, "settle": self._settle,
+                }[state.stage](state)  # fmt: skip
+            except DivergedError as error:
+                ending.diverged(self, state, error)
         spent = time.perf_counter() - started
         state.seconds += spent
         if state.episode:
             state.episode["seconds"] = state.episode.get("seconds", 0.0) + spent
         return state
+
+    def begin_round(self, state: State) -> None:
+        """Go back to the last accepted network, where the round that is under way began."""
+        self.end_stage()
+        self._revert(state)
+        state.stage, state.epoch, state.training = "select", 0, None
+        state.episode, state.pairs, state.going = {}, {}, {}
+
+    def end_stage(self) -> None:
+        """Take the network off a stage of training that ends before its time."""
+        if self._stage is not None:
+            self._stage.close()
+            self._stage = None
 
     @torch.inference_mode(False)
     def resume(self, state: State, tensors: Mapping[str, Tensor]) -> State:
@@ -249,20 +259,7 @@ class Engine:
         if self.selection.selective and not self.bounded:
             state.stage, state.epoch, state.goal = "final", 0, max(state.goal, len(self.goals) - 1)
             return
-        why = "".join(f" {name} is left alone: {reason}." for name, reason in self.selection.left.items())
-        if self.target is not None:
-            reached = self.selection.removed_share(state.removed)
-            raise RunError(
-                f"target: {self.target.what} {self.target.fraction:g} is out of reach: with nothing left to remove, "
-                f"{reached:.3f} is gone. Ask for less, or let more groups go (linear, skip, internal_only, max_ratio, "
-                f"min_channels, round_to).{why}"
-            )
-        if len(self.selection.left) == len(self.groups):
-            raise RunError(f"compress: the method is defined on none of the groups:{why} Choose another, such as l1.")
-        if self.options.ratios:
-            raise RunError(f"ratios: {dict(self.options.ratios)} are out of reach with nothing left to remove.{why}")
-        if self.goals:
-            raise RunError(f"widths: {self.goals[state.goal]} can't be reached within the groups' constraints.{why}")
+        ending.out_of_reach(self, state)
         self._next_place(state)
 
     def _next_place(self, state: State) -> None:
@@ -280,27 +277,14 @@ class Engine:
 
     # Optimise
 
-    def _local_pairs(self, state: State) -> pairing.Pairs:
-        """Return the episode's pairs, numbered as in the present network."""
-        found: pairing.Pairs = {}
-        for name, chosen in state.pairs.items():
-            place = {channel: i for i, channel in enumerate(self.selection.alive(state, name))}
-            found[name] = [(place[d], place[k]) for d, k in chosen]
-        return found
-
-    def _make_regulariser(self, state: State, graph: ChannelGraph) -> pairing.CorrelationRegulariser:
-        chosen = self.settings
-        return pairing.CorrelationRegulariser(
-            state.network, graph, self._local_pairs(state),
-            form=chosen.form, strength=chosen.strength, share=chosen.share, signed=chosen.signed,
-        )  # fmt: skip
-
     def _scores(self, state: State, graph: ChannelGraph) -> dict[str, list[float]]:
-        return self._make_regulariser(state, graph).by_group() if state.pairs else {}
+        return cutting.regulariser(self, state, graph).by_group() if state.pairs else {}
 
     def _optimise(self, state: State) -> None:
         chosen, graph = self.settings, self.present(state)
-        regulariser = self._make_regulariser(state, graph) if state.pairs and chosen.optimise == "correlation" else None
+        regulariser = (
+            cutting.regulariser(self, state, graph) if state.pairs and chosen.optimise == "correlation" else None
+        )
         reached: Callable[[], bool] | None = None
         if regulariser is not None and chosen.correlation_target is not None:
             goal, made = chosen.correlation_target, regulariser
@@ -326,7 +310,7 @@ class Engine:
     def _drop(self, state: State) -> None:
         removed, graph = union(state.removed, state.going), self.present(state)
         plan = difference(graph, self.plan(state.removed), self.plan(removed))
-        state.model = self._compensated(state, graph, plan, self.plan(removed))
+        state.model = cutting.compensated(self, state, graph, plan, self.plan(removed))
         state.removed = removed
         state.episode["metric_dropped"] = self._measure(state.network)
         # The learning rate of auto decays once over all that follows its last cut.
@@ -335,35 +319,7 @@ class Engine:
         if not tunes:
             state.episode["metric_tuned"] = state.episode["metric_dropped"]
         state.stage, state.epoch = ("finetune" if tunes else "judge"), 0
-
-    def _compensated(self, state: State, graph: ChannelGraph, plan: PruningPlan, whole: PruningPlan) -> nn.Module:
-        """Return the present network cut by the plan, compensated as the settings say.
-
-        Args:
-            state: Where the run stands.
-            graph: The present network's channel graph.
-            plan: From the present network.
-            whole: From the unpruned network, which the result knows.
-        """
-        small = cut(state.network, plan)
-        note(small, self.original, whole)
-        methods = parse(self.settings.compensate or ())
-        if self.settings.merge and state.pairs and "merge" not in methods:
-            methods.insert(0, "merge")
-        if not methods:
-            return small
-        partners = {name: dict(chosen) for name, chosen in self._local_pairs(state).items()}
-        with passes.seeded(self.seed, state.round, 2) as seed:
-            report = compensate(
-                state.network, small, plan, methods, Some(self.train, self.settings.criterion_batches, seed),
-                graph=graph, example_inputs=self.example_inputs, pairs=partners or None,
-                **self.settings.compensate_options,
-            )  # fmt: skip
-        done: dict[str, dict[str, str]] = {}
-        for layer in report:
-            done.setdefault(layer.method, {})[layer.module] = "" if layer.applied else layer.reason
-        state.episode["compensated"] = done
-        return small
+        self.progress(Event("cut", "drop", state.round, state.phase, record=log.cut(self, state), next=state.stage))
 
     def _finetune(self, state: State) -> None:
         if self._train(state, "finetune", self.settings.finetune_epochs, self.settings.training()):
@@ -372,8 +328,9 @@ class Engine:
 
     def _judge(self, state: State) -> None:
         plan = self.plan(state.removed)
-        tuned = state.episode["metric_tuned"]
-        accepted = not self.bounded or tuned >= state.baseline["validation"] - self.limit - 1e-12
+        tuned = state.episode["metric_tuned"]  # None where the training diverged
+        least = state.baseline["validation"] - self.limit - 1e-12
+        accepted = tuned is not None and (not self.bounded or tuned >= least)
         state.episode |= {
             "macs": cost.macs(self.graph, plan),
             "parameters": cost.parameters(self.graph, plan),
@@ -382,7 +339,7 @@ class Engine:
             "images": state.images,
         }
         state.history.append(state.episode)
-        self.progress(Event("episode", "judge", state.round, state.phase, record=state.episode))
+        event = Event("episode", "judge", state.round, state.phase, record=state.episode)
         state.episode, state.pairs, state.going = {}, {}, {}
         state.round += 1
         state.goal_round += 1
@@ -390,11 +347,11 @@ class Engine:
         if accepted:
             state.metric = tuned
             state.accepted_removed = copy.deepcopy(state.removed)
-            if self.bounded:
-                state.accepted = _copied(state.network)
+            state.accepted = _copied(state.network)
         else:
             self._revert(state)
             self._after_a_miss(state)
+        self.progress(replace(event, next=log.following(state)))
 
     def _after_a_miss(self, state: State) -> None:
         """Go to the next place; ``auto`` tries smaller steps first."""
@@ -424,21 +381,26 @@ class Engine:
             self._revert(state)
             measured = self._measure(state.network)
         state.metric = measured
+        milestone = self.milestone(state)
+        state.milestones.append(milestone)
+        event = Event("milestone", "final", state.round, state.phase, record=milestone)
+        state.goal, state.goal_round = state.goal + 1, 0
+        state.stage, state.epoch = ("select" if state.goal < len(self.goals) else "done"), 0
+        self.progress(replace(event, next=log.following(state)))
+
+    def milestone(self, state: State) -> dict[str, Any]:
+        """Return the record of the network as it is now, measured."""
         plan = self.plan(state.removed)
-        milestone = {
+        return {
             "goal": state.goal,
             "round": state.round - 1,
-            "validation": measured,
+            "validation": state.metric,
             "test": None if self.test is None else self._measure(state.network, self.test),
             "macs": cost.macs(self.graph, plan),
             "parameters": cost.parameters(self.graph, plan),
             "widths": self.widths(plan),
             "images": state.images,
         }
-        state.milestones.append(milestone)
-        self.progress(Event("milestone", "final", state.round, state.phase, record=milestone))
-        state.goal, state.goal_round = state.goal + 1, 0
-        state.stage, state.epoch = ("select" if state.goal < len(self.goals) else "done"), 0
 
     # Training and measuring
 
@@ -463,10 +425,14 @@ class Engine:
             of_stage = (name, event.round, event.phase, event.epoch, epochs)
             self.progress(Event("batch", *of_stage, batch=batch, batches=batches, loss=loss))
 
+        started = time.perf_counter()
         record = self._stage.run_epoch(self.train, state.epoch, on_batch)
+        seconds = time.perf_counter() - started
         state.epoch += 1
         state.images += record.images
         over = record.stopped or state.epoch >= epochs
+        rate = settings.rate(event.epoch / epochs)
+        self.progress(log.epoch(self, state, event, record, seconds, rate, over, self._stage))
         state.training = None if over else self._stage.state()
         if over:
             state.model = self._stage.close()

@@ -145,3 +145,30 @@ def warn_at_chance(network: nn.Module, inputs: Any, accuracy: float) -> None:
             100 * accuracy,
             scores.shape[1],
         )
+
+
+def warn_if_seen(accuracy: float, tested: float | None, validation: Batches, test: Batches | None) -> None:
+    """Say where validation images were probably trained on: their accuracy is far above that of the test images.
+
+    Then every decision is taken on a memory, and a tolerance lets far more go than it says. Far is 3 points and four
+    standard errors of the difference; nothing is said of data whose number of examples is not known.
+
+    Args:
+        accuracy: Of the unpruned network on the validation data.
+        tested: On the test data.
+        validation: Validation batches.
+        test: Test batches.
+    """
+    counts = [passes.length_of(getattr(part, "dataset", ())) for part in (validation, test)]
+    if tested is None or not counts[0] or not counts[1]:
+        return
+    pooled = (accuracy * counts[0] + tested * counts[1]) / (counts[0] + counts[1])
+    error = (pooled * (1 - pooled) * (1 / counts[0] + 1 / counts[1])) ** 0.5
+    if accuracy - tested > max(0.03, 4 * error):
+        _LOG.warning(
+            "compress: the unpruned network's accuracy is %.1f%% on the validation images and %.1f%% on the test "
+            "images: its weights were probably trained on the validation images. Hold out images that they have not "
+            "seen, or a tolerance lets more go than it says.",
+            100 * accuracy,
+            100 * tested,
+        )

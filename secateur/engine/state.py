@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from secateur.checkpoint.records import flatten, read_record, restore, write_record
+from secateur.checkpoint.records import flatten, newest, read_record, restore, write_record
 from secateur.compensation.sensitivity import Sensitivity
 from secateur.engine.stored import plain_state
 from secateur.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the file's layout; raised when an older reader could misread a newer file."""
 
 _KEY = "secateur-run"
@@ -70,6 +70,10 @@ class State:
     going: Removed = field(default_factory=dict)
     """The channels that are removed at the end of the present optimisation."""
     episode: dict[str, Any] = field(default_factory=dict)
+    changes: int = 0
+    """How many of the changes that ``config.json`` records are in force."""
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    """A record of every epoch of training."""
     history: list[dict[str, Any]] = field(default_factory=list)
     milestones: list[dict[str, Any]] = field(default_factory=list)
     baseline: dict[str, Any] = field(default_factory=dict)
@@ -79,7 +83,7 @@ class State:
     # Not plain data
     model: nn.Module | None = field(default=None, repr=False)
     accepted: dict[str, Tensor] | None = field(default=None, repr=False)
-    """State dict to go back to; None where every round is accepted."""
+    """State dict of the last accepted network, to go back to."""
     training: dict[str, Any] | None = field(default=None, repr=False)
     """Optimizer state of a stage under way, between two epochs."""
 
@@ -102,7 +106,7 @@ class State:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("model", "accepted", "training")}
 
     def save(self, path: Path) -> None:
-        """Write the state into one file, atomically."""
+        """Write the state into one file, atomically; the one before is kept."""
         tensors: dict[str, Tensor] = {
             f"model/{k}": v for k, v in self.network.state_dict().items() if isinstance(v, Tensor)
         }
@@ -116,9 +120,15 @@ class State:
     def load(cls, path: Path) -> tuple[State, dict[str, Tensor]]:
         """Read a state, and the state dict of its network, which the caller puts into a network of the right shape.
 
+        Where the file is damaged, that is said, and the state before it is read.
+
         Raises:
-            CheckpointError: If the file is missing, damaged or something else.
+            CheckpointError: If no file can be read: missing, damaged or something else.
         """
+        return newest(path, cls._read)
+
+    @classmethod
+    def _read(cls, path: Path) -> tuple[State, dict[str, Tensor]]:
         if not path.is_file():
             raise CheckpointError(
                 f"{path}: no such file, so there is no run to resume; the run directory or its name is another."

@@ -5,13 +5,12 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from secateur.compensation import parse
-from secateur.engine.loop import Engine
 from secateur.engine.pairing import largest_correlations
 from secateur.engine.result import CompressResult
 from secateur.engine.rundir import RunDirectory
@@ -22,15 +21,27 @@ from secateur.pruning.surgery import cut
 from secateur.pruning.verification import verify
 from secateur.training import evaluation, passes
 
+if TYPE_CHECKING:
+    from secateur.engine.loop import Engine
 
-def summarise(engine: Engine, state: State, directory: RunDirectory | None) -> CompressResult:
-    """Measure the finished network beside the unpruned one."""
+
+def summarise(
+    engine: Engine, state: State, directory: RunDirectory | None, last: dict[str, Any] | None = None
+) -> CompressResult:
+    """Measure the finished network beside the unpruned one.
+
+    Args:
+        engine: Of the run.
+        state: At its end.
+        directory: Of its files.
+        last: The record of the network; that of the last milestone when None.
+    """
     plan, small = engine.plan(state.removed), state.network
     before = largest_correlations(engine.original, engine.graph)
     after = largest_correlations(small, engine.present(state))
     # Fine-tuning changes what is computed on purpose; what is verified is that the cuts removed nothing else.
     check = verify(engine.original, cut(engine.original, plan), plan, engine.example_inputs)
-    last = state.milestones[-1]
+    last = state.milestones[-1] if last is None else last
     report: dict[str, Any] = {
         "parts": _parts(engine, state),
         "notes": state.notes,
@@ -47,13 +58,13 @@ def summarise(engine: Engine, state: State, directory: RunDirectory | None) -> C
         "verification": asdict(check),
         "latency": state.latency,
         "max_abs_rho": {"before": before, "after": after},
-        "milestones": state.milestones,
+        "milestones": state.milestones if last in state.milestones else [*state.milestones, last],
         "rounds": len(state.history),
         "images": state.images,
         "seconds": state.seconds,
     }
     return CompressResult(
-        small, plan, state.history, state.milestones, report, None if directory is None else directory.path
+        small, plan, state.history, report["milestones"], report, None if directory is None else directory.path
     )
 
 

@@ -34,6 +34,7 @@ from secateur.pruning.target import Target
 from secateur.runfile import yaml_lines
 from secateur.structure import shown
 from secateur.training.stages import TrainingSettings
+from secateur.training.tasks import TRAINING_BATCH
 
 FILE = "run.yaml"
 """Name under which a run directory keeps its configuration."""
@@ -170,6 +171,9 @@ class RunConfig(_Planning):
     baselines: str | None = Field(
         None, description="Folder where runs that ask for the same baseline share it; baselines/ beside run_dir's."
     )
+    track: tuple[str, ...] = Field(
+        (), description="Trackers that are told of every epoch and round: tensorboard, wandb, mlflow, …"
+    )
     run_dir: str | None = Field(None, description="Folder of the run's files; runs/MODEL-METHOD unless given.")
 
     @field_validator("method")
@@ -183,6 +187,11 @@ class RunConfig(_Planning):
                 f"unknown method {shown(value)}; " + (f"did you mean {close[0]!r}" if close else ", ".join(names))
             )
         return value
+
+    @field_validator("track", mode="before")
+    @classmethod
+    def _lone_tracker(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @field_validator("settings", mode="before")
     @classmethod
@@ -311,6 +320,31 @@ def build(values: Mapping[str, Any]) -> RunConfig:
         return RunConfig.model_validate(dict(values))
     except ValidationError as error:
         raise UsageError(explain(error, "")) from error
+
+
+def resolved(run: RunConfig) -> RunConfig:
+    """Return a configuration with what its method decides where nothing is said, as far as it is known without data.
+
+    Distillation is filled in for data of classes, scored by the network; a run on boxes has none.
+    """
+    bounded = run.target is None and not run.settings.widths and not run.ratios
+    teaches = not run.data.startswith("voc:")
+    settings = run.settings.resolved(auto=run.method == AUTO, bounded=bounded, teaches=teaches)
+    share = run.allocation or ("sensitivity" if run.method == AUTO else None if run.method == "cfp" else "normalized")
+    batch = run.batch_size or TRAINING_BATCH["classification" if teaches else "detection"]
+    return run.model_copy(update={"settings": settings, "allocation": share, "batch_size": batch})
+
+
+def changed(run: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """Return a configuration with other values; a mapping is merged into what is there, but for a target.
+
+    Raises:
+        UsageError: If a key is unknown or a value out of range.
+    """
+    if not values:
+        return run
+    plain = run.model_dump(mode="json", exclude_none=True)
+    return build(_merge({k: v for k, v in plain.items() if k != "target" or "target" not in values}, values))
 
 
 def save(config: RunConfig, path: str | Path) -> None:

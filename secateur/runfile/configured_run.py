@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from secateur import checkpoint
 from secateur.data import DATASETS
-from secateur.engine import CompressResult, Engine, Event, RunDirectory, compress, resume
-from secateur.engine.events import Steps
+from secateur.engine import CompressResult, Engine, Event, RunDirectory, compress, log, resume
+from secateur.engine.events import Progress, Steps
 from secateur.engine.request import require_method
+from secateur.engine.rundir import writes
+from secateur.engine.tracking import Trackers, require
 from secateur.errors import UsageError
 from secateur.models import MODELS
 from secateur.pruning.options import AUTO
 from secateur.pruning.planning import Target
-from secateur.runfile import config, sources
+from secateur.runfile import config, sources, suspicions
 from secateur.runfile.config import RunConfig
 from secateur.training import baseline, stages, tasks
+from secateur.training.fingerprint import fingerprint
 from secateur.training.stages import TrainingSettings
 
 if TYPE_CHECKING:
@@ -28,23 +30,34 @@ if TYPE_CHECKING:
     from secateur.training.arithmetic import Arithmetic
 
 
-def start(run: RunConfig, steps: Steps) -> CompressResult:
+def start(run: RunConfig, steps: Steps, *, go_on_with: bool = False) -> CompressResult:
     """Begin a run in a folder of its own.
 
     Args:
         run: What to do; its paths are made absolute before they are written down.
         steps: Where to show progress.
+        go_on_with: Whether a run that began in the folder by the same request is gone on with.
 
     Raises:
         UsageError: If the folder holds a run already, or the request can't be met.
         DataError: If the data is missing or does not fit.
-        RunError: If training diverges or a target is out of reach.
+        RunError: If training diverges or a target is out of reach, or another process is running in the folder.
     """
     run = grounded(run)
     assert run.run_dir is not None
-    folder = Path(run.run_dir)
-    if RunDirectory(folder).started:
-        raise UsageError(f"{folder}: holds a run already; go on with 'secateur resume {folder}', or give --run-dir.")
+    folder = RunDirectory(run.run_dir, write=writes())
+    if go_on_with and (folder.path / config.FILE).is_file():
+        begun = config.load(folder.path / config.FILE, {"run_dir": run.run_dir})
+        _require_alike(
+            begun,
+            run,
+            f"{folder.path}: the run there began",
+            "is asked for: ask for the same, or resume it",
+            loose=True,
+        )
+        return go_on(folder.path, steps)
+    folder.require_free()
+    require(run.track)
     method = sources.method(run.method)
     target = None if run.target is None else Target(**run.target.model_dump())
     require_method(method, run.options, run.settings, target)
@@ -57,60 +70,139 @@ def start(run: RunConfig, steps: Steps) -> CompressResult:
         "target": target,
         "seed": run.seed,
     }
-    model = found.model
+    model, training = found.model, None
     described: dict[str, Any] = {"model": run.model, "data": run.data, "weights": run.weights}
     if run.weights is None:
         # Settings that this network can't meet are refused before its baseline is trained.
         engine = Engine(model, method, options=run.options, settings=run.settings, **request)
         # What was decided for this machine is written down first: the baseline, too, goes on as it began.
-        run = run.model_copy(update={"settings": engine.settings})
-        training = _BaselineTraining(run, folder, model, engine.arithmetic)
-        config.save(run, folder / config.FILE)
-        model = training.trained(model, request, steps)
-        described |= {"baseline": training.record}
+        decided = {name: getattr(engine.settings, name) for name in ("precision", "channels_last")}
+        run = run.model_copy(update={"settings": replace(run.settings, **decided)})
+        training = _BaselineTraining(run, folder.path, model, fingerprint(request["train"]), engine.arithmetic)
         if engine.arithmetic.reason:
             described["arithmetic"] = engine.arithmetic.reason
-    else:
-        config.save(run, folder / config.FILE)
-    result = compress(
-        model,
-        method,
-        run_dir=folder,
-        progress=Show(steps),
-        describe=described,
-        **request,
-        **run.settings.plain(),
-        **run.options.plain(),
-    )
-    return _with_earlier_plans(result, found, folder)
+    folder.earlier = found.plans
+    with folder, _tracked(run, folder, steps) as told:
+        folder.require_free()
+        if folder.write:
+            config.save(run, folder.path / config.FILE)
+        if training is not None:
+            model = training.trained(model, request, steps, told)
+            described |= {"baseline": training.record}
+        return compress(
+            model,
+            method,
+            run_dir=folder,
+            progress=told,
+            describe={**described, "run": run.model_dump(mode="json", exclude_none=True)},
+            **request,
+            **run.settings.plain(),
+            **run.options.plain(),
+        )
 
 
-def go_on(folder: Path, steps: Steps) -> CompressResult:
+def go_on(path: Path, steps: Steps, changes: Mapping[str, Any] | None = None) -> CompressResult:
     """Take up a run where it was interrupted.
 
+    Args:
+        path: The run's folder.
+        steps: Where to show progress.
+        changes: Keys of the configuration with other values, which are written down.
+
     Raises:
-        UsageError: If the folder holds no run.
+        UsageError: If the folder holds no run, or its configuration or data are not those that the run began with.
         RunError: If another process is running it.
         CheckpointError: If one of its files is damaged.
     """
-    if not (folder / config.FILE).is_file():
-        raise UsageError(
-            f"{folder}: holds no run to resume: there is no {config.FILE}; 'secateur compress' begins one."
+    file = path / config.FILE
+    if not file.is_file():
+        raise UsageError(f"{path}: holds no run to resume: there is no {config.FILE}; 'secateur compress' begins one.")
+    folder = RunDirectory(path, write=writes())
+    if folder.finished:
+        raise FinishedRunError(
+            f"{path}: the run has finished, and is left as it is.", *folder.written(), list(changes or {})
         )
-    run = config.load(folder / config.FILE, {"run_dir": str(folder.absolute())})
-    if not RunDirectory(folder).started:
+    run = config.changed(config.load(file, {"run_dir": str(path.absolute())}), changes or {})
+    if not folder.started:
         # The run was interrupted while its baseline was trained; that training goes on from its last whole epoch.
         return start(run, steps)
+    if (begun := folder.configuration().get("run")) is not None:
+        _require_alike(
+            config.changed(config.build(begun), changes or {}), run, f"{file}: the run began", "stands here now: put "
+            "it back, or give it to 'secateur resume' (--set), which records it"
+        )  # fmt: skip
     bundle, found = _found(run, steps, fresh=run.weights == sources.PRETRAINED)
-    result = resume(
-        folder,
-        found.model,
-        **_data(run, bundle),
-        example_inputs=found.inputs if run.input else None,
-        method=sources.method(run.method),
-        progress=Show(steps),
-    )
-    return _with_earlier_plans(result, found, folder)
+    folder.earlier = found.plans
+    given = changes or {}
+    own = {k: v for k, v in run.options.plain().items() if k in given}
+    own |= {k: v for k, v in run.settings.plain().items() if k in given.get("settings", {})}
+    with folder, _tracked(run, folder, steps) as told:
+        if changes and folder.write:
+            config.save(run, file)
+        return resume(
+            folder,
+            found.model,
+            **_data(run, bundle),
+            example_inputs=found.inputs if run.input else None,
+            method=sources.method(run.method),
+            progress=told,
+            describe={"run": run.model_dump(mode="json", exclude_none=True)},
+            tolerance=given.get("tolerance"),
+            target=Target(**given["target"]) if "target" in given else None,
+            **own,
+        )
+
+
+class FinishedRunError(UsageError):
+    """There is nothing to go on with; the report and the history of the run that is there are at hand."""
+
+    def __init__(self, text: str, report: dict[str, Any], history: list[dict[str, Any]], changes: list[str]) -> None:
+        super().__init__(text)
+        self.report, self.history, self.changes = report, history, changes
+
+
+_PLACES = ("run_dir", "baselines", "weights", "data", "workers", "track")
+"""Keys whose values may change under a run: what is found there is compared, or doesn't decide the result."""
+
+
+def _require_alike(begun: RunConfig, now: RunConfig, where: str, remedy: str, *, loose: bool = False) -> None:
+    """Refuse a configuration that is not the one a run began with.
+
+    Args:
+        begun: The one it began with.
+        now: The other.
+        where: Begins the message.
+        remedy: Ends it.
+        loose: Whether what one of both leaves open is no difference, but for a target.
+
+    Raises:
+        UsageError: If there is a difference; the first are named, with both values.
+    """
+    before, after = (_flat(each.model_dump(mode="json")) for each in (begun, now))
+    differing = []
+    for key in {**before, **after}:
+        section, old, new = key.partition(".")[0], before.get(key), after.get(key)
+        left_open = loose and section != "target" and bool({None, "auto"} & {old, new})
+        if section not in _PLACES and old != new and not left_open:
+            differing.append(f"{key} {old!r}, and {new!r}")
+    if differing:
+        more = f" ({len(differing) - 3} more like this.)" if len(differing) > 3 else ""
+        raise UsageError(f"{where} with {'; '.join(differing[:3])} {remedy}.{more}")
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested mappings as one, keys joined by dots, and lists as text; of a path in a file's name, the name."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{inner}": found for inner, found in _flat(value).items()}
+        elif isinstance(value, list):
+            flat[key] = str(value)
+        elif key in ("model", "method") and ".py:" in str(value):
+            flat[key] = Path(value).name
+        else:
+            flat[key] = value
+    return flat
 
 
 class Show:
@@ -123,10 +215,14 @@ class Show:
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
+        if event.stage == "baseline":
+            return  # the step of its training shows it
         if event.kind == "episode" and event.record is not None:
             self.rounds += 1
             kept = "accepted" if event.record["accepted"] else "reverted"
-            self.standing = f"{event.record['metric_tuned']:.2%} at {event.record['macs']:,} MACs, {kept}"
+            tuned = event.record["metric_tuned"]
+            shown = "diverged" if tuned is None else f"{tuned:.2%}"
+            self.standing = f"{shown} at {event.record['macs']:,} MACs, {kept}"
         where = f"round {event.round}, phase {event.phase}"
         if event.kind == "batch":
             self.steps("  epoch", event.batch, event.batches, f"{event.stage} {event.epoch}/{event.epochs}")
@@ -152,12 +248,17 @@ def grounded(run: RunConfig) -> RunConfig:
     )
 
 
-def _with_earlier_plans(result: CompressResult, found: sources.SourceModel, folder: Path) -> CompressResult:
-    """Where the run began with a pruned network, save all plans, so that the file loads into the unpruned network."""
-    if found.plans:
-        plans = (*found.plans, result.plan)
-        checkpoint.save(result.model, plans, folder / "model.safetensors", extra=result.report["final"])
-    return result
+def _tracked(run: RunConfig, folder: RunDirectory, steps: Steps) -> Trackers:
+    """Return what shows a run's events, and sends them to the trackers that it names."""
+    trained = run.baseline.epochs if run.weights is None else 0
+    return Trackers(
+        run.track,
+        folder.path,
+        run.model_dump(mode="json", exclude={"track", "run_dir", "baselines"}),
+        Show(steps),
+        device=run.settings.device,
+        baseline=trained,
+    )
 
 
 def _found(run: RunConfig, steps: Steps, *, fresh: bool = False) -> tuple[DataBundle, sources.SourceModel]:
@@ -170,7 +271,9 @@ def _found(run: RunConfig, steps: Steps, *, fresh: bool = False) -> tuple[DataBu
     with steps.step("building the model"):
         sources.seed(run.seed)
         weights = None if fresh else run.weights
-        return bundle, sources.open_model(run.model, run.model_options, weights, run.input, bundle)
+        found = sources.open_model(run.model, run.model_options, weights, run.input, bundle)
+    suspicions.of_classes(found, bundle)
+    return bundle, found
 
 
 def _data(run: RunConfig, bundle: DataBundle) -> dict[str, Any]:
@@ -195,7 +298,9 @@ class _BaselineTraining:
         CheckpointError: If its file is damaged.
     """
 
-    def __init__(self, run: RunConfig, folder: Path, model: nn.Module, arithmetic: Arithmetic) -> None:
+    def __init__(
+        self, run: RunConfig, folder: Path, model: nn.Module, images: dict[str, Any], arithmetic: Arithmetic
+    ) -> None:
         self.run, self.folder, self.arithmetic = run, folder, arithmetic
         self.request = {
             **run.model_dump(
@@ -205,6 +310,7 @@ class _BaselineTraining:
             "precision": arithmetic.precision,
             "channels_last": arithmetic.channels_last,
             "begins": baseline.fingerprint(model),
+            "images": images,
         }
         self.under_way = folder / "checkpoint" / "baseline.safetensors"
         known = (
@@ -215,8 +321,8 @@ class _BaselineTraining:
         self.record: dict[str, Any] = {"file": str(self.file), "trained_here": not self.file.is_file()}
         baseline.read(self.under_way, self.request)
 
-    def trained(self, model: nn.Module, data: Mapping[str, Any], steps: Steps) -> nn.Module:
-        """Return the trained network."""
+    def trained(self, model: nn.Module, data: Mapping[str, Any], steps: Steps, told: Progress) -> nn.Module:
+        """Return the trained network; each of its epochs is told."""
         runtime = stages.accelerator(self.run.settings.device)
         # Every process looks before one of them writes.
         found = baseline.kept(model, self.file, self.request)
@@ -224,7 +330,7 @@ class _BaselineTraining:
         write = runtime.is_main_process
         if found is not None:
             if write:  # this run may have been killed right after it kept the network
-                self.under_way.unlink(missing_ok=True)
+                baseline.clear(self.under_way)
             return found.eval()
         plan, epoch = self.run.baseline, 0
 
@@ -232,18 +338,20 @@ class _BaselineTraining:
             each = total or done
             steps("training the baseline", epoch * each + done, plan.epochs * each, f"loss {loss:.3f}")
 
-        def on_epoch(done: int) -> None:
+        def on_epoch(done: int, record: Mapping[str, Any] | None) -> None:
             nonlocal epoch
             epoch = done
+            if record is not None:
+                log.baseline_epoch(record, plan.epochs)
+                told(Event("epoch", "baseline", 0, 0, done, plan.epochs, record=record))
 
-        with RunDirectory(self.folder, write=write):
-            records = baseline.train(
-                model, data["train"], self.under_way, self.request,
-                epochs=plan.epochs, seed=self.run.seed, write=write, on_epoch=on_epoch, on_batch=on_batch,
-                settings=TrainingSettings(**{f.name: getattr(plan, f.name) for f in fields(TrainingSettings)}),
-                loss=data["loss"], runtime=runtime, arithmetic=self.arithmetic,
-            )  # fmt: skip
-            if write:
-                baseline.keep(model, self.file, self.request, records)
-                self.under_way.unlink(missing_ok=True)
+        records = baseline.train(
+            model, data["train"], self.under_way, self.request,
+            epochs=plan.epochs, seed=self.run.seed, write=write, on_epoch=on_epoch, on_batch=on_batch,
+            settings=TrainingSettings(**{f.name: getattr(plan, f.name) for f in fields(TrainingSettings)}),
+            loss=data["loss"], runtime=runtime, arithmetic=self.arithmetic,
+        )  # fmt: skip
+        if write:
+            baseline.keep(model, self.file, self.request, records)
+            baseline.clear(self.under_way)
         return model.eval()

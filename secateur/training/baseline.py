@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from secateur import checkpoint
-from secateur.checkpoint.records import flatten, read_record, restore, write_record
+from secateur.checkpoint.records import before, digest, flatten, newest, read_record, restore, write_record
 from secateur.errors import CheckpointError, UsageError
 from secateur.training.passes import Batches
 from secateur.training.stages import Stage, TrainingSettings
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the layout of the file of a training under way."""
 
 _KEY = "secateur-training"
@@ -41,11 +40,7 @@ class Halfway:
 
 def fingerprint(model: nn.Module) -> str:
     """Return a digest of all weights and buffers: two networks with the same one begin alike."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return digest("", {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)})
 
 
 def file_name(request: Mapping[str, Any]) -> str:
@@ -62,8 +57,12 @@ def read(file: Path, request: Mapping[str, Any]) -> Halfway | None:
         CheckpointError: If the file is damaged.
         UsageError: If it is the training of another request.
     """
-    if not file.is_file():
+    if not (file.is_file() or before(file).is_file()):
         return None
+    return newest(file, lambda place: _read(place, request))
+
+
+def _read(file: Path, request: Mapping[str, Any]) -> Halfway:
     record, tensors = read_record(file, _KEY, FORMAT_VERSION, "a training under way")
     try:
         stored = record["request"]
@@ -94,7 +93,7 @@ def train(
     settings: TrainingSettings,
     seed: int,
     write: bool = True,
-    on_epoch: Callable[[int], None] = lambda done: None,
+    on_epoch: Callable[[int, Mapping[str, Any] | None], None] = lambda done, record: None,
     on_batch: Callable[[int, int | None, float], None] | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
@@ -111,7 +110,8 @@ def train(
         settings: As in ``fit``.
         seed: As in ``fit``.
         write: False for all but the main one of several processes.
-        on_epoch: Called with the number of epochs done: before the first batch, and after every epoch.
+        on_epoch: Called with the number of epochs done and the record of the last: without one before the first batch,
+            and after every epoch.
         on_batch: As in ``fit``.
         options: As in ``fit``.
 
@@ -124,17 +124,17 @@ def train(
         RunError: If the loss is not finite, or the disk is full.
         DataError: If there is no batch, or a batch is not a pair.
     """
-    before = read(file, request)
-    records = [] if before is None else before.epochs
-    if before is not None:
-        model.load_state_dict(before.model)
+    begun = read(file, request)
+    records = [] if begun is None else begun.epochs
+    if begun is not None:
+        model.load_state_dict(begun.model)
         if write:  # it may have been killed before the line of its last epoch was written
             _write_lines(file, records)
     stage = Stage(model, settings, epochs=epochs, seed=seed, **options)
     try:
-        if before is not None:
-            stage.restore(before.stage)
-        on_epoch(len(records))
+        if begun is not None:
+            stage.restore(begun.stage)
+        on_epoch(len(records), None)
         for epoch in range(len(records), epochs):
             started = time.perf_counter()
             done = stage.run_epoch(batches, epoch, on_batch)
@@ -142,7 +142,7 @@ def train(
             records.append({"epoch": epoch + 1, "loss": done.loss, "images": done.images, "seconds": seconds})
             if write:
                 _write(file, request, records, model, stage)
-            on_epoch(len(records))
+            on_epoch(len(records), records[-1])
     finally:
         stage.close()
     return records
@@ -160,6 +160,12 @@ def _write(
 def _write_lines(file: Path, records: list[dict[str, Any]]) -> None:
     lines = "".join(json.dumps(record) + "\n" for record in records)
     checkpoint.write_atomic(file.with_suffix(".jsonl"), lines.encode())
+
+
+def clear(file: Path) -> None:
+    """Remove the files of a training that is over."""
+    for each in (file, before(file)):
+        each.unlink(missing_ok=True)
 
 
 def keep(model: nn.Module, file: Path, request: Mapping[str, Any], records: list[dict[str, Any]]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import DataError, RunError, UsageError
+from secateur.errors import DataError, DivergedError, UsageError
 from secateur.network.isolation import set_modes
 from secateur.training.passes import Batches, called, explained, kind_of, seeded, walk
 
@@ -38,7 +38,7 @@ def evaluate(
     Raises:
         DataError: If there is no batch, a batch is not a pair, or targets are no class indices.
         UsageError: If the metric is neither.
-        RunError: If the metric is not a finite number.
+        DivergedError: If the metric is not a finite number.
     """
     from torchmetrics import Metric as TorchMetric
 
@@ -67,7 +67,7 @@ def evaluate(
     finally:
         set_modes(modes.items())
     if not math.isfinite(value):
-        raise RunError(f"evaluation: the metric is {value}; the model's outputs or the metric are at fault.")
+        raise DivergedError(f"evaluation: the metric is {value}; the model's outputs or the metric are at fault.")
     return value
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.criteria.feature_maps import examples
-from secateur.errors import DataError, RunError, UsageError
+from secateur.errors import DataError, DivergedError, RunError, UsageError
 from secateur.network.isolation import set_modes
 from secateur.training.arithmetic import Arithmetic, lay_back, lay_out
 from secateur.training.passes import Batches, called, explained, kind_of, length_of, seeded, walk
@@ -307,7 +307,9 @@ class Stage:
 
     def _check(self, loss: float, where: str) -> None:
         if not math.isfinite(loss):
-            raise RunError(f"{where}: the training loss is {loss}; lower the learning rate (now {self.settings.lr:g}).")
+            raise DivergedError(
+                f"{where}: the training loss is {loss}; lower the learning rate (now {self.settings.lr:g})."
+            )
 
     def state(self) -> dict[str, Any]:
         """Return the optimizer's state dict: tensors and numbers that :meth:`restore` takes back."""

@@ -459,7 +459,7 @@ def test_an_interrupted_run_says_how_it_goes_on_and_ends_the_same(
 
     monkeypatch.setattr(stages.Stage, "run_epoch", interrupted)
     for attempt in ([*words, "--run-dir", "parts"], ["resume", "parts"]):
-        assert run(*attempt, "--json") == 130
+        assert run(*attempt, "--json", "--quiet") == 130
         shown = capsys.readouterr()
         assert shown.out == ""
         assert shown.err.startswith("error: interrupted; go on with: secateur resume ")
@@ -493,7 +493,10 @@ def test_config_completes_a_file_and_reads_its_own_answer(here: Path, capsys: py
     (here / "run.yaml").write_text("model: lenet5\ndata: digits\nsettings: {lr: 1e-3}\n")
     assert run("config", "run.yaml") == 0
     (here / "whole.yaml").write_text(capsys.readouterr().out)
-    assert config.load("whole.yaml") == config.load("run.yaml")
+    whole = config.load("whole.yaml")
+    assert whole == config.resolved(config.load("run.yaml"))
+    assert (whole.settings.final_epochs, whole.settings.distillation) == (0, 0.9)
+    assert (whole.settings.compensate, whole.allocation) == (("least_squares",), "sensitivity")
     assert run("config", "--schema") == 0
     assert json.loads(capsys.readouterr().out) == json.loads(config.schema())
 
@@ -635,7 +638,7 @@ ERRORS: list[tuple[list[str], int, str]] = [
     (["compress", "lenet5", "--data", "digits", "--run-dir", "bad.yaml"], 2, "bad.yaml"),
     (["compress", *LENET, *DIGITS, *QUICK, "--method", "l3"], 2, "unknown method 'l3'"),
     (["compress", *LENET, *DIGITS, *QUICK, "--set", "widths={conv9: 3}"], 2, "conv9"),
-    (["compress", *LENET, *DIGITS, *QUICK[:-2], "--baseline", "lr=1e6"], 1, "the training loss is"),
+    (["compress", *LENET, *DIGITS, *QUICK[:-2], "--baseline", "lr=1e6", "--quiet"], 1, "the training loss is"),
     (["resume", "absent"], 2, "no run to resume"),
     (["resume", "empty"], 2, "no run to resume"),
     (["config"], 2, "either a FILE to check or --schema"),
@@ -670,7 +673,17 @@ def test_a_folder_with_a_run_is_not_overwritten(here: Path, capsys: pytest.Captu
     before = {path: path.read_bytes() for path in (here / "taken").rglob("*") if path.is_file()}
     capsys.readouterr()
     assert run(*words) == 2
-    assert "holds a run already; go on with 'secateur resume" in capsys.readouterr().err
+    assert "holds a finished run, which is left as it is" in capsys.readouterr().err
+    for again in (["resume", "taken", "--json"], [*words, "--resume", "--json"]):
+        assert run(*again) == 0
+        shown = capsys.readouterr()
+        assert (
+            shown.err == f"note: {here / 'taken'}: the run has finished, and is left as it is.\n"
+            or again[0] == "resume"
+        )
+        assert json.loads(shown.out)["final"] == json.loads((here / "taken/result.json").read_text())["final"]
+    assert run("resume", "taken", "--set", "lr=0.1") == 2
+    assert "Begin another one with settings" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in (here / "taken").rglob("*") if path.is_file()}
 
 

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from secateur.engine import Event, compress, resume
+from secateur.engine import Event, RunDirectory, compress, resume
 from secateur.pruning.planning import Target
 from tests.conftest import collect_no_garbage
 from tests.engine.nets import Small, digits, trained
@@ -66,7 +66,7 @@ CASES = {"classifier": _classifier, "auto": _auto, "detector": _detector}
 def attempt(case: str, folder: Path, progress: Any = None) -> None:
     """Start the run, or go on with it."""
     first, fresh, data, more = CASES[case]()
-    if (folder / "checkpoint" / "state.safetensors").is_file():
+    if RunDirectory(folder).started:
         resume(folder, fresh(), progress=progress, **data)
     else:
         compress(first(), run_dir=folder, seed=7, progress=progress, **data, **more)

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from secateur import checkpoint
+from secateur.engine import RunDirectory
 from secateur.engine.events import Steps
 from secateur.errors import UsageError
 from secateur.runfile import config, configured_run
@@ -88,11 +89,12 @@ def doomed(folder: Path, kind: str, number: int) -> None:
     os._exit(0)
 
 
-def only_kept(model: Any, *_: Any, run_dir: Path, **__: Any) -> None:
+def only_kept(model: Any, *_: Any, run_dir: RunDirectory, **__: Any) -> None:
     """Stand in for the compression: write down what it would have begun with."""
-    checkpoint.save(model, None, run_dir / "baseline.safetensors")
-    checkpoint.save(model, None, run_dir / "model.safetensors")
-    checkpoint.write_json(run_dir / "result.json", {})
+    folder = run_dir.path
+    checkpoint.save(model, None, folder / "baseline.safetensors")
+    checkpoint.save(model, None, folder / "model.safetensors")
+    checkpoint.write_json(folder / "result.json", {})
 
 
 def main(folder: Path, part: str, places: list[str]) -> None:
@@ -117,8 +119,9 @@ def main(folder: Path, part: str, places: list[str]) -> None:
 
 PLACES = [
     "batch:5",  # in the second epoch, of three batches each
+    "write:4",  # after run.yaml, the lines of the first epoch and its state's new name: before the second's state
     "write:4",  # after run.yaml, the lines of the first epoch and the second's state: before the lines of the second
-    "written:3",  # after run.yaml, the lines and the last epoch's state
+    "written:4",  # after run.yaml, the lines, the second state's new name and the last epoch's state
     "write:3",  # before the finished network takes its name
     "written:3",  # after it did, before the state that led to it is cleared away
 ]
