@@ -145,6 +145,7 @@ class Engine:
         state.baseline = {
             "validation": state.metric,
             "test": None if self.test is None else self._measure(state.network, self.test),
+            "details": evaluation.details(self.metric),
         }
         given = self.options.allocation
         if isinstance(self.selection, Scores) and given is not None and not isinstance(given, str):
@@ -430,6 +431,7 @@ class Engine:
             "round": state.round - 1,
             "validation": measured,
             "test": None if self.test is None else self._measure(state.network, self.test),
+            "details": evaluation.details(self.metric),
             "macs": cost.macs(self.graph, plan),
             "parameters": cost.parameters(self.graph, plan),
             "widths": self.widths(plan),

@@ -250,6 +250,7 @@ def _evaluate(
     for when, network in networks.items() if test is not None else ():
         with _shown(steps, "evaluating"):
             report[when]["test"] = evaluation.evaluate(network, test, metric)
+            report[when]["details"] = evaluation.details(metric)
 
 
 def _require_verified(check: VerificationReport, inexact: bool) -> None:
