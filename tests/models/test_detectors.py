@@ -315,3 +315,45 @@ def test_a_base_that_does_not_exist_is_one_line() -> None:
     ):
         with pytest.raises(UsageError, match=message.replace("?", r"\?")):
             DETECTORS["ssd300"](3, **options)
+
+
+# A classifier's file in a detector that is there
+
+
+def torchvisions(block: Any = Bottleneck) -> nn.Module:
+    """torchvision's detector on its own narrow ResNet, whose norms are frozen."""
+    from torchvision.models.detection import FasterRCNN
+    from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+    from torchvision.ops import FrozenBatchNorm2d
+
+    torch.manual_seed(5)
+    base = ResNet(block, [2, 1, 1, 2], width_per_group=8, norm_layer=FrozenBatchNorm2d)
+    return FasterRCNN(_resnet_fpn_extractor(base, 5), 3, **FEW).eval()
+
+
+@pytest.mark.slow
+def test_a_classifiers_file_loads_into_torchvisions_detector(tmp_path: Path) -> None:
+    """torchvision's pyramid takes its widths from `inplanes`, which pruned stages don't keep to."""
+    whole, detector = narrow_resnet(), torchvisions()
+    small = pruned(whole)
+    sc.save(small, path=tmp_path / "small.safetensors")
+    before = {name: value.clone() for name, value in detector.state_dict().items()}
+    with pytest.raises(UsageError, match=r"what reads backbone.body is found by a trace; pass example_inputs="):
+        sc.load(detector, tmp_path / "small.safetensors", prefix="backbone.body")
+    loaded = sc.load(detector, tmp_path / "small.safetensors", prefix="backbone.body", example_inputs=([IMAGE],))
+    body, theirs = loaded.backbone.body.state_dict(), small.state_dict()  # type: ignore[union-attr]
+    assert all(torch.equal(value, theirs[name]) for name, value in body.items())
+    (plan,) = plans_of(loaded)
+    for level in range(4):
+        name = f"backbone.fpn.inner_blocks.{level}.0"
+        kept = plans_of(small)[0].kept_outputs[f"layer{level + 1}.{len(getattr(small, f'layer{level + 1}')) - 1}.conv3"]
+        assert plan.kept_inputs[name] == kept
+        assert torch.equal(loaded.get_submodule(name).weight, before[f"{name}.weight"][:, kept])
+    assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items()), "left as it was"
+    assert len(called(loaded)["boxes"])
+
+    applied = sc.apply(detector, plans_of(small)[0], prefix="backbone.body", example_inputs=([IMAGE],))
+    assert plans_of(applied) == plans_of(loaded)
+    assert sc.verify(detector, applied, plan, ([IMAGE],)).exact
+    sc.save(loaded, path=tmp_path / "detector.safetensors")
+    assert same(sc.load(torchvisions(), tmp_path / "detector.safetensors"), loaded)
