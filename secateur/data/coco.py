@@ -75,8 +75,8 @@ def coco(
         (train, held), test = held_out(parts["train"], validation, seed, "coco"), parts["val"]
     train = drawn(to_train_on(train), train_size, seed, "coco")
     width, height = train[0].size
-    sets = (DetectionFiles(photographs, classes) for photographs in (train, held, test))
-    return DataBundle("coco", *sets, (3, height, width), classes, None, "detection")
+    sets = [DetectionFiles(photographs, classes) for photographs in (train, held, test)]
+    return DataBundle("coco", sets[0], sets[1], sets[2], (3, height, width), classes, None, "detection")
 
 
 def _file(root: Path, part: str) -> Path | None:

@@ -73,8 +73,8 @@ def gtsdb(root: Path, *, validation: float | None = None, seed: int = 0, train_s
     train, held = held_out(train, validation, seed, "gtsdb")
     train = drawn(train, train_size, seed, "gtsdb")
     width, height = train[0].size
-    sets = (DetectionFiles(part, tuple(SIGNS)) for part in (train, held, test))
-    return DataBundle("gtsdb", *sets, (3, height, width), tuple(SIGNS), None, "detection")
+    sets = [DetectionFiles(part, tuple(SIGNS)) for part in (train, held, test)]
+    return DataBundle("gtsdb", sets[0], sets[1], sets[2], (3, height, width), tuple(SIGNS), None, "detection")
 
 
 def _sign(line: str, where: str) -> tuple[str, Box | None]:

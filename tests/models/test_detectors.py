@@ -16,7 +16,8 @@ from torchvision.models.vgg import VGG, make_layers
 
 import secateur as sc
 from secateur.data import DetectionBatches
-from secateur.errors import CheckpointError, PlanError, UsageError
+from secateur.deploy.export import export
+from secateur.errors import CheckpointError, ExportError, PlanError, UsageError
 from secateur.models import lenet5, resnet20, vgg16
 from secateur.models.detectors import DETECTORS, KINDS, from_backbone
 from secateur.pruning.applied import plans_of
@@ -357,3 +358,31 @@ def test_a_classifiers_file_loads_into_torchvisions_detector(tmp_path: Path) -> 
     assert sc.verify(detector, applied, plan, ([IMAGE],)).exact
     sc.save(loaded, path=tmp_path / "detector.safetensors")
     assert same(sc.load(torchvisions(), tmp_path / "detector.safetensors"), loaded)
+
+
+# ONNX
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_ssd512_on_a_pruned_base_becomes_onnx_as_torchvisions_detectors_do(tmp_path: Path) -> None:
+    """By TorchScript, at the size of the example: torch.export can't follow how boxes are thresholded."""
+    runtime = pytest.importorskip("onnxruntime")
+    detector = from_backbone(pruned(narrow_vgg()), "ssd512", 3, last="conv4_3").eval()
+    with torch.no_grad():
+        detector.backbone.scale_weight.fill_(2.0)  # type: ignore[union-attr]
+    coarse = torch.rand(1, 3, 9, 9, generator=torch.Generator().manual_seed(1))
+    image = nn.functional.interpolate(coarse, (512, 512), mode="bicubic")[0]
+    path = str(tmp_path / "detector.onnx")
+    torch.onnx.export(detector, ([image],), path, opset_version=17, dynamo=False)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found = [torch.from_numpy(a) for a in session.run(None, {session.get_inputs()[0].name: image.numpy()})]
+    with torch.no_grad():
+        expected = detector([image])[0]
+    assert len(expected["scores"].unique()) > 20
+    torch.testing.assert_close(found[1], expected["scores"], rtol=1e-3, atol=1e-4)
+    # Scores that are nearly equal may change places, and the last of them fall out.
+    near = (found[0][:, None] - expected["boxes"]).abs().amax(-1) < 0.1
+    assert (near & (found[2][:, None] == expected["labels"])).any(1).float().mean() > 0.95
+    with pytest.raises(ExportError, match=r"aten\.item can't be exported"):
+        export(detector, tmp_path / "detector.pt2", ([image],), dynamic_batch=False)
