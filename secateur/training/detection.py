@@ -64,7 +64,8 @@ class MeanAveragePrecision(_Metric):
 
     ``AP50`` and ``AP75``, at one overlap; ``APs``, ``APm`` and ``APl`` of objects of less than 32², up to 96², and more
     pixels; ``AR1``, ``AR10``, ``AR100``, the recall of so many boxes an image, averaged over overlaps and classes;
-    ``ARs``, ``ARm``, ``ARl``. ``classes`` holds by name of each class what is its own of AP and AP50.
+    ``ARs``, ``ARm``, ``ARl``. ``classes`` holds by name of each class what is its own of AP and AP50;
+    classes that are in no image and that nothing was taken for are left out.
     """
 
     def __init__(self, classes: Sequence[str] = ()) -> None:
