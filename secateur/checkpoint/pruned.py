@@ -26,9 +26,11 @@ from secateur.graph.plan import PruningPlan
 from secateur.network.copies import replica
 from secateur.network.inputs import unwrapped
 from secateur.pruning.applied import plans_of, require_made_by
+from secateur.pruning.part import for_whole
 from secateur.pruning.soundness import require_sound
 from secateur.pruning.surgery import cut
 from secateur.structure import Index, Record, checked, parsed
+from secateur.tracing.tracing import trace
 
 FORMAT_VERSION = 2
 """Version of the file's layout; raised when an older reader could misread a newer file. The digest of version 1 is of
@@ -124,25 +126,40 @@ def _plans(
     return plans
 
 
-def load(model: nn.Module, path: str | os.PathLike[str], *, any_class: bool = False) -> nn.Module:
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    any_class: bool = False,
+    prefix: str = "",
+    example_inputs: Any = None,
+) -> nn.Module:
     """Prune a freshly built original model as a file says, and fill it with the file's weights.
 
     Args:
         model: The original model, as its class builds it; left as it is. Its weights don't matter, its device is kept.
         path: File that :func:`save` wrote.
         any_class: Take a model of another class too, as long as every tensor fits: for a class that was renamed.
+        prefix: Name of the part of the model that the file is for, such as ``backbone.body`` of a detector for a
+            classifier's file. That part is pruned and filled, what reads it loses the inputs that go, and the rest
+            keeps its weights; tensors of the file that the part lacks are left out.
+        example_inputs: Inputs to trace the model on, by which what reads the part is found; needed with ``prefix``.
 
     Returns:
-        A new model of the same class whose state dict equals the saved one bit for bit, dtypes and ties included.
+        A new model of the same class whose state dict equals the saved one bit for bit, dtypes and ties included; with
+        ``prefix``, that of the part does.
 
     Raises:
         CheckpointError: If the file is damaged, not Secateur's, or from a newer version; or if the model is of another
             class, or a tensor's shape, presence or tie differs: the first one is named.
-        UsageError: If there is no such file, or the model's tensors have no data (meta device, lazy modules).
+        UsageError: If there is no such file, the model's tensors have no data (meta device, lazy modules), or there is
+            no such part, or nothing to trace the model on.
     """
     header, tensors = _read(path)
     model = unwrapped(model)
     _require_data(model, path)
+    if prefix:
+        return _load_part(model, header, tensors, path, prefix, example_inputs)
     mine = type(model).__qualname__
     if mine != header.model and not any_class:
         raise CheckpointError(
@@ -153,6 +170,32 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, any_class: bool = Fa
     state = {name: tensors[header.aliases.get(name, name)] for name in [*tensors, *header.aliases]}
     _require_same_tensors(pruned, state, mine, path)
     _fill(pruned, state, header.aliases, path)
+    return pruned
+
+
+def _load_part(
+    model: nn.Module,
+    header: Header,
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    prefix: str,
+    example_inputs: Any,
+) -> nn.Module:
+    if prefix not in dict(model.named_modules()):
+        raise UsageError(f"{path}: the {type(model).__name__} given has no part {prefix!r} to load into.")
+    if header.plans and example_inputs is None:
+        raise UsageError(f"{path}: what reads {prefix} is found by a trace; pass example_inputs=.")
+    pruned: nn.Module = model if header.plans else replica(model)
+    try:
+        for plan in header.plans:
+            pruned = cut(pruned, for_whole(plan, trace(pruned, example_inputs), prefix))
+    except PlanError as error:
+        raise CheckpointError(f"{path}: the plan doesn't fit the part {prefix} of the model given: {error}") from error
+    part = pruned.get_submodule(prefix)
+    names = [name for name in [*tensors, *header.aliases] if name in part.state_dict()]
+    state = {name: tensors[header.aliases.get(name, name)] for name in names}
+    _require_same_tensors(part, state, f"{type(model).__name__}'s {prefix}", path)
+    _fill(part, state, {name: first for name, first in header.aliases.items() if name in names}, path)
     return pruned
 
 

@@ -370,6 +370,10 @@ def show_values(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if isinstance(value, float):
             table.add_row(name, f"{value:.2%}")
+        elif isinstance(value, Mapping):  # figures of each class
+            for key, own in value.items():
+                figures = ", ".join(f"{figure} {share:.2%}" for figure, share in own.items() if share is not None)
+                table.add_row(escape(key), figures or "none to find")
         elif value is not None:
             table.add_row(name, f"{value:,}" if isinstance(value, int) else escape(str(value)))
     out.print(table)

@@ -229,7 +229,7 @@ def evaluate(
         "split": split,
         "examples": len(getattr(bundle, split)),
         evaluation.metric_name(metric): value,
-        **({} if metric is None else metric.details),
+        **(evaluation.details(metric) or {}),
         "macs": sc.macs(graph),
         "parameters": sc.parameters(graph),
     }

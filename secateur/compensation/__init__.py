@@ -14,6 +14,7 @@ from secateur.errors import UsageError
 from secateur.graph.channels import ChannelGraph
 from secateur.graph.plan import PruningPlan
 from secateur.network.inputs import arguments, batch_size, unwrapped
+from secateur.pruning.part import for_whole
 from secateur.pruning.soundness import require_sound
 from secateur.pruning.surgery import cut
 from secateur.tracing.tracing import trace
@@ -125,6 +126,8 @@ def apply(
     plan: PruningPlan,
     compensate: str | Sequence[str] | None = None,
     data: Iterable[Any] | None = None,
+    *,
+    prefix: str = "",
     **options: Any,
 ) -> nn.Module:
     """Return a pruned copy of the model, compensated if asked for; the model itself is untouched.
@@ -132,6 +135,9 @@ def apply(
     Args:
         model: The network the plan was made for.
         plan: What to keep.
+        prefix: Name of the part of the model that the plan is for, such as ``backbone.body``, where it was made for
+            another network with these layers. What reads the part follows, so ``graph`` of the model, or
+            ``example_inputs`` to trace it on, are needed, too; the result knows the plan of the whole.
         compensate: Methods, see :func:`secateur.compensation.compensate`.
         data: Batches for the methods that need data.
         **options: Further arguments of :func:`secateur.compensation.compensate`. To see which layers were left alone,
@@ -139,10 +145,17 @@ def apply(
 
     Raises:
         PlanError: If the plan does not fit the model.
-        UsageError: As :func:`secateur.compensation.compensate`.
+        UsageError: As :func:`secateur.compensation.compensate`; or if neither graph nor inputs come with ``prefix``.
         DataError: As :func:`secateur.compensation.compensate`.
         CriterionError: As :func:`secateur.compensation.compensate`.
     """
+    if prefix:
+        model = unwrapped(model)
+        if options.get("graph") is None:
+            if options.get("example_inputs") is None:
+                raise UsageError(f"apply: what reads {prefix} is found by a trace; pass example_inputs=, or graph=.")
+            options["graph"] = trace(model, options["example_inputs"])
+        plan = for_whole(plan, options["graph"], prefix)
     require_sound(model, plan)
     small = cut(model, plan)
     if compensate is not None:

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur.data.batches import Batches, DetectionBatches
+from secateur.data.boxes import DetectionFiles
 from secateur.data.bundle import DataBundle, Normalise
 from secateur.data.cifar10 import cifar10
+from secateur.data.coco import coco
 from secateur.data.digits import digits
+from secateur.data.gtsdb import gtsdb
 from secateur.data.imagefolder import ImageFiles, imagefolder
 from secateur.data.mnist import mnist
 from secateur.data.tensors import CropFlip, ImageTensors
-from secateur.data.voc import DetectionFiles, voc
+from secateur.data.voc import voc
 from secateur.errors import UsageError
 
 if TYPE_CHECKING:
@@ -31,6 +34,8 @@ DATASETS: Mapping[str, Callable[..., DataBundle]] = {
     "cifar10": cifar10,
     "imagefolder": imagefolder,
     "voc": voc,
+    "coco": coco,
+    "gtsdb": gtsdb,
 }
 """Name -> loader, called with ``root``, ``validation``, ``seed`` and the loader's own options."""
 
@@ -45,8 +50,8 @@ def load(
     """Load a data set by name, in its three parts.
 
     Args:
-        name: ``digits``, or ``mnist``, ``cifar10``, ``imagefolder``, ``voc``; with the folder after a colon, as in
-            ``mnist:data``, or as ``root``.
+        name: ``digits``, or ``mnist``, ``cifar10``, ``imagefolder``, ``voc``, ``coco``, ``gtsdb``; with the folder
+            after a colon, as in ``mnist:data``, or as ``root``.
         root: Folder of the files.
         validation: Share of the training set that is held out for validation, in (0, 1); the loader's own where None
             (a quarter for ``digits``, a tenth otherwise). Contradicts a published validation set.

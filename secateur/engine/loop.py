@@ -137,7 +137,7 @@ class Engine:
             request.warn_at_chance(state.network, self.example_inputs, state.metric)
         state.notes = list(self.notes)
         tested = None if self.test is None else self._measure(state.network, self.test)
-        state.baseline = {"validation": state.metric, "test": tested}
+        state.baseline = {"validation": state.metric, "test": tested, "details": evaluation.details(self.metric)}
         if self.metric is None:
             request.warn_if_seen(state.metric, tested, self.validation, self.test)
         given = self.options.allocation
@@ -396,6 +396,7 @@ class Engine:
             "round": state.round - 1,
             "validation": state.metric,
             "test": None if self.test is None else self._measure(state.network, self.test),
+            "details": evaluation.details(self.metric),
             "macs": cost.macs(self.graph, plan),
             "parameters": cost.parameters(self.graph, plan),
             "widths": self.widths(plan),

@@ -250,6 +250,8 @@ def _evaluate(
     for when, network in networks.items() if test is not None else ():
         with _shown(steps, "evaluating"):
             report[when]["test"] = evaluation.evaluate(network, test, metric)
+            if (details := evaluation.details(metric)) is not None:
+                report[when]["details"] = details
 
 
 def _require_verified(check: VerificationReport, inexact: bool) -> None:

@@ -50,7 +50,7 @@ def summarise(
             **state.baseline,
             **_figures(engine, engine.original, PruningPlan()),
         },
-        "final": {"validation": last["validation"], "test": last["test"], **_figures(engine, small, plan)},
+        "final": {**{key: last.get(key) for key in ("validation", "test", "details")}, **_figures(engine, small, plan)},
         "refused": [
             {"operator": r.operator, "module": r.module, "source": r.source, "reason": r.reason}
             for r in engine.graph.refused

@@ -25,7 +25,17 @@ from secateur.report.html import finite
 from secateur.report.page import render
 from secateur.report.reading import Run, read_run
 from secateur.report.sensitivity import draw_sensitivity
-from secateur.report.summary import headline, refusals, rounds, sentence, settings, side_by_side, speeds, widths
+from secateur.report.summary import (
+    details,
+    headline,
+    refusals,
+    rounds,
+    sentence,
+    settings,
+    side_by_side,
+    speeds,
+    widths,
+)
 
 __all__ = ["ReportFiles", "draw_graph", "draw_sensitivity", "read_run", "write_report"]
 
@@ -109,6 +119,7 @@ def _numbers(runs: Sequence[Run], figures: Sequence[list[Figure]], maps: Sequenc
             "figures": [asdict(f) for f in fs],
             "correlation": [asdict(m) for m in ms],
             "widths": asdict(widths(run)),
+            "details": asdict(found) if (found := details(run)) else None,
             "rounds": asdict(rounds(run)),
             "refused": asdict(refusals(run)),
             "settings": asdict(settings(run)),

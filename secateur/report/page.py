@@ -15,6 +15,7 @@ from secateur.report.plotly import heat_map_data, specification
 from secateur.report.reading import Run
 from secateur.report.summary import (
     Headline,
+    details,
     exactness,
     headline,
     refusals,
@@ -117,6 +118,9 @@ def _view(index: int, run: Run, figures: list[Figure], heat_maps: list[HeatMap],
     measured = speeds(run)
     if measured is not None:
         tables.insert(0, _Section(f"{prefix}-speed", "Speed", measured, "Theoretical is the ratio of MACs."))
+    detailed = details(run)
+    if detailed is not None:
+        tables.insert(0, _Section(f"{prefix}-details", "In detail", detailed))
     tables += [
         _Section(f"{prefix}-rounds", "Rounds", rounds(run)),
         _Section(

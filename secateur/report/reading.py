@@ -38,6 +38,8 @@ class State(_Record):
     """Metric on the held-out split of the training data, the one every decision was taken on."""
     test: float | None = None
     """Metric on the test set, of the last epoch."""
+    details: dict[str, Any] | None = None
+    """Further figures of the metric, of the test set where there is one; ``classes`` holds those of each class."""
     macs: int = Field(ge=0)
     parameters: int = Field(ge=0)
     file_bytes: int | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +123,26 @@ def widths(run: Run) -> Table:
     ]
     formats: dict[str, Format] = dict.fromkeys(columns[4:], "quantity")
     return Table(columns, rows, "Width of every layer", {**formats, "Kept": "percent"})
+
+
+def details(run: Run) -> Table | None:
+    """The metric's further figures before and after, then those of each class; None where it has none."""
+    before, after = (_by_name(state.details) for state in (run.result.baseline, run.result.final))
+    if not before or not after:
+        return None
+    rows: list[list[Cell]] = [
+        [of, name, was, after.get((of, name))] for (of, name), was in before.items() if isinstance(was, float)
+    ]
+    columns = ["Of", "Figure", "Before", "After"]
+    return Table(columns, rows, f"{capitalized(metric_name(run))} in detail", dict.fromkeys(columns[2:], "percent"))
+
+
+def _by_name(found: Mapping[str, Any] | None) -> dict[tuple[str, str], Any]:
+    """Return figures by what they are of, all classes or one, and by their name."""
+    own = {("all", name): value for name, value in (found or {}).items() if name != "classes"}
+    for label, figures in (found or {}).get("classes", {}).items():
+        own |= {(label, name): value for name, value in figures.items()}
+    return own
 
 
 def rounds(run: Run) -> Table:

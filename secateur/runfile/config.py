@@ -140,8 +140,8 @@ class RunConfig(_Planning):
         "that torchvision or timm publish. Without weights the baseline is trained first.",
     )
     data: str = Field(
-        description="digits; mnist:ROOT, cifar10:ROOT, imagefolder:ROOT; voc:ROOT, boxes for detectors; "
-        "path/to/file.py:FUNCTION; or package.module:FUNCTION."
+        description="digits; mnist:ROOT, cifar10:ROOT, imagefolder:ROOT; voc:ROOT, coco:ROOT, gtsdb:ROOT, boxes for "
+        "detectors; path/to/file.py:FUNCTION; or package.module:FUNCTION."
     )
     data_options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the data's loader.")
     input: tuple[str, ...] = Field(

@@ -15,6 +15,7 @@ from secateur.engine.rundir import writes
 from secateur.engine.tracking import Trackers, require
 from secateur.errors import UsageError
 from secateur.models import MODELS
+from secateur.models.detectors import DETECTORS
 from secateur.pruning.options import AUTO
 from secateur.pruning.planning import Target
 from secateur.runfile import config, sources, suspicions
@@ -313,9 +314,8 @@ class _BaselineTraining:
             "images": images,
         }
         self.under_way = folder / "checkpoint" / "baseline.safetensors"
-        known = (
-            run.model.partition(":")[0] in (*MODELS, "torchvision", "timm") and run.data.partition(":")[0] in DATASETS
-        )
+        by_name = (*MODELS, *DETECTORS, "torchvision", "timm")
+        known = run.model.partition(":")[0] in by_name and run.data.partition(":")[0] in DATASETS
         shared = Path(run.baselines or folder.parent / "baselines") if known else folder / "checkpoint"
         self.file = shared / baseline.file_name(self.request)
         self.record: dict[str, Any] = {"file": str(self.file), "trained_here": not self.file.is_file()}

@@ -67,7 +67,8 @@ def model(spec: str, options: Mapping[str, Any] | None = None, *, pretrained: bo
     """Build the model that ``spec`` names.
 
     Args:
-        spec: ``lenet5`` or another of :data:`secateur.models.MODELS`; ``torchvision:NAME``; ``timm:NAME``;
+        spec: ``lenet5`` or another of :data:`secateur.models.MODELS`; ``ssd512`` or another of
+            :data:`secateur.models.detectors.DETECTORS`; ``torchvision:NAME``; ``timm:NAME``;
             ``path/to/file.py:FUNCTION``; ``package.module:FUNCTION``. A function (or class) is called with
             ``options`` and returns the model, or the model and its example inputs.
         options: Keyword arguments of the function, e.g. ``{"num_classes": 10}``.
@@ -100,10 +101,15 @@ def model(spec: str, options: Mapping[str, Any] | None = None, *, pretrained: bo
             )
         return SourceModel(built, inputs, spec)
     from secateur.models import MODELS
+    from secateur.models.detectors import DETECTORS
 
+    if spec in DETECTORS:
+        detector = user_code.guard(spec, DETECTORS[spec], options, "model")
+        return SourceModel(detector, ([_noise((3, *detector.transform.min_size[:1] * 2))],), spec)
     if spec not in MODELS:
+        known = sorted((*MODELS, *DETECTORS))
         raise UsageError(
-            f"{spec}: no such model{user_code.suggest(spec, MODELS)} Known are {', '.join(sorted(MODELS))}; "
+            f"{spec}: no such model{user_code.suggest(spec, known)} Known are {', '.join(known)}; "
             "others are named torchvision:NAME, timm:NAME, path/to/file.py:FUNCTION or package.module:FUNCTION."
         )
     factory = MODELS[spec]
@@ -163,9 +169,9 @@ def data(spec: str, options: Mapping[str, Any] | None = None) -> DataBundle:
     """Load the data sets that ``spec`` names.
 
     Args:
-        spec: ``digits``; ``mnist:ROOT``, ``cifar10:ROOT``, ``imagefolder:ROOT`` or ``voc:ROOT``; or
-            ``path/to/file.py:FUNCTION`` or ``package.module:FUNCTION``, which is called with ``options`` and returns
-            a :class:`secateur.data.DataBundle`.
+        spec: ``digits``; ``mnist:ROOT``, ``cifar10:ROOT``, ``imagefolder:ROOT``; ``voc:ROOT``, ``coco:ROOT`` or
+            ``gtsdb:ROOT``; or ``path/to/file.py:FUNCTION`` or ``package.module:FUNCTION``, which is called with
+            ``options`` and returns a :class:`secateur.data.DataBundle`.
         options: Keyword arguments of the loader, e.g. ``{"image_size": 224}``.
 
     Raises:
@@ -290,11 +296,12 @@ def _fitting(spec: str, bundle: DataBundle) -> dict[str, Any]:
     classes = len(bundle.classes)
     if kind == "timm":
         return {"num_classes": classes, "in_chans": channels}
-    if kind == "torchvision":
+    from secateur.models import MODELS
+    from secateur.models.detectors import DETECTORS
+
+    if kind == "torchvision" or spec in DETECTORS:
         # Detectors count the background as a class.
         return {"num_classes": classes + (bundle.task == "detection")}
-    from secateur.models import MODELS
-
     wanted = {"num_classes": classes, "in_channels": channels, "in_size": side}
     known = inspect.signature(MODELS[spec]).parameters if spec in MODELS else {}
     return {key: value for key, value in wanted.items() if key in known}

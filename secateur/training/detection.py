@@ -7,9 +7,10 @@ labels for each; in train mode, called on images and targets, it returns a mappi
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision as _Metric
@@ -47,6 +48,10 @@ class MeanAveragePrecision(_Metric):
 
     The mean over the classes, and over the overlaps IoU = 0.5, 0.55 … 0.95 from which a box counts as found, of the
     area under precision against recall, of at most 100 boxes an image. Objects with ``iscrowd`` count neither way.
+    COCO's other eleven numbers, and the average precision of each class, are :attr:`details`.
+
+    Args:
+        classes: Names of the classes, from label 1 on; a class without a name is called by its label.
 
     Raises:
         UsageError: If pycocotools is not installed.
@@ -54,13 +59,25 @@ class MeanAveragePrecision(_Metric):
 
     name = "mAP"
     """The metric's name in tables and reports."""
-    details: Mapping[str, float]
-    """Further figures that :meth:`compute` sets: AP50, the same at IoU 0.5 alone."""
+    details: dict[str, Any]
+    """Further figures that :meth:`compute` sets, fractions; None where there was nothing of that kind to find.
 
-    def __init__(self) -> None:
+    ``AP50`` and ``AP75``, at one overlap; ``APs``, ``APm`` and ``APl`` of objects of less than 32², up to 96², and more
+    pixels; ``AR1``, ``AR10``, ``AR100``, the recall of so many boxes an image, averaged over overlaps and classes;
+    ``ARs``, ``ARm``, ``ARl``. ``classes`` holds by name of each class what is its own of AP and AP50;
+    classes that are in no image and that nothing was taken for are left out.
+    """
+
+    def __init__(self, classes: Sequence[str] = ()) -> None:
         if importlib.util.find_spec("pycocotools") is None:
             raise UsageError("mAP: pycocotools is not installed; pip install 'secateur[detection]'.")
-        super().__init__()
+        # pycocotools' own numbers: torchmetrics rounds them to fp32, so that a recall of 7/50 misses the level 0.14.
+        super().__init__(
+            iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+            rec_thresholds=np.linspace(0.0, 1.0, 101).tolist(),
+            extended_summary=True,
+        )
+        self.classes = tuple(classes)
         self.details = {}
         # SSD gives 200 boxes an image; that the best 100 count is COCO's rule.
         self.warn_on_many_detections = False
@@ -74,5 +91,24 @@ class MeanAveragePrecision(_Metric):
         found: dict[str, Tensor] = super().compute()
         if float(found["map"]) < 0:
             raise DataError("mAP: not one box in the images measured; there is nothing to find.")
-        self.details = {"AP50": float(found["map_50"])}
+        self.details = {name: _measured(found[key]) for name, key in _NUMBERS.items()}
+        # Overlaps × recalls × classes, of objects of all sizes and 100 boxes an image.
+        precision = found["precision"][:, :, :, 0, -1]
+        names = dict(enumerate(self.classes, start=1))
+        self.details["classes"] = {
+            names.get(label, str(label)): {"AP": _measured(own.mean()), "AP50": _measured(own[0].mean())}
+            for label, own in zip(found["classes"].reshape(-1).tolist(), precision.unbind(2), strict=True)
+        }
         return found["map"]
+
+
+_NUMBERS = {
+    "AP50": "map_50", "AP75": "map_75", "APs": "map_small", "APm": "map_medium", "APl": "map_large",
+    "AR1": "mar_1", "AR10": "mar_10", "AR100": "mar_100", "ARs": "mar_small", "ARm": "mar_medium", "ARl": "mar_large",
+}  # fmt: skip
+"""COCO's numbers beside AP -> what torchmetrics calls them."""
+
+
+def _measured(value: Tensor) -> float | None:
+    """Return a figure; None for -1, which stands for one that nothing was there for."""
+    return None if float(value) < 0 else float(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -94,6 +94,12 @@ def metric_name(metric: Metric | Any = None) -> str:
     if metric is None:
         return "accuracy"
     return str(getattr(metric, "name", None) or getattr(metric, "__name__", type(metric).__name__))
+
+
+def details(metric: Metric | Any = None) -> dict[str, Any] | None:
+    """Return the further figures that a metric has of what it measured last (``details``); None where it has none."""
+    found = getattr(metric, "details", None)
+    return dict(found) if isinstance(found, Mapping) and found else None
 
 
 def _measure(

@@ -80,7 +80,7 @@ def metric(bundle: DataBundle) -> MeanAveragePrecision | None:
         return None
     from secateur.training.detection import MeanAveragePrecision
 
-    return MeanAveragePrecision()
+    return MeanAveragePrecision(bundle.classes)
 
 
 def is_detector(model: nn.Module) -> bool:

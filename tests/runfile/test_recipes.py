@@ -17,6 +17,7 @@ from secateur import criteria
 from secateur.data import DATASETS
 from secateur.graph import cost
 from secateur.models import MODELS
+from secateur.models.detectors import DETECTORS
 from secateur.pruning.planning import plan_removal
 from secateur.runfile import config
 from secateur.tracing.tracing import trace
@@ -54,13 +55,15 @@ def test_a_recipe_names_what_exists(path):
     assert set(run.data_options) <= set(inspect.signature(DATASETS[kind]).parameters)
     if run.model in MODELS:
         assert set(run.model_options) <= set(inspect.signature(MODELS[run.model]).parameters)
-    if run.method != "cfp":
+    if run.method not in ("cfp", "auto"):
         assert run.method in criteria.names()
         assert not run.settings.criterion
     short = {"torchvision:ssdlite320_mobilenet_v3_large": "ssdlite"}
     assert path.stem.startswith(short.get(run.model, run.model.rpartition(":")[2]))
     assert run.run_dir == f"runs/{'cpu-' if path in REDUCED else ''}{path.stem}"
     assert ("noopt" in path.stem or run.method == "l1") == (run.settings.optimise == "none")
+    if run.model in DETECTORS:
+        assert set(run.model_options) <= {"base", "base_options", "base_weights", "last"}
 
 
 @pytest.mark.parametrize("path", FULL, ids=ids)

@@ -66,7 +66,7 @@ def test_a_function_of_a_module_builds_the_model(network_file: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "options", "expected"),
     [
-        ("lenet6", {}, ["no such model; did you mean lenet5", "Known are lenet5"]),
+        ("lenet6", {}, ["no such model; did you mean lenet5", "Known are faster_rcnn, lenet5"]),
         ("torchvision:resnet19", {}, ["no such model; did you mean", "resnet18"]),
         ("timm:resnet19", {}, ["no such model; did you mean", "resnet18"]),
         ("absent.py:build", {}, ["no such file: absent.py"]),

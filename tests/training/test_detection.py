@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from secateur.runfile import config, sources
 from secateur.training import evaluation, passes, stages, tasks
 from secateur.training.detection import DetectionLoss, MeanAveragePrecision
 from tests import detectors
+from tests.data.test_boxes import write_coco
 from tests.data.test_sets import SHARED, needs_shared, write_voc
 from tests.detectors import MAKES, Squares
 
@@ -222,7 +224,10 @@ def test_mean_average_precision_by_hand() -> None:
     both = {"boxes": torch.tensor([box, other]), "labels": torch.tensor([1, 2])}
     metric.update(found, [both])
     assert float(metric.compute()) == pytest.approx(0.35)
-    assert metric.details == {"AP50": pytest.approx(0.5)}
+    assert metric.details["AP50"] == pytest.approx(0.5)
+    assert metric.details["classes"] == {
+        "1": {"AP": pytest.approx(0.7), "AP50": pytest.approx(1)}, "2": {"AP": 0.0, "AP50": 0.0},
+    }  # fmt: skip
     metric.reset()
     metric.update(found, [{**both, "iscrowd": torch.tensor([0, 1])}])
     assert float(metric.compute()) == pytest.approx(0.7), "a crowd counts neither way"
@@ -231,6 +236,71 @@ def test_mean_average_precision_by_hand() -> None:
     metric.update([nothing], [both])
     assert float(metric.compute()) == 0
     assert evaluation.metric_name(metric) == "mAP"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_class_has_the_area_of_its_own(seed: int) -> None:
+    found, wanted = drawn(seed)
+    found[2]["labels"][0] = 4  # a class that nothing is of
+    metric = MeanAveragePrecision(("dark", "light", "dim", "none"))
+    metric.update(found, wanted)
+    metric.compute()
+    levels = [0.5 + 0.05 * k for k in range(10)]
+    expected = {}
+    for label, name in ((1, "dark"), (2, "light")):
+        own = [average_precision(found, wanted, label, least) for least in levels]
+        expected[name] = {"AP": pytest.approx(sum(own) / 10, abs=1e-9), "AP50": pytest.approx(own[0], abs=1e-9)}
+    assert metric.details["classes"] == {**expected, "none": {"AP": None, "AP50": None}}
+
+
+NUMBERS = ("AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_cocos_twelve_numbers_are_those_of_its_own_code(seed: int, tmp_path: Path) -> None:
+    """A file of instances read by pycocotools, and by this package, with the same boxes found in its images."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    rng = random.Random(seed)
+    # Of all sizes, on whole pixels, so that nothing is rounded; some reach beyond their image.
+    boxes = [
+        {"category_id": rng.choice([1, 3, 4]), "bbox": [rng.randrange(9), rng.randrange(9), side, side + k],
+         "area": 0.75 * side * (side + k), "iscrowd": int(k == 2)}
+        for k, side in enumerate([4, 10, 20, 24, 28, 5, 9, 16])
+    ]  # fmt: skip
+    root = write_coco(tmp_path, {"train": 2, "val": 14}, boxes, scale=8)
+    bundle = load("coco", root=root)
+    metric = MeanAveragePrecision(bundle.classes)
+    truth = COCO(str(root / "annotations" / "instances_val.json"))
+    keys, results = sorted(truth.imgs), []
+    for index, key in enumerate(keys):
+        _, target = bundle.test[index]
+        found: dict[str, Any] = {"boxes": [], "scores": [], "labels": []}
+        for box, label in [*zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True)] * 2 + [
+            ([0.0, 0.0, 30.0, 30.0], 3), ([5.0, 9.0, 99.0, 110.0], 1), ([8.0, 8.0, 200.0, 200.0], 2),
+        ]:  # fmt: skip
+            moved = [edge + rng.randrange(-6, 7) for edge in box[:2]] + [
+                edge + rng.randrange(7, 14) for edge in box[2:]
+            ]
+            score = rng.randrange(1, 1 << 20) / (1 << 20)
+            found["boxes"].append(moved)
+            found["scores"].append(score)
+            found["labels"].append(label if rng.random() < 0.9 else 4)
+            x1, y1, x2, y2 = moved
+            results.append({"image_id": key, "category_id": found["labels"][-1], "bbox": [x1, y1, x2 - x1, y2 - y1],
+                            "score": score})  # fmt: skip
+        metric.update([{name: torch.tensor(value) for name, value in found.items()}], [target])
+    theirs = COCOeval(truth, truth.loadRes(results), "bbox")
+    theirs.evaluate()
+    theirs.accumulate()
+    theirs.summarize()
+    value = float(metric.compute())
+    assert [value, *(metric.details[name] for name in NUMBERS)] == pytest.approx(list(theirs.stats), abs=1e-6)
+    assert all(0 < number < 1 for number in theirs.stats), theirs.stats
+    each = theirs.eval["precision"][:, :, :, 0, 2].mean((0, 1))
+    names = [category["name"] for category in truth.loadCats(theirs.params.catIds)]
+    assert [metric.details["classes"][name]["AP"] for name in names] == pytest.approx(each.tolist(), abs=1e-9)
 
 
 def test_nothing_to_find_is_an_error_and_not_a_number() -> None:
@@ -364,6 +434,14 @@ def test_a_detector_from_the_command_line(
     assert found["mAP"] == run["final"]["test"]
     assert found["examples"] == 1
     assert 0 <= found["mAP"] <= found["AP50"] <= 1
+    details = run["final"]["details"]
+    assert details == {name: found[name] for name in (*NUMBERS, "classes")}
+    assert set(details["classes"]) == {"blob", "cell"}
+    assert details["classes"]["cell"] == {"AP": None, "AP50": None}, "difficult, so that it counts neither way"
+    assert main(["evaluate", *both, *weights]) == 0
+    shown = capsys.readouterr().out
+    assert "none to find" in shown
+    assert f"AP {details['classes']['blob']['AP']:.2%}, AP50" in shown
     assert "accuracy" not in found
     assert run_json(["resume", "run", "--trust"], capsys)["final"]["test"] == found["mAP"]
 
@@ -380,6 +458,9 @@ def test_a_detector_from_the_command_line(
         assert "accuracy" not in shown
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "Test mAP" in page
+    assert "mAP in detail" in page
+    numbers = json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))["runs"][0]["details"]
+    assert ["blob", "AP"] in [row[:2] for row in numbers["rows"]]
 
     (tmp_path / "run.yaml").write_text("model: network.py:build\ndata: voc:v\nmethod: corrnet_su\n")
     for words, message in (
