@@ -499,6 +499,8 @@ class Halves(nn.Module):
             a, b = x[:, : self.width], x[:, self.width :]
         elif self.way == "end":
             a, b = x[:, : -self.width], x[:, -self.width :]
+        elif self.way == "twice":
+            a, b = x.split((self.width, self.width), 1)
         else:
             a, b = x.split(self.widths, 1)
         return self.a(a) + self.b(b).relu()
@@ -530,6 +532,12 @@ def slice_from_the_end_at_attribute() -> Net:
 def split_by_attribute_list() -> Net:
     """Split at a tuple of widths kept as an attribute: each of its numbers follows its part."""
     return _halves("list")
+
+
+@case(prunable={"conv1": 8, "cut.a": 6})
+def split_at_one_attribute_twice() -> Net:
+    """Split at two widths, which are one attribute: both parts lose as many."""
+    return _halves("twice")
 
 
 class Widths(nn.Module):
