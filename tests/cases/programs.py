@@ -540,6 +540,18 @@ def split_at_one_attribute_twice() -> Net:
     return _halves("twice")
 
 
+@case(prunable={"conv1": 16, "cut.a": 12})
+def split_at_two_attributes() -> Net:
+    """Split at two widths, each an attribute: each follows its part."""
+
+    def cut(m: Net, x: Tensor) -> Tensor:
+        a, b = x.split([m.first, m.second], 1)
+        return m.a(a) + m.b(b)
+
+    inner = Net(cut, first=10, second=6, a=conv(10, 12), b=conv(6, 12))
+    return Net(lambda m, x: m.head(m.cut(m.conv1(x))), conv1=conv(3, 16), cut=inner, head=conv(12, 4))
+
+
 class Widths(nn.Module):
     """Mixed depthwise convolutions (MixNet): each range of channels has a kernel of its own."""
 
