@@ -25,8 +25,7 @@ def test_a_number_equal_to_the_width_by_chance_stays() -> None:
     def cropped(m: Net, x: Tensor) -> Tensor:
         x = m.a(x)
         n, c, h, w = x.shape
-        out: Tensor = m.head(x.view(n, c, h * w)[:, :, : 4 * m.tokens].mean(2))
-        return out
+        return m.head(x.view(n, c, h * w)[:, :, : 4 * m.tokens].mean(2))
 
     model = Net(cropped, a=conv(3, 16), tokens=16, head=nn.Linear(16, 4))
     _, plan, small = pruned(model, torch.randn(2, 3, 4, 4))
@@ -41,8 +40,7 @@ def test_numbers_are_plain_in_a_run_and_after_a_trace() -> None:
         m.kept = (m.sizes[1] * 2, x.shape[1], [m.calls])
         x = m.a(x).view(len(x), m.sizes[0], *x.shape[2:])
         x = F.avg_pool2d(x, (m.window, m.window) if type(m.window) is int else m.window)
-        out: Tensor = m.head(m.b(x))
-        return out
+        return m.head(m.b(x))
 
     layers = {"a": conv(3, 16), "b": conv(16, 12), "head": conv(12, 4)}
     model = Net(counting, **layers, calls=0, sizes=[16, 12], pair=(8, "same"), window=2, kept=None)
@@ -116,8 +114,7 @@ def test_what_code_asks_of_a_width_holds_for_every_plan(name: str) -> None:
     def forward(m: Net, x: Tensor) -> Tensor:
         m.x = x
         y = m.norm(m.a(x))
-        out: Tensor = m.head(y if holds(m, y) else -y)
-        return out
+        return m.head(y if holds(m, y) else -y)
 
     model = Net(forward, a=conv(3, 16), norm=nn.BatchNorm2d(16), width=16, head=conv(16, 4)).eval()
     graph = sc.trace(model, X)
