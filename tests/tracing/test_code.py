@@ -41,6 +41,7 @@ CODE: dict[str, tuple[Callable[[Net, Tensor], Tensor], str | None]] = {
     "joined and flattened": (lambda m, x: torch.cat([x, 2 * x + 1], 1).clamp(0, 6)[:, : x.shape[1]], None),
     "instance norm of that size": (lambda m, x: nn.InstanceNorm2d(x.shape[1])(x), None),
     "a count that is not asked for": (lambda m, x: x if len(x) == 2 or m.one.out_channels == 8 else -x, None),
+    "a number's type asked for": (lambda m, x: F.avg_pool2d(x, m.size if type(m.size) is int else m.size[0]), None),
     "size read": (lambda m, x: x / x.shape[1], VALUES),
     "size() read": (lambda m, x: x * x.size(1), VALUES),
     "size() of all": (lambda m, x: x * x.size()[1], VALUES),
@@ -84,7 +85,7 @@ CODE: dict[str, tuple[Callable[[Net, Tensor], Tensor], str | None]] = {
 def test_what_code_may_do_with_channels_is_tried(name: str) -> None:
     code, refusal = CODE[name]
     torch.manual_seed(0)
-    net = Net(lambda m, x: m.head(code(m, m.one(x))), one=conv(3, 8), head=conv(8, 4), f=nn.Linear(8, 8))
+    net = Net(lambda m, x: m.head(code(m, m.one(x))), one=conv(3, 8), head=conv(8, 4), f=nn.Linear(8, 8), size=2)
     net.depthwise = nn.Parameter(torch.randn(8, 1, 1, 1))
     graph, _, _ = pruned(net)
     reasons = [refused.reason for refused in graph.refused if "one.weight" in refused.tensors]

@@ -39,15 +39,14 @@ def test_numbers_are_plain_in_a_run_and_after_a_trace() -> None:
         m.sizes.append(3)
         m.kept = (m.sizes[1] * 2, x.shape[1], [m.calls])
         x = m.a(x).view(len(x), m.sizes[0], *x.shape[2:])
-        x = F.avg_pool2d(x, (m.window, m.window) if type(m.window) is int else m.window)
         return m.head(m.b(x))
 
     layers = {"a": conv(3, 16), "b": conv(16, 12), "head": conv(12, 4)}
-    model = Net(counting, **layers, calls=0, sizes=[16, 12], pair=(8, "same"), window=2, kept=None)
+    model = Net(counting, **layers, calls=0, sizes=[16, 12], pair=(8, "same"), kept=None)
     graph, _, small = pruned(model)
     assert [group.name for group in graph.groups] == ["a", "b"]
-    plain = (model.calls, *model.sizes, *model.pair, model.window, model.kept)
-    assert plain == (0, 16, 12, 8, "same", 2, None), "what a run left is gone"
+    plain = (model.calls, *model.sizes, *model.pair, model.kept)
+    assert plain == (0, 16, 12, 8, "same", None), "what a run left is gone"
     assert {type(number) for number in plain} == {int, str, type(None)}
     assert small.sizes == [8, 12]
 
