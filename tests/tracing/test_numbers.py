@@ -55,10 +55,12 @@ def test_numbers_are_plain_in_a_run_and_after_a_trace() -> None:
 
 
 def past_a_division(m: Net, y: Tensor) -> bool:
-    """Divide by zero, which the code catches, and by another number."""
+    """Divide by a number, and by zero, which the code catches."""
+    width = y.shape[1]
+    holds: bool = width % 4 == 0
     with contextlib.suppress(ZeroDivisionError):
-        y.shape[1] % 0
-    return y.shape[1] % 4 == 0
+        width % 0
+    return holds
 
 
 PRIME = "at least 7 channels stay"
