@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import secateur as sc
-from tests.cases.table import Net, conv
+from secateur.graph.steps import steps
+from tests.cases.table import conv
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -25,14 +26,16 @@ class Base(nn.Module):
         return self.head(self.b(self.a(x).relu()))
 
 
-def pruned(model: nn.Module, inputs: Tensor = X) -> tuple[sc.ChannelGraph, sc.PruningPlan, nn.Module]:
-    """Remove half of every exact group."""
+def pruned(
+    model: nn.Module, inputs: Any = X, removed: dict[str, list[int]] | None = None
+) -> tuple[sc.ChannelGraph, sc.PruningPlan, nn.Module]:
+    """Trace, and remove the channels given, or half of every exact group: the cut has to be exact."""
     graph = sc.trace(model.eval(), inputs)
-    plan = sc.plan_removal(graph, {g.name: list(range(g.size // 2)) for g in graph.groups if g.exact})
-    return graph, plan, sc.apply(model, plan)
-
-
-def around(code: Callable[[Tensor], Tensor]) -> sc.ChannelGraph:
-    """Trace a convolution of 16 channels whose features the code handles before a head reads them."""
-    model = Net(lambda m, x: m.head(code(m.a(x))), a=conv(3, 16), head=conv(16, 4))
-    return sc.trace(model.eval(), X)
+    if removed is None:
+        found = {g.name: steps(g, range(g.size)) for g in graph.groups if g.exact}
+        removed = {name: [c for step in each[: len(each) // 2 + 1] for c in step] for name, each in found.items()}
+    plan = sc.plan_removal(graph, removed)
+    small = sc.apply(model, plan)
+    report = sc.verify(model, small, plan, inputs)
+    assert report.exact, (report, graph)
+    return graph, plan, small

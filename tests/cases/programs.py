@@ -499,6 +499,8 @@ class Halves(nn.Module):
             a, b = x[:, : self.width], x[:, self.width :]
         elif self.way == "end":
             a, b = x[:, : -self.width], x[:, -self.width :]
+        elif self.way == "twice":
+            a, b = x.split((self.width, self.width), 1)
         else:
             a, b = x.split(self.widths, 1)
         return self.a(a) + self.b(b).relu()
@@ -530,6 +532,24 @@ def slice_from_the_end_at_attribute() -> Net:
 def split_by_attribute_list() -> Net:
     """Split at a tuple of widths kept as an attribute: each of its numbers follows its part."""
     return _halves("list")
+
+
+@case(prunable={"conv1": 8, "cut.a": 6})
+def split_at_one_attribute_twice() -> Net:
+    """Split at two widths, which are one attribute: both parts lose as many."""
+    return _halves("twice")
+
+
+@case(prunable={"conv1": 16, "cut.a": 12})
+def split_at_two_attributes() -> Net:
+    """Split at two widths, each an attribute: each follows its part."""
+
+    def cut(m: Net, x: Tensor) -> Tensor:
+        a, b = x.split([m.first, m.second], 1)
+        return m.a(a) + m.b(b)
+
+    inner = Net(cut, first=10, second=6, a=conv(10, 12), b=conv(6, 12))
+    return Net(lambda m, x: m.head(m.cut(m.conv1(x))), conv1=conv(3, 16), cut=inner, head=conv(12, 4))
 
 
 class Widths(nn.Module):

@@ -560,7 +560,7 @@ class Unit(nn.Module):
         return F.channel_shuffle(x, 2) if self.native else shuffled(x, 2)
 
 
-def _stage(half: int, units: int, native: bool, reader: nn.Module) -> Net:
+def stage(half: int, units: int, native: bool, reader: nn.Module) -> Net:
     """Two branches joined and shuffled, then units on the stream, then a depthwise layer and a reader."""
 
     def forward(m: Net, x: Tensor) -> Tensor:
@@ -583,19 +583,19 @@ def _stage(half: int, units: int, native: bool, reader: nn.Module) -> Net:
 @case(prunable={"left": 10, "right": 10, "units.0.body.3": 10, "units.2.body.3": 10})
 def shuffled_stream() -> Net:
     """ShuffleNet v2 stage: halves of odd length are shuffled again and again; a depthwise layer reads them in order."""
-    return _stage(10, 3, False, conv(20, 4))
+    return stage(10, 3, False, conv(20, 4))
 
 
 @case(prunable={"left": 6, "units.0.body.3": 6, "units.3.body.3": 6})
 def shuffled_stream_native() -> Net:
     """The same by F.channel_shuffle, flattened with its positions into a linear layer."""
-    return _stage(6, 4, True, nn.Linear(12 * 48, 4))
+    return stage(6, 4, True, nn.Linear(12 * 48, 4))
 
 
 @case(prunable={"left": 7, "units.0.body.0": 7})
 def shuffled_stream_added() -> Net:
     """A shuffled stream with a layer's output added to it: that layer's filters go with the stream's places."""
-    net = _stage(7, 2, False, conv(14, 4))
+    net = stage(7, 2, False, conv(14, 4))
 
     def forward(m: Net, x: Tensor) -> Tensor:
         y = shuffled(torch.cat([m.left(x), m.right(x).relu()], 1), 2)
@@ -610,7 +610,7 @@ def shuffled_stream_added() -> Net:
 @case(prunable={"left": 7, "units.0.body.0": 7}, outputs=("head", "side_head"))
 def shuffled_before_it_meets_a_shuffled_stream() -> Net:
     """A layer's output is shuffled first, then added to a stream that was shuffled: its order is one found later."""
-    net = _stage(7, 2, False, conv(14, 4))
+    net = stage(7, 2, False, conv(14, 4))
 
     def forward(m: Net, x: Tensor) -> Tensor:
         side = m.side(x).relu()
@@ -621,6 +621,18 @@ def shuffled_before_it_meets_a_shuffled_stream() -> Net:
     net.body = forward
     net.side, net.side_head = conv(3, 14), conv(14, 4)
     return net
+
+
+@case(prunable={"left": 6, "beside": 12, "grouped": 8})
+def shuffled_stream_beside_channels_in_order() -> Net:
+    """A grouped convolution reads a shuffled stream in one block, others in another: both lose alike."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        y = m.units(shuffled(torch.cat([m.left(x), m.right(x).relu()], 1), 2))
+        return m.head(m.grouped(torch.cat([y, m.beside(x).relu()], 1)).relu())
+
+    layers = {"left": conv(3, 6), "right": conv(3, 6), "units": nn.Sequential(Unit(6, False), Unit(6, False))}
+    return Net(forward, **layers, beside=conv(3, 12), grouped=conv(24, 8, groups=2), head=conv(8, 4))
 
 
 @case(refused={"conv": "meets itself unshuffled"})
@@ -659,7 +671,7 @@ def shuffled_unit_added_to_its_input() -> Net:
 @case()
 def shuffled_stream_reversed() -> Net:
     """A shuffled stream read in reverse: what is left of it lies in no order that a plan can give."""
-    net = _stage(7, 2, False, conv(14, 4))
+    net = stage(7, 2, False, conv(14, 4))
 
     def forward(m: Net, x: Tensor) -> Tensor:
         y = shuffled(torch.cat([m.left(x), m.right(x).relu()], 1), 2)

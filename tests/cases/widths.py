@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from tests.cases.table import Net, case, conv, pooled
+from tests.cases.table import Net, case, conv, conv_bn, pooled
 
 
 def _between(code: object) -> Net:
@@ -112,3 +114,78 @@ def count_of_a_layer_compared() -> nn.Module:
         lambda m, x: m.head(pooled(m.two(m.one(x).relu() if m.one.out_channels > 5 else m.one(x)).relu())),
         one=conv(3, 16), two=conv(16, 12), head=nn.Linear(12, 4),
     )  # fmt: skip
+
+
+@case(prunable={"wide": 6}, refused={"other": "gives the number of these channels"}, outputs=("left", "right", "third"))
+def part_viewed_by_the_width_of_others() -> nn.Module:
+    """A part of the channels is viewed at the width of others: the part stays, and so do the others; the rest goes."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        a, b = m.wide(x).relu().split(m.widths, 1)
+        other = m.other(x)
+        n, width, height, _ = other.shape
+        out: Tensor = m.left(a.reshape(n, width, height, -1)) + m.right(b) + m.third(other)
+        return out
+
+    layers = {"wide": conv(3, 10), "other": conv(3, 4), "left": conv(4, 3), "right": conv(6, 3), "third": conv(4, 3)}
+    return Net(forward, **layers, widths=[4, 6])
+
+
+@case(prunable={"kernel": 16, "rest.0.0": 16, "rest.3.0": 16}, refused={"a": "trial pruning"})
+def kernel_scaled_by_its_fan_in() -> nn.Module:
+    """A kernel is scaled by its width in the code; layers behind it have nothing to do with that."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = F.conv2d(m.a(x).relu(), m.kernel / math.sqrt(m.kernel.shape[1] * 9), padding=1)
+        return m.head(pooled(m.rest(x.relu())))
+
+    rest, kernel = nn.Sequential(*(conv_bn(16, 16) for _ in range(4))), nn.Parameter(torch.randn(16, 16, 3, 3))
+    return Net(forward, a=conv(3, 16), kernel=kernel, rest=rest, head=nn.Linear(16, 4))
+
+
+def _known(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return an image and, of each of its values, whether it is known."""
+    return x, (x > 0).to(x.dtype)
+
+
+@case(inputs=lambda: _known(torch.randn(2, 1, 8, 6)), refused={"a": "trial pruning"})
+def average_of_what_a_mask_lets_through() -> nn.Module:
+    """What a mask lets through is counted over as many channels as the features have."""
+
+    def forward(m: Net, x: Tensor, mask: Tensor) -> Tensor:
+        x = m.a(x).relu() * mask
+        number = mask.expand_as(x).sum((1, 2, 3), keepdim=True)
+        return m.head(x.sum((2, 3), keepdim=True) / number)
+
+    return Net(forward, a=conv(1, 16), head=conv(16, 8))
+
+
+class PartialConv(nn.Conv2d):
+    """Convolution of what is known, which says what is known then: two tensors, two kernels."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+        self.register_buffer("ones", torch.ones_like(self.weight))
+        self.window = inputs * 9
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Convolve."""
+        known = F.conv2d(mask, self.ones, None, 1, 1)  # type: ignore[arg-type]
+        ratio = self.window / (known + 1e-8)
+        known = known.clamp(0, 1)
+        bias = self.bias.view(1, self.out_channels, 1, 1)  # type: ignore[union-attr]
+        raw = F.conv2d(x * mask, self.weight, self.bias, 1, 1)
+        return ((raw - bias) * ratio * known + bias) * known, known
+
+
+@case(inputs=lambda: _known(torch.randn(2, 3, 8, 6)), prunable={"a": 16, "b": 16}, outputs=("c",))
+def partial_convolutions() -> nn.Module:
+    """Partial convolutions one after another, which scale by how much of their window is known (inpainting)."""
+
+    def forward(m: Net, x: Tensor, mask: Tensor) -> Tensor:
+        x, mask = m.a(x, mask)
+        x, mask = m.b(x.relu(), mask)
+        out: Tensor = m.c(x.relu(), mask)[0]
+        return out
+
+    return Net(forward, a=PartialConv(3, 16), b=PartialConv(16, 16), c=PartialConv(16, 3))

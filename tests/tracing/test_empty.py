@@ -2,56 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import secateur as sc
 from tests import oracle
-from tests.oracle import randomise
+from tests.cases.table import Net, conv
+from tests.surroundings import X, pruned
 
 
-class Detector(nn.Module):
-    """Scores images, and looks closer at those above a threshold."""
+def detector(head: nn.Module) -> Net:
+    """Return a network that scores images, and looks closer at those above a threshold."""
 
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
-        self.score = nn.Linear(8, 1)
-        self.head = head
-        self.threshold = float("inf")
+    def forward(m: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = m.trunk(x)
+        scores = m.score(features.mean((2, 3)))[:, 0]
+        return scores, m.head(features[scores > m.threshold])
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.body(x)
-        scores = self.score(features.mean((2, 3)))[:, 0]
-        return scores, self.head(features[scores > self.threshold])
+    trunk = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU())
+    return Net(forward, trunk=trunk, score=nn.Linear(8, 1), head=head, threshold=float("inf"))
 
 
-class Prefix(nn.Module):
-    """Reads the first channels, as many as are written in the code."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(8, 8, 3, padding=1)
-        self.out = nn.Conv2d(4, 2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.conv(x)[:, :4])
+def prefix() -> Net:
+    """Return a head that reads the first channels, as many as are written in the code."""
+    return Net(lambda m, x: m.out(m.conv(x)[:, :4]), conv=conv(8, 8), out=conv(4, 2))
 
 
-class Looping(nn.Module):
-    """Looks at the examples one by one."""
+def looping() -> Net:
+    """Return a head that looks at the examples one by one."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.conv = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        maps = self.conv(self.inner(x))
+    def forward(m: Net, x: Tensor) -> Tensor:
+        maps = m.conv(m.inner(x))
         found = torch.zeros(len(x), 6, dtype=x.dtype)
         for i in range(len(x)):
             found[i] = maps[i].amax((1, 2))
         return found
+
+    return Net(forward, inner=conv(8, 8), conv=conv(8, 6))
 
 
 class Plain(nn.BatchNorm2d):
@@ -63,62 +53,39 @@ class Plain(nn.BatchNorm2d):
         )
 
 
-def normed() -> nn.Module:
+def normed(norm: type[nn.Module] = nn.BatchNorm2d) -> nn.Module:
     """Return a mask head of convolutions with batch norm."""
-    return nn.Sequential(
-        nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Conv2d(8, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 1),
-    )  # fmt: skip
+    return nn.Sequential(conv(8, 8), norm(8), nn.ReLU(), conv(8, 6), norm(6), nn.ReLU(), conv(6, 2))
 
 
-def pruned(model: nn.Module, x: Tensor) -> tuple[sc.ChannelGraph, sc.PruningPlan, nn.Module]:
-    """Trace a network and take every second channel of each group."""
-    graph = sc.trace(model, x)
-    plan = sc.plan_removal(graph, {g.name: list(range(0, g.size, 2)) for g in graph.groups})
-    return graph, plan, sc.apply(model, plan)
-
-
-@pytest.mark.parametrize("functional", [False, True])
-def test_a_batch_norm_that_sees_nothing_goes_with_its_convolution(functional: bool) -> None:
-    head = normed()
-    if functional:
-        head[1] = Plain(8)
-    model, x = randomise(Detector(head)).eval(), torch.randn(2, 3, 4, 4).double()
+@pytest.mark.parametrize(
+    ("build", "groups", "kept"),
+    [
+        (normed, ["trunk.0", "head.0", "head.3"], ""),
+        (lambda: normed(Plain), ["trunk.0", "head.0", "head.3"], ""),
+        (prefix, ["trunk.0"], "head.conv"),
+        (looping, ["trunk.0", "head.inner"], "head.conv"),
+    ],
+)
+def test_what_sees_nothing_goes_with_what_it_reads_or_is_kept(
+    build: Callable[[], nn.Module], groups: list[str], kept: str
+) -> None:
+    x = torch.randn(2, 3, 4, 4).double()
+    model = oracle.randomise(detector(build()))
     graph, plan, small = pruned(model, x)
-    assert {g.name for g in graph.groups} == {"body.0", "head.0", "head.3"}
-    members = {m.tensor for g in graph.groups if g.name == "head.0" for m in g.members}
-    assert members >= {"head.1.weight", "head.1.running_var"}
+    assert [group.name for group in graph.groups] == groups
+    if kept:
+        assert any("without elements" in r.reason for r in graph.refused if f"{kept}.weight" in r.tensors)
+    else:
+        assert {m.tensor for m in graph.group("head.0").members} >= {"head.1.weight", "head.1.running_var"}
+        assert any(note.startswith("head.0: ") and "without elements" in note for note in graph.notes)
+        assert any("without elements" in said for said in sc.verify(model, small, plan, x).refused)
     model.threshold = small.threshold = float("-inf")
     assert oracle.judge(model, small, plan, x).exact
     assert len(small(x)[1]) == 2
 
 
-def test_a_size_in_the_code_that_nothing_was_tried_against_is_refused() -> None:
-    model, x = randomise(Detector(Prefix())).eval(), torch.randn(2, 3, 4, 4).double()
-    graph, plan, small = pruned(model, x)
-    assert [g.name for g in graph.groups] == ["body.0"]
-    assert any("without elements" in r.reason for r in graph.refused)
-    model.threshold = small.threshold = float("-inf")
-    assert oracle.judge(model, small, plan, x).exact
-
-
-def test_what_a_loop_over_nothing_would_read_is_kept() -> None:
-    model, x = randomise(Detector(Looping())).eval(), torch.randn(2, 3, 4, 4).double()
-    graph, plan, small = pruned(model, x)
-    assert [g.name for g in graph.groups] == ["body.0", "head.inner"]
-    assert any(r.module == "head.conv" and "without elements" in r.reason for r in graph.refused)
-    model.threshold = small.threshold = float("-inf")
-    assert oracle.judge(model, small, plan, x).exact
-
-
-def test_what_saw_nothing_is_said() -> None:
-    model, x = randomise(Detector(normed())).eval(), torch.randn(2, 3, 4, 4).double()
-    graph, plan, small = pruned(model, x)
-    assert any(note.startswith("head.0: ") and "without elements" in note for note in graph.notes)
-    assert any("without elements" in said for said in sc.verify(model, small, plan, x).refused)
-
-
 def test_a_batch_of_no_examples_shows_nothing() -> None:
-    graph = sc.trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), torch.zeros(0, 3, 8, 8))
+    graph = sc.trace(nn.Sequential(conv(3, 8), nn.ReLU()), X[:0])
     assert not graph.groups
     assert graph.notes[0].startswith("0: reads tensors without elements")

@@ -66,17 +66,12 @@ def selection(graph: Any, ratio: float, seed: int, exact: bool = True) -> dict[s
     return {name: channels for name, channels in chosen.items() if channels}
 
 
-def ids(case: Case) -> str:
-    """Name a case in pytest's output."""
-    return case.name
-
-
 def test_table_is_broad() -> None:
     assert len(CASES) >= 80
     assert {c.expectation for c in CASES.values()} == {"exact", "inexact", "refused", "open"}
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=ids)
+@pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
 def test_case(case: Case) -> None:
     """Everything that holds of a case, in one test, so that the case is traced once."""
     outputs_are_never_offered(case)
@@ -163,19 +158,15 @@ def all_that_may_go_can(case: Case) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [c for c in CASES.values() if c.prunable], ids=ids)
+@pytest.mark.parametrize("case", [c for c in CASES.values() if c.prunable], ids=lambda case: case.name)
 def test_one_group_at_a_time(case: Case) -> None:
-    model, inputs, graph = traced(case.name)
+    _, _, graph = traced(case.name)
     groups = [group for group in graph.groups if group.exact]
     assert groups or case.inexact
     for group in groups:
-        for channels in (oracle.select(group, r, np.random.default_rng(7)) for r in (0.2, 0.9)):
-            if not channels:
-                continue
-            plan = sc.plan_removal(graph, {group.name: channels})
-            small = sc.apply(model, plan)
-            verdict = oracle.judge(model, small, plan, oracle.fresh(inputs, 5), modes=case.modes)
-            assert verdict.exact, f"{verdict.kind}: {verdict.detail}; removed {channels} of {group.name}"
+        for ratio in (0.2, 0.9):
+            if channels := oracle.select(group, ratio, np.random.default_rng(7)):
+                check(case, {group.name: channels}, 5)
 
 
 def inexact_groups_equal_a_norm_over_the_kept_channels(case: Case) -> None:
@@ -212,13 +203,14 @@ def test_every_layer_keeps_a_filter(name: str) -> None:
     assert oracle.judge(model, small, plan, oracle.fresh(inputs, 1)).exact
 
 
-def test_verify_sees_a_wrong_channel() -> None:
-    model, inputs, graph = traced("residual_projection")
+@pytest.mark.parametrize(("name", "layer"), [("residual_projection", "conv2"), ("dense_block", "transition")])
+@pytest.mark.parametrize("wrong", [[1, 0], [0, 0]], ids=["swapped", "forgotten"])
+def test_a_wrong_channel_is_seen(name: str, layer: str, wrong: list[int]) -> None:
+    model, inputs, graph = traced(name)
     plan = sc.plan_removal(graph, selection(graph, 0.5, 0))
     small = sc.apply(model, plan)
-    with torch.no_grad():
-        weight = small.conv2.weight
-        weight[:, [0, 1]] = weight[:, [1, 0]].clone()
+    weight = small.get_submodule(layer).weight.data
+    weight[:, [0, 1]] = weight[:, wrong].clone()
     check = sc.verify(model, small, plan, inputs)
     assert not check.exact
     assert check.max_error > 1e-6
@@ -245,8 +237,7 @@ def test_outputs_that_jump_under_rounding_ban_nothing() -> None:
     assert any("jump" in text for text in check.refused)
     for layer in ("conv2", "head", "other"):
         wrong = copy.deepcopy(small)
-        with torch.no_grad():
-            wrong.get_submodule(layer).bias[0] += 0.1
+        wrong.get_submodule(layer).bias.data[0] += 0.1
         assert not sc.verify(model, wrong, plan, inputs).exact, layer
 
 
@@ -264,9 +255,8 @@ def test_ties_that_no_change_of_the_inputs_shows_ban_nothing() -> None:
     layers = {"head": nn.Linear(37, 20), "mirrored": nn.Linear(37, 20), "conv2": nn.Linear(37, 20)}
     net = Net(ties, conv1=conv(3, 37), norm=nn.BatchNorm1d(37), **layers)
     model, inputs = oracle.randomise(net), oracle.doubled(torch.rand(2, 3, 8, 6))
-    with torch.no_grad():
-        model.mirrored.weight.copy_(model.head.weight.flip(1))
-        model.mirrored.bias.copy_(model.head.bias)
+    model.mirrored.weight.data = model.head.weight.data.flip(1)
+    model.mirrored.bias.data = model.head.bias.data.clone()
     graph = sc.trace(model, inputs)
     assert offered(graph, "conv1") == 37
     plan = sc.plan_removal(graph, selection(graph, 0.5, 0))
@@ -275,8 +265,7 @@ def test_ties_that_no_change_of_the_inputs_shows_ban_nothing() -> None:
     assert oracle.judge(model, small, plan, fresh).kind == "wrong-channel"
     assert oracle.ties(model, small, plan, fresh)
     assert sc.verify(model, small, plan, fresh).exact
-    with torch.no_grad():
-        small.conv2.weight[0] = small.conv2.weight[1]
+    small.conv2.weight.data[0] = small.conv2.weight.data[1]
     assert not oracle.ties(model, small, plan, fresh)
     assert not sc.verify(model, small, plan, fresh).exact
 
@@ -292,32 +281,9 @@ def test_outputs_that_jump_excuse_no_others() -> None:
     assert offered(graph, "conv2") == 0
 
 
-def test_oracle_sees_a_forgotten_consumer() -> None:
-    model, inputs, graph = traced("dense_block")
-    plan = sc.plan_removal(graph, selection(graph, 0.5, 1))
-    small = sc.apply(model, plan)
-    with torch.no_grad():
-        small.transition.weight[:, 0] = 0
-    assert oracle.judge(model, small, plan, inputs).kind == "wrong-channel"
-
-
 def test_recovered_plan_is_the_plan() -> None:
     model, _, graph = traced("resnext_block")
     plan = sc.plan_removal(graph, selection(graph, 0.5, 2))
     recovered = oracle.recover(model, sc.apply(model, plan))
     assert recovered.kept_outputs == {n: list(k) for n, k in plan.kept_outputs.items()}
     assert recovered.kept_inputs == {n: list(k) for n, k in plan.kept_inputs.items()}
-
-
-@pytest.mark.parametrize("name", ["shuffle_between_groups", "grouped_twice", "group_norm", "flip_channels_residual"])
-def test_selection_keeps_the_rules(name: str) -> None:
-    _, _, graph = traced(name)
-    for group in graph.groups:
-        for seed in range(20):
-            channels = oracle.select(group, 0.7, np.random.default_rng(seed))
-            gone = np.isin(np.arange(group.size), channels)
-            assert group.removable[gone].all()
-            kept = np.bincount(group.blocks[~gone], minlength=int(group.blocks.max()) + 1)
-            whole = np.bincount(group.blocks)
-            assert len(set((whole - kept) / whole)) == 1
-            assert kept.min() >= 1

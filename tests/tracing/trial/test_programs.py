@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import secateur as sc
 from secateur.tracing import grouping
@@ -22,6 +23,7 @@ from secateur.tracing.trial.programs import can_tell
 from tests import oracle
 from tests.cases import CASES
 from tests.cases.table import Net, conv
+from tests.surroundings import pruned
 
 
 @pytest.fixture
@@ -77,56 +79,22 @@ def test_what_programs_accept_numbers_accept(monkeypatch: pytest.MonkeyPatch) ->
     assert count[False, False] >= 25
 
 
-def chosen_by_width(m: Net, x: Tensor) -> Tensor:
-    a, b = m.one(x), m.two(x)
-    out: Tensor = m.head((a if a.shape[1] == 8 else b).relu() * (a + b))
-    return out
-
-
-def constant_of_width(m: Net, x: Tensor) -> Tensor:
-    x = m.one(x)
-    out: Tensor = m.head(x / torch.from_numpy(np.full((1,), float(x.shape[1]))))
-    return out
-
-
-def moved_by_width(m: Net, x: Tensor) -> Tensor:
-    y = m.one(x)
-    at = int(y.shape[1]) // 8  # a plain number, which tells nobody that it was a width
-    out: Tensor = m.head(y) * x[..., at : at + 1]
-    return out
-
-
-def picked_by_width(m: Net, x: Tensor) -> Tensor:
-    y = m.one(x)
-    out: Tensor = m.head(y) * x.select(3, y.shape[1] // 8).unsqueeze(3)
-    return out
-
-
-def scaled_by_width(m: Net, x: Tensor) -> Tensor:
-    y = m.one(x)
-    out: Tensor = m.head(y * y.shape[1] ** -0.5)
-    return out
-
-
-def padded_by_width(m: Net, x: Tensor) -> Tensor:
-    y = m.one(x)
-    out: Tensor = m.head(torch.nn.functional.conv2d(y, m.kernel, dilation=1 + y.shape[1] // 8, padding="same"))
-    return out
-
-
-CODES: list[Callable[[Net, Tensor], Tensor]] = [
-    chosen_by_width, constant_of_width, moved_by_width, picked_by_width, scaled_by_width, padded_by_width,
-]  # fmt: skip
+CODES: dict[str, Callable[[Net, Tensor, Tensor, Tensor], Tensor]] = {
+    "chosen": lambda m, x, y, z: (y if y.shape[1] == 8 else z).relu() * (y + z),
+    "constant": lambda m, x, y, z: y / torch.from_numpy(np.full((1,), float(y.shape[1]))),
+    "moved": lambda m, x, y, z: y * x[:, :1, :, (at := int(y.shape[1]) // 8) : at + 1],  # nobody is told of a width
+    "picked": lambda m, x, y, z: y * x[:, :1].select(3, y.shape[1] // 8).unsqueeze(3),
+    "scaled": lambda m, x, y, z: y * y.shape[1] ** -0.5,
+    "padded": lambda m, x, y, z: F.conv2d(y, m.kernel, dilation=1 + y.shape[1] // 8, padding="same"),
+}
 
 
 @pytest.mark.usefixtures("always")
-@pytest.mark.parametrize("code", CODES)
-def test_code_that_computes_with_the_width_is_told(
-    code: Callable[[Net, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", CODES)
+def test_code_that_computes_with_the_width_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where shapes and labels are the same, and whatever the values are: these networks give zeros alone."""
-    net = Net(code, one=conv(3, 8), two=conv(3, 8), head=conv(8, 3))
-    net.kernel = nn.Parameter(torch.randn(8, 8, 3, 3))
+    layers = {"one": conv(3, 8), "two": conv(3, 8), "kernel": nn.Parameter(torch.randn(8, 8, 3, 3)), "head": conv(8, 3)}
+    net = Net(lambda m, x: m.head(CODES[name](m, x, m.one(x), m.two(x))), **layers)
     nn.init.zeros_(net.head.weight)
     found = verdicts(monkeypatch, net.double(), torch.randn(2, 3, 6, 6, dtype=torch.float64))
     assert not found[0][0]
@@ -140,63 +108,38 @@ def never(*_: Any) -> None:
     raise Compared
 
 
-def by_shape(m: Net, x: Tensor) -> Tensor:
-    x = m.stem(x).relu()
-    n, c, h, w = x.shape
-    x = x.reshape(n, c, h * w).mean(2)
-    out: Tensor = m.head(m.hidden(x).relu())
-    return out
-
-
-def test_large_networks_are_tried_without_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Net(by_shape, stem=conv(3, 64), hidden=nn.Linear(64, 32), head=nn.Linear(32, 4)).eval()
-    images = torch.randn(2, 3, 256, 192)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(attempt, "compare", never)
-        patch.setattr(attempt, "outputs", never)
-        graph = sc.trace(model, images)
-    assert {g.name: g.size for g in graph.groups} == {"stem": 64, "hidden": 32}
-    plan = sc.plan_removal(graph, {"stem": list(range(0, 64, 3)), "hidden": list(range(9))})
-    assert sc.verify(model, sc.apply(model, plan), plan, images).exact
-
-
-def test_a_program_tells_of_inexact_groups_and_exact_ones_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    def normed(m: Net, x: Tensor) -> Tensor:
-        x = m.stem(x)
-        n, c, h, w = x.shape
-        x = m.norm(x.reshape(n, c, h * w).transpose(1, 2))
-        out: Tensor = m.head(m.hidden(x).relu().mean(1))
-        return out
-
-    layers = {"norm": nn.LayerNorm(64), "hidden": nn.Linear(64, 56), "head": nn.Linear(56, 4)}
-    model = Net(normed, stem=conv(3, 64), **layers).eval()
-    images = torch.randn(2, 3, 256, 192)
-    cut, plans = attempt.cut, []
-
-    def counted(model: nn.Module, plan: Any, **options: Any) -> Any:
-        plans.append(plan)
-        return cut(model, plan, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(attempt, "cut", counted)
-        patch.setattr(attempt, "compare", never)
-        graph = sc.trace(model, images)
-    assert sorted((g.size, g.exact) for g in graph.groups) == [(56, True), (64, False)]
-    assert len(plans) == 1
-    plan = sc.plan_removal(graph, {g.name: list(range(19)) for g in graph.groups if g.exact})
-    assert sc.verify(model, sc.apply(model, plan), plan, images).exact
-
-
-def test_sizes_that_the_code_gets_wrong_are_found_without_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fixed(m: Net, x: Tensor) -> Tensor:
-        out: Tensor = m.head(m.stem(x).relu().reshape(2, 64, 256 * 192).mean(2))
-        return out
-
-    model = Net(fixed, stem=conv(3, 64), head=nn.Linear(64, 4)).eval()
+@pytest.fixture
+def without_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no trial compare values."""
     monkeypatch.setattr(attempt, "compare", never)
     monkeypatch.setattr(attempt, "outputs", never)
-    graph = sc.trace(model, torch.randn(2, 3, 256, 192))
+
+
+@pytest.mark.usefixtures("without_values")
+@pytest.mark.parametrize("norm", [nn.Identity(), nn.LayerNorm(64)])
+def test_large_networks_are_tried_without_values(norm: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program tells of inexact groups and exact ones at once."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        n, c, h, w = x.shape
+        return m.head(m.hidden(m.norm(x.reshape(n, c, h * w).transpose(1, 2))).relu().mean(1))
+
+    model = Net(forward, stem=conv(3, 64), norm=norm, hidden=nn.Linear(64, 56), head=nn.Linear(56, 4))
+    cut, plans = attempt.cut, []
+    monkeypatch.setattr(attempt, "cut", lambda *given, **options: plans.append(given) or cut(*given, **options))
+    graph, _, _ = pruned(model, torch.randn(2, 3, 256, 192))
+    exact = isinstance(norm, nn.Identity)
+    assert sorted((g.size, g.exact) for g in graph.groups) == [(56, True), (64, exact)]
+    assert len(plans) == 1 + exact  # how many have to stay of channels whose number the code reads is tried, too
+
+
+@pytest.mark.usefixtures("without_values")
+def test_sizes_that_the_code_gets_wrong_are_found_without_values() -> None:
+    def fixed(m: Net, x: Tensor) -> Tensor:
+        return m.head(m.stem(x).relu().reshape(2, 64, 256 * 192).mean(2))
+
+    graph = sc.trace(Net(fixed, stem=conv(3, 64), head=nn.Linear(64, 4)).eval(), torch.randn(2, 3, 256, 192))
     assert not graph.groups
     assert any("shape '[2, 64, 49152]' is invalid" in refusal.reason for refusal in graph.refused)
 
@@ -234,55 +177,52 @@ def test_operators_that_are_not_run_keep_shape_strides_and_identity(dtype: torch
         run(aten.add_.Tensor, (made, torch.ones(3, dtype=dtype)), {})
 
 
-@pytest.mark.parametrize("read", ["numpy", "tolist", "item", "bool"])
-def test_a_loop_that_waits_for_a_value_is_run_with_values(read: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    reads: dict[str, Callable[[Tensor], float]] = {
-        "numpy": lambda t: t.numpy().max(), "tolist": lambda t: max(t.tolist()), "item": lambda t: t.max().item(),
-        "bool": lambda t: 0.0 if (t == 0).all() else 1.0,
-    }  # fmt: skip
-    rounds = 0
+@pytest.mark.usefixtures("without_values")
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda t: t.numpy().max(),
+        lambda t: max(t.tolist()),
+        lambda t: t.max().item(),
+        lambda t: 1 - bool((t == 0).all()),
+    ],
+)
+def test_a_loop_that_waits_for_a_value_is_run_with_values(read: Callable[[Tensor], float]) -> None:
+    rounds: list[int] = []
 
     def until_positive(m: Net, x: Tensor) -> Tensor:
-        nonlocal rounds
         x = m.stem(x).relu()
-        while True:
+        while not rounds[50:]:
             x = x.reshape(x.shape[0], x.shape[1], *x.shape[2:]) + 1
-            rounds += 1
-            assert rounds < 50
-            if reads[read](x.mean((1, 2, 3))) > 0:
-                out: Tensor = m.head(x.mean((2, 3)))
-                return out
+            rounds.append(1)
+            if read(x.mean((1, 2, 3))) > 0:
+                break
+        return m.head(x.mean((2, 3)))
 
-    model = Net(until_positive, stem=conv(3, 64), head=nn.Linear(64, 4)).eval()
-    monkeypatch.setattr(attempt, "compare", never)
-    monkeypatch.setattr(attempt, "outputs", never)
     with pytest.raises(Compared):
-        sc.trace(model, torch.randn(2, 3, 256, 192))
-    assert rounds < 10
+        sc.trace(Net(until_positive, stem=conv(3, 64), head=nn.Linear(64, 4)).eval(), torch.randn(2, 3, 256, 192))
+    assert len(rounds) < 10
 
 
 CACHE: dict[Any, Tensor] = {}
+IMAGES = torch.randn(1, 3, 128, 128)
 
 
-class Wide(nn.Module):
-    """Large enough to be tried without values; ``between`` is done with the features."""
-
-    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.between = between
-        self.a, self.b, self.c = conv(3, 64), conv(64, 64), conv(64, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.between(self.a(x).relu())
-        out: Tensor = self.c(self.b(x).relu())
-        return out
+def wide(between: Callable[[Tensor], Tensor]) -> Net:
+    """Return a network that is tried without values; something is done with the features."""
+    CACHE.clear()
+    layers = {"a": conv(3, 64), "b": conv(64, 64), "c": conv(64, 8)}
+    return Net(lambda m, x: m.c(m.b(between(m.a(x).relu())).relu()), **layers).eval()
 
 
-def test_random_numbers_with_channels_are_no_network_that_can_be_told() -> None:
-    noisy, images = Wide(lambda x: x + 0.1 * torch.randn_like(x)).eval(), torch.randn(1, 3, 128, 128)
-    assert not [g for g in sc.trace(noisy, images).groups if g.name == "a"]
-    still = Wide(lambda x: x + 0.1 * torch.randn(1, 1, *x.shape[2:])).eval()
-    assert [g for g in sc.trace(still, images).groups if g.name == "a"]
+@pytest.mark.parametrize(
+    ("noise", "goes"), [(torch.randn_like, False), (lambda x: torch.randn(1, 1, *x.shape[2:]), True)]
+)
+def test_random_numbers_with_channels_are_no_network_that_can_be_told(
+    noise: Callable[[Tensor], Tensor], goes: bool
+) -> None:
+    graph = sc.trace(wide(lambda x: x + 0.1 * noise(x)), IMAGES)
+    assert ("a" in {group.name for group in graph.groups}) is goes
 
 
 def test_constants_that_the_code_keeps_have_their_values() -> None:
@@ -291,8 +231,7 @@ def test_constants_that_the_code_keeps_have_their_values() -> None:
             CACHE[tuple(x.shape)] = torch.ones_like(x) * 0.5
         return x * CACHE[tuple(x.shape)]
 
-    CACHE.clear()
-    graph = sc.trace(Wide(cached).eval(), torch.randn(1, 3, 128, 128))
+    graph = sc.trace(wide(cached), IMAGES)
     assert [g.name for g in graph.groups] == ["a", "b"]
     assert len(CACHE) > 1
     assert all(kept.eq(0.5).all() for kept in CACHE.values())
@@ -303,36 +242,16 @@ def test_features_that_the_code_keeps_are_spoilt_and_tell_nothing() -> None:
         CACHE.setdefault(tuple(x.shape), x)
         return x + 0 * x.reshape(x.shape[0], x.shape[1], *x.shape[2:])
 
-    CACHE.clear()
-    model, images = Wide(kept).eval(), torch.randn(1, 3, 128, 128)
-    graph = sc.trace(model, images)
+    pruned(wide(kept), IMAGES)
     assert all(features.isnan().all() or features.any() for features in CACHE.values())
-    plan = sc.plan_removal(graph, {g.name: [0, 5, 9] for g in graph.groups})
-    CACHE.clear()
-    assert sc.verify(model, sc.apply(model, plan), plan, images).exact
-
-
-class Supervised(nn.Module):
-    """Large, with a head for train mode alone; ``before`` is done there with the features."""
-
-    def __init__(self, before: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.before = before
-        self.a, self.b = conv(3, 64), conv(64, 8)
-        self.aux, self.top = conv(64, 32), conv(32, 8)
-
-    def forward(self, x: Tensor) -> object:
-        x = self.a(x).relu()
-        return (self.b(x), self.top(self.aux(self.before(x)))) if self.training else self.b(x)
 
 
 def until_any(x: Tensor) -> Tensor:
     """Wait for a value that is not zero."""
-    rounds = 0
-    while not (x + 0).abs().max().item():
-        rounds += 1
-        assert rounds < 10, "values are needed"
-    return x
+    for _ in range(10):
+        if (x + 0).abs().max().item():
+            return x
+    raise AssertionError("values are needed")
 
 
 def fails_without(x: Tensor) -> Tensor:
@@ -348,8 +267,12 @@ def kept_for_later(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("before", [torch.relu, until_any, fails_without, kept_for_later])
 def test_layers_of_train_mode_are_seen(before: Callable[[Tensor], Tensor]) -> None:
-    CACHE.clear()
-    model, images = Supervised(before).eval(), torch.randn(1, 3, 192, 192)
+    def forward(m: Net, x: Tensor) -> object:
+        x = m.a(x).relu()
+        return (m.b(x), m.top(m.aux(before(x)))) if m.training else m.b(x)
+
+    model = Net(forward, a=conv(3, 64), b=conv(64, 8), aux=conv(64, 32), top=conv(32, 8)).eval()
+    images = torch.randn(1, 3, 192, 192)
     graph = sc.trace(model, images)
     offered = {"a": 64, "aux": 32} if before is not fails_without else {"aux": 32}  # it contracts the others
     assert {group.name: group.size for group in graph.groups} == offered
