@@ -68,7 +68,7 @@ def _keep_bars(app, what, name, obj, options, lines):
 
 
 def _link_files(app, docname, source):
-    """Let links to files of the repository beside docs/ be downloads; a reader of the repository follows them as they are."""
+    """Let links to files of the repository beside docs/ be downloads; in the repository they are links as they are."""
     here = Path(app.srcdir, docname).parent
 
     def target(found):
@@ -107,7 +107,9 @@ def _check_links(app, exception):
             parts = urlsplit(link)
             if parts.scheme or parts.netloc:
                 continue
-            target = posixpath.normpath(posixpath.join(posixpath.dirname(name), unquote(parts.path))) if parts.path else name
+            target = (
+                posixpath.normpath(posixpath.join(posixpath.dirname(name), unquote(parts.path))) if parts.path else name
+            )
             place = unquote(parts.fragment)
             if target in pages:
                 if place and place not in pages[target].places:

@@ -24,7 +24,9 @@ from secateur.pruning.options import Options
 from secateur.runfile import config
 
 FOLDER = Path(__file__).parents[1] / "reference"
-MADE = "<!-- Made from the program by `python -m docs._pages.reference`; edit the help texts and docstrings instead. -->\n"
+MADE = (
+    "<!-- Made from the program by `python -m docs._pages.reference`; edit the help texts and docstrings instead. -->\n"
+)
 
 COMMANDS_HEAD = """# Commands
 
@@ -38,16 +40,16 @@ times.
 | the commands | `secateur --help` |
 | the options of one | `secateur prune --help` |
 
-An error is one line on standard error. The exit status is 0 for success, 1 for a request that failed on the way, 2 for one
-that is wrong in itself, 130 after Ctrl-C. With the environment variable `SECATEUR_DEBUG=1` an unexpected error shows its
-traceback, and warnings of other libraries are shown.
+An error is one line on standard error. The exit status is 0 for success, 1 for a request that failed on the way, 2 for
+one that is wrong in itself, 130 after Ctrl-C. With the environment variable `SECATEUR_DEBUG=1` an unexpected error
+shows its traceback, and warnings of other libraries are shown.
 """
 
 FILE_HEAD = """# Run files
 
-A run is a YAML file. `secateur compress --config run.yaml` reads one, and every run directory keeps the one that it was
-made by, as `run.yaml`; options beside `--config` go before the file's keys. `secateur prune --config prune.yaml` reads a
-file of [its own keys](#a-file-for-prune).
+A run is a YAML file. `secateur compress --config run.yaml` reads one, and every run directory keeps the one that it
+was made by, as `run.yaml`; options beside `--config` go before the file's keys. `secateur prune --config prune.yaml`
+reads a file of [its own keys](#a-file-for-prune).
 
 ```yaml
 model: lenet5
@@ -58,10 +60,35 @@ settings: {finetune_epochs: 1, final_epochs: 4}
 baseline: {epochs: 10}
 ```
 
-A key that is misspelt is refused, with its line and the nearest key that there is. `secateur config run.yaml` checks a file
-and prints it with every default filled in; `secateur config --schema` prints its JSON schema, for an editor that
+A key that is misspelt is refused, with its line and the nearest key that there is. `secateur config run.yaml` checks a
+file and prints it with every default filled in; `secateur config --schema` prints its JSON schema, for an editor that
 completes YAML.
 """
+
+SETTINGS = (
+    "How `compress` prunes and trains; on the command line, `--set NAME=VALUE`; in Python, keywords of "
+    "`secateur.compress`."
+)
+BASELINE = "How the network is trained first, where no weights are given; on the command line, `--baseline NAME=VALUE`."
+DATA = (
+    "On the command line, `--data-option NAME=VALUE`; in Python, keywords of `secateur.data.load`. A function of yours "
+    "takes what its own parameters name."
+)
+MODEL = (
+    "On the command line, `--model-option NAME=VALUE`. Classes, channels and size of the images follow the data unless "
+    "they are given. Options of `torchvision:NAME` and `timm:NAME` are those of their own functions, e.g. "
+    "`num_classes`."
+)
+CRITERION = (
+    "Options of a method that is a criterion: the key `criterion` in `settings` of a run, `method_options` in a file "
+    "for `prune`, `--method-option NAME=VALUE`, and keywords of `secateur.score` and `secateur.select`. Other criteria "
+    "take none."
+)
+COMPENSATION = (
+    "Options of `least_squares`, in `settings` beside `compensate`; keywords of `secateur.compensation.compensate` in "
+    "Python."
+)
+PRUNE = "What `secateur prune --config FILE` reads. Keys with the same name mean the same."
 
 
 def commands_page() -> str:
@@ -74,12 +101,16 @@ def commands_page() -> str:
 
 def _command(name: str, command: Any) -> str:
     arguments = [p for p in command.params if p.param_type_name == "argument"]
-    usage = " ".join(["secateur", name, "[OPTIONS]", *(f"[{p.metavar}]" if not p.required else p.metavar for p in arguments)])
+    usage = " ".join(
+        ["secateur", name, "[OPTIONS]", *(f"[{p.metavar}]" if not p.required else p.metavar for p in arguments)]
+    )
     rows = [(f"`{_cell(p.metavar)}`", _text(p.help)) for p in arguments]
     for p in command.params:
         if p.param_type_name == "option" and not p.hidden:
             rows.append((_flags(p), _text(p.help) + _default(p)))
-    return f"## secateur {name}\n\n{_text(command.help)}\n\n```text\n{usage}\n```\n\n" + _table("option", "meaning", rows)
+    return f"## secateur {name}\n\n{_text(command.help)}\n\n```text\n{usage}\n```\n\n" + _table(
+        "option", "meaning", rows
+    )
 
 
 def _flags(option: Any) -> str:
@@ -107,32 +138,21 @@ def file_page() -> str:
     for key, value in prune["properties"].items():
         if "description" not in value:
             value["description"] = schema["properties"][key]["description"]
-    parts = [
-        MADE,
-        FILE_HEAD,
-        "## Keys of a run\n\n" + _keys(schema),
-        "## target\n\n" + sections["TargetConfig"]["description"] + "\n\n" + _keys(sections["TargetConfig"]),
-        "## settings\n\nHow `compress` prunes and trains; on the command line, `--set NAME=VALUE`; in Python, keywords of "
-        "`secateur.compress`.\n\n" + _keys(sections["Settings"]),
-        "## baseline\n\nHow the network is trained first, where no weights are given; on the command line, "
-        "`--baseline NAME=VALUE`.\n\n" + _keys(sections["Baseline"]),
-        "## data_options\n\nOn the command line, `--data-option NAME=VALUE`; in Python, keywords of "
-        "`secateur.data.load`. A function of yours takes what its own parameters name.\n",
-        *(_called(f"data: {name}", loader, skip=("root",)) for name, loader in DATASETS.items()),
-        "## model_options\n\nOn the command line, `--model-option NAME=VALUE`. Classes, channels and size of the images "
-        "follow the data unless they are given. Options of `torchvision:NAME` and `timm:NAME` are those of their own "
-        "functions, e.g. `num_classes`.\n",
-        *_models(),
-        "## criterion\n\nOptions of a method that is a criterion: the key `criterion` in `settings` of a run, "
-        "`method_options` in a file for `prune`, `--method-option NAME=VALUE`, and keywords of `secateur.score` and "
-        "`secateur.select`. Other criteria take none.\n",
-        *_criteria(),
-        "## compensate_options\n\nOptions of `least_squares`, in `settings` beside `compensate`; keywords of "
-        "`secateur.compensation.compensate` in Python.\n",
-        _called("compensate: least_squares", refit, skip=("original", "pruned", "plan", "data")),
-        "## A file for prune\n\nWhat `secateur prune --config FILE` reads. Keys with the same name mean the same.\n\n"
-        + _keys(prune),
-    ]
+    parts = [MADE, FILE_HEAD]
+
+    def section(head: str, *said: str) -> None:
+        parts.append("\n\n".join([f"## {head}", *said]))
+
+    section("Keys of a run", _keys(schema))
+    section("target", sections["TargetConfig"]["description"], _keys(sections["TargetConfig"]))
+    section("settings", SETTINGS, _keys(sections["Settings"]))
+    section("baseline", BASELINE, _keys(sections["Baseline"]))
+    section("data_options", DATA, *(_called(f"data: {name}", of, skip=("root",)) for name, of in DATASETS.items()))
+    section("model_options", MODEL, *_models())
+    section("criterion", CRITERION, *_criteria())
+    refitted = _called("compensate: least_squares", refit, skip=("original", "pruned", "plan", "data"))
+    section("compensate_options", COMPENSATION, refitted)
+    section("A file for prune", PRUNE, _keys(prune))
     return "\n".join(parts)
 
 
@@ -166,7 +186,13 @@ def _type(value: Mapping[str, Any]) -> str:
     inner = value.get("items") or value.get("additionalProperties")
     if kind in ("array", "object") and isinstance(inner, Mapping):
         return f"{'list' if kind == 'array' else 'mapping'} of {_type(inner)}" if inner else "list"
-    words = {"integer": "whole number", "string": "text", "boolean": "true, false", "array": "list", "object": "mapping"}
+    words = {
+        "integer": "whole number",
+        "string": "text",
+        "boolean": "true, false",
+        "array": "list",
+        "object": "mapping",
+    }
     return words.get(kind, kind) + _range(value)
 
 
@@ -187,7 +213,11 @@ def _called(title: str, function: Callable[..., Any], skip: Iterable[str] = (), 
     for name, parameter in inspect.signature(function).parameters.items():
         if name not in skip:
             default = parameter.default
-            shown = "required" if default is parameter.empty else _shown(list(default) if isinstance(default, tuple) else default)
+            shown = (
+                "required"
+                if default is parameter.empty
+                else _shown(list(default) if isinstance(default, tuple) else default)
+            )
             rows.append((f"`{name}`", shown, _text(said.get(name, ""))))
     return f"### {title}\n\n" + _table("option", "default", "meaning", rows)
 
@@ -218,18 +248,19 @@ def _criteria() -> list[str]:
         for option in options_taken:
             holder = next(f for f in functions if option in inspect.signature(f).parameters)
             texts = [arguments_said(inspect.getdoc(f) or "").get(option, "") for f in functions]
-            rows.append((f"`{option}`", _shown(inspect.signature(holder).parameters[option].default), _text(next(filter(None, texts), ""))))
+            rows.append(
+                (
+                    f"`{option}`",
+                    _shown(inspect.signature(holder).parameters[option].default),
+                    _text(next(filter(None, texts), "")),
+                )
+            )
         found.append(f"### method: {name}\n\n" + _table("option", "default", "meaning", rows))
     return found
 
 
 def arguments_said(doc: str) -> dict[str, str]:
-    """Return what the section ``Args:`` of a docstring says of each argument.
-
-    Example:
-        >>> arguments_said("Do.\\n\\nArgs:\\n    a: One\\n        thing.\\n    b: Other.\\n\\nReturns:\\n    c: no.")
-        {'a': 'One thing.', 'b': 'Other.'}
-    """
+    """Return what the section ``Args:`` of a docstring says of each argument."""
     section = re.search(r"^Args:\n((?:[ ]{4}.*\n?|\n)*)", doc, re.MULTILINE)
     found: dict[str, str] = {}
     name = ""
