@@ -71,7 +71,7 @@ def run(path: str, names: dict[str, Any]) -> Iterator[Printed]:
                 Path(file[1]).write_text(block.text, encoding="utf-8")
                 sys.modules.pop(file[1].removesuffix(".py"), None)  # another tutorial's
                 continue
-            printed = _printed(exec, compile(block.text, path, "exec"), names)
+            printed = _printed(exec, compile(block.text, "block", "exec"), names)
             follows = found[place + 1] if place + 1 < len(found) else None
             shown = follows.text if follows is not None and follows.language == "text" else ""
             yield Printed(block, shown, printed)
