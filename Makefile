@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 # One process per core, one thread per process: small networks run no faster on more threads.
 TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8
 
-.PHONY: demo test slow search lint check clean help
+.PHONY: demo test slow search lint check docs clean help
 
 help: ## Show what make can do
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -34,8 +34,12 @@ lint: $(VENV)/.installed-dev ## Check style, docstrings, types and the arrows of
 
 check: lint test ## Everything that a change must pass
 
+docs: $(VENV)/.installed-docs ## Build the site of docs/ into docs/_build/html, warnings as errors, links checked
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
+
 clean: ## Remove the environment and what tools left behind
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 # The stamps hold an installation until the project file or the pins change.
 define install
@@ -50,6 +54,10 @@ $(VENV)/.installed-run: pyproject.toml constraints.txt
 	$(call install,.)
 	@touch $@
 
+$(VENV)/.installed-docs: pyproject.toml constraints.txt
+	$(call install,.[docs])
+	@touch $@ $(VENV)/.installed-run
+
 $(VENV)/.installed-dev: pyproject.toml constraints.txt
 	$(call install,.[dev])
-	@touch $@ $(VENV)/.installed-run
+	@touch $@ $(VENV)/.installed-run $(VENV)/.installed-docs

@@ -70,6 +70,7 @@ class Settings:
     """``correlation``: train the pairs towards |ρ| = 1 before one filter of each goes. ``none``: plain training on the
     same number of images, the ablation of table 5."""
     form: Form = "pair"
+    """Form of the regulariser, see :func:`secateur.criteria.papers.singh2020cfp.regulariser`."""
     strength: float = 1.0
     """λ, the weight of the regulariser."""
     optimise_epochs: int = 1
@@ -100,22 +101,32 @@ class Settings:
     final_lr: float | None = None
     """Peak learning rate of the final epochs, which follow a cosine to 0; ``lr`` when None."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """What updates the weights."""
     lr: float = 0.01
+    """Learning rate, before the schedule."""
     momentum: float = 0.9
+    """Momentum of ``sgd``."""
     nesterov: bool = False
+    """Whether the momentum of ``sgd`` is Nesterov's."""
     weight_decay: float = 5e-4
+    """Weight decay of every parameter."""
     schedule: Literal["constant", "linear", "cosine"] | None = None
     """What the learning rate follows over a stage; None is ``cosine`` for ``auto``, else ``constant``."""
     warmup: float = 0.0
+    """Share of a stage over which the learning rate first rises from 0, in [0, 1)."""
     label_smoothing: float = 0.0
+    """Share of the target that cross entropy spreads over all classes."""
     clip_norm: float | None = None
+    """Largest norm of the whole gradient; longer gradients are scaled down to it."""
     distillation: float | None = None
     """Weight of the unpruned network's teaching in the loss, in [0, 1]; None is 0.9 for ``auto`` where the outputs are
     class scores, and 0 otherwise."""
     temperature: float = 4.0
+    """T of the distillation, by which both networks' outputs are divided before the softmax."""
 
     # How it is computed
     device: str = "auto"
+    """``cpu``, or ``auto`` for the accelerator where there is one."""
     precision: str = "auto"
     """What convolutions and matrix products compute in while training; evaluation stays in fp32. ``auto`` takes bf16
     where the machine gains by it, see :func:`secateur.training.arithmetic.decide`; a run keeps to what it began in."""

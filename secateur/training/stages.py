@@ -42,13 +42,21 @@ class TrainingSettings:
     """
 
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """What updates the weights."""
     lr: float = 0.01
+    """Learning rate, before the schedule."""
     momentum: float = 0.9
+    """Momentum of ``sgd``."""
     nesterov: bool = False
+    """Whether the momentum of ``sgd`` is Nesterov's."""
     weight_decay: float = 5e-4
+    """Weight decay of every parameter."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the learning rate follows over the stage."""
     warmup: float = 0.0
+    """Share of the stage over which the learning rate first rises from 0, in [0, 1)."""
     label_smoothing: float = 0.0
+    """Share of the target that cross entropy spreads over all classes."""
     clip_norm: float | None = None
     """Largest norm of the whole gradient; longer gradients are scaled down to it."""
 
