@@ -7,6 +7,7 @@ the network before anything is cut by it.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from secateur.graph.plan import PruningPlan
 from secateur.network.custom_layers import layer_rule
 from secateur.network.inputs import unwrapped
 from secateur.network.named import BOOKS, modules_of, tensors_named
-from secateur.pruning.surgery import is_depthwise, kind_of, sizes_of
+from secateur.pruning.surgery import is_depthwise, kind_of, require_shapes, sizes_of
 
 _COUNTS = frozenset(
     {
@@ -46,6 +47,7 @@ def require_sound(model: nn.Module, plan: PruningPlan) -> None:
     modules, tensors = modules_of(model), tensors_named(model)
     if isinstance(model, AveragedModel) and not plan.shapes.keys() <= tensors.keys():
         return require_sound(model.module, plan)
+    require_shapes(tensors, plan)
     for side, kept_by in (("out", plan.kept_outputs), ("in", plan.kept_inputs)):
         for name, kept in kept_by.items():
             _require_layer(name, modules.get(name), side, kept)
@@ -88,14 +90,11 @@ def _require_layer(name: str, layer: nn.Module | None, side: str, kept: Sequence
 
 
 def _require_along(name: str, layer: Any, read: Sequence[int] | None, made: Sequence[int] | None) -> None:
-    """Refuse a depthwise convolution that keeps other filters than those of the channels that it keeps."""
+    """Refuse a depthwise convolution that keeps filters of other channels than it reads, or unequally many of each."""
     each = layer.out_channels // layer.in_channels
-    if (
-        read is None
-        or made is None
-        or sorted({i // each for i in made}) != sorted(read)
-        or len(made) != each * len(read)
-    ):
+    channels = range(layer.in_channels) if read is None else read
+    filters = Counter(i // each for i in (range(layer.out_channels) if made is None else made))
+    if filters.keys() != set(channels) or len(set(filters.values())) != 1:
         raise _unsound(name, "it keeps filters of other channels than those that it reads")
 
 

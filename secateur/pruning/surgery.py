@@ -67,6 +67,22 @@ def cut(model: nn.Module, plan: PruningPlan, *, share: bool = False, hollow: boo
     if isinstance(model, AveragedModel) and not plan.shapes.keys() <= tensors.keys():
         averaged: nn.Module = replica(model, {id(model.module): cut(model.module, plan, share=share, hollow=hollow)})
         return averaged
+    require_shapes(tensors, plan)
+    memo = {id(t): t for t in tensors.values()} if share else {}
+    memo |= _cut_tensors(modules, plan, tensors, hollow=hollow)
+    small: nn.Module = replica(model, memo)
+    _set_attributes(modules_of(small), plan)
+    _forget(small, modules)
+    note(small, model, plan)
+    return small
+
+
+def require_shapes(tensors: Mapping[str, Tensor], plan: PruningPlan) -> None:
+    """Refuse a plan that was made for tensors of other names or shapes.
+
+    Raises:
+        PlanError: If it was.
+    """
     for name, shape in plan.shapes.items():
         if name not in tensors:
             raise PlanError(f"{name}: the plan prunes it, but the model has no such tensor. Is this the right model?")
@@ -75,13 +91,6 @@ def cut(model: nn.Module, plan: PruningPlan, *, share: bool = False, hollow: boo
                 f"{name}: the plan was made for shape {tuple(shape)}, the model has {tuple(tensors[name].shape)}. "
                 "Apply it to the unpruned model."
             )
-    memo = {id(t): t for t in tensors.values()} if share else {}
-    memo |= _cut_tensors(modules, plan, tensors, hollow=hollow)
-    small: nn.Module = replica(model, memo)
-    _set_attributes(modules_of(small), plan)
-    _forget(small, modules)
-    note(small, model, plan)
-    return small
 
 
 def _forget(copied: nn.Module, modules: Mapping[str, nn.Module]) -> None:

@@ -202,7 +202,7 @@ def test_a_file_for_prune_reaches_every_option_of_the_command(tmp_path: Path) ->
     }  # fmt: skip
     assert set(given) == set(config.PruneConfig.model_fields)
     words = config.load_prune(written(tmp_path, yaml.safe_dump(given))).words()
-    apart = {"model_flag", "_config_file", "as_json", "macs", "params", "channels", "memory"}
+    apart = {"model_flag", "config_file", "trust", "as_json", "macs", "params", "channels", "memory"}
     assert set(words) == set(parameters) - apart
     assert words["max_ratio"] == ["*=0.5", "Linear=0.0"]
     assert (words["data_option"], words["compensate"]) == (["a=[1]"], "merge,bn")
