@@ -12,8 +12,8 @@ from tests.criteria.reach import DTYPES, reach, untrue
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 FAST = {
-    *("c2f", "halves_at_two_scales", "masked", "read_in_half", "grouped_transposed", "one_channel_a_block"),
-    *("mixed_depthwise", "mixed_positions", "takes_a_deep_dict", "windows", "no_grad_inside", "blur_pool"),
+    *("c2f", "halves_at_two_scales", "masked", "grouped_transposed", "one_channel_a_block"),
+    *("mixed_depthwise", "takes_a_deep_dict", "no_grad_inside"),
 }
 """A network or two of each kind, in fp64; the others are slow together."""
 

@@ -149,7 +149,13 @@ def permuted(model: nn.Sequential, order: Tensor) -> nn.Sequential:
     return other
 
 
-@pytest.mark.parametrize("name", sorted(set(names()) - {"random", "corrnet_successive"}))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[pytest.mark.slow] if i % 3 else [])
+        for i, n in enumerate(sorted(set(names()) - {"random", "corrnet_successive"}))
+    ],
+)
 @given(seed=st.integers(0, 2**31 - 1))
 @example(seed=82)  # two equal uncertainties at the cut
 @settings(max_examples=5, deadline=None)

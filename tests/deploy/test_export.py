@@ -144,6 +144,7 @@ def test_a_missing_folder_is_made(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "missing" / "deep").iterdir()] == ["net.pt2"]
 
 
+@pytest.mark.slow
 def test_what_onnx_runtime_lacks_is_named_by_its_operator(tmp_path: Path) -> None:
     resized = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(3, 4, 3)).double()
     with pytest.raises(ExportError, match=r"^aten\.upsample_nearest2d: the exported file can't be loaded again: ") as e:

@@ -60,7 +60,7 @@ QUICK = ("none", "round_to", "ratios and target")
 CASES = [
     pytest.param(
         net, method, name, id=f"{net.__name__}-{method}-{name}",
-        marks=() if name in (QUICK if net is Small else "round_to") or (net is Small and method == "l1")
+        marks=() if name in (QUICK if net is Small else ()) or (net is Small and method == "l1")
         else pytest.mark.slow,
     )
     for net in (Small, Residual, Grouped)

@@ -53,7 +53,7 @@ def in_original(removed: list[int], local: list[int], size: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if i % 4 else []) for i, n in enumerate([*NETWORKS, *CASES])]
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if i % 8 else []) for i, n in enumerate([*NETWORKS, *CASES])]
 )
 def test_two_rounds_cut_what_one_plan_cuts(name: str) -> None:
     model, _, graph = traced(name)

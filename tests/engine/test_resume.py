@@ -71,6 +71,7 @@ def test_a_killed_run_of_auto_ends_in_the_same_bits(tmp_path: Path) -> None:
     assert whole["result"]["parts"]["allocation"] == "sensitivity"
 
 
+@pytest.mark.slow
 def test_no_file_is_missing_after_a_kill_before_it_took_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -198,7 +198,7 @@ LAWS: list[Callable[[Network, int], None]] = [
 ]
 
 
-@pytest.mark.parametrize("examples", [15, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [8, pytest.param(500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 def test_law(law: Callable[[Network, int], None], examples: int) -> None:
     """Try a law on so many random networks."""
