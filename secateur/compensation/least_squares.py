@@ -144,6 +144,8 @@ def refusal(name: str, layer: nn.Module, tied: Mapping[int, list[str]], memory: 
         return f"least squares is not defined for {type(layer).__name__}"
     if not isinstance(layer, nn.Linear) and layer.groups > 1 and layer.weight.shape[1] == 1:
         return "depthwise: every output reads one channel, so none can stand in for another"
+    if not type(layer).forward.__module__.startswith("torch.nn."):
+        return f"{type(layer).__name__} has a forward of its own, in which its weight may be a part only"
     if weights.is_computed(layer):
         return "its weight is computed at each forward, by a parametrization or under a mask"
     others = [other for other in tied[id(layer.weight)] if other != name]

@@ -193,6 +193,8 @@ def _norms(model: nn.Module, makers: list[str], followers: set[str], example: fe
     for name, made in outputs.items():
         if len(made) != 1:
             raise _NotDefinedError(f"{name} is called {len(made)} times")
+        if not isinstance(made[0], Tensor):
+            raise _NotDefinedError(f"{name} returns more than the channels")
     return norms
 
 

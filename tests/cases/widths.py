@@ -143,9 +143,9 @@ def kernel_scaled_by_its_fan_in() -> nn.Module:
     return Net(forward, a=conv(3, 16), kernel=kernel, rest=rest, head=nn.Linear(16, 4))
 
 
-def _known(x: Tensor) -> tuple[Tensor, Tensor]:
+def _known(x: Tensor) -> dict[str, Tensor]:
     """Return an image and, of each of its values, whether it is known."""
-    return x, (x > 0).to(x.dtype)
+    return {"x": x, "mask": (x > 0).to(x.dtype)}
 
 
 @case(inputs=lambda: _known(torch.randn(2, 1, 8, 6)), refused={"a": "trial pruning"})
