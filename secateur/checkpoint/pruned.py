@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,12 +18,14 @@ from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from secateur.checkpoint.atomic import write_atomic
+from secateur.checkpoint.digest import bits, digest
 from secateur.checkpoint.weights import looks_like_safetensors, parse_tensors, read_bytes
 from secateur.errors import CheckpointError, PlanError, UsageError
 from secateur.graph import plan as plan_form
 from secateur.graph.plan import PruningPlan
 from secateur.network.copies import replica
 from secateur.network.inputs import unwrapped
+from secateur.network.named import modules_of
 from secateur.pruning.applied import plans_of, require_made_by
 from secateur.pruning.part import for_whole
 from secateur.pruning.soundness import require_sound
@@ -181,7 +182,7 @@ def _load_part(
     prefix: str,
     example_inputs: Any,
 ) -> nn.Module:
-    if prefix not in dict(model.named_modules()):
+    if prefix not in modules_of(model):
         raise UsageError(f"{path}: the {type(model).__name__} given has no part {prefix!r} to load into.")
     if header.plans and example_inputs is None:
         raise UsageError(f"{path}: what reads {prefix} is found by a trace; pass example_inputs=.")
@@ -273,20 +274,9 @@ def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
 
     The header goes before them, but for the digest itself; of a file of version 1 it doesn't.
     """
-    digest = hashlib.sha256()
-    if header["format_version"] > 1:
-        covered = {key: value for key, value in header.items() if key != "sha256"}
-        digest.update(json.dumps(covered, sort_keys=True, separators=(",", ":")).encode())
-    for name in sorted(tensors):
-        value = tensors[name]
-        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-        if value.numel():
-            digest.update(_bits(value).numpy().data)
-    return digest.hexdigest()
-
-
-def _bits(value: Tensor) -> Tensor:
-    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    covered = {key: value for key, value in header.items() if key != "sha256"}
+    text = json.dumps(covered, sort_keys=True, separators=(",", ":")) if header["format_version"] > 1 else ""
+    return digest(text, tensors)
 
 
 class _Stored(Record):
@@ -429,7 +419,7 @@ def _fill(
     except RuntimeError as error:
         raise CheckpointError(f"{path}: the model given can't be filled: {' '.join(str(error).split())}") from error
     for name, value in pruned.state_dict().items():
-        if not torch.equal(_bits(value), _bits(state[name])):
+        if not torch.equal(bits(value), bits(state[name])):
             raise CheckpointError(f"{path}: {name} isn't what the file holds after the model's own loading hooks ran.")
 
 

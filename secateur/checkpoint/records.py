@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from secateur.checkpoint.atomic import write_atomic
+from secateur.checkpoint.digest import digest
 from secateur.errors import CheckpointError
 from secateur.structure import parsed, shown
 
@@ -26,15 +26,6 @@ Stored = TypeVar("Stored")
 
 _DIGEST = "sha256"
 """Key of the metadata under which the digest of record and tensors stands."""
-
-
-def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of a text, and of the names, types, shapes and bytes of tensors, in order of their names."""
-    found = hashlib.sha256(f"{text}\n".encode())
-    for name, value in sorted(tensors.items()):
-        found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def before(path: str | os.PathLike[str]) -> Path:

@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from secateur import checkpoint
-from secateur.checkpoint.records import before, digest, flatten, newest, read_record, restore, write_record
+from secateur.checkpoint.digest import digest
+from secateur.checkpoint.records import before, flatten, newest, read_record, restore, write_record
 from secateur.errors import CheckpointError, UsageError
 from secateur.training.passes import Batches
 from secateur.training.stages import Stage, TrainingSettings

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from secateur.checkpoint.digest import add
 from secateur.data.tensors import ImageTensors
 from secateur.training.passes import Batches, length_of, order, seeded
 
@@ -71,7 +72,6 @@ def _same(first: Any, second: Any) -> bool:
 
 def _add(digest: Any, value: Any) -> None:
     if isinstance(value, Tensor):
-        digest.update(f"{value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        add(digest, value)
     else:
         digest.update(f"{value!r}\n".encode())
