@@ -18,7 +18,7 @@ from secateur.deploy.timing import choose_round_to
 from secateur.deploy.timing.measuring import latency
 from secateur.deploy.timing.table import Latency
 from secateur.engine import pairing
-from secateur.engine.choosing import MEASURED_BATCH, Choice, Some, measured
+from secateur.engine.choosing import MEASURED_BATCH, Choice, Some, measured, unmeasured
 from secateur.engine.selection import Selection
 from secateur.engine.settings import Settings
 from secateur.engine.speed import in_time
@@ -152,7 +152,7 @@ class Scores(Selection):
                 self.store_table(state, table)
             except NotComparableError as error:
                 state.table = {"sizes": {}, "damage": {}, "macs": 0}
-                state.notes.append(f"allocation by normalized scores, as sensitivity can't be measured: {error}")
+                state.notes.append(unmeasured(error))
                 _LOG.warning("compress: %s", state.notes[-1])
 
     def times(self, state: State) -> Latency | None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from secateur.compensation.damage import NotComparableError
 from secateur.compensation.sensitivity import Sensitivity, refined, sensitivity
 from secateur.criteria import Criterion
 from secateur.criteria.feature_maps import examples
@@ -112,6 +113,11 @@ def measured(
             found = choose(graph, scores, target, limits, allocation=table, partial=True, costs=costs)
             table = refined(model, graph, few, table, plan_removal(graph, found), progress=progress)
     return table
+
+
+def unmeasured(error: NotComparableError) -> str:
+    """Say what ``auto`` goes by where sensitivity can't be measured, and why it can't."""
+    return f"allocation by normalized scores, as sensitivity can't be measured: {error}"
 
 
 class Some:

@@ -17,7 +17,7 @@ from secateur.criteria import Criterion
 from secateur.deploy.timing import choose_round_to
 from secateur.deploy.timing.measuring import latency
 from secateur.deploy.timing.table import Latency
-from secateur.engine.choosing import MEASURED_BATCH, Choice, measured
+from secateur.engine.choosing import MEASURED_BATCH, Choice, measured, unmeasured
 from secateur.engine.events import Steps
 from secateur.engine.result import PruneResult
 from secateur.engine.speed import in_time
@@ -179,7 +179,7 @@ class _Planner:
         except NotComparableError as error:
             if self.options.allocation == SENSITIVITY:
                 raise
-            self.notes.append(f"allocation by normalized scores, as sensitivity can't be measured: {error}")
+            self.notes.append(unmeasured(error))
             _LOG.warning("prune: %s", self.notes[-1])
             return "normalized"
 
