@@ -125,7 +125,8 @@ def _require_count(name: str, module: Any, attribute: str, value: int) -> None:
     own = {} if module is None else vars(module)
     if match is None or match[1] in BOOKS or match[1] not in own:
         raise _unsound(name, f"it has no attribute {attribute!r} that counts channels")
-    if type(module).__module__.startswith("torch.nn.") and match[1] not in {*_COUNTS, *kind_of(module)[1]}:
+    torchs_own = type(module).__module__.startswith("torch.nn.")
+    if torchs_own and match[1] not in {*_COUNTS, *kind_of(module)[1]}:
         raise _unsound(name, f"{attribute} of a {type(module).__name__} counts no channels")
     old = own[match[1]]
     if isinstance(old, (tuple, list)):
@@ -133,5 +134,6 @@ def _require_count(name: str, module: Any, attribute: str, value: int) -> None:
         old = old[place] if place < len(old) and (match[2] or len(old) == 1) else None
     elif match[2]:
         old = None
-    if isinstance(old, bool) or not isinstance(old, int) or not 0 < value < old:
+    least = 1 if torchs_own else 0  # Code may split channels into parts of which one is left empty.
+    if isinstance(old, bool) or not isinstance(old, int) or not least <= value < old:
         raise _unsound(name, f"{attribute} can't be {value}: it is {old!r}, and counts less after a cut")

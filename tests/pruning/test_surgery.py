@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +65,29 @@ def test_attributes_say_what_the_tensors_hold() -> None:
     assert [tuple(t.shape) for t in sc.apply(rebuilt, plan).state_dict().values()] == [
         tuple(t.shape) for t in small.state_dict().values()
     ]
+
+
+class InTwo(nn.Module):
+    """Channels in two parts of sizes that it was told, back in the other order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.widths, self.last = nn.Conv2d(3, 8, 1), (5, 3), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.conv(x).split(self.widths, 1)
+        return self.last(torch.cat([second, first.relu()], 1))
+
+
+def test_a_part_of_a_split_may_be_left_empty(tmp_path: Path) -> None:
+    model = InTwo().double()
+    graph = sc.trace(model, X.double())
+    plan = sc.plan_removal(graph, {"conv": [5, 6, 7]})
+    small = sc.apply(model, plan)
+    assert small.widths == (5, 0)
+    assert sc.verify(model, small, plan, X.double()).exact
+    sc.save(small, plan, tmp_path / "small.safetensors")
+    assert torch.equal(sc.load(InTwo().double(), tmp_path / "small.safetensors")(X.double()), small(X.double()))
 
 
 def test_every_kept_element_is_the_original_one() -> None:
