@@ -116,7 +116,7 @@ PARTS: dict[str, tuple[Part, ...]] = {
     ),
     "full": tuple(
         Part(
-            network, layers, (0.5, 0.3, 0.7), (*EVERY, KIRIGAMI), (*EVERY, SCRATCH, SPARSE, KIRIGAMI), 0,
+            network, layers, (0.5, 0.3, 0.7), (*EVERY, *KIRIGAMI), (*EVERY, SCRATCH, SPARSE, *KIRIGAMI), 0,
             (3, 1, 10), distilled=(True, False),
         )
         for network in ("resnet20", "resnet56")

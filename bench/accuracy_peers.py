@@ -7,7 +7,6 @@ trial on a copy of the trained network. What its importances need to see are the
 from __future__ import annotations
 
 import copy
-import importlib.util
 import re
 import warnings
 from bisect import bisect_left
@@ -49,7 +48,14 @@ SPARSE = "TP group-norm sparse training"
 """Half of the training goes before the cut, under the penalty that shrinks whole groups of weights."""
 PENALTY = 5e-4
 """Its strength, as the library's own CIFAR-10 runs have it."""
-KIRIGAMI = "torch-kirigami"
+KIRIGAMI = {
+    f"torch-kirigami {name} {scope}": (metric, scope)
+    for name, metric in (("magnitude", "Magnitude"), ("group magnitude", "GroupMagnitude"), ("Taylor", "WeightTaylor"))
+    for scope in ("local", "global")
+}
+"""Arm -> class of ``torch_kirigami.pruning`` that scores, and the scope of the fraction of the channels."""
+KIRIGAMIS_STEPS = 32
+"""Fractions of the channels that are told apart for it: a trial takes minutes on ResNet-20."""
 
 
 class PeerError(Exception):
@@ -62,9 +68,8 @@ def cut(setting: Setting, arm: str, fraction: float, seed: int) -> nn.Module:
     Raises:
         PeerError: If it can't.
     """
-    if arm == KIRIGAMI:
-        there = importlib.util.find_spec("torch_kirigami") is not None
-        raise PeerError("this bench does not drive it yet" if there else "torch-kirigami is not installed")
+    if arm in KIRIGAMI:
+        return _least(setting, lambda ratio: _folded(setting, arm, ratio, seed), fraction, KIRIGAMIS_STEPS)
     importance, scope = ONE_SHOT[arm]
     gradients = None
     if importance in ("Taylor", "Hessian"):
@@ -80,23 +85,68 @@ def cut(setting: Setting, arm: str, fraction: float, seed: int) -> nn.Module:
     return _least(setting, trial, fraction)
 
 
-def _least(setting: Setting, trial: Callable[[float], nn.Module], fraction: float) -> nn.Module:
+def _least(setting: Setting, trial: Callable[[float], nn.Module], fraction: float, steps: int = STEPS) -> nn.Module:
     """Return the network that loses the fewest channels of those that lose the MACs asked for."""
     tried: dict[int, nn.Module] = {}
 
     def enough(step: int) -> bool:
         try:
-            tried[step] = trial(step / STEPS)
+            tried[step] = trial(step / steps)
             return setting.removed(tried[step]) >= fraction - SLACK
         except Exception as error:  # whatever it is, it is the finding
             raise PeerError(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
 
-    found = bisect_left(range(STEPS), True, key=enough)
-    if found == STEPS:  # a scope that skips layers that would vanish can lose less where more is asked for
-        found = next((step for step in range(0, STEPS, 16) if enough(step)), STEPS)
-    if found == STEPS:
+    found = bisect_left(range(steps), True, key=enough)
+    if found == steps:  # a scope that skips layers that would vanish can lose less where more is asked for
+        found = next((step for step in range(0, steps, max(1, steps // 32)) if enough(step)), steps)
+    if found == steps:
         raise PeerError(f"the MACs asked for can't be removed, {fraction:.0%}")
     return tried[found]
+
+
+def _folded(setting: Setting, arm: str, ratio: float, seed: int) -> nn.Module:
+    """Return the network as torch-kirigami cuts it, with a fraction of its channels gone.
+
+    It follows calls by FX, which can't follow the check of the padded shortcut's input: a plain one stands in its
+    place.
+    """
+    from torch_kirigami import DependencyGraph, pruning
+
+    metric, scope = KIRIGAMI[arm]
+    model = _plain_shortcuts(copy.deepcopy(setting.model)).eval()
+    if metric == "WeightTaylor":
+        gradients = setting.remembered(("Taylor", seed), lambda: _gradients(setting, seed, squared=False))
+        for name, parameter in model.named_parameters():
+            parameter.grad = gradients[name].clone()
+    names = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    pruner = pruning.Pruner(model, graph=DependencyGraph.build(model, args=(setting.example,)))
+    small, _ = pruner.prune(
+        pruner.discover_candidates(targets=[name for name in names if _may_go(name, setting.layers)]),
+        budget=pruning.ChannelRatio(ratio, scope=scope),
+        strategy=pruning.Greedy(getattr(pruning, metric)()),
+    )
+    return _stripped(small)
+
+
+class PlainShortcut(nn.Module):
+    """A padded shortcut without a check of its input: every ``stride``-th pixel, channels of zeros around them."""
+
+    def __init__(self, shortcut: PadShortcut) -> None:
+        super().__init__()
+        before = shortcut.source.index(0)
+        self.stride = shortcut.stride
+        self.zeros = (0, 0, 0, 0, before, len(shortcut.source) - before - shortcut.in_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Copy and pad."""
+        return F.pad(x[:, :, :: self.stride, :: self.stride], self.zeros)
+
+
+def _plain_shortcuts(model: nn.Module) -> nn.Module:
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PadShortcut):
+            model.set_submodule(name, PlainShortcut(module))
+    return model
 
 
 def _pruner(setting: Setting, model: nn.Module, scorer: Any, ratio: float, scope: str, kind: str = "BasePruner") -> Any:

@@ -28,7 +28,7 @@ def whose(arm: str) -> str:
     """Return whose arm it is."""
     if arm in ONE_SHOT or arm == SPARSE:
         return "Torch-Pruning"
-    return arm if arm == KIRIGAMI else "" if arm in (SCRATCH, UNPRUNED, "random") else "Secateur"
+    return "torch-kirigami" if arm in KIRIGAMI else "" if arm in (SCRATCH, UNPRUNED, "random") else "Secateur"
 
 
 def counted(rows: Iterable[Row]) -> list[Row]:

@@ -103,7 +103,7 @@ class Measuring:
             if len(self.cuts) == CUTS:
                 self.cuts.clear()
             setting = self.setting(cell.network, cell.layers, 0)
-            tool = accuracy_peers if cell.arm in ONE_SHOT or cell.arm == KIRIGAMI else accuracy_arms
+            tool = accuracy_peers if cell.arm in ONE_SHOT or cell.arm in KIRIGAMI else accuracy_arms
             self.cuts[key] = tool.cut(setting, cell.arm, cell.fraction, cell.seed).eval()
         return copy.deepcopy(self.cuts[key])
 
