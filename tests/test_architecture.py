@@ -133,7 +133,7 @@ def test_the_picture_has_the_packages_in_the_order_of_their_imports() -> None:
     shelf = PICTURE[PICTURE.index('class="order"') :]
     shown = re.findall(r'<text x="64"[^>]*>([\w, ]+)</text>', shelf)
     assert [name for names in shown for name in names.split(", ")] == order
-    assert sorted(order) == sorted([*packages(), "errors", "structure"])
+    assert sorted(order) == sorted([*packages(), "errors"])
 
 
 def test_the_list_of_contents_leads_to_the_headings() -> None:

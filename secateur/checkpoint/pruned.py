@@ -30,7 +30,7 @@ from secateur.pruning.applied import plans_of, require_made_by
 from secateur.pruning.part import for_whole
 from secateur.pruning.soundness import require_sound
 from secateur.pruning.surgery import cut
-from secateur.structure import Index, Record, checked, parsed
+from secateur.graph.structure import Index, Record, checked, parsed
 from secateur.tracing.tracing import trace
 
 FORMAT_VERSION = 2

@@ -17,7 +17,7 @@ from torch import Tensor
 from secateur.checkpoint.atomic import write_atomic
 from secateur.checkpoint.digest import digest
 from secateur.errors import CheckpointError
-from secateur.structure import parsed, shown
+from secateur.graph.structure import parsed, shown
 
 _LOG = logging.getLogger(__name__)
 

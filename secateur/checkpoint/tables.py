@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from secateur.checkpoint.atomic import write_atomic
 from secateur.errors import UsageError
-from secateur.structure import checked, parsed
+from secateur.graph.structure import checked, parsed
 
 Table = TypeVar("Table")
 

@@ -17,7 +17,7 @@ from secateur.engine.state import State
 from secateur.engine.stored import require_configuration
 from secateur.errors import CheckpointError, RunError, UsageError
 from secateur.graph.plan import PruningPlan
-from secateur.structure import parsed
+from secateur.graph.structure import parsed
 
 if TYPE_CHECKING:
     from types import TracebackType

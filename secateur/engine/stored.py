@@ -13,7 +13,7 @@ from secateur.engine.settings import Settings
 from secateur.errors import UsageError
 from secateur.pruning.options import Options
 from secateur.pruning.target import Target
-from secateur.structure import Record, checked
+from secateur.graph.structure import Record, checked
 
 if TYPE_CHECKING:
     from secateur.engine.state import State

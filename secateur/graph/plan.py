@@ -12,7 +12,7 @@ from pydantic import Field
 
 from secateur.errors import PlanError
 from secateur.graph.channels import ChannelGraph
-from secateur.structure import Index, Indices, Record, checked, parsed
+from secateur.graph.structure import Index, Indices, Record, checked, parsed
 
 FORMAT_VERSION = 1
 """Version of the plan's JSON form; raised when an older reader could misread a newer plan."""

@@ -32,7 +32,7 @@ from secateur.errors import UsageError
 from secateur.pruning.options import AUTO, Options
 from secateur.pruning.target import Target
 from secateur.runfile import yaml_lines
-from secateur.structure import shown
+from secateur.graph.structure import shown
 from secateur.training.stages import TrainingSettings
 from secateur.training.tasks import TRAINING_BATCH
 

@@ -16,7 +16,7 @@ from secateur.graph.channels import ChannelGraph, LayerPort
 from secateur.graph.cost import layer_costs
 from secateur.graph.plan import PruningPlan
 from secateur.pruning.allocation import CostOf
-from secateur.structure import checked
+from secateur.graph.structure import checked
 
 FORMAT_VERSION = 1
 
