@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from secateur.graph.cost import macs as macs
     from secateur.graph.cost import parameters as parameters
     from secateur.graph.plan import PruningPlan as PruningPlan
+    from secateur.integrations.hub import pull as pull
+    from secateur.integrations.hub import push as push
     from secateur.network.custom_layers import register_layer as register_layer
     from secateur.pruning.options import Options as Options
     from secateur.pruning.planning import plan as plan
@@ -90,6 +92,8 @@ _HOME = {
     "plan": "pruning.planning",
     "plan_removal": "pruning.planning",
     "prune": "engine.once",
+    "pull": "integrations.hub",
+    "push": "integrations.hub",
     "register_layer": "network.custom_layers",
     "resume": "engine",
     "save": "checkpoint",

@@ -23,6 +23,7 @@ from secateur.checkpoint.weights import looks_like_safetensors, parse_tensors, r
 from secateur.errors import CheckpointError, PlanError, UsageError
 from secateur.graph import plan as plan_form
 from secateur.graph.plan import PruningPlan
+from secateur.graph.structure import Index, Record, checked, parsed
 from secateur.network.copies import replica
 from secateur.network.inputs import unwrapped
 from secateur.network.named import modules_of
@@ -30,7 +31,6 @@ from secateur.pruning.applied import plans_of, require_made_by
 from secateur.pruning.part import for_whole
 from secateur.pruning.soundness import require_sound
 from secateur.pruning.surgery import cut
-from secateur.graph.structure import Index, Record, checked, parsed
 from secateur.tracing.tracing import trace
 
 FORMAT_VERSION = 2

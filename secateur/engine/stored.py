@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from secateur.deploy.timing.table import Latency
 from secateur.engine.settings import Settings
 from secateur.errors import UsageError
+from secateur.graph.structure import Record, checked
 from secateur.pruning.options import Options
 from secateur.pruning.target import Target
-from secateur.graph.structure import Record, checked
 
 if TYPE_CHECKING:
     from secateur.engine.state import State

@@ -29,10 +29,10 @@ from secateur.checkpoint import write_atomic
 from secateur.engine import Settings
 from secateur.engine.settings import meant
 from secateur.errors import UsageError
+from secateur.graph.structure import shown
 from secateur.pruning.options import AUTO, Options
 from secateur.pruning.target import Target
 from secateur.runfile import yaml_lines
-from secateur.graph.structure import shown
 from secateur.training.stages import TrainingSettings
 from secateur.training.tasks import TRAINING_BATCH
 

@@ -15,8 +15,8 @@ from secateur.errors import PlanError
 from secateur.graph.channels import ChannelGraph, LayerPort
 from secateur.graph.cost import layer_costs
 from secateur.graph.plan import PruningPlan
-from secateur.pruning.allocation import CostOf
 from secateur.graph.structure import checked
+from secateur.pruning.allocation import CostOf
 
 FORMAT_VERSION = 1
 
