@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from secateur.checkpoint import load, save, write_atomic
+from secateur.checkpoint.digest import digest
 from secateur.checkpoint.pruned import Header, read_header
 from secateur.engine.result import CompressResult, PruneResult
 from secateur.errors import CheckpointError, PlanError, UsageError
@@ -72,7 +73,7 @@ def push(
     target = Path(folder)
     with TemporaryDirectory() as temporary:
         weights = Path(temporary) / WEIGHTS
-        save(network, path=weights)
+        save(network, path=weights, extra={CONFIG: _digest(config)})
         header = read_header(weights)
         texts = {
             CONFIG: _json(config),
@@ -110,8 +111,13 @@ def pull(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
     source = Path(folder)
     header = read_header(source / WEIGHTS)
     _require_same_plans(source / PLAN, header)
+    config = _read(source / CONFIG)
+    if _digest(config) != header.extra.get(CONFIG):
+        raise CheckpointError(
+            f"{source / CONFIG}: is not the one that {WEIGHTS} was pushed with; copy the folder again, or push again."
+        )
     if model is None:
-        model = _rebuilt(source / CONFIG, header)
+        model = _rebuilt(config, source / CONFIG, header)
     return load(model, source / WEIGHTS).eval()
 
 
@@ -128,8 +134,12 @@ def _of(library: str) -> Any:
         raise UsageError(f"a network of {library} needs {error.name}; pip install 'secateur[integrations]'.") from error
 
 
-def _rebuilt(file: Path, header: Header) -> nn.Module:
-    config = _read(file)
+def _digest(config: Any) -> str:
+    """Return what tells one configuration from another; it stands in the header of the weights."""
+    return digest(json.dumps(config, sort_keys=True), {})
+
+
+def _rebuilt(config: Any, file: Path, header: Header) -> nn.Module:
     keys = (("transformers", "model_type"), ("timm", "architecture"))
     library = next((own for own, key in keys if isinstance(config, dict) and key in config), None)
     if library is None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import yaml
 from PIL import Image
@@ -28,6 +29,7 @@ from secateur.deploy.timing.table import Grid, Latency
 from secateur.engine.rundir import RunDirectory
 from secateur.engine.state import State
 from secateur.errors import CheckpointError, DataError, RunError, UsageError
+from secateur.integrations.hub import pull, push
 from secateur.pruning.planning import plan_removal
 from secateur.pruning.surgery import cut
 from secateur.report import write_report
@@ -127,6 +129,25 @@ def _model_structure(folder: Path) -> Read:
         path.write_bytes(to_bytes(tensors, {pruned.KEY: json.dumps(change)}))
         _loads_as(path, expected, header)
         assert signed or same(change, header), "another plan loads under the digest of the first"
+
+    return read
+
+
+@kind("folder of a hub", 150, CheckpointError, UsageError)
+def _hub_folder(folder: Path) -> Read:
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 64, 64)
+    model = timm.create_model("test_resnet", num_classes=3).eval()
+    small = cut(model, plan_removal(trace(model, x), {}))
+    push(small, folder)
+    config = json.loads((folder / "config.json").read_text())
+    plans, expected = (folder / "plan.json").read_bytes(), small(x)
+
+    def read(rng: random.Random) -> None:
+        changed = rng.random() < 0.7
+        (folder / "config.json").write_text(json.dumps(restructured(config, rng) if changed else config))
+        (folder / "plan.json").write_bytes(plans if changed else damaged(plans, rng))
+        assert torch.equal(pull(folder)(x), expected), "a damaged folder is pulled, and computes something else"
 
     return read
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +66,24 @@ def test_a_network_of_ones_own_goes_into_a_folder_and_comes_back(tmp_path: Path)
     with pytest.raises(UsageError, match="pass model=, a freshly built, unpruned Sequential"):
         sc.pull(tmp_path / "hub/net")
 
+    config = (tmp_path / "hub/net/config.json").read_text()
+    (tmp_path / "hub/net/config.json").write_text(config.replace("Sequential", "Other"))
+    with pytest.raises(CheckpointError, match="is not the one that model"):
+        sc.pull(tmp_path / "hub/net", build())
     (tmp_path / "hub/net/plan.json").write_text(json.dumps(plans))
     with pytest.raises(CheckpointError, match="other plans"):
         sc.pull(tmp_path / "hub/net", build())
     (tmp_path / "hub/net/plan.json").unlink()
     with pytest.raises(UsageError, match="can't be read"):
         sc.pull(tmp_path / "hub/net", build())
+
+
+@pytest.mark.slow
+def test_no_library_is_imported_before_it_is_needed() -> None:
+    code = "import sys, secateur; secateur.pull, secateur.push; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "secateur.integrations.hub" in loaded
+    assert not set(loaded) & {"timm", "transformers", "lightning", "huggingface_hub"}
 
 
 TIMM: dict[str, tuple[dict[str, Any], int]] = {
@@ -151,7 +166,6 @@ FOREIGN: dict[str, tuple[dict[str, Any], str]] = {
     "timm: a download": ({"model_args": {"pretrained": True}}, "pretrained is no argument"),
     "timm: more": ({"model_args": {"pretrained_strict": False}}, "pretrained_strict is no argument"),
     "timm: unknown": ({"model_args": {"no_such_thing": 1}}, "no resnet18 can be built"),
-    "timm: another": ({"architecture": "resnet34"}, "layer"),
     "code of the folder": ({"model_type": "resnet", "auto_map": {"AutoModel": "m.Net"}}, "auto_map can name code"),
     "a kernel": ({"model_type": "vit", "attn_implementation": "some/body"}, "attn_implementation can name code"),
     "within": ({"model_type": "detr", "backbone_config": {"auto_map": {}}}, "auto_map can name code"),
@@ -166,29 +180,17 @@ FOREIGN: dict[str, tuple[dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def pushed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    timm = pytest.importorskip("timm")
-    folder = tmp_path_factory.mktemp("hub")
-    model = timm.create_model("resnet18", num_classes=2).eval()
-    sc.push(sc.apply(model, sc.plan_removal(sc.trace(model, torch.randn(1, 3, 64, 64)), {})), folder)
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_configuration_that_names_anything_else_is_refused(name: str, pushed: Path, tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
+def test_a_configuration_that_names_anything_else_is_refused(name: str) -> None:
+    library = "transformers" if "model_type" in FOREIGN[name][0] else "timm"
+    pytest.importorskip(library)
     changed, message = FOREIGN[name]
-    for file in pushed.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    config = json.loads((pushed / "config.json").read_text())
-    if "model_type" in changed:
-        config.pop("architecture")
-    (tmp_path / "config.json").write_text(json.dumps({**config, **changed}))
+    whole = {} if library == "transformers" else {"architecture": "resnet18", "model_args": {}, "pretrained_cfg": {}}
+    build = import_module(f"secateur.integrations.{library}").build
     with pytest.raises(CheckpointError, match=message) as error:
-        sc.pull(tmp_path)
+        build({**whole, **changed}, "config.json")
     assert "\n" not in str(error.value)
 
 
