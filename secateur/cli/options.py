@@ -51,7 +51,7 @@ Weights = Annotated[
     typer.Option(
         metavar="FILE",
         help="Trained weights: a file that Secateur saved, a safetensors file or a state dict saved by torch; or "
-        "'pretrained' for what torchvision or timm publish.",
+        "'pretrained' for what torchvision or timm publish, pretrained:IMAGENET1K_V1 for a version of torchvision's.",
     ),
 ]
 Data = Annotated[

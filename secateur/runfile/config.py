@@ -137,7 +137,7 @@ class RunConfig(_Planning):
     weights: str | None = Field(
         None,
         description="Trained weights: a safetensors file or a state dict saved by torch, or 'pretrained' for those "
-        "that torchvision or timm publish. Without weights the baseline is trained first.",
+        "that torchvision or timm publish, 'pretrained:IMAGENET1K_V1' for a version of torchvision's. Without weights the baseline is trained first.",
     )
     data: str = Field(
         description="digits; mnist:ROOT, cifar10:ROOT, imagefolder:ROOT; voc:ROOT, coco:ROOT, gtsdb:ROOT, boxes for "
@@ -166,7 +166,10 @@ class RunConfig(_Planning):
     batch_size: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Images a training step; 128 unless given, 8 where they have boxes."
     )
-    workers: int = Field(0, ge=0, description="Processes that read image files; 0 reads them in the run's own.")
+    workers: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="Processes that read image files; one a core unless given, 0 reads them in the run's own.",
+    )
     seed: int = Field(0, ge=0, description="Seed of weights, data order and every other draw.")
     baselines: str | None = Field(
         None, description="Folder where runs that ask for the same baseline share it; baselines/ beside run_dir's."

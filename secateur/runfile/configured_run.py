@@ -132,7 +132,7 @@ def go_on(path: Path, steps: Steps, changes: Mapping[str, Any] | None = None) ->
             config.changed(config.build(begun), changes or {}), run, f"{file}: the run began", "stands here now: put "
             "it back, or give it to 'secateur resume' (--set), which records it"
         )  # fmt: skip
-    bundle, found = _found(run, steps, fresh=run.weights == sources.PRETRAINED)
+    bundle, found = _found(run, steps, fresh=sources.version(run.weights) is not None)
     folder.earlier = found.plans
     given = changes or {}
     own = {k: v for k, v in run.options.plain().items() if k in given}
@@ -234,8 +234,8 @@ def grounded(run: RunConfig) -> RunConfig:
     """Make every path absolute and name the folder, so that the run can be resumed from anywhere."""
     name = "".join(c if c.isalnum() else "-" for c in Path(run.model.rpartition(":")[2] or run.model).stem)
     by = run.method.rpartition(":")[2]
-    weights = run.weights
-    if weights is not None and weights != sources.PRETRAINED:
+    weights = sources.pinned(run.model, run.weights)
+    if weights is not None and sources.version(weights) is None:
         weights = str(Path(weights).expanduser().absolute())
     return run.model_copy(
         update={

@@ -31,6 +31,7 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no shared data a
 LENET = {(4, 5): 134_600, (3, 5): 112_200, (3, 4): 99_400, (2, 3): 67_400}
 RESNET = {(10, 20, 38): 48_553_596, (9, 18, 36): 40_818_024, (8, 16, 27): 29_549_902}
 REMOVED = {"vgg16_cifar10": {"80": 0.8036, "82": 0.8193}, "resnet50_imagenet": {"cfp": 0.496, "corrnet": 0.516}}
+WEIGHTS = {"resnet50_imagenet_corrnet_params": 0.446}
 
 
 def ids(path: Path) -> str:
@@ -121,6 +122,10 @@ def test_rows_with_a_target_have_the_papers():
             if path.stem.startswith(start) and row in rows:
                 assert run.target is not None
                 assert run.target.macs == rows[row]
+    for name, share in WEIGHTS.items():
+        target = config.load(ROOT / f"{name}.yaml").target
+        assert target is not None
+        assert target.params == share
 
 
 @needs_shared
