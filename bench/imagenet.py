@@ -4,8 +4,8 @@
 
 Writes a folder of JPEG files of 224×224 pixels in ImageNet's layout, then times what ``secateur compress --estimate``
 times: reading, decoding and augmenting them by as many processes as there are cores, training steps and measuring. The
-hours are those of the whole recipe on ImageNet itself, whose files are larger: about 110 kB, to be decoded and resized from
-500×400, so that reading is slower there by a factor that ``--side 450`` shows. Prints one JSON document.
+hours are those of the whole recipe on ImageNet itself, whose photographs are larger, 500×400 or so, and slower to
+decode: ``--side 450`` shows by how much. Prints one JSON document.
 """
 
 from __future__ import annotations

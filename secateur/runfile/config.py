@@ -137,11 +137,12 @@ class RunConfig(_Planning):
     weights: str | None = Field(
         None,
         description="Trained weights: a safetensors file or a state dict saved by torch, or 'pretrained' for those "
-        "that torchvision or timm publish, 'pretrained:IMAGENET1K_V1' for a version of torchvision's. Without weights the baseline is trained first.",
+        "that torchvision or timm publish, 'pretrained:IMAGENET1K_V1' for a version of torchvision's. Without weights, "
+        "or with 'none', the baseline is trained first.",
     )
     data: str = Field(
-        description="digits; mnist:ROOT, cifar10:ROOT, imagefolder:ROOT; voc:ROOT, coco:ROOT, gtsdb:ROOT, boxes for "
-        "detectors; path/to/file.py:FUNCTION; or package.module:FUNCTION."
+        description="digits; mnist:ROOT, cifar10:ROOT, cifar100:ROOT, imagefolder:ROOT; voc:ROOT, coco:ROOT, "
+        "gtsdb:ROOT, boxes for detectors; path/to/file.py:FUNCTION; or package.module:FUNCTION."
     )
     data_options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the data's loader.")
     input: tuple[str, ...] = Field(
@@ -190,6 +191,12 @@ class RunConfig(_Planning):
                 f"unknown method {shown(value)}; " + (f"did you mean {close[0]!r}" if close else ", ".join(names))
             )
         return value
+
+    @field_validator("weights")
+    @classmethod
+    def _no_weights(cls, value: str | None) -> str | None:
+        # So that the command line can take away the weights that a file names.
+        return None if value == "none" else value
 
     @field_validator("track", mode="before")
     @classmethod

@@ -272,6 +272,9 @@ def _found(run: RunConfig, steps: Steps, *, fresh: bool = False) -> tuple[DataBu
     with steps.step("building the model"):
         sources.seed(run.seed)
         weights = None if fresh else run.weights
+        if weights is not None and sources.version(weights) is None and not Path(weights).is_file():
+            raise UsageError(f"{weights}: no such file of weights; name one by --weights FILE, or train the network "
+                             "first: --weights none, as long as the file's baseline says.")  # fmt: skip
         found = sources.open_model(run.model, run.model_options, weights, run.input, bundle)
     suspicions.of_classes(found, bundle)
     return bundle, found

@@ -143,8 +143,8 @@ def open_model(
     Args:
         spec: As in :func:`model`.
         options: As in :func:`model`; what they leave open of classes, channels and image size follows ``bundle``.
-        weights: File, see :func:`secateur.runfile.weight_files.filled`; ``pretrained``, ``pretrained:VERSION``; or None for
-            fresh ones.
+        weights: File, see :func:`secateur.runfile.weight_files.filled`; ``pretrained``, ``pretrained:VERSION``; or
+            None for fresh ones.
         shapes: As in :func:`inputs`; without any, example inputs come from the data, else from the model's source.
         bundle: The data that the model is to run on.
 
@@ -182,9 +182,9 @@ def data(spec: str, options: Mapping[str, Any] | None = None) -> DataBundle:
     """Load the data sets that ``spec`` names.
 
     Args:
-        spec: ``digits``; ``mnist:ROOT``, ``cifar10:ROOT``, ``imagefolder:ROOT``; ``voc:ROOT``, ``coco:ROOT`` or
-            ``gtsdb:ROOT``; or ``path/to/file.py:FUNCTION`` or ``package.module:FUNCTION``, which is called with
-            ``options`` and returns a :class:`secateur.data.DataBundle`.
+        spec: ``digits``; ``mnist:ROOT``, ``cifar10:ROOT``, ``cifar100:ROOT``, ``imagefolder:ROOT``; ``voc:ROOT``,
+            ``coco:ROOT`` or ``gtsdb:ROOT``; or ``path/to/file.py:FUNCTION`` or ``package.module:FUNCTION``, which is
+            called with ``options`` and returns a :class:`secateur.data.DataBundle`.
         options: Keyword arguments of the loader, e.g. ``{"image_size": 224}``.
 
     Raises:

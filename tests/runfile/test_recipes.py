@@ -114,6 +114,25 @@ def test_widths_end_at_the_published_macs(path):
     assert found == expected_macs(path)
 
 
+def test_percentages_in_the_heads_are_the_true_ones():
+    heads = {
+        path: re.search(r"([\d,]+) of ([\d,]+) MACs,\n# ([\d.]+)% removed", path.read_text("utf-8")) for path in FULL
+    }
+    found = {path.stem: match for path, match in heads.items() if match is not None}
+    assert len(found) == len(RESNET)
+    for name, match in found.items():
+        after, before = (int(match[i].replace(",", "")) for i in (1, 2))
+        assert after == RESNET[tuple(map(int, name.split("_")[-3:]))]
+        assert match[3] == f"{100 * (1 - after / before):.2f}"
+
+
+def test_rows_begin_without_the_published_weights_too():
+    for path in FULL:
+        run = config.load(path, {"weights": "none"})
+        assert run.weights is None
+        assert run.baseline.epochs >= 15 or run.model.startswith("torchvision:resnet50")
+
+
 def test_rows_with_a_target_have_the_papers():
     for path in FULL:
         run = config.load(path)
