@@ -209,6 +209,12 @@ def data(spec: str, options: Mapping[str, Any] | None = None) -> DataBundle:
     for part in ("train", "validation", "test"):
         if len(getattr(bundle, part)) == 0:
             raise DataError(f"{spec}: the {part} set is empty; nothing can be measured on it.")
+        boxes = getattr(getattr(bundle, part), "boxes", None)
+        if boxes == 0:
+            raise DataError(
+                f"{spec}: not one box to find in the {len(getattr(bundle, part))} photographs of the {part} set; "
+                "split it otherwise, or give more of them."
+            )
     return bundle
 
 
