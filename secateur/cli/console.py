@@ -174,11 +174,12 @@ def comparison(before: Mapping[str, Any], after: Mapping[str, Any], metric: str 
     table = _table("", "before>", "after>", "change>")
     top5 = [(values.get("details") or {}).get("top-5") for values in (before, after)]
     of = "test" if before.get("test") is not None else "validation"
-    for name, was, now in (
+    measured: list[tuple[str, Any, Any]] = [
         (f"{metric}, test set", before.get("test"), after.get("test")),
         (f"{metric}, validation set", before.get("validation"), after.get("validation")),
-        (f"top-5, {of} set", *top5),
-    ):
+        (f"top-5, {of} set", top5[0], top5[1]),
+    ]
+    for name, was, now in measured:
         if was is not None and now is not None:
             points = 100 * (now - was)
             sign = "−" if points < 0 else "+"

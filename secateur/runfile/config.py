@@ -353,8 +353,8 @@ def changed(run: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """
     if not values:
         return run
-    plain = run.model_dump(mode="json", exclude_none=True)
-    return build(_merge({k: v for k, v in plain.items() if k != "target" or "target" not in values}, values))
+    kept = {k: v for k, v in plain(run).items() if k != "target" or "target" not in values}
+    return build(_merge(kept, values))
 
 
 def save(config: RunConfig, path: str | Path) -> None:
@@ -364,7 +364,16 @@ def save(config: RunConfig, path: str | Path) -> None:
 
 def to_yaml(config: RunConfig) -> str:
     """Return a configuration as YAML, every default written out."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
+    return yaml.safe_dump(plain(config), sort_keys=False)
+
+
+def plain(config: RunConfig) -> dict[str, Any]:
+    """Return a configuration as JSON values that :func:`build` makes an equal one of, without what None stands for."""
+    values: dict[str, Any] = config.model_dump(mode="json", exclude_none=True)
+    chosen = config.settings
+    # None is a value of its own where the default is another, as of correlation_target.
+    said = {f.name: None for f in fields(Settings) if f.default is not None and getattr(chosen, f.name) is None}
+    return values | {"settings": values.get("settings", {}) | said}
 
 
 _SECTIONS: list[tuple[str, type]] = [("Settings", Settings), ("Baseline", Baseline), ("Baseline", TrainingSettings)]
