@@ -238,9 +238,8 @@ class Bench:
         published = None if recipe.weights is None or self.weights is None else self.weights / Path(recipe.weights).name
         if published is not None and published.is_file():
             return str(published)
-        network = recipe.model
-        for folder in sorted(self.work.glob(f"{network}*-{self.seed}")):
-            trained = sorted((folder / "checkpoint").glob(f"{network}-*.safetensors"))
+        for folder in sorted(self.work.glob(f"{recipe.model}*-{self.seed}")):
+            trained = sorted((folder / "checkpoint").glob(f"*-{12 * '?'}.safetensors"))
             if trained:
                 return str(trained[0])
         return None
@@ -280,7 +279,7 @@ class Bench:
         )  # fmt: skip
         return [
             {
-                "row": f"table {job.table}, {job.row}", "method": job.method, "network": row.network,
+                "row": f"table {job.table}, {job.row}", "method": job.method, "network": row.variant,
                 "backend": row.backend, "precision": row.precision, "batch": row.batch_size,
                 "images_a_second": round(row.batch_size / row.seconds, 1),
                 "bytes": None if row.peak_bytes is None else row.peak_bytes + (row.weight_bytes or 0),
