@@ -158,15 +158,15 @@ def test_boxes_wholly_outside_are_none_to_find(tmp_path):
     outside = [{"category_id": 1, "bbox": [50, 3, 5, 5]}]
     with pytest.raises(DataError, match=r"not one box in 5 photographs"):
         load("coco", root=write_coco(tmp_path / "a", boxes=outside))
-    root = write_coco(tmp_path / "b")
+    root = write_coco(tmp_path / "b", {"train2017": 12, "val2017": 2})
     _edited(lambda c: c.update(annotations=[]), "val2017")(root)
     assert load("coco", root=root).test.boxes == 0
     with pytest.raises(DataError, match=r"not one box to find in the 2 photographs of the test set; split it"):
-        sources.data(f"coco:{root}")
+        sources.data(f"coco:{root}", {"validation": 0.5})
     _edited(lambda c: c.update(annotations=[{"image_id": 101, "category_id": 1, "bbox": [1, 2, 3, 4], "iscrowd": 1}]),
             "val2017")(root)  # fmt: skip
     with pytest.raises(DataError, match="not one box to find in the 2 photographs of the test set"):
-        sources.data(f"coco:{root}")
+        sources.data(f"coco:{root}", {"validation": 0.5})
 
 
 def test_ids_that_are_no_labels_are_numbered_anew_on_request(tmp_path):
