@@ -8,7 +8,7 @@ sections of ``docs/results.md`` do. Each bench writes its own section in the sam
 
 from __future__ import annotations
 
-from bench import accuracy_tables, criteria, finetuning, int8, latency, patterns, recipes, zoo_table
+from bench import accuracy_tables, criteria, finetuning, gpu_tables, int8, latency, patterns, recipes, zoo_table
 
 STORES = [
     patterns.STORE,
@@ -19,6 +19,8 @@ STORES = [
     accuracy_tables.STORE,
     latency.STORE,
     int8.STORE,
+    gpu_tables.TABLES,
+    gpu_tables.FIGURES,
 ]
 SECTIONS = [
     patterns.SECTION,
@@ -29,6 +31,7 @@ SECTIONS = [
     accuracy_tables.SECTION,
     latency.SECTION,
     int8.SECTION,
+    gpu_tables.SECTION,
 ]
 FIGURES = [accuracy_tables.FIGURE]
 

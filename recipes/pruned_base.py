@@ -1,6 +1,10 @@
-"""Train SSD512, or SSD300, on a VGG-16 that was pruned on CIFAR-10, cut behind conv4_3, as in table 6 of CFP.
+"""Train a detector on a classifier that was pruned before, as in tables 6 and 7 of CFP.
+
+SSD512 on a VGG-16 of CIFAR-10, cut behind conv4_3, and Faster R-CNN on a ResNet-50 of ImageNet:
 
     python recipes/pruned_base.py runs/vgg16_cifar10_cfp_82/model.safetensors gtsdb:data/GTSDB
+    python recipes/pruned_base.py runs/resnet50_imagenet_cfp/model.safetensors coco:data/coco \
+        --kind faster_rcnn --base torchvision:resnet50 --epochs 13
 
 The paper leaves open the optimiser, its schedule and the augmentation: here SGD with momentum, warmed up, then decayed
 to 0, and mirrored photographs: a mirrored sign may be another one, but it stays of its class of the three.
@@ -15,8 +19,7 @@ import sys
 import torch
 
 import secateur as sc
-from secateur.models import MODELS
-from secateur.models.detectors import from_backbone
+from secateur.models.detectors import KINDS, on_base
 from secateur.runfile import sources
 from secateur.training import evaluation, stages, tasks
 
@@ -26,9 +29,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", help="file of the pruned classifier; 'none' for an unpruned base of fresh weights")
     parser.add_argument("data", help="gtsdb:ROOT, voc:ROOT or coco:ROOT")
-    parser.add_argument("--kind", default="ssd512", choices=["ssd300", "ssd512"])
-    parser.add_argument("--base", default="vgg16", help="the classifier's name")
-    parser.add_argument("--last", default="conv4_3", help="the last source; 'all' for SSD as it was")
+    parser.add_argument("--kind", default="ssd512", choices=list(KINDS))
+    parser.add_argument("--base", default="vgg16", help="the classifier's name: vgg16, torchvision:resnet50")
+    parser.add_argument("--last", help="the last source; 'all' for every one. Unless given: conv4_3 for SSD, else all")
     parser.add_argument("--epochs", type=int, default=120)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -40,12 +43,13 @@ def main() -> None:
     torch.manual_seed(given.seed)
     options = {"train_size": given.train_size} if given.train_size else {}
     bundle = sources.data(given.data, options)
-    detector = from_backbone(
-        MODELS[given.base](),
+    last = given.last or ("conv4_3" if given.kind.startswith("ssd") else "all")
+    detector = on_base(
         given.kind,
         len(bundle.classes) + 1,
-        weights=None if given.weights == "none" else given.weights,
-        last=None if given.last == "all" else given.last,
+        given.base,
+        base_weights=None if given.weights == "none" else given.weights,
+        last=None if last == "all" else last,
     )
     stages.fit(
         detector,

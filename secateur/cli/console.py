@@ -166,17 +166,24 @@ def comparison(before: Mapping[str, Any], after: Mapping[str, Any], metric: str 
     """Tabulate a network's figures before and after pruning; those that were not measured are left out.
 
     Args:
-        before: Any of ``test``, ``validation`` (fractions), ``macs``, ``parameters``,
+        before: Any of ``test``, ``validation`` (fractions), ``details`` with ``top-5``, ``macs``, ``parameters``,
             ``memory_bytes``, ``file_bytes``, ``latency_ms``.
         after: The same of the pruned network.
         metric: Name of the metric that ``test`` and ``validation`` hold.
     """
     table = _table("", "before>", "after>", "change>")
-    for key, name in (("test", f"{metric}, test set"), ("validation", f"{metric}, validation set")):
-        if before.get(key) is not None and after.get(key) is not None:
-            points = 100 * (after[key] - before[key])
+    top5 = [(values.get("details") or {}).get("top-5") for values in (before, after)]
+    of = "test" if before.get("test") is not None else "validation"
+    measured: list[tuple[str, Any, Any]] = [
+        (f"{metric}, test set", before.get("test"), after.get("test")),
+        (f"{metric}, validation set", before.get("validation"), after.get("validation")),
+        (f"top-5, {of} set", top5[0], top5[1]),
+    ]
+    for name, was, now in measured:
+        if was is not None and now is not None:
+            points = 100 * (now - was)
             sign = "−" if points < 0 else "+"
-            table.add_row(name, f"{before[key]:.2%}", f"{after[key]:.2%}", f"{sign}{abs(points):.2f} points")
+            table.add_row(name, f"{was:.2%}", f"{now:.2%}", f"{sign}{abs(points):.2f} points")
     for key, name, write in (
         ("macs", "MACs", quantity),
         ("parameters", "parameters", quantity),

@@ -51,15 +51,15 @@ Weights = Annotated[
     typer.Option(
         metavar="FILE",
         help="Trained weights: a file that Secateur saved, a safetensors file or a state dict saved by torch; or "
-        "'pretrained' for what torchvision or timm publish.",
+        "'pretrained' for what torchvision or timm publish, pretrained:IMAGENET1K_V1 for a version of torchvision's.",
     ),
 ]
 Data = Annotated[
     str | None,
     typer.Option(
         metavar="DATA",
-        help="digits; mnist:ROOT, cifar10:ROOT, imagefolder:ROOT; voc:ROOT, coco:ROOT, gtsdb:ROOT (boxes, for "
-        "detectors); path/to/file.py:FUNCTION; package.module:FUNCTION.",
+        help="digits; mnist:ROOT, cifar10:ROOT, cifar100:ROOT, imagefolder:ROOT; voc:ROOT, coco:ROOT, "
+        "gtsdb:ROOT (boxes, for detectors); path/to/file.py:FUNCTION; package.module:FUNCTION.",
     ),
 ]
 DataOptions = Annotated[

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from secateur.engine import CompressResult
+    from secateur.runfile.config import RunConfig
 
 
 def register(app: typer.Typer) -> None:
@@ -104,6 +105,14 @@ def compress(
         bool,
         typer.Option("--resume", help="Go on with the run where it has begun already: one command for a queue."),
     ] = False,
+    estimate: Annotated[
+        bool,
+        typer.Option(
+            "--estimate",
+            help="Time a few steps with fresh weights, say how long the run would take here and what bounds it, and "
+            "write nothing.",
+        ),
+    ] = False,
     trust: options.Trust = False,
     track: options.Track = None,
     quiet: options.Quiet = False,
@@ -144,6 +153,9 @@ def compress(
     configured = config.build(chosen) if config_file is None else config.load(config_file, chosen)
     if config_file is not None:
         options.require_trust(config_file, configured, trust, chosen)
+    if estimate:
+        _show_estimate(configured, as_json, quiet)
+        return
     with console.running(as_json, quiet=quiet, level=log_level) as steps:
         grounded = configured_run.grounded(configured)
         with _resumable(grounded.run_dir or ""):
@@ -208,7 +220,7 @@ def evaluate(
             raise UsageError("evaluate: --data is missing; name what to measure on, e.g. --data digits.")
         with steps.step("loading the data"):
             bundle = sources.data(data, options.values("--data-option", data_option))
-        metric = tasks.metric(bundle)
+        metric = evaluation.chosen(tasks.metric(bundle))
         with steps.step("building the model"):
             found = sources.open_model(
                 options.one(model, model_flag),
@@ -268,6 +280,14 @@ def _values(run: Callable[[], CompressResult], run_dir: str | Path | None) -> di
         console.error_line(str(finished), "note")
         return {**finished.report, "history": finished.history, "run_dir": str(run_dir)}
     return {**result.report, "history": result.history, "run_dir": str(result.run_dir)}
+
+
+def _show_estimate(run: RunConfig, as_json: bool, quiet: bool) -> None:
+    from secateur.runfile.estimate import estimate
+
+    with console.running(as_json, quiet=quiet) as steps:
+        told = estimate(run, steps)
+    console.write_json(told.plain()) if as_json else console.output().print(str(told), markup=False, soft_wrap=True)
 
 
 def _show_run(values: Mapping[str, Any], as_json: bool) -> None:

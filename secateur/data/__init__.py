@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.data.batches import Batches, DetectionBatches
 from secateur.data.boxes import DetectionFiles
 from secateur.data.bundle import DataBundle, Normalise
-from secateur.data.cifar10 import cifar10
+from secateur.data.cifar import cifar10, cifar100
 from secateur.data.coco import coco
 from secateur.data.digits import digits
 from secateur.data.gtsdb import gtsdb
@@ -32,6 +32,7 @@ DATASETS: Mapping[str, Callable[..., DataBundle]] = {
     "digits": digits,
     "mnist": mnist,
     "cifar10": cifar10,
+    "cifar100": cifar100,
     "imagefolder": imagefolder,
     "voc": voc,
     "coco": coco,
@@ -50,8 +51,8 @@ def load(
     """Load a data set by name, in its three parts.
 
     Args:
-        name: ``digits``, or ``mnist``, ``cifar10``, ``imagefolder``, ``voc``, ``coco``, ``gtsdb``; with the folder
-            after a colon, as in ``mnist:data``, or as ``root``.
+        name: ``digits``, or ``mnist``, ``cifar10``, ``cifar100``, ``imagefolder``, ``voc``, ``coco``, ``gtsdb``; with
+            the folder after a colon, as in ``mnist:data``, or as ``root``.
         root: Folder of the files.
         validation: Share of the training set that is held out for validation, in (0, 1); the loader's own where None
             (a quarter for ``digits``, a tenth otherwise). Contradicts a published validation set.

@@ -156,7 +156,24 @@ def _listed(elements: list[Any]) -> tuple[list[torch.Tensor], list[Any]]:
             raise DataError(_NO_PAIR)
         if not {"boxes", "labels"} <= target.keys():
             raise DataError(f"{_NO_PAIR[:-1]}; this target has {', '.join(target) or 'nothing'}.")
+        _require_boxes(target["boxes"], target["labels"])
     return [image for image, _ in elements], [target for _, target in elements]
+
+
+def _require_boxes(boxes: Any, labels: Any) -> None:
+    """Refuse boxes that no detector can be trained on; an image may have none, and a box may lie beyond its image."""
+    count = len(boxes) if isinstance(boxes, torch.Tensor) and boxes.dim() == 2 and boxes.shape[1] == 4 else -1
+    if count < 0 or not isinstance(labels, torch.Tensor) or labels.shape != (count,):
+        shapes = " and ".join(str(tuple(v.shape)) if isinstance(v, torch.Tensor) else type(v).__name__
+                              for v in (boxes, labels))  # fmt: skip
+        raise DataError(f"batches: a target has boxes (n, 4), also where n is 0, and n labels; found {shapes}.")
+    flat = ~(torch.isfinite(boxes).all(1) & (boxes[:, :2] < boxes[:, 2:]).all(1))
+    if bool(flat.any()):
+        raise DataError(f"batches: a box is x1 < x2 and y1 < y2, in pixels; found {boxes[flat][0].tolist()}. Leave "
+                        "boxes without area out.")  # fmt: skip
+    if count and (labels.is_floating_point() or int(labels.min()) < 1):
+        raise DataError(f"batches: labels of boxes are whole numbers from 1, as 0 is the background; found "
+                        f"{labels.min().item()}.")  # fmt: skip
 
 
 _NO_PAIR = "batches: an element is an image (C, H, W) and a mapping of its boxes and labels."

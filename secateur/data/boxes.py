@@ -56,6 +56,11 @@ class DetectionFiles(Dataset[tuple[Tensor, Target]]):
         self.degenerate = sum(a.degenerate for a in annotations)
         """Number of boxes without area, which detectors refuse and which are left out."""
 
+    @property
+    def boxes(self) -> int:
+        """Number of boxes to find: crowds and objects marked as difficult don't count."""
+        return sum(not box.crowd for a in self._annotations for box in a.boxes)
+
     def __len__(self) -> int:
         return len(self._annotations)
 

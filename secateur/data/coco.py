@@ -53,7 +53,7 @@ def coco(
     if files["train"] is None or files["val"] is None:
         lacking = "train" if files["train"] is None else "val"
         raise DataError(f"{root}/annotations: no instances_{lacking}*.json; expected COCO's layout, with the images of "
-                        f"instances_{lacking}2017.json in {lacking}2017.")  # fmt: skip
+                        f"instances_{lacking}2017.json in {lacking}2017; both are at cocodataset.org.")  # fmt: skip
     if files["test"] is not None and validation is not None:
         raise UsageError(f"coco: validation={validation:g} contradicts {files['test'].name}, beside which "
                          f"{files['val'].name} is the validation set; leave validation out.")  # fmt: skip

@@ -48,7 +48,10 @@ def gtsdb(root: Path, *, validation: float | None = None, seed: int = 0, train_s
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: can't be read; expected gt.txt beside 00000.ppm …, as GTSDB has them.") from error
+        raise DataError(
+            f"{path}: can't be read; expected gt.txt beside 00000.ppm …, as in FullIJCNN2013.zip "
+            "of the German Traffic Sign Detection Benchmark."
+        ) from error
     boxes: dict[str, list[Box]] = {image.name: [] for image in sorted(root.glob("[0-9]" * 5 + ".ppm"))}
     without_area = dict.fromkeys(boxes, 0)
     for number, line in enumerate(lines, start=1):

@@ -119,7 +119,10 @@ def imagefolder(
 def _parts(root: Path, validation: float | None, seed: int) -> tuple[tuple[str, ...], Samples, Samples, Samples]:
     where = f"imagefolder:{root}"
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder; expected train, val and test, or a folder for each class.")
+        raise DataError(
+            f"{root}: no such folder; expected train, val and test, or a folder for each class. ImageNet's archives, "
+            "from image-net.org, are unpacked so by torchvision.datasets.ImageNet(root, split) for train and val."
+        )
     held: Samples | None = None
     if (root / "train").is_dir():
         classes, train = _folder(root / "train")

@@ -62,7 +62,7 @@ def _list(root: Path, part: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: can't be read; expected JPEGImages, Annotations and ImageSets/Main/{{train,val,test}}.txt, as "
-            "PASCAL VOC has them."
+            "PASCAL VOC has them, and BCCD_Dataset on GitHub in its folder BCCD."
         ) from error
     if not names:
         raise DataError(f"{path}: names no photograph.")

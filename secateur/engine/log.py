@@ -64,7 +64,12 @@ class Log:
 
     def _measured(self, record: Mapping[str, Any]) -> str:
         value = next((record[k] for k in ("metric", "metric_tuned", "validation") if record.get(k) is not None), None)
-        return "" if value is None else f"{self.metric} {value:.2%}"
+        if value is None:
+            return ""
+        top5 = (record.get("details") or {}).get("top-5")
+        # Beside the validation metric of a whole run stand the details of its test set.
+        of = "test " if record.get("test") is not None else ""
+        return f"{self.metric} {value:.2%}" + ("" if top5 is None else f", {of}top-5 {top5:.2%}")
 
 
 def epoch_parts(record: Mapping[str, Any]) -> list[str]:

@@ -87,7 +87,7 @@ class Engine:
         self.options, self.settings = options or Options(), settings or Settings()
         self.method, self.seed, self.tolerance, self.target = method, seed, tolerance, target
         self.train, self.validation, self.test = train, validation, test
-        self.loss, self.metric = loss, metric
+        self.loss, self.metric = loss, evaluation.chosen(metric)
         self.progress: Progress = log.Log(progress, metric)
         request.check_batches(train=train, validation=validation, test=test)
         request.check_end(target, self.options, self.settings, tolerance)
@@ -133,12 +133,12 @@ class Engine:
         """Return the state before the first round: the unpruned network, measured."""
         state = State(model=replica(self.original))
         state.metric = self._measure(state.network)
-        if self.metric is None:
+        if isinstance(self.metric, evaluation.Accuracy):
             request.warn_at_chance(state.network, self.example_inputs, state.metric)
         state.notes = list(self.notes)
         tested = None if self.test is None else self._measure(state.network, self.test)
         state.baseline = {"validation": state.metric, "test": tested, "details": evaluation.details(self.metric)}
-        if self.metric is None:
+        if isinstance(self.metric, evaluation.Accuracy):
             request.warn_if_seen(state.metric, tested, self.validation, self.test)
         given = self.options.allocation
         if isinstance(self.selection, Scores) and given is not None and not isinstance(given, str):
@@ -324,6 +324,8 @@ class Engine:
     def _finetune(self, state: State) -> None:
         if self._train(state, "finetune", self.settings.finetune_epochs, self.settings.training()):
             state.episode["metric_tuned"] = self._measure(state.network)
+            if found := evaluation.details(self.metric):
+                state.episode["details"] = found
             state.stage = "judge"
 
     def _judge(self, state: State) -> None:

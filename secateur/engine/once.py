@@ -116,7 +116,7 @@ def prune(
     _require_verified(check, chosen.inexact)
     report |= _figures(graph, plan, target) | {"verification": asdict(check)}
     report |= {"compensation": _compensated(model, small, plan, way, data, graph, example_inputs, steps)}
-    _evaluate({"before": model, "after": small}, report, test, metric, steps)
+    _evaluate({"before": model, "after": small}, report, test, evaluation.chosen(metric), steps)
     report |= {"parts": {**way.parts, "allocation": planner.allocated}, "notes": planner.notes}
     return PruneResult(small, plan, check, graph, report | {"method": way.name, "allocation": planner.allocated})
 

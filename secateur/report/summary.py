@@ -46,6 +46,14 @@ def headline(run: Run) -> list[Headline]:
                 None if abs(points) < 0.005 else points > 0,
             )
         )
+        top5 = [(state.details or {}).get("top-5") for state in (before, after)]
+        if None not in top5:
+            was5, now5 = (float(value) for value in top5 if value is not None)
+            gain = f"{100 * (now5 - was5):+.2f} points".replace("-", "−")
+            same = abs(now5 - was5) < 0.00005
+            items.append(
+                Headline(f"{name}, top-5", percent(was5, 2), percent(now5, 2), gain, None if same else now5 > was5)
+            )
         break
     sizes: list[tuple[str, float | None, float | None, Any]] = [
         ("MACs", before.macs, after.macs, quantity),

@@ -137,11 +137,12 @@ class RunConfig(_Planning):
     weights: str | None = Field(
         None,
         description="Trained weights: a safetensors file or a state dict saved by torch, or 'pretrained' for those "
-        "that torchvision or timm publish. Without weights the baseline is trained first.",
+        "that torchvision or timm publish, 'pretrained:IMAGENET1K_V1' for a version of torchvision's. Without weights, "
+        "or with 'none', the baseline is trained first.",
     )
     data: str = Field(
-        description="digits; mnist:ROOT, cifar10:ROOT, imagefolder:ROOT; voc:ROOT, coco:ROOT, gtsdb:ROOT, boxes for "
-        "detectors; path/to/file.py:FUNCTION; or package.module:FUNCTION."
+        description="digits; mnist:ROOT, cifar10:ROOT, cifar100:ROOT, imagefolder:ROOT; voc:ROOT, coco:ROOT, "
+        "gtsdb:ROOT, boxes for detectors; path/to/file.py:FUNCTION; or package.module:FUNCTION."
     )
     data_options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the data's loader.")
     input: tuple[str, ...] = Field(
@@ -166,7 +167,10 @@ class RunConfig(_Planning):
     batch_size: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Images a training step; 128 unless given, 8 where they have boxes."
     )
-    workers: int = Field(0, ge=0, description="Processes that read image files; 0 reads them in the run's own.")
+    workers: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="Processes that read image files; one a core unless given, 0 reads them in the run's own.",
+    )
     seed: int = Field(0, ge=0, description="Seed of weights, data order and every other draw.")
     baselines: str | None = Field(
         None, description="Folder where runs that ask for the same baseline share it; baselines/ beside run_dir's."
@@ -187,6 +191,12 @@ class RunConfig(_Planning):
                 f"unknown method {shown(value)}; " + (f"did you mean {close[0]!r}" if close else ", ".join(names))
             )
         return value
+
+    @field_validator("weights")
+    @classmethod
+    def _no_weights(cls, value: str | None) -> str | None:
+        # So that the command line can take away the weights that a file names.
+        return None if value == "none" else value
 
     @field_validator("track", mode="before")
     @classmethod
@@ -343,8 +353,8 @@ def changed(run: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """
     if not values:
         return run
-    plain = run.model_dump(mode="json", exclude_none=True)
-    return build(_merge({k: v for k, v in plain.items() if k != "target" or "target" not in values}, values))
+    kept = {k: v for k, v in plain(run).items() if k != "target" or "target" not in values}
+    return build(_merge(kept, values))
 
 
 def save(config: RunConfig, path: str | Path) -> None:
@@ -354,7 +364,16 @@ def save(config: RunConfig, path: str | Path) -> None:
 
 def to_yaml(config: RunConfig) -> str:
     """Return a configuration as YAML, every default written out."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
+    return yaml.safe_dump(plain(config), sort_keys=False)
+
+
+def plain(config: RunConfig) -> dict[str, Any]:
+    """Return a configuration as JSON values that :func:`build` makes an equal one of, without what None stands for."""
+    values: dict[str, Any] = config.model_dump(mode="json", exclude_none=True)
+    chosen = config.settings
+    # None is a value of its own where the default is another, as of correlation_target.
+    said = {f.name: None for f in fields(Settings) if f.default is not None and getattr(chosen, f.name) is None}
+    return values | {"settings": values.get("settings", {}) | said}
 
 
 _SECTIONS: list[tuple[str, type]] = [("Settings", Settings), ("Baseline", Baseline), ("Baseline", TrainingSettings)]

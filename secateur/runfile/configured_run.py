@@ -95,7 +95,7 @@ def start(run: RunConfig, steps: Steps, *, go_on_with: bool = False) -> Compress
             method,
             run_dir=folder,
             progress=told,
-            describe={**described, "run": run.model_dump(mode="json", exclude_none=True)},
+            describe={**described, "run": config.plain(run)},
             **request,
             **run.settings.plain(),
             **run.options.plain(),
@@ -132,7 +132,7 @@ def go_on(path: Path, steps: Steps, changes: Mapping[str, Any] | None = None) ->
             config.changed(config.build(begun), changes or {}), run, f"{file}: the run began", "stands here now: put "
             "it back, or give it to 'secateur resume' (--set), which records it"
         )  # fmt: skip
-    bundle, found = _found(run, steps, fresh=run.weights == sources.PRETRAINED)
+    bundle, found = _found(run, steps, fresh=sources.version(run.weights) is not None)
     folder.earlier = found.plans
     given = changes or {}
     own = {k: v for k, v in run.options.plain().items() if k in given}
@@ -147,7 +147,7 @@ def go_on(path: Path, steps: Steps, changes: Mapping[str, Any] | None = None) ->
             example_inputs=found.inputs if run.input else None,
             method=sources.method(run.method),
             progress=told,
-            describe={"run": run.model_dump(mode="json", exclude_none=True)},
+            describe={"run": config.plain(run)},
             tolerance=given.get("tolerance"),
             target=Target(**given["target"]) if "target" in given else None,
             **own,
@@ -234,8 +234,8 @@ def grounded(run: RunConfig) -> RunConfig:
     """Make every path absolute and name the folder, so that the run can be resumed from anywhere."""
     name = "".join(c if c.isalnum() else "-" for c in Path(run.model.rpartition(":")[2] or run.model).stem)
     by = run.method.rpartition(":")[2]
-    weights = run.weights
-    if weights is not None and weights != sources.PRETRAINED:
+    weights = sources.pinned(run.model, run.weights)
+    if weights is not None and sources.version(weights) is None:
         weights = str(Path(weights).expanduser().absolute())
     return run.model_copy(
         update={
@@ -272,6 +272,9 @@ def _found(run: RunConfig, steps: Steps, *, fresh: bool = False) -> tuple[DataBu
     with steps.step("building the model"):
         sources.seed(run.seed)
         weights = None if fresh else run.weights
+        if weights is not None and sources.version(weights) is None and not Path(weights).is_file():
+            raise UsageError(f"{weights}: no such file of weights; name one by --weights FILE, or train the network "
+                             "first: --weights none, as long as the file's baseline says.")  # fmt: skip
         found = sources.open_model(run.model, run.model_options, weights, run.input, bundle)
     suspicions.of_classes(found, bundle)
     return bundle, found

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from secateur.graph.plan import PruningPlan
 
 PRETRAINED = "pretrained"
-"""Stands for the weights that torchvision or timm publish."""
+"""Stands for the weights that torchvision or timm publish; ``pretrained:VERSION`` for one of torchvision's versions."""
 
 CIFAR_SIDE = 32
 """Height and width of the images that a network of :data:`secateur.models.MODELS` takes unless it names another."""
@@ -63,7 +63,18 @@ class SourceModel:
         return self.example_inputs
 
 
-def model(spec: str, options: Mapping[str, Any] | None = None, *, pretrained: bool = False) -> SourceModel:
+def version(weights: str | None) -> str | None:
+    """Return the version of published weights that a run names: ``""`` for the newest; None for other weights.
+
+    Example:
+        >>> version("pretrained"), version("pretrained:IMAGENET1K_V1"), version("trained.pth")
+        ('', 'IMAGENET1K_V1', None)
+    """
+    kind, _, name = (weights or "").partition(":")
+    return name if kind == PRETRAINED else None
+
+
+def model(spec: str, options: Mapping[str, Any] | None = None, *, pretrained: str | None = None) -> SourceModel:
     """Build the model that ``spec`` names.
 
     Args:
@@ -72,7 +83,8 @@ def model(spec: str, options: Mapping[str, Any] | None = None, *, pretrained: bo
             ``path/to/file.py:FUNCTION``; ``package.module:FUNCTION``. A function (or class) is called with
             ``options`` and returns the model, or the model and its example inputs.
         options: Keyword arguments of the function, e.g. ``{"num_classes": 10}``.
-        pretrained: Take the weights that torchvision or timm publish; may download.
+        pretrained: Take the weights that torchvision or timm publish, of this version; ``""`` for the newest; may
+            download.
 
     Returns:
         The model in train mode as its source left it, with example inputs where the source tells them.
@@ -86,7 +98,7 @@ def model(spec: str, options: Mapping[str, Any] | None = None, *, pretrained: bo
         return _torchvision(name, options, pretrained)
     if kind == "timm":
         return _timm(name, options, pretrained)
-    if pretrained:
+    if pretrained is not None:
         raise UsageError(f"--weights pretrained: {spec} has no published weights; name a file instead.")
     if ":" in spec:
         built = user_code.call(spec, options, "model")
@@ -131,7 +143,8 @@ def open_model(
     Args:
         spec: As in :func:`model`.
         options: As in :func:`model`; what they leave open of classes, channels and image size follows ``bundle``.
-        weights: File, see :func:`secateur.runfile.weight_files.filled`; ``pretrained``; or None for fresh ones.
+        weights: File, see :func:`secateur.runfile.weight_files.filled`; ``pretrained``, ``pretrained:VERSION``; or
+            None for fresh ones.
         shapes: As in :func:`inputs`; without any, example inputs come from the data, else from the model's source.
         bundle: The data that the model is to run on.
 
@@ -145,7 +158,7 @@ def open_model(
     options = dict(options or {})
     if bundle is not None:
         options = {**_fitting(spec, bundle), **options}
-    found = model(spec, options, pretrained=weights == PRETRAINED)
+    found = model(spec, options, pretrained=version(weights))
     if bundle is not None:
         from secateur.training.tasks import require_fit
 
@@ -160,7 +173,7 @@ def open_model(
     elif bundle is not None:
         example = _noise((1, *bundle.input_shape))
     built, plans = found.model, found.plans
-    if weights is not None and weights != PRETRAINED:
+    if weights is not None and version(weights) is None:
         built, plans = weight_files.filled(built, found.name, options, weights)
     return SourceModel(built.eval(), example, found.name, plans, options)
 
@@ -169,9 +182,9 @@ def data(spec: str, options: Mapping[str, Any] | None = None) -> DataBundle:
     """Load the data sets that ``spec`` names.
 
     Args:
-        spec: ``digits``; ``mnist:ROOT``, ``cifar10:ROOT``, ``imagefolder:ROOT``; ``voc:ROOT``, ``coco:ROOT`` or
-            ``gtsdb:ROOT``; or ``path/to/file.py:FUNCTION`` or ``package.module:FUNCTION``, which is called with
-            ``options`` and returns a :class:`secateur.data.DataBundle`.
+        spec: ``digits``; ``mnist:ROOT``, ``cifar10:ROOT``, ``cifar100:ROOT``, ``imagefolder:ROOT``; ``voc:ROOT``,
+            ``coco:ROOT`` or ``gtsdb:ROOT``; or ``path/to/file.py:FUNCTION`` or ``package.module:FUNCTION``, which is
+            called with ``options`` and returns a :class:`secateur.data.DataBundle`.
         options: Keyword arguments of the loader, e.g. ``{"image_size": 224}``.
 
     Raises:
@@ -196,6 +209,12 @@ def data(spec: str, options: Mapping[str, Any] | None = None) -> DataBundle:
     for part in ("train", "validation", "test"):
         if len(getattr(bundle, part)) == 0:
             raise DataError(f"{spec}: the {part} set is empty; nothing can be measured on it.")
+        boxes = getattr(getattr(bundle, part), "boxes", None)
+        if boxes == 0:
+            raise DataError(
+                f"{spec}: not one box to find in the {len(getattr(bundle, part))} photographs of the {part} set; "
+                "split it otherwise, or give more of them."
+            )
     return bundle
 
 
@@ -307,7 +326,7 @@ def _fitting(spec: str, bundle: DataBundle) -> dict[str, Any]:
     return {key: value for key, value in wanted.items() if key in known}
 
 
-def _torchvision(name: str, options: dict[str, Any], pretrained: bool) -> SourceModel:
+def _torchvision(name: str, options: dict[str, Any], pretrained: str | None) -> SourceModel:
     import torchvision
 
     registry = torchvision.models
@@ -318,12 +337,8 @@ def _torchvision(name: str, options: dict[str, Any], pretrained: bool) -> Source
     if "weights_backbone" in inspect.signature(builder).parameters:
         options.setdefault("weights_backbone", None)
     built = user_code.guard(f"torchvision:{name}", builder, {"weights": None, **options}, "model")
-    if pretrained:
-        published = registry.get_model_weights(name)
-        try:
-            entry = published["DEFAULT"]
-        except KeyError:
-            raise UsageError(f"torchvision:{name}: no weights are published for this model.") from None
+    if pretrained is not None:
+        entry = _published(name, pretrained)
         try:
             state = torch.hub.load_state_dict_from_url(
                 entry.url, map_location="cpu", check_hash=True, weights_only=True, progress=sys.stderr.isatty()
@@ -351,16 +366,47 @@ def _torchvision(name: str, options: dict[str, Any], pretrained: bool) -> Source
     return SourceModel(built, _noise(shape), f"torchvision:{name}")
 
 
-def _timm(name: str, options: dict[str, Any], pretrained: bool) -> SourceModel:
+def _published(name: str, version: str) -> Any:
+    """Return torchvision's entry of published weights: of a version, or the newest for ``""``."""
+    import torchvision
+
+    published = torchvision.models.get_model_weights(name).__members__
+    if not published:
+        raise UsageError(f"torchvision:{name}: no weights are published for this model.")
+    known = [key for key in published if key != "DEFAULT"]
+    if version and version not in known:
+        raise UsageError(
+            f"--weights {PRETRAINED}:{version}: torchvision publishes {name} as {', '.join(known)}; name one of these."
+        )
+    return published[version or "DEFAULT"]
+
+
+def pinned(spec: str, weights: str | None) -> str | None:
+    """Return what a run's weights are with the version named that ``pretrained`` alone takes of torchvision today.
+
+    Example:
+        >>> pinned("torchvision:resnet50", "pretrained")
+        'pretrained:IMAGENET1K_V2'
+    """
+    import torchvision
+
+    kind, _, name = spec.partition(":")
+    if weights != PRETRAINED or kind != "torchvision" or name not in torchvision.models.list_models():
+        return weights
+    return f"{PRETRAINED}:{_published(name, '').name}"
+
+
+def _timm(name: str, options: dict[str, Any], pretrained: str | None) -> SourceModel:
     try:
         import timm
     except ImportError:
         raise UsageError(f"timm:{name}: timm is not installed; pip install 'secateur[timm]'.") from None
+    if pretrained:
+        raise UsageError(f"--weights {PRETRAINED}:{pretrained}: timm names versions in the model, timm:NAME.TAG.")
     if not timm.is_model(name):
         raise UsageError(f"timm:{name}: no such model{user_code.suggest(name, timm.list_models())}")
-    built = user_code.guard(
-        f"timm:{name}", timm.create_model, {"model_name": name, "pretrained": pretrained, **options}, "model"
-    )
+    given = {"model_name": name, "pretrained": pretrained is not None, **options}
+    built = user_code.guard(f"timm:{name}", timm.create_model, given, "model")
     shape = built.default_cfg["input_size"]
     return SourceModel(built, _noise((1, *shape)), f"timm:{name}")
 

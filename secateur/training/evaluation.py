@@ -19,6 +19,60 @@ if TYPE_CHECKING:
 Metric: TypeAlias = Callable[[nn.Module, Batches], float]
 """``metric(model, batches)`` -> higher is better; a fraction, so that tolerances count hundredths of it as points."""
 
+TOP5_CLASSES = 10
+"""Where a network scores more classes than this, top-5 accuracy is measured beside top-1."""
+
+
+class Accuracy:
+    """Top-1 accuracy over all examples; where there are more than :data:`TOP5_CLASSES` classes, top-5 beside it.
+
+    The number is top-1, on which every decision is taken; :attr:`details` holds ``top-5``.
+    """
+
+    name = "accuracy"
+    """The metric's name in tables and reports."""
+
+    def __init__(self) -> None:
+        self.details: dict[str, float] = {}
+        """``top-5``, a fraction of the examples measured last; empty where there are few classes."""
+        self._counts: dict[int, Any] = {}
+
+    def reset(self) -> None:
+        """Forget what was measured."""
+        self.details, self._counts = {}, {}
+
+    def prepare(self, output: Tensor) -> None:
+        """Make the counts for a network's outputs ``(N, classes, ...)``, which every process needs to share them."""
+        from torchmetrics.classification import MulticlassAccuracy
+
+        classes = output.shape[1]
+        ranks = (1, 5) if classes > TOP5_CLASSES and output.ndim == 2 else (1,)
+        self._counts = {
+            k: MulticlassAccuracy(num_classes=classes, average="micro", top_k=k, validate_args=False).to(output.device)
+            for k in ranks
+        }
+
+    @property
+    def prepared(self) -> bool:
+        """Whether the number of classes is known."""
+        return bool(self._counts)
+
+    def update(self, output: Tensor, target: Tensor) -> None:
+        """Count a batch."""
+        for count in self._counts.values():
+            count.update(output, target)
+
+    def compute(self) -> Tensor:
+        """Return top-1 accuracy, and set :attr:`details`."""
+        found: dict[int, Tensor] = {k: count.compute() for k, count in self._counts.items()}
+        self.details = {"top-5": float(found[5])} if 5 in found else {}
+        return found[1]
+
+
+def chosen(metric: Metric | Any = None) -> Metric | Any:
+    """Return the metric that is measured: accuracy where None is given."""
+    return Accuracy() if metric is None else metric
+
 
 def evaluate(
     model: nn.Module, batches: Batches, metric: Metric | Any = None, *, runtime: Accelerator | None = None
@@ -28,7 +82,7 @@ def evaluate(
     Args:
         model: Left as found.
         batches: Pairs ``(inputs, target)``.
-        metric: None for top-1 accuracy; a ``torchmetrics.Metric`` (updated with output and target); or a callable
+        metric: None for accuracy, top-1; a ``torchmetrics.Metric`` (updated with output and target); or a callable
             ``metric(model, batches) -> float``.
         runtime: Accelerate runtime; the model stays on its own device when None.
 
@@ -42,6 +96,7 @@ def evaluate(
     """
     from torchmetrics import Metric as TorchMetric
 
+    metric = chosen(metric)
     modes = {module: module.training for module in model.modules()}
     parameter = next(model.parameters(), None)
     device = (
@@ -52,7 +107,7 @@ def evaluate(
     model.eval()
     try:
         with torch.no_grad(), seeded(0):
-            if metric is None or isinstance(metric, TorchMetric):
+            if isinstance(metric, (Accuracy, TorchMetric)):
                 value = _measure(model, batches, metric, device, runtime)
             elif callable(metric):
                 name = f"metric {metric_name(metric)}"
@@ -106,17 +161,18 @@ def _measure(
     model: nn.Module, batches: Batches, metric: Any, device: torch.device, runtime: Accelerator | None
 ) -> float:
     from accelerate.utils import send_to_device
-    from torchmetrics.classification import MulticlassAccuracy
 
-    accuracy = metric is None
-    if metric is not None:
-        metric.reset()
+    accuracy = isinstance(metric, Accuracy)
+    metric.reset()
+    if not accuracy:
         metric.to(device)
+    measured = False
     mine, of = (0, 1) if runtime is None else (runtime.process_index, runtime.num_processes)
     for number, (inputs, target) in enumerate(walk(batches, 0, "evaluation")):
         own = number % of == mine
-        # A process without a batch of its own still makes its metric, for which it needs the number of classes.
-        if not own and (metric is not None or number > 0):
+        # A process without a batch of its own still makes its counts, for which it needs the number of classes.
+        measured = True
+        if not own and (not accuracy or number > 0):
             continue
         inputs, target = send_to_device((inputs, target), device)
         where = f"evaluation, batch {number + 1}"
@@ -128,17 +184,17 @@ def _measure(
                     f"{where}: labels run from {low} to {high}, and the network scores {output.shape[1]} classes, 0 to "
                     f"{output.shape[1] - 1}. Number the classes so, or give a metric of your own."
                 )
-        if metric is None:
+        if accuracy and not metric.prepared:
             if not _classes(output, target):
                 raise DataError(
                     "evaluation: accuracy needs class scores (N, classes) and indices (N,), found "
                     f"{kind_of(output)} and {kind_of(target)}; give a metric of your own."
                 )
-            metric = MulticlassAccuracy(num_classes=output.shape[1], average="micro", validate_args=False).to(device)
+            metric.prepare(output)
         if own:
             what = f"metric {metric_name(metric)} takes no {kind_of(output)} and {kind_of(target)}"
             with explained(UsageError, where, what, "Give a metric of such outputs and targets."):
                 metric.update(output.float() if isinstance(output, Tensor) else output, target)
-    if metric is None:
+    if not measured:
         raise DataError("evaluation: the data is empty; give at least one batch.")
     return _number(metric.compute(), f"metric {metric_name(metric)}")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import os
 from typing import TYPE_CHECKING, Any, Literal
 
 from secateur import criteria
 from secateur.criteria import Criterion, Need
-from secateur.data import Batches, DataBundle, DetectionBatches
+from secateur.data import Batches, DataBundle, DetectionBatches, ImageTensors
 from secateur.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,14 +31,14 @@ SAMPLE_BATCH = {"classification": 64, "detection": 8}
 Part = Literal["train", "validation", "test"]
 
 
-def training_batches(bundle: DataBundle, size: int | None, seed: int, workers: int = 0) -> Batches:
+def training_batches(bundle: DataBundle, size: int | None, seed: int, workers: int | None = None) -> Batches:
     """Make shuffled, augmented batches of the training data, in an order that follows from seed and epoch alone.
 
     Args:
         bundle: The data.
         size: Examples a batch; that of :data:`TRAINING_BATCH` when None.
         seed: Seed of order and augmentation.
-        workers: Processes that read files.
+        workers: Processes that read files, see :func:`readers`.
     """
     size = size or TRAINING_BATCH[bundle.task]
     count = len(bundle.train)  # type: ignore[arg-type]
@@ -46,7 +47,7 @@ def training_batches(bundle: DataBundle, size: int | None, seed: int, workers: i
     return _batches(bundle, bundle.train, size, shuffle=True, augment=True, seed=seed, workers=workers, drop_last=lone)
 
 
-def evaluation_batches(bundle: DataBundle, part: Part, workers: int = 0) -> Batches:
+def evaluation_batches(bundle: DataBundle, part: Part, workers: int | None = None) -> Batches:
     """Make batches of the validation or the test set, as they come."""
     return _batches(bundle, getattr(bundle, part), EVALUATION_BATCH[bundle.task], workers=workers)
 
@@ -57,7 +58,26 @@ def sample(bundle: DataBundle, count: int, seed: int) -> list[Any]:
     return list(itertools.islice(batches, count))
 
 
-def _batches(bundle: DataBundle, dataset: Sized | Dataset[Any], size: int, **options: Any) -> Batches:
+def readers(dataset: Sized | Dataset[Any], size: int) -> int:
+    """Return how many processes read a data set: one a core of this process's share; none for images in memory.
+
+    A few batches are read sooner than processes are started. Processes of one machine that train together share its
+    cores.
+    """
+    if isinstance(dataset, ImageTensors) or len(dataset) <= _FEW * size:  # type: ignore[arg-type]
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+_FEW = 8
+"""Batches that the run's own process reads."""
+
+
+def _batches(
+    bundle: DataBundle, dataset: Sized | Dataset[Any], size: int, workers: int | None = None, **options: Any
+) -> Batches:
+    options["workers"] = readers(dataset, size) if workers is None else workers
     return (DetectionBatches if bundle.task == "detection" else Batches)(dataset, size, **options)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import numpy as np
@@ -195,3 +196,14 @@ def test_data_without_augmentation_is_taken_as_it_is():
 def test_what_makes_no_batches_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_process_a_core_reads_files_and_none_reads_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from secateur.training import tasks
+
+    cores = len(os.sched_getaffinity(0))
+    assert tasks.readers(tensors(), 1) == 0
+    assert tasks.readers(range(100), 4) == cores
+    assert tasks.readers(range(32), 4) == 0, "eight batches are read sooner than processes are started"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2 * cores))
+    assert tasks.readers(range(100), 4) == 1, "processes that train together share the cores"

@@ -73,7 +73,7 @@ def test_coco_gives_what_detectors_take(tmp_path):
     assert taught == [[5, 6, 20, 30], [0, 30, 10.5, 32]], "clipped, and no crowd"
     crowds = [int(part[i][1]["iscrowd"].sum()) for part in (bundle.train, bundle.validation) for i in range(len(part))]
     assert sum(crowds[:4]) == 0, "a crowd teaches nothing"
-    assert sources.data(f"coco:{tmp_path}", {"contiguous": True}).classes == ("ape", "cat", "dog")
+    assert load(f"coco:{tmp_path}", contiguous=True).classes == ("ape", "cat", "dog")
 
 
 def test_coco_splits_by_its_seed_or_as_published(tmp_path):
@@ -145,6 +145,28 @@ def test_damaged_coco_is_refused_in_one_line(tmp_path, change, message):
     with pytest.raises(DataError, match=message) as found:
         load("coco", root=tmp_path)
     assert "\n" not in str(found.value)
+
+
+def test_results_of_a_detector_and_other_lists_are_no_instances(tmp_path):
+    path = write_coco(tmp_path / "c") / "annotations/instances_train2017.json"
+    path.write_text(json.dumps([{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}]))
+    with pytest.raises(DataError, match=r"train2017.json: is no file of instances, .*; found list"):
+        load("coco", root=tmp_path / "c")
+
+
+def test_boxes_wholly_outside_are_none_to_find(tmp_path):
+    outside = [{"category_id": 1, "bbox": [50, 3, 5, 5]}]
+    with pytest.raises(DataError, match=r"not one box in 5 photographs"):
+        load("coco", root=write_coco(tmp_path / "a", boxes=outside))
+    root = write_coco(tmp_path / "b", {"train2017": 12, "val2017": 2})
+    _edited(lambda c: c.update(annotations=[]), "val2017")(root)
+    assert load("coco", root=root).test.boxes == 0
+    with pytest.raises(DataError, match=r"not one box to find in the 2 photographs of the test set; split it"):
+        sources.data(f"coco:{root}", {"validation": 0.5})
+    _edited(lambda c: c.update(annotations=[{"image_id": 101, "category_id": 1, "bbox": [1, 2, 3, 4], "iscrowd": 1}]),
+            "val2017")(root)  # fmt: skip
+    with pytest.raises(DataError, match="not one box to find in the 2 photographs of the test set"):
+        sources.data(f"coco:{root}", {"validation": 0.5})
 
 
 def test_ids_that_are_no_labels_are_numbered_anew_on_request(tmp_path):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gzip
 import os
+import pickle
 import random
 import shutil
 import struct
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from secateur.data import DATASETS, Batches, load
+from secateur.data import DATASETS, Batches, cifar, cifar_files, load
 from secateur.data.image import decode, most_pixels, opened
 from secateur.errors import DataError, UsageError
 
@@ -197,16 +197,14 @@ def test_cifar10_is_decoded_from_parquet(tmp_path):
 
 def test_cifar10_is_cached_on_disk_until_its_files_change(tmp_path, monkeypatch):
     root, cache = write_cifar(tmp_path / "data"), tmp_path / "cache"
-    # The package exports a function of the module's name.
-    module = sys.modules["secateur.data.cifar10"]
     calls = []
-    original = module._decode_file
-    monkeypatch.setattr(module, "_decode_file", lambda path: calls.append(path.name) or original(path))
+    original = cifar_files.Kind.read
+    monkeypatch.setattr(cifar_files.Kind, "read", lambda kind, path: calls.append(path.name) or original(kind, path))
     first = load("cifar10", root=root, validation=0.5, cache=str(cache))
     assert len(calls) == 3
     load("cifar10", root=root, validation=0.5, cache=str(cache))
     assert len(calls) == 3, "within the process"
-    module._decoded.cache_clear()
+    cifar._decoded.cache_clear()
     again = load("cifar10", root=root, validation=0.5, cache=str(cache))
     assert len(calls) == 3, "from the disk"
     assert torch.equal(again.train.images, first.train.images)
@@ -215,7 +213,7 @@ def test_cifar10_is_cached_on_disk_until_its_files_change(tmp_path, monkeypatch)
     load("cifar10", root=root, validation=0.5, cache=str(cache))
     assert calls[3:] == ["test-00000-of-00001.parquet"]
     (cache / "cifar10-test.safetensors").write_bytes(b"damaged")
-    module._decoded.cache_clear()
+    cifar._decoded.cache_clear()
     assert torch.equal(load("cifar10", root=root, validation=0.5, cache=str(cache)).test.images, first.test.images)
     assert len(calls) == 5
 
@@ -223,7 +221,10 @@ def test_cifar10_is_cached_on_disk_until_its_files_change(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda root: shutil.rmtree(root), r"no train-\*.parquet; expected CIFAR-10 in Parquet files"),
+        (
+            lambda root: shutil.rmtree(root),
+            r"no train-\*.parquet, nor cifar-10-batches-py; get cifar10 by python -c .*CIFAR10.*download=True.*uoft",
+        ),
         (lambda root: (root / "train-00001-of-00002.parquet").unlink(), "1 train files of 2 announced"),
         (lambda root: (root / "test-00000-of-00001.parquet").unlink(), r"no test-\*.parquet"),
         (
@@ -244,6 +245,82 @@ def test_damaged_cifar10_is_refused(tmp_path, change, message):
     change(write_cifar(tmp_path / "data"))
     with pytest.raises(DataError, match=message):
         load("cifar10", root=tmp_path / "data")
+
+
+def write_batches(
+    folder: Path, key: str, classes: int, names=("train", "test"), count: int = 20, numpy_of="numpy.core"
+):
+    """Write files as the first release has them: pickled by Python 2, rows of red, green and blue."""
+    folder.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (len(names), count, 3072), dtype=np.uint8)
+    for name, rows in zip(names, pixels, strict=True):
+        content = {b"data": rows, key.encode(): [i % classes for i in range(count)], b"batch_label": name.encode()}
+        written = pickle.dumps(content, protocol=2)
+        # numpy 2 calls the module by another name than the numpy that wrote the files.
+        (folder / name).write_bytes(written.replace(b"numpy._core", numpy_of.encode()))
+    return pixels
+
+
+def test_cifar10_is_read_as_torchvision_lays_it_out(tmp_path):
+    names = (*(f"data_batch_{n}" for n in range(1, 6)), "test_batch")
+    pixels = write_batches(tmp_path / "cifar-10-batches-py", "labels", 10, names)
+    bundle = load("cifar10", root=tmp_path, validation=0.5)
+    assert [len(p) for p in (bundle.train, bundle.validation, bundle.test)] == [50, 50, 20]
+    assert np.array_equal(bundle.train.images.numpy().reshape(100, 3072), pixels[:5].reshape(100, 3072))
+    assert np.array_equal(bundle.test.images.numpy().reshape(20, 3072), pixels[5])
+    assert bundle.train.labels.tolist() == [i % 10 for i in range(20)] * 5
+    (tmp_path / "cifar-10-batches-py/data_batch_3").unlink()
+    with pytest.raises(DataError, match=r"data_batch_3: is missing; unpack cifar10's archive anew"):
+        load("cifar10", root=tmp_path)
+
+
+@pytest.mark.parametrize(("name", "folder"), [("cifar10", "plain_text"), ("cifar10", "data"), ("cifar100", "cifar100")])
+def test_cifar_is_read_as_the_hub_lays_it_out(tmp_path, name, folder):
+    write_cifar(tmp_path / folder)
+    if name == "cifar100":
+        from pyarrow import parquet
+
+        for file in (tmp_path / folder).iterdir():
+            table = parquet.read_table(file)
+            table = table.append_column("coarse_label", table["label"]).rename_columns(
+                ["img", "fine_label", "coarse_label"]
+            )
+            parquet.write_table(table, file)
+    bundle = load(name, root=tmp_path, validation=0.25)
+    assert [len(p) for p in (bundle.train, bundle.validation, bundle.test)] == [30, 10, 20]
+    assert bundle.train.labels[25] == 5
+
+
+def test_cifar100_has_its_hundred_fine_classes(tmp_path):
+    write_batches(tmp_path / "cifar-100-python", "fine_labels", 100, count=200)
+    bundle = load("cifar100", root=tmp_path, validation=0.5)
+    assert len(bundle.classes) == len(set(bundle.classes)) == 100
+    assert list(bundle.classes) == sorted(bundle.classes)
+    assert int(bundle.test.labels.max()) == 99
+    with pytest.raises(DataError, match="nor cifar-10-batches-py"):
+        load("cifar10", root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (pickle.dumps(os.getcwd), r"it names posix.getcwd, which no file of CIFAR does; unpack its archive anew"),
+        (b"\x80\x02}q", "not readable as a batch of CIFAR"),
+        (pickle.dumps([1], protocol=2), "expected CIFAR's data and labels, found list"),
+        (pickle.dumps({b"data": [0] * 3072, b"labels": [0]}, protocol=2), "expected rows of 3072 bytes under data"),
+        (
+            pickle.dumps({b"data": np.zeros((1, 3072), np.float32), b"labels": [0]}, protocol=2),
+            "expected rows of 3072 bytes under data",
+        ),
+        (pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [10]}, protocol=2), "classes are 0 to 9"),
+    ],
+)
+def test_pickled_batches_build_nothing_and_are_checked(tmp_path, content, message):
+    names = (*(f"data_batch_{n}" for n in range(1, 6)), "test_batch")
+    write_batches(tmp_path / "cifar-10-batches-py", "labels", 10, names, numpy_of="numpy._core")
+    (tmp_path / "cifar-10-batches-py/data_batch_2").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load("cifar10", root=tmp_path)
 
 
 @needs_shared

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from secateur import checkpoint
 from secateur.checkpoint import pruned
 from secateur.compensation.sensitivity import Sensitivity
-from secateur.data.cifar10 import _decode_file
+from secateur.data.cifar_files import CIFAR10
 from secateur.data.image import decode
 from secateur.data.mnist import FILES, mnist
 from secateur.data.voc import voc
@@ -416,7 +416,7 @@ def _cifar(folder: Path) -> Read:
 
     def read(rng: random.Random) -> None:
         path.write_bytes(damaged(content, rng))
-        images, labels = _decode_file(path)
+        images, labels = CIFAR10.read(path)
         assert len(images) == len(labels)
 
     return read

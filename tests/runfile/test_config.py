@@ -278,3 +278,10 @@ def test_an_anchor_may_be_used(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("model: lenet5\ndata: digits\nmodel_options: &o {a: 1}\ndata_options: {<<: *o, b: 2}\n")
     assert config.load(path).data_options == {"a": 1, "b": 2}
+
+
+def test_what_is_none_by_choice_is_none_when_read_back(tmp_path: Path) -> None:
+    run = config.build({"model": "lenet5", "data": "digits", "settings": {"correlation_target": None}})
+    config.save(run, tmp_path / "run.yaml")
+    assert config.load(tmp_path / "run.yaml") == run
+    assert config.build(config.plain(run)) == run

@@ -31,6 +31,7 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no shared data a
 LENET = {(4, 5): 134_600, (3, 5): 112_200, (3, 4): 99_400, (2, 3): 67_400}
 RESNET = {(10, 20, 38): 48_553_596, (9, 18, 36): 40_818_024, (8, 16, 27): 29_549_902}
 REMOVED = {"vgg16_cifar10": {"80": 0.8036, "82": 0.8193}, "resnet50_imagenet": {"cfp": 0.496, "corrnet": 0.516}}
+WEIGHTS = {"resnet50_imagenet_corrnet_params": 0.446}
 
 
 def ids(path: Path) -> str:
@@ -113,6 +114,25 @@ def test_widths_end_at_the_published_macs(path):
     assert found == expected_macs(path)
 
 
+def test_percentages_in_the_heads_are_the_true_ones():
+    heads = {
+        path: re.search(r"([\d,]+) of ([\d,]+) MACs,\n# ([\d.]+)% removed", path.read_text("utf-8")) for path in FULL
+    }
+    found = {path.stem: match for path, match in heads.items() if match is not None}
+    assert len(found) == len(RESNET)
+    for name, match in found.items():
+        after, before = (int(match[i].replace(",", "")) for i in (1, 2))
+        assert after == RESNET[tuple(map(int, name.split("_")[-3:]))]
+        assert match[3] == f"{100 * (1 - after / before):.2f}"
+
+
+def test_rows_begin_without_the_published_weights_too():
+    for path in FULL:
+        run = config.load(path, {"weights": "none"})
+        assert run.weights is None
+        assert run.baseline.epochs >= 15 or run.model.startswith("torchvision:resnet50")
+
+
 def test_rows_with_a_target_have_the_papers():
     for path in FULL:
         run = config.load(path)
@@ -121,6 +141,10 @@ def test_rows_with_a_target_have_the_papers():
             if path.stem.startswith(start) and row in rows:
                 assert run.target is not None
                 assert run.target.macs == rows[row]
+    for name, share in WEIGHTS.items():
+        target = config.load(ROOT / f"{name}.yaml").target
+        assert target is not None
+        assert target.params == share
 
 
 @needs_shared

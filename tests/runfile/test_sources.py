@@ -100,7 +100,7 @@ def test_a_file_that_does_not_compile_is_refused_with_its_line(tmp_path: Path) -
 def test_published_weights_exist_only_where_a_library_publishes(network_file: Path) -> None:
     for spec in ("lenet5", f"{network_file}:build"):
         with pytest.raises(UsageError, match="no published weights"):
-            sources.model(spec, pretrained=True)
+            sources.model(spec, pretrained="")
 
 
 def test_published_weights_are_read_without_unpickling(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,12 +114,35 @@ def test_published_weights_are_read_without_unpickling(monkeypatch: pytest.Monke
         return state
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fetch)
-    found = sources.model("torchvision:squeezenet1_1", pretrained=True)
+    found = sources.model("torchvision:squeezenet1_1", pretrained="")
     assert all(torch.equal(v, state[k]) for k, v in found.model.state_dict().items())
     assert calls[0]["weights_only"] is True
     assert calls[0]["check_hash"] is True
     with pytest.raises(UsageError, match="don't fit"):
-        sources.model("torchvision:squeezenet1_1", {"num_classes": 3}, pretrained=True)
+        sources.model("torchvision:squeezenet1_1", {"num_classes": 3}, pretrained="")
+
+
+def test_a_version_of_published_weights_is_taken_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision
+
+    urls: list[str] = []
+
+    def fetch(url: str, **_: Any) -> dict[str, torch.Tensor]:
+        urls.append(url)
+        raise OSError("offline")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fetch)
+    published = torchvision.models.get_model_weights("mobilenet_v3_large")
+    for version, entry in (("IMAGENET1K_V1", "IMAGENET1K_V1"), ("IMAGENET1K_V2", "IMAGENET1K_V2"), ("", "DEFAULT")):
+        with pytest.raises(UsageError, match="can't be fetched: offline"):
+            sources.model("torchvision:mobilenet_v3_large", pretrained=version)
+        assert urls[-1] == published[entry].url
+    with pytest.raises(UsageError, match="publishes mobilenet_v3_large as IMAGENET1K_V1, IMAGENET1K_V2; name one of"):
+        sources.model("torchvision:mobilenet_v3_large", pretrained="V3")
+    with pytest.raises(UsageError, match=r"timm names versions in the model, timm:NAME\.TAG"):
+        sources.model("timm:resnet18", pretrained="a1_in1k")
+    assert sources.pinned("lenet5", "pretrained") == "pretrained"
+    assert sources.pinned("torchvision:resnet50", "mine.pth") == "mine.pth"
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.sampled_from([*sources.DTYPES]))

@@ -59,6 +59,20 @@ def test_batches_are_those_of_their_class(tmp_path: Path) -> None:
             assert [t["image_id"] for t in targets] == [t["image_id"] for t in batch["labels"]]
 
 
+def boxed(boxes: Any, labels: Any) -> Any:
+    return torch.zeros(3, 4, 4), {"boxes": torch.tensor(boxes), "labels": torch.tensor(labels)}
+
+
+@pytest.mark.parametrize("name", MAKES)
+def test_a_label_that_the_detector_has_no_class_for_is_one_line(name: str) -> None:
+    batches = DetectionBatches([boxed([[0.0, 0, 3, 3]], [7])], 1)
+    with pytest.raises(
+        DataError, match=r"stage 0, epoch 1, batch 1: the network fails .*(out of bounds|range|index)"
+    ) as e:
+        stages.fit(MAKES[name]().train(), batches, epochs=1, loss=DetectionLoss())
+    assert "\n" not in str(e.value)
+
+
 @pytest.mark.parametrize(
     ("element", "message"),
     [
@@ -66,6 +80,11 @@ def test_batches_are_those_of_their_class(tmp_path: Path) -> None:
         ((torch.zeros(4, 4), {}), "an element is an image"),
         ((torch.zeros(3, 4, 4), 7), "an element is an image"),
         ((torch.zeros(3, 4, 4), {"boxes": torch.zeros(0, 4)}), "this target has boxes"),
+        (boxed([], [1]), r"a target has boxes \(n, 4\), also where n is 0, and n labels; found \(0,\) and \(1,\)"),
+        (boxed([[0.0, 0, 2, 2]], [1, 2]), r"and n labels; found \(1, 4\) and \(2,\)"),
+        (boxed([[0.0, 0, 2, 2], [1, 1, 1, 3]], [1, 2]), r"a box is x1 < x2 .* found \[1.0, 1.0, 1.0, 3.0\]. Leave"),
+        (boxed([[0, 0, 2, float("nan")]], [1]), "a box is x1 < x2"),
+        (boxed([[0.0, 0, 2, 2]], [0]), "labels of boxes are whole numbers from 1, as 0 is the background; found 0"),
     ],
 )
 def test_elements_that_are_no_images_with_boxes_are_refused(element: Any, message: str) -> None:

@@ -208,6 +208,23 @@ def test_accuracy_is_a_count(size: int) -> None:
     assert model.training
 
 
+def test_top_5_is_counted_beside_top_1_where_there_are_many_classes() -> None:
+    from secateur.training.evaluation import Accuracy, details
+
+    torch.manual_seed(0)
+    scores, labels = torch.randn(60, 20), torch.randint(0, 20, (60,))
+    batches = [(scores[i : i + 25], labels[i : i + 25]) for i in (0, 25, 50)]
+    metric = Accuracy()
+    found = evaluate(nn.Identity(), batches, metric)
+    order = scores.argsort(1, descending=True)
+    assert found == pytest.approx(sum(int(o[0] == y) for o, y in zip(order, labels, strict=True)) / 60)
+    top5 = sum(int(y in o[:5].tolist()) for o, y in zip(order, labels.tolist(), strict=True)) / 60
+    assert details(metric) == {"top-5": pytest.approx(top5)}
+    assert top5 > found
+    evaluate(nn.Identity(), [(scores[:, :10], labels % 10)], metric)
+    assert details(metric) is None, "of 10 classes, and nothing is left of what was measured before"
+
+
 def test_own_metrics() -> None:
     from torchmetrics.classification import MulticlassAccuracy
 
