@@ -36,11 +36,6 @@ NO_LOCKS = "SECATEUR_NO_LOCK"
 PLACE = "choose another folder (--run-dir)"
 
 
-def writes() -> bool:
-    """Tell whether this process is the main one of a run's; torchrun and accelerate launch tell each its number."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 class RunDirectory:
     """The folder of one run, held by one process at a time.
 

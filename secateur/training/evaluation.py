@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from secateur.errors import DataError, DivergedError, UsageError
 from secateur.network.isolation import set_modes
 from secateur.training.passes import Batches, called, explained, kind_of, seeded, walk
+from secateur.training.processes import together
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -141,4 +142,6 @@ def _measure(
                 metric.update(output.float() if isinstance(output, Tensor) else output, target)
     if metric is None:
         raise DataError("evaluation: the data is empty; give at least one batch.")
-    return _number(metric.compute(), f"metric {metric_name(metric)}")
+    with together():
+        computed = metric.compute()
+    return _number(computed, f"metric {metric_name(metric)}")

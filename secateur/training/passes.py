@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from secateur.criteria.feature_maps import examples, first_line
 from secateur.errors import DataError, SecateurError
 from secateur.network.inputs import are_images
+from secateur.training.processes import together
 
 Batches: TypeAlias = Iterable[Any]
 """Pairs ``(inputs, target)``, or mappings of keyword arguments with ``labels`` among them, walked once an epoch:
@@ -63,7 +64,8 @@ def forward(model: nn.Module, inputs: Any) -> Any:
 def explained(error: type[SecateurError], where: str, what: str, remedy: str) -> Iterator[None]:
     """Turn what the user's own code raises into one line that says where and what helps."""
     try:
-        yield
+        with together():
+            yield
     except SecateurError:
         raise
     except Exception as raised:
