@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ def _forked(call: Callable[[], Any], folder: Path, world: dict[str, str], rank: 
         sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
         # What this process has found out of its own being alone.
         AcceleratorState._reset_state(reset_partial_state=True)
+        warnings.simplefilter("ignore")
         if world:
             os.environ.update(world, RANK=str(rank), LOCAL_RANK=str(rank))
         status = call() or 0
