@@ -268,6 +268,8 @@ def _write_onnx(program: Any, part: Path) -> Callable[[], Runner]:
     try:
         with quiet():
             torch.onnx.export(program, (), str(part), dynamo=True, external_data=False, verbose=False)
+    except OSError:
+        raise  # the disk's, not the network's
     except Exception as error:  # the exporter's passes raise anything
         operator, line = _blame(error, program)
         raise ExportError(

@@ -303,16 +303,17 @@ class Stage:
         with explained(RunError, where, "the loss can't be differentiated", "Training needs a forward that can be."):
             # The gradients of fp16 would be rounded to zero unscaled.
             self.runtime.backward(loss if scaler is None else scaler.scale(loss))
-        if scaler is not None:
-            optimizer = self._optimizer.optimizer
-            scaler.unscale_(optimizer)
-        if self.settings.clip_norm is not None:
-            self.runtime.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
-        if scaler is None:
-            optimizer.step()
-        else:
-            scaler.step(optimizer)
-            scaler.update()
+        with explained(RunError, where, "the optimizer's step fails", "Another optimizer may do."):
+            if scaler is not None:
+                optimizer = self._optimizer.optimizer
+                scaler.unscale_(optimizer)
+            if self.settings.clip_norm is not None:
+                self.runtime.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
 
     def _set_rate(self, progress: float) -> None:
         for group in self._optimizer.param_groups:
