@@ -16,9 +16,13 @@ import torch
 from torch import nn
 
 import secateur as sc
-from secateur.engine import compress, resume
+from secateur.data import DetectionBatches
+from secateur.engine import RunDirectory, compress, resume
 from secateur.errors import PlanError, RunError, UsageError
 from secateur.training import evaluation, processes, stages
+from secateur.training.detection import DetectionLoss, MeanAveragePrecision
+from secateur.training.stages import TrainingSettings, fit
+from tests import detectors
 from tests.engine.launching import launch
 from tests.engine.nets import Batches, Small, digits, trained
 from tests.engine.test_resume import outcome
@@ -216,3 +220,59 @@ def test_a_process_that_fails_alone_stops_all(network: nn.Module, tmp_path: Path
         said = "this process alone" if "training" in how else "labels run from 10 to 10"
         assert said in told(tmp_path, 1)
         assert told(tmp_path, 1).startswith("error: process 1: ")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
+def test_a_process_that_reads_images_holds_no_lock(tmp_path: Path) -> None:
+    """A worker outlives a killed run by seconds, in which the run can be gone on with."""
+    begun, begins = os.pipe()
+    with RunDirectory(tmp_path):
+        worker = os.fork()
+        if worker == 0:
+            os.write(begins, b"x")
+            time.sleep(60)
+            os._exit(0)
+        os.read(begun, 1)
+    try:
+        with RunDirectory(tmp_path):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["distillation", "detection"])
+def test_two_processes_end_within_half_a_point_of_one(tmp_path: Path, what: str) -> None:
+    """With half the batch size, so that a step of training sees as many images."""
+    ends = []
+    if what == "distillation":
+        train, _, _ = digits(400)
+        images, classes = (torch.cat([getattr(part, n) for part in (VALIDATION, TEST)]) for n in ("x", "y"))
+        held = Batches(images, classes, 100)
+        model: nn.Module = trained(epochs=16)
+        given: dict[str, Any] = {"target": sc.Target(macs=0.4), "final_epochs": 4, "lr": 0.01}
+    else:
+        torch.manual_seed(0)
+        model, parts = detectors.faster_rcnn(), detectors.batches()
+        loss, metric = DetectionLoss(), MeanAveragePrecision()
+        fit(model, parts["train"], epochs=30, loss=loss, settings=TrainingSettings("adam", lr=2e-3, weight_decay=0.0))
+        held = parts["validation"]
+        given = {"method": "l1", "target": sc.Target(macs=0.2), "finetune_epochs": 1, "lr": 1e-4, "loss": loss,
+                 "metric": metric}  # fmt: skip
+    for number in (1, 2):
+
+        def call(number: int = number) -> None:
+            batches = (
+                Batches(train.x, train.y, train.size // number, shuffle=True)
+                if what == "distillation"
+                else DetectionBatches(parts["train"].dataset, 2 // number, shuffle=True)
+            )
+            result = compress(model, train=batches, validation=held, **given, **PLAIN)
+            print(json.dumps(result.report["final"]["validation"]))  # noqa: T201
+
+        assert launch(call, tmp_path, number) == [0] * number, told(tmp_path)
+        ends.append(json.loads((tmp_path / "out-0").read_text().splitlines()[-1]))
+    print(what, ends)  # noqa: T201
+    assert ends[0] > 0.3
+    assert abs(ends[0] - ends[1]) <= 0.005
