@@ -1,9 +1,9 @@
 """Two processes against one on two cores: images a second of ResNet-20's training, measured in turns.
 
-``python -m bench.processes [--steps 40] [--turns 5] [--batch-size 128]``: each turn trains one epoch of random images of
-CIFAR-10's size in one process of one thread, then in two of one thread each, or the other way round. Both stand ready all
-the time, and the ones whose turn it isn't wait in a read of a pipe. Prints the images a second of every turn, and the median of the
-turns' ratios. Of use on a machine with two cores to spare.
+``python -m bench.processes [--steps 40] [--turns 5] [--batch-size 128]``: each turn trains an epoch on random images of
+CIFAR-10's size in one process of one thread, then in two of one thread each, or the other way round. Both sides stand
+ready all the time; whose turn it isn't waits for a line. Prints the images a second of every turn, and the median of
+the turns' ratios. Of use on a machine with two cores to spare.
 """
 
 from __future__ import annotations

@@ -40,7 +40,9 @@ def imported() -> None:
     compress(trained(epochs=1), train=train, validation=validation, max_rounds=1, device="cpu")
 
 
-def _killed(place: Path, number: int, draw: random.Random, sent: signal.Signals, early: bool, count: Counter[str]) -> bool:
+def _killed(
+    place: Path, number: int, draw: random.Random, sent: signal.Signals, early: bool, count: Counter[str]
+) -> bool:
     """Run, or go on, until the signal; return whether it arrived in time."""
     run = place / "run"
     state, lines = run / "checkpoint" / "state.safetensors", run / "checkpoint" / "baseline.jsonl"

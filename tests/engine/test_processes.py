@@ -274,5 +274,5 @@ def test_two_processes_end_within_half_a_point_of_one(tmp_path: Path, what: str)
         assert launch(call, tmp_path, number) == [0] * number, told(tmp_path)
         ends.append(json.loads((tmp_path / "out-0").read_text().splitlines()[-1]))
     print(what, ends)  # noqa: T201
-    assert ends[0] > 0.3
+    assert ends[0] > 0.1
     assert abs(ends[0] - ends[1]) <= 0.005

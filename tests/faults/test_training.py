@@ -19,7 +19,6 @@ import secateur as sc
 from secateur import checkpoint
 from secateur.engine import RunDirectory, compress, resume
 from secateur.errors import DataError, DivergedError, RunError, SecateurError, UsageError
-
 from tests.engine.nets import Batches, Small, digits, trained
 
 TRAIN, VALIDATION, TEST = digits(80)
@@ -100,15 +99,37 @@ def named(make: Make, name: str, error: type[SecateurError], text: str) -> None:
 
 
 # The loss
-named(loss_of(lambda o, y: F.cross_entropy(o, y) * math.nan), "a loss of NaN", DivergedError, "the training loss is nan; lower")
-named(loss_of(lambda o, y: F.cross_entropy(o, y) + math.inf), "an infinite loss", DivergedError, "the training loss is inf; lower")
+named(
+    loss_of(lambda o, y: F.cross_entropy(o, y) * math.nan),
+    "a loss of NaN",
+    DivergedError,
+    "the training loss is nan; lower",
+)
+named(
+    loss_of(lambda o, y: F.cross_entropy(o, y) + math.inf),
+    "an infinite loss",
+    DivergedError,
+    "the training loss is inf; lower",
+)
 named(loss_of(lambda o, y: None), "a loss of nothing", UsageError, "loss: must return a scalar tensor, found NoneType")
 named(loss_of(lambda o, y: 1.0), "a loss that is a float", UsageError, "loss: must return a scalar tensor, found float")
-named(loss_of(lambda o, y: F.cross_entropy(o, y, reduction="none")), "a loss an example", UsageError, "found shape (40,)")
+named(
+    loss_of(lambda o, y: F.cross_entropy(o, y, reduction="none")), "a loss an example", UsageError, "found shape (40,)"
+)
 named(loss_of(lambda o, y: o.detach().sum()), "a loss without gradient", RunError, "the loss has no gradient")
-named(loss_of(raised(ValueError("a loss of\nits own"))), "a loss that raises", UsageError, "no loss of what the network returns")
+named(
+    loss_of(raised(ValueError("a loss of\nits own"))),
+    "a loss that raises",
+    UsageError,
+    "no loss of what the network returns",
+)
 named(loss_of(lambda o, y: o["logits"]), "a loss of another output", UsageError, "no loss of what the network returns")
-named(loss_of(raised(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))), "no memory for the loss", RunError, "memory")
+named(
+    loss_of(raised(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))),
+    "no memory for the loss",
+    RunError,
+    "memory",
+)
 named(loss_of(raised(MemoryError())), "no memory on the host", RunError, "memory")
 # The data
 named(data_of(lambda x, y: (x * math.nan, y)), "images of NaN", DivergedError, "the training loss is nan")
@@ -116,7 +137,12 @@ named(data_of(lambda x, y: (x, y + 5)), "labels out of range", UsageError, "out 
 named(data_of(lambda x, y: (x, y - 200)), "labels below zero", UsageError, "out of bounds")
 named(data_of(lambda x, y: (x, y[:3])), "fewer labels than images", UsageError, "no loss of what the network returns")
 named(data_of(lambda x, y: (x, y.float())), "labels that are floats", UsageError, "no loss of what the network returns")
-named(data_of(lambda x, y: (x.repeat(1, 3, 1, 1), y)), "images of other channels", DataError, "the network fails on inputs")
+named(
+    data_of(lambda x, y: (x.repeat(1, 3, 1, 1), y)),
+    "images of other channels",
+    DataError,
+    "the network fails on inputs",
+)
 named(data_of(lambda x, y: (x[:, :, :4], y)), "images of another size", DataError, "the network fails on inputs")
 named(data_of(lambda x, y: ((x * 8).byte(), y)), "images of bytes", DataError, "the network fails on inputs")
 named(data_of(lambda x, y: (x[:0], y[:0])), "an empty batch", DataError, "the batch is empty")
@@ -222,7 +248,12 @@ def network() -> nn.Module:
 @pytest.mark.slow
 @pytest.mark.parametrize(("make", "error", "text"), ROWS)
 def test_a_fault_of_training_is_one_line_and_the_run_goes_on_once_it_is_mended(
-    network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Make, error: type[SecateurError], text: str
+    network: nn.Module,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Make,
+    error: type[SecateurError],
+    text: str,
 ) -> None:
     fault = Fault()
     given: dict[str, Any] = {"model": network, "train": TRAIN, "validation": VALIDATION}
@@ -242,5 +273,3 @@ def test_a_fault_of_training_is_one_line_and_the_run_goes_on_once_it_is_mended(
     result = resume(tmp_path / "run", type(model)(), **given)
     assert len(result.history) == 2
     assert all(bool(v.isfinite().all()) for v in result.model.state_dict().values())
-
-
