@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -37,6 +38,11 @@ PICTURE_WIDTH = 100
 """Columns of a picture of the terminal."""
 
 
+def process() -> int:
+    """Return the number of this process among those of a run, as what starts several tells it; 0 shows the result."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def output(*, record: bool = False) -> Console:
     """Return the console for results, on standard output; ``record`` keeps what is printed, for a picture."""
     width = PICTURE_WIDTH if record else None if sys.stdout.isatty() else WIDTH
@@ -44,7 +50,8 @@ def output(*, record: bool = False) -> Console:
 
 
 def error_line(text: str, kind: str = "error") -> None:
-    """Write one line to standard error, whatever line breaks the text holds."""
+    """Write one line to standard error, whatever line breaks the text holds; processes but the first give a number."""
+    text = f"process {process()}: {text}" if process() else text
     colour = "red" if kind == "error" else "yellow"
     line = Text.assemble((f"{kind}:", f"bold {colour}"), " ", " ".join(text.split()))
     Console(stderr=True, highlight=False, emoji=False).print(line, soft_wrap=True)
@@ -449,6 +456,8 @@ def running(as_json: bool, *, quiet: bool = False, level: str = "warning") -> It
     """
     logger = logging.getLogger("secateur")
     before = logger.level
+    if process():  # the first says the same
+        quiet, level = True, "error"
     logger.setLevel(max(logging.WARNING, logging.getLevelName(level.upper())) if quiet else level.upper())
     try:
         with Steps(quiet=quiet) as steps, redirect_stdout(sys.stderr) if as_json else nullcontext():

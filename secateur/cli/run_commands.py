@@ -279,7 +279,8 @@ def _values(run: Callable[[], CompressResult], run_dir: str | Path | None) -> di
     except FinishedRunError as finished:
         if given := finished.changes:
             raise UsageError(f"{finished} Begin another one with {', '.join(given)}, from its model.") from None
-        console.error_line(str(finished), "note")
+        if not console.process():
+            console.error_line(str(finished), "note")
         return {**finished.report, "history": finished.history, "run_dir": str(run_dir)}
     return {**result.report, "history": result.history, "run_dir": str(result.run_dir)}
 
@@ -293,4 +294,6 @@ def _show_estimate(run: RunConfig, as_json: bool, quiet: bool) -> None:
 
 
 def _show_run(values: Mapping[str, Any], as_json: bool) -> None:
+    if console.process():
+        return
     console.write_json(values) if as_json else console.show_run(values)

@@ -70,6 +70,8 @@ def write_onnx(program: Any, part: Path) -> Callable[[], Runner]:
     try:
         with quiet():
             torch.onnx.export(program, (), str(part), dynamo=True, external_data=False, verbose=False)
+    except OSError:
+        raise  # the disk's, not the network's
     except Exception as error:  # the exporter's passes raise anything
         operator, line = blame(error, program)
         raise ExportError(

@@ -14,7 +14,7 @@ from secateur.engine.events import Event, Progress
 from secateur.engine.loop import Engine
 from secateur.engine.pairing import CorrelationRegulariser, largest_correlations
 from secateur.engine.result import CompressResult
-from secateur.engine.rundir import RunDirectory, writes
+from secateur.engine.rundir import RunDirectory
 from secateur.engine.settings import Settings, parted
 from secateur.engine.state import State
 from secateur.engine.summary import summarise
@@ -23,6 +23,7 @@ from secateur.pruning.options import Options
 from secateur.pruning.planning import Target
 from secateur.training.evaluation import Metric
 from secateur.training.passes import Batches
+from secateur.training.processes import writes
 from secateur.training.stages import Loss
 
 _LOG = logging.getLogger(__name__)
@@ -187,6 +188,8 @@ def resume(
         )  # fmt: skip
         record.compare_machine(directory.path, config, engine)
         state = engine.resume(*directory.restore())
+        # The main process must not write before every other one has read.
+        engine.runtime.wait_for_everyone()
         if changed:
             directory.reconfigure({**config, "settings": engine.settings.plain()})
         if state.changes < len(config["changes"]):

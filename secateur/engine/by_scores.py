@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -35,7 +35,11 @@ from secateur.pruning.planning import Target, plan_removal
 from secateur.pruning.surgery import cut
 from secateur.training import passes
 from secateur.training.passes import Batches
+from secateur.training.processes import agreed, told
 from secateur.training.stages import Loss
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 _LOG = logging.getLogger(__name__)
 
@@ -63,6 +67,7 @@ class Scores(Selection):
         loss: The training loss, for a criterion that needs gradients.
         seed: Seed of a criterion's random draws.
         example_inputs: What the network is timed on.
+        runtime: Accelerate runtime; of several processes the main one measures times.
 
     Raises:
         UsageError: As :class:`Selection`; if the criterion has no such option, or settings of pairs are given.
@@ -80,9 +85,10 @@ class Scores(Selection):
         loss: Loss | None,
         seed: int,
         example_inputs: Any,
+        runtime: Accelerator,
     ) -> None:
         self.way, self.train, self.loss, self.seed = way, train, loss, seed
-        self.example_inputs = example_inputs
+        self.example_inputs, self.runtime = example_inputs, runtime
         self.check(way, settings)
         if target is None and not options.ratios:
             if options.round_to == "auto":
@@ -140,14 +146,20 @@ class Scores(Selection):
         """
         if self.target is not None and self.needs_times(state):
             at = self.target.setting
-            state.times = asdict(latency(state.network, self.graph, **at, example_inputs=self.example_inputs))
+            state.times = told(
+                self.runtime,
+                lambda: asdict(latency(state.network, self.graph, **at, example_inputs=self.example_inputs)),
+            )
             return
         with passes.seeded(self.seed, 0, 3) as seed:
             try:
-                table = measured(
-                    state.network, graph, Some(self.train, None, seed), self.limits_now(state, graph),
-                    self.target_now(state, graph), inexact=self.options.inexact, costs=self.times(state),
-                    progress=progress,
+                table = agreed(
+                    self.runtime,
+                    lambda: measured(
+                        state.network, graph, Some(self.train, None, seed), self.limits_now(state, graph),
+                        self.target_now(state, graph), inexact=self.options.inexact, costs=self.times(state),
+                        progress=progress,
+                    ),
                 )  # fmt: skip
                 self.store_table(state, table)
             except NotComparableError as error:
@@ -324,9 +336,12 @@ class Scores(Selection):
             found = choice(goal, limits, round_to=round_to, allocation=allocation, costs=costs)
             return plan_removal(graph, found)
 
-        timed = in_time(state.network, graph, self.example_inputs, target, costs, planned)
-        state.latency = timed.report
-        return timed.plan.removed
+        def found() -> tuple[dict[str, list[int]], dict[str, Any]]:
+            timed = in_time(state.network, graph, self.example_inputs, target, costs, planned)
+            return timed.plan.removed, timed.report
+
+        removed, state.latency = told(self.runtime, found)
+        return removed
 
     def _limits_for(self, round_to: int | Literal["auto"]) -> dict[str, Limit]:
         """Return the limits of the unpruned network's groups for a multiple of channels."""
@@ -335,10 +350,14 @@ class Scores(Selection):
 
     def _fastest(self, state: State, whole: Any) -> int:
         """Measure which multiple of channels runs fastest on this CPU."""
-        found = choose_round_to(
-            lambda n: cut(state.network, self.plan(whole(n))), self.example_inputs, batch_size=MEASURED_BATCH
+        return told(
+            self.runtime,
+            lambda: (
+                choose_round_to(
+                    lambda n: cut(state.network, self.plan(whole(n))), self.example_inputs, batch_size=MEASURED_BATCH
+                ).round_to
+            ),
         )
-        return found.round_to
 
 
 _MOST = 1 - 1e-9

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from secateur.engine.state import State
 from secateur.engine.summary import summarise
-from secateur.errors import RunError, SecateurError
+from secateur.errors import CriterionError, DivergedError, PlanError, RunError, SecateurError
 from secateur.graph import cost
 
 if TYPE_CHECKING:
@@ -26,8 +26,9 @@ def ended(engine: Engine, state: State, directory: RunDirectory | None, error: S
         SecateurError: Always: of the error's own class, with what is left and how it goes on. A :class:`RunError` holds
             the result.
     """
-    # Another process may not have seen the error, and what is measured here would wait for it.
-    if engine.runtime.num_processes > 1 or not state.accepted_removed:
+    # Of other errors another process may have seen nothing, and what is measured here would wait for it.
+    seen_by_all = engine.runtime.num_processes == 1 or isinstance(error, (DivergedError, PlanError, CriterionError))
+    if not seen_by_all or not state.accepted_removed:
         raise error
     engine.begin_round(state)
     record = engine.milestone(state)
@@ -81,7 +82,7 @@ def diverged(engine: Engine, state: State, error: RunError) -> None:
         RunError: The same, where every round is accepted: then nothing tells that less would have been enough.
     """
     engine.end_stage()
-    if not engine.bounded or engine.runtime.num_processes > 1:
+    if not engine.bounded:
         raise error
     _LOG.warning("compress: round %d, %s", state.round, error)
     state.training, state.epoch = None, 0

@@ -10,7 +10,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from secateur.engine.present import difference, remaining
 from secateur.engine.selection import Selection, union
 from secateur.engine.settings import Settings
 from secateur.engine.state import Removed, State
-from secateur.errors import DivergedError
+from secateur.errors import DivergedError, SecateurError
 from secateur.graph import cost
 from secateur.graph.channels import ChannelGraph
 from secateur.graph.plan import PruningPlan
@@ -32,7 +32,7 @@ from secateur.pruning.options import AUTO, SENSITIVITY, Options
 from secateur.pruning.planning import Target
 from secateur.pruning.surgery import cut
 from secateur.tracing.tracing import trace
-from secateur.training import evaluation, stages
+from secateur.training import evaluation, processes, stages
 from secateur.training.arithmetic import decide
 from secateur.training.evaluation import Metric
 from secateur.training.passes import Batches
@@ -40,6 +40,8 @@ from secateur.training.stages import Distillation, Loss, Stage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+T = TypeVar("T")
 
 HALVINGS = 4
 """``auto`` tries steps down to this part of the usual one, where a larger one costs more than the tolerance."""
@@ -95,8 +97,10 @@ class Engine:
         self.original = replica(unwrapped(model)).to(self.runtime.device)
         self.example_inputs = request.example(example_inputs, validation, self.runtime.device)
         asked = self.settings
-        self.arithmetic = decide(
-            self.original, self.example_inputs, self.runtime.device, asked.precision, asked.channels_last
+        self.arithmetic = self._agreed(
+            lambda: decide(
+                self.original, self.example_inputs, self.runtime.device, asked.precision, asked.channels_last
+            )
         )
         filled, self.notes = request.filled(
             asked, self.original, self.example_inputs, loss, auto=self.auto, bounded=self.bounded
@@ -106,7 +110,7 @@ class Engine:
         self.graph: ChannelGraph = trace(self.original, self.example_inputs)
         self.selection: Selection = request.selection(
             self.original, self.graph, method, self.options, self.settings, target,
-            train=train, loss=loss, seed=seed, example_inputs=self.example_inputs,
+            train=train, loss=loss, seed=seed, example_inputs=self.example_inputs, runtime=self.runtime,
         )  # fmt: skip
         self.groups, self.goals = self.selection.groups, self.selection.goals
         self._stage: Stage | None = None
@@ -211,7 +215,7 @@ class Engine:
             state.stage = "measure"
             return
         graph = self.present(state)
-        state.pairs, state.going = self.selection.choose(state, graph)
+        state.pairs, state.going = self._agreed(lambda: self.selection.choose(state, graph))
         if not state.going:
             self._nothing_left(state)
             return
@@ -311,6 +315,7 @@ class Engine:
         removed, graph = union(state.removed, state.going), self.present(state)
         plan = difference(graph, self.plan(state.removed), self.plan(removed))
         state.model = cutting.compensated(self, state, graph, plan, self.plan(removed))
+        processes.equalise(self.runtime, state.model)
         state.removed = removed
         state.episode["metric_dropped"] = self._measure(state.network)
         # The learning rate of auto decays once over all that follows its last cut.
@@ -444,9 +449,11 @@ class Engine:
         return over
 
     def _measure(self, model: nn.Module, batches: Batches | None = None) -> float:
-        return evaluation.evaluate(
-            model, self.validation if batches is None else batches, self.metric, runtime=self.runtime
-        )
+        on = self.validation if batches is None else batches
+        return self._agreed(lambda: evaluation.evaluate(model, on, self.metric, runtime=self.runtime), DivergedError)
+
+    def _agreed(self, find: Callable[[], T], carried: type[SecateurError] = SecateurError) -> T:
+        return processes.agreed(self.runtime, find, carried)
 
     def widths(self, plan: PruningPlan) -> dict[str, int]:
         """Return the output channels of every convolution and linear layer under a plan."""

@@ -81,7 +81,15 @@ def compare_machine(path: Path, config: Mapping[str, Any], engine: Engine) -> No
     now = surroundings(engine)
     then = {**config.get("machine", {}), **{f"{k} release": v for k, v in config.get("versions", {}).items()}}
     here = {**now["machine"], **{f"{k} release": v for k, v in now["versions"].items()}}
-    kinds = ("threads", "device", "capability", "processes", "torch release")
+    if (before := then.get("processes", 1)) != here["processes"]:
+        _LOG.warning(
+            "resume: %s: goes on in %d processes, %d before: a step of training takes a batch from each, so that the "
+            "result is another than that of an uninterrupted run.",
+            path,
+            here["processes"],
+            before,
+        )
+    kinds = ("threads", "device", "capability", "torch release")
     differing = [f"{kind} {here[kind]}, {then[kind]} before" for kind in kinds if then.get(kind) != here.get(kind)]
     if differing:
         advice = " OMP_NUM_THREADS sets the threads." if "threads" in differing[0] else ""

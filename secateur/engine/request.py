@@ -106,7 +106,7 @@ def selection(
         options: Limits of each group's loss, and the allocation.
         settings: The run's settings.
         target: Fraction to remove.
-        **reading: ``train``, ``loss``, ``seed`` and ``example_inputs`` of :class:`Scores`.
+        **reading: ``train``, ``loss``, ``seed``, ``example_inputs`` and ``runtime`` of :class:`Scores`.
 
     Raises:
         UsageError: If the method is unknown, or options and settings contradict it or each other.

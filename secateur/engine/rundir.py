@@ -33,16 +33,24 @@ except ImportError:  # Windows has no advisory locks of this kind
 NO_LOCKS = "SECATEUR_NO_LOCK"
 """Environment variable that, set to 1, lets a run go on in a folder whose file system has no locks."""
 
+_held: set[int] = set()
+"""Descriptors of the locks that this process holds."""
+
+
+def _let_go() -> None:
+    """Close them in a process that is forked to read images, which would hold the locks after this one's end."""
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
 PLACE = "choose another folder (--run-dir)"
 
 
 class HeldError(RunError):
     """Another process is running in the folder."""
-
-
-def writes() -> bool:
-    """Tell whether this process is the main one of a run's; torchrun and accelerate launch tell each its number."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 class RunDirectory:
@@ -78,6 +86,7 @@ class RunDirectory:
             raise UsageError(f"{self.path}: can't be used as a run directory: {error.strerror}.") from error
         if fcntl is not None:
             self._flock(self._lock)
+        _held.add(self._lock)
 
     def _flock(self, lock: int) -> None:
         try:
@@ -102,6 +111,7 @@ class RunDirectory:
     ) -> None:
         self._entered -= 1
         if self._lock is not None and not self._entered:
+            _held.discard(self._lock)
             os.close(self._lock)
             self._lock = None
 
@@ -170,8 +180,14 @@ class RunDirectory:
         return checkpoint.load(model, self.path / "baseline.safetensors")
 
     def store(self, state: State) -> None:
-        """Write the state."""
+        """Write the state.
+
+        Raises:
+            RunError: If the folder is gone, or the disk fails.
+        """
         if self.write:
+            if self._entered and not self._state.parent.is_dir():
+                raise RunError(f"{self.path}: the run's folder is gone; put it back and resume, or begin the run anew.")
             state.save(self._state)
 
     def restore(self) -> tuple[State, dict[str, Tensor]]:

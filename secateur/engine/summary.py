@@ -19,7 +19,7 @@ from secateur.graph import cost
 from secateur.graph.plan import PruningPlan
 from secateur.pruning.surgery import cut
 from secateur.pruning.verification import verify
-from secateur.training import evaluation, passes
+from secateur.training import evaluation, passes, processes
 
 if TYPE_CHECKING:
     from secateur.engine.loop import Engine
@@ -99,7 +99,7 @@ def _figures(engine: Engine, model: nn.Module, plan: PruningPlan) -> dict[str, A
         "macs": cost.macs(engine.graph, plan),
         "parameters": cost.parameters(engine.graph, plan),
         "file_bytes": None,
-        "latency_ms": latency(model, engine.example_inputs),
+        "latency_ms": processes.told(engine.runtime, lambda: latency(model, engine.example_inputs)),
         "widths": engine.widths(plan),
         "layers": list(layers.values()),
     }

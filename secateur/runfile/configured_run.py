@@ -11,7 +11,6 @@ from secateur.data import DATASETS
 from secateur.engine import CompressResult, Engine, Event, RunDirectory, compress, log, resume
 from secateur.engine.events import Progress, Steps
 from secateur.engine.request import require_method
-from secateur.engine.rundir import writes
 from secateur.engine.tracking import Trackers, require
 from secateur.errors import UsageError
 from secateur.models import MODELS
@@ -22,6 +21,7 @@ from secateur.runfile import config, sources, suspicions
 from secateur.runfile.config import RunConfig
 from secateur.training import baseline, stages, tasks
 from secateur.training.fingerprint import fingerprint
+from secateur.training.processes import writes
 from secateur.training.stages import TrainingSettings
 
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ def start(run: RunConfig, steps: Steps, *, go_on_with: bool = False, also: Progr
     folder.earlier = found.plans
     with folder, _tracked(run, folder, steps, also) as told:
         folder.require_free()
+        # The main process must not write before every other one has seen that no run is here.
+        stages.accelerator(run.settings.device).wait_for_everyone()
         if folder.write:
             config.save(run, folder.path / config.FILE)
         if training is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from secateur.errors import DataError, DivergedError, UsageError
 from secateur.network.isolation import set_modes
 from secateur.training.passes import Batches, called, explained, kind_of, seeded, walk
+from secateur.training.processes import together
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -157,6 +159,30 @@ def details(metric: Metric | Any = None) -> dict[str, Any] | None:
     return dict(found) if isinstance(found, Mapping) and found else None
 
 
+def _adds_up(metric: Any) -> bool:
+    """Tell whether all that a torchmetrics.Metric keeps is tensors, which are reduced over the processes."""
+    return all(isinstance(kept, Tensor) for part in _parts(metric) for kept in part._defaults.values())
+
+
+def _parts(metric: Any) -> list[Any]:
+    from torchmetrics import Metric as TorchMetric
+
+    return [part for part in metric.modules() if isinstance(part, TorchMetric)]
+
+
+@contextmanager
+def _unsynced(metric: Any) -> Iterator[None]:
+    """Let a metric compute of what this process has given it."""
+    before = [(part, part.sync_on_compute) for part in _parts(metric)]
+    for part, _ in before:
+        part.sync_on_compute = False
+    try:
+        yield
+    finally:
+        for part, synced in before:
+            part.sync_on_compute = synced
+
+
 def _measure(
     model: nn.Module, batches: Batches, metric: Any, device: torch.device, runtime: Accelerator | None
 ) -> float:
@@ -167,7 +193,9 @@ def _measure(
     if not accuracy:
         metric.to(device)
     measured = False
-    mine, of = (0, 1) if runtime is None else (runtime.process_index, runtime.num_processes)
+    # What is kept in lists can't be gathered of processes that have not as many batches: each measures all of them.
+    gathers = accuracy or _adds_up(metric)
+    mine, of = (runtime.process_index, runtime.num_processes) if runtime is not None and gathers else (0, 1)
     for number, (inputs, target) in enumerate(walk(batches, 0, "evaluation")):
         own = number % of == mine
         # A process without a batch of its own still makes its counts, for which it needs the number of classes.
@@ -197,4 +225,6 @@ def _measure(
                 metric.update(output.float() if isinstance(output, Tensor) else output, target)
     if not measured:
         raise DataError("evaluation: the data is empty; give at least one batch.")
-    return _number(metric.compute(), f"metric {metric_name(metric)}")
+    with together(), nullcontext() if gathers else _unsynced(metric):
+        computed = metric.compute()
+    return _number(computed, f"metric {metric_name(metric)}")

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from secateur.criteria.feature_maps import examples, first_line
-from secateur.errors import DataError, SecateurError
+from secateur.errors import DataError, RunError, SecateurError
 from secateur.network.inputs import are_images
+from secateur.training.processes import together
 
 Batches: TypeAlias = Iterable[Any]
 """Pairs ``(inputs, target)``, or mappings of keyword arguments with ``labels`` among them, walked once an epoch:
@@ -63,11 +64,24 @@ def forward(model: nn.Module, inputs: Any) -> Any:
 def explained(error: type[SecateurError], where: str, what: str, remedy: str) -> Iterator[None]:
     """Turn what the user's own code raises into one line that says where and what helps."""
     try:
-        yield
+        with together():
+            yield
     except SecateurError:
         raise
     except Exception as raised:
-        raise error(f"{where}: {what}: {first_line(raised).rstrip('.')}. {remedy}") from raised
+        said = _said(raised).rstrip(".")
+        if isinstance(raised, _NO_MEMORY) or "can't allocate memory" in said:
+            raise RunError(f"{where}: out of memory: {said}. Take smaller batches.") from raised
+        raise error(f"{where}: {what}: {said}. {remedy}") from raised
+
+
+_NO_MEMORY = (MemoryError, torch.OutOfMemoryError)
+
+
+def _said(raised: Exception) -> str:
+    """Return what an error says in a line; of one that a DataLoader brings from a worker, the last of its many."""
+    lines = str(raised).strip().splitlines()
+    return lines[-1].strip() if lines and lines[0].startswith("Caught ") else first_line(raised)
 
 
 def called(model: nn.Module, inputs: Any, where: str) -> Any:
@@ -100,10 +114,10 @@ def walk(batches: Batches, seed: int, where: str) -> Iterator[tuple[Any, Any]]:
     """Yield the inputs and targets of an epoch whose order follows ``seed``.
 
     Raises:
-        DataError: If a batch is neither a pair nor a mapping with labels.
+        DataError: If a batch is neither a pair nor a mapping with labels, or can't be read.
     """
     order(batches, seed)
-    for batch in batches:
+    for batch in _read(batches, where):
         if isinstance(batch, Mapping) and "labels" in batch:
             yield {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
             continue
@@ -111,6 +125,18 @@ def walk(batches: Batches, seed: int, where: str) -> Iterator[tuple[Any, Any]]:
             kind = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, (tuple, list, dict)) else "")
             raise DataError(f"{where}: a batch is a pair (inputs, target), or a mapping with labels; found {kind}.")
         yield batch[0], batch[1]
+
+
+def _read(batches: Batches, where: str) -> Iterator[Any]:
+    with explained(DataError, where, "the data can't be read", "The run goes on once they can."):
+        source = iter(batches)
+    while True:
+        with explained(DataError, where, "the data can't be read", "The run goes on once they can."):
+            try:
+                batch = next(source)
+            except StopIteration:
+                return
+        yield batch
 
 
 def first_inputs(batches: Batches, where: str) -> Any:

@@ -7,9 +7,8 @@ dropout. A run that was killed and goes on from the last whole epoch therefore e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -21,6 +20,7 @@ from secateur.errors import DataError, DivergedError, RunError, UsageError
 from secateur.network.isolation import set_modes
 from secateur.training.arithmetic import Arithmetic, lay_back, lay_out
 from secateur.training.passes import Batches, called, explained, kind_of, length_of, seeded, walk
+from secateur.training.processes import equalise, require_launched, share, summed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -132,7 +132,7 @@ class EpochRecord:
     """The result of one epoch of training."""
 
     loss: float
-    """Mean training loss over the examples, regulariser included."""
+    """Mean training loss over the examples, over all processes, regulariser included."""
     images: int
     """Number of examples seen, over all processes."""
     stopped: bool = False
@@ -152,6 +152,7 @@ def accelerator(device: str = "auto") -> Accelerator:
 
     if device not in ("auto", "cpu"):
         raise UsageError(f"device: is auto or cpu, found {device!r}.")
+    require_launched()
     try:
         return Accelerator(cpu=device == "cpu", mixed_precision="no")
     except (ValueError, ImportError) as error:
@@ -237,20 +238,16 @@ class Stage:
         on_host = runtime.device.type == "cpu"
         total, seen, done, stopped = torch.zeros((), dtype=torch.float64, device=runtime.device), 0, 0, False
         with seeded(self.seed, self.number, epoch) as seed:
-            stream: Iterator[tuple[Any, Any]] = walk(batches, seed, where)
-            if runtime.num_processes > 1:
-                stream = islice(stream, runtime.process_index, None, runtime.num_processes)
-                length = None if length is None else length // runtime.num_processes
-            for inputs, target in stream:
-                if length is not None and done == length:
-                    break  # every process takes the same number of steps
+            length = None if length is None else length // runtime.num_processes
+            for inputs, target in share(runtime, walk(batches, seed, where)):
                 inputs, target = send_to_device((inputs, target), runtime.device)
                 self._set_rate((epoch + done / (length or math.inf)) / self.epochs)
                 loss = self._step(inputs, target, f"{where}, batch {done + 1}")
                 count = examples(inputs) or 1
                 # Reading the loss waits for the device, so on an accelerator it is read every 50 batches only.
                 if on_host or done % 50 == 0:
-                    self._check(float(loss), f"{where}, batch {done + 1}")
+                    # Every process sees a loss that is not finite, and ends at the same batch.
+                    self._check(float(summed(runtime, loss)), f"{where}, batch {done + 1}")
                 total += loss.double() * count
                 seen, done = seen + count, done + 1
                 if on_batch is not None:
@@ -260,10 +257,18 @@ class Stage:
                     break
         set_modes(modes.items())
         if not seen:
-            raise DataError(f"{where}: the training data is empty; give at least one batch.")
-        mean = float(total) / seen
+            raise DataError(self._too_few(where))
+        equalise(runtime, self.model)
+        count = int(summed(runtime, torch.tensor(seen, device=runtime.device)))
+        mean = float(summed(runtime, total)) / count
         self._check(mean, where)
-        return EpochRecord(mean, seen * runtime.num_processes, stopped)
+        return EpochRecord(mean, count, stopped)
+
+    def _too_few(self, where: str) -> str:
+        number = self.runtime.num_processes
+        if number > 1:
+            return f"{where}: the training data hold no batch for each of {number} processes; take smaller batches."
+        return f"{where}: the training data is empty; give at least one batch."
 
     def _step(self, inputs: Any, target: Any, where: str) -> Tensor:
         output = self._forward(self._prepared, inputs, where)
@@ -298,16 +303,17 @@ class Stage:
         with explained(RunError, where, "the loss can't be differentiated", "Training needs a forward that can be."):
             # The gradients of fp16 would be rounded to zero unscaled.
             self.runtime.backward(loss if scaler is None else scaler.scale(loss))
-        if scaler is not None:
-            optimizer = self._optimizer.optimizer
-            scaler.unscale_(optimizer)
-        if self.settings.clip_norm is not None:
-            self.runtime.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
-        if scaler is None:
-            optimizer.step()
-        else:
-            scaler.step(optimizer)
-            scaler.update()
+        with explained(RunError, where, "the optimizer's step fails", "Another optimizer may do."):
+            if scaler is not None:
+                optimizer = self._optimizer.optimizer
+                scaler.unscale_(optimizer)
+            if self.settings.clip_norm is not None:
+                self.runtime.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
 
     def _set_rate(self, progress: float) -> None:
         for group in self._optimizer.param_groups:
