@@ -64,13 +64,18 @@ class Estimate:
 
     def __str__(self) -> str:
         whole = "in all" if self.rounds is not None else "with one round, and the tolerance decides how many there are"
-        read = f"{self.reading:,.0f} read by {self.workers or 'its own process'}" + (" processes" * (self.workers > 1))
+        by = "its own process" if not self.workers else f"{self.workers} process{'es' * (self.workers > 1)}"
+        read = f"{_rate(self.reading)} read by {by}"
         time_taken = f"{60 * self.hours:.0f} minutes" if self.hours < 2 else f"{self.hours:.1f} hours"
         return (
             f"about {time_taken} at most: {self.training_images:,} training images and {self.measured_images:,} "
-            f"measured {whole}; on {self.device} ({self.arithmetic}) {self.training:,.0f} trained on and "
-            f"{self.measuring:,.0f} measured a second, {read} a second; {self.bound} is what bounds it"
+            f"measured {whole}; on {self.device} ({self.arithmetic}) {_rate(self.training)} trained on and "
+            f"{_rate(self.measuring)} measured a second, {read} a second; {self.bound} is what bounds it"
         )
+
+
+def _rate(images: float) -> str:
+    return f"{images:,.0f}" if images >= 10 else f"{images:.2g}"
 
 
 def estimate(run: RunConfig, steps: Steps) -> Estimate:
