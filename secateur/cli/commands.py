@@ -17,7 +17,16 @@ from typing import Annotated
 import typer
 
 from secateur import __version__
-from secateur.cli import console, deploy_commands, options, prune_command, run_commands, sensitivity_command, signals
+from secateur.cli import (
+    console,
+    deploy_commands,
+    options,
+    prune_command,
+    run_commands,
+    sensitivity_command,
+    signals,
+    sweep_command,
+)
 from secateur.errors import DataError, SecateurError, UsageError
 
 app = typer.Typer(
@@ -117,6 +126,7 @@ def trace(
 sensitivity_command.register(app)
 prune_command.register(app)
 run_commands.register(app)
+sweep_command.register(app)
 deploy_commands.register(app)
 
 
@@ -133,14 +143,14 @@ def config_command(
 
     What the method decides where nothing is said is filled in, too; precision and channels_last are the machine's.
     """
-    from secateur.runfile import config
+    from secateur.runfile import config, space
 
     if schema == (file is not None):
         raise UsageError("config: give either a FILE to check or --schema.")
     if file is None:
         typer.echo(config.schema())
     else:
-        typer.echo(config.to_yaml(config.resolved(config.load(file))), nl=False)
+        typer.echo(config.to_yaml(config.resolved(space.load(file))), nl=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

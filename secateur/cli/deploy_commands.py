@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 RunDirs = Annotated[
     list[Path] | None,
-    typer.Argument(metavar="RUN_DIR...", help="Directories that `secateur compress` wrote.", show_default=False),
+    typer.Argument(
+        metavar="RUN_DIR...",
+        help="Directories that `secateur compress` wrote, or one of `secateur sweep`.",
+        show_default=False,
+    ),
 ]
 Against = Annotated[
     str | None,
@@ -71,7 +75,14 @@ def report(
     trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
-    """Write the report of a run as one HTML page that needs no network; of several runs, side by side."""
+    """Write the report of a run as one HTML page that needs no network; of several runs, side by side; of a sweep."""
+    if any((folder / "sweep.yaml").is_file() for folder in run_dir or ()):
+        if len(run_dir or ()) > 1 or measure or layer:
+            raise UsageError(
+                "report: a sweep is reported alone, without --measure and --layer; those are for its runs."
+            )
+        _report_sweep((run_dir or [])[0], out, figures, as_json)
+        return
     for folder in (run_dir or ()) if measure else ():
         options.require_trust_of_run(folder, trust)
     with console.running(as_json) as steps:
@@ -95,6 +106,21 @@ def report(
     screen.print(f"\nReport: {files.html}\nNumbers: {files.json}")
     if files.figures:
         screen.print(f"Figures: {len(files.figures)} files in {figures}")
+
+
+def _report_sweep(folder: Path, out: Path | None, figures: Path | None, as_json: bool) -> None:
+    with console.running(as_json) as steps:
+        from secateur.report.sweep import sentence, write_sweep_report
+
+        with steps.step("writing the report"):
+            files = write_sweep_report(folder, out, figures)
+    if as_json:
+        console.write_json(json.loads(files.json.read_text(encoding="utf-8")))
+        return
+    screen = console.output()
+    screen.print(f"{sentence(files.found)}\n\nReport: {files.html}\nNumbers: {files.json}", markup=False)
+    if files.figures:
+        screen.print(f"Figures: {len(files.figures)} files in {figures}", markup=False)
 
 
 def benchmark(
@@ -130,6 +156,7 @@ def benchmark(
         options.require_trust_of_run(run_dir, trust)
     with console.running(as_json) as steps, ExitStack() as files:
         from secateur.deploy.export import replacing
+        from secateur.runfile.configured_run import networks
         from secateur.runfile.sources import open_model
 
         names = ("pruned", "original")
@@ -140,7 +167,7 @@ def benchmark(
                     "--against and --out."
                 )
             out = run_dir / "benchmark.json"
-            first, other = _of_run(run_dir, steps)
+            first, other = networks(run_dir, steps)
         else:
             name = options.one(model, model_flag)
             built = options.values("--model-option", model_option)
@@ -264,24 +291,6 @@ def _measure(first: SourceModel, other: SourceModel | None, steps: console.Steps
     )
 
 
-def _of_run(folder: Path, steps: console.Steps) -> tuple[SourceModel, SourceModel]:
-    """Rebuild a run's pruned network and its original from the files in its folder."""
-    from secateur.runfile import config, sources
-
-    if not (folder / config.FILE).is_file():
-        raise UsageError(
-            f"{folder}: no {config.FILE}, so the model can't be built from it; name MODEL, --weights and --against."
-        )
-    run = config.load(folder / config.FILE, {"run_dir": str(folder.absolute())})
-    with steps.step("building the model"):
-        bundle = sources.data(run.data, run.data_options)
-        found = [
-            sources.open_model(run.model, run.model_options, str(folder / name), run.input, bundle)
-            for name in ("model.safetensors", "baseline.safetensors")
-        ]
-    return found[0], found[1]
-
-
 def _measure_run(folder: Path, steps: console.Steps) -> None:
     """Measure a run's two networks for its report, on every device at hand."""
     import importlib.util
@@ -289,8 +298,9 @@ def _measure_run(folder: Path, steps: console.Steps) -> None:
     import torch
 
     from secateur.deploy.export import replacing
+    from secateur.runfile.configured_run import networks
 
-    first, other = _of_run(folder, steps)
+    first, other = networks(folder, steps)
     with replacing(folder / "benchmark.json") as part:
         result = _measure(
             first,

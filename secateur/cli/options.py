@@ -230,11 +230,27 @@ def require_trust(file: Path, run: Any, given: bool, said: Mapping[str, Any] | N
     """
     from secateur.runfile import trust
 
+    require_trusted(file, trust.code_named(run, said), given)
+
+
+def require_trusted(file: Path, named: Mapping[str, str], given: bool) -> None:
+    """Let a person say whether what a file names may run, see :func:`require_trust`.
+
+    Args:
+        file: The file.
+        named: What of it is code: key -> name.
+        given: Whether ``--trust`` is.
+
+    Raises:
+        UsageError: If it may not.
+    """
+    from secateur.runfile import trust
+
     def ask(question: str) -> bool:
         return typer.confirm(question, default=False, err=True)
 
     terminal = sys.stdin.isatty() and sys.stderr.isatty()
-    trust.require(file, trust.code_named(run, said), given=given, ask=ask if terminal else None)
+    trust.require(file, named, given=given, ask=ask if terminal else None)
 
 
 def require_trust_of_run(folder: Path, given: bool) -> None:

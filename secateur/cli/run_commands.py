@@ -142,6 +142,8 @@ def compress(
     }
     chosen = {name: value for name, value in given.items() if value not in (None, {}, [])}
     configured = config.build(chosen) if config_file is None else config.load(config_file, chosen)
+    if configured.search is not None:
+        raise UsageError(f"{config_file}: search: is for 'secateur sweep'; compress makes one run, without it.")
     if config_file is not None:
         options.require_trust(config_file, configured, trust, chosen)
     with console.running(as_json, quiet=quiet, level=log_level) as steps:

@@ -36,6 +36,10 @@ NO_LOCKS = "SECATEUR_NO_LOCK"
 PLACE = "choose another folder (--run-dir)"
 
 
+class HeldError(RunError):
+    """Another process is running in the folder."""
+
+
 def writes() -> bool:
     """Tell whether this process is the main one of a run's; torchrun and accelerate launch tell each its number."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -85,7 +89,7 @@ class RunDirectory:
             os.close(lock)
             self._lock = None
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise RunError(
+                raise HeldError(
                     f"{self.path}: another process is running here; wait for it or choose another folder."
                 ) from error
             raise RunError(

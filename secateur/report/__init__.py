@@ -1,7 +1,7 @@
 """The report of a run: one HTML page that carries everything, its numbers as JSON, its figures for a paper.
 
 :func:`draw_graph` draws the coupling of a network's channels as such a page, :func:`draw_sensitivity` a table of what
-each group loses.
+each group loses, :func:`write_sweep_report` the front of a sweep.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ from secateur.report.summary import (
     speeds,
     widths,
 )
+from secateur.report.sweep import write_sweep_report
 
-__all__ = ["ReportFiles", "draw_graph", "draw_sensitivity", "read_run", "write_report"]
+__all__ = ["ReportFiles", "draw_graph", "draw_sensitivity", "read_run", "write_report", "write_sweep_report"]
 
 HEAT_MAPS = 24
 """The most heat maps a page carries, over all its runs, which keeps the file under 6 MB."""

@@ -32,6 +32,7 @@ from secateur.errors import UsageError
 from secateur.pruning.options import AUTO, Options
 from secateur.pruning.target import Target
 from secateur.runfile import yaml_lines
+from secateur.runfile.search import Range, SearchConfig
 from secateur.structure import shown
 from secateur.training.stages import TrainingSettings
 from secateur.training.tasks import TRAINING_BATCH
@@ -175,6 +176,7 @@ class RunConfig(_Planning):
         (), description="Trackers that are told of every epoch and round: tensorboard, wandb, mlflow, …"
     )
     run_dir: str | None = Field(None, description="Folder of the run's files; runs/MODEL-METHOD unless given.")
+    search: SearchConfig | None = Field(None, description="What 'secateur sweep' varies, and looks for.")
 
     @field_validator("method")
     @classmethod
@@ -428,8 +430,10 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _keys(location: list[str]) -> list[str]:
     """Names of the keys that a section of a configuration has; those of the whole where there is no such section."""
-    sections: dict[str, Any] = {"settings": Settings, "baseline": Baseline, "target": TargetConfig}
-    section = sections.get("".join(location[:1]), RunConfig)
+    sections: dict[str, Any] = {
+        "settings": Settings, "baseline": Baseline, "target": TargetConfig, "search": SearchConfig
+    }  # fmt: skip
+    section = Range if location[-1:] == ["range"] else sections.get("".join(location[:1]), RunConfig)
     return [f.name for f in fields(section)] if is_dataclass(section) else list(section.model_fields)
 
 

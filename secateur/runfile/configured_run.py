@@ -31,13 +31,14 @@ if TYPE_CHECKING:
     from secateur.training.arithmetic import Arithmetic
 
 
-def start(run: RunConfig, steps: Steps, *, go_on_with: bool = False) -> CompressResult:
+def start(run: RunConfig, steps: Steps, *, go_on_with: bool = False, also: Progress | None = None) -> CompressResult:
     """Begin a run in a folder of its own.
 
     Args:
         run: What to do; its paths are made absolute before they are written down.
         steps: Where to show progress.
         go_on_with: Whether a run that began in the folder by the same request is gone on with.
+        also: Gets every event, too.
 
     Raises:
         UsageError: If the folder holds a run already, or the request can't be met.
@@ -49,14 +50,14 @@ def start(run: RunConfig, steps: Steps, *, go_on_with: bool = False) -> Compress
     folder = RunDirectory(run.run_dir, write=writes())
     if go_on_with and (folder.path / config.FILE).is_file():
         begun = config.load(folder.path / config.FILE, {"run_dir": run.run_dir})
-        _require_alike(
+        require_alike(
             begun,
             run,
             f"{folder.path}: the run there began",
             "is asked for: ask for the same, or resume it",
             loose=True,
         )
-        return go_on(folder.path, steps)
+        return go_on(folder.path, steps, also=also)
     folder.require_free()
     require(run.track)
     method = sources.method(run.method)
@@ -83,7 +84,7 @@ def start(run: RunConfig, steps: Steps, *, go_on_with: bool = False) -> Compress
         if engine.arithmetic.reason:
             described["arithmetic"] = engine.arithmetic.reason
     folder.earlier = found.plans
-    with folder, _tracked(run, folder, steps) as told:
+    with folder, _tracked(run, folder, steps, also) as told:
         folder.require_free()
         if folder.write:
             config.save(run, folder.path / config.FILE)
@@ -102,13 +103,16 @@ def start(run: RunConfig, steps: Steps, *, go_on_with: bool = False) -> Compress
         )
 
 
-def go_on(path: Path, steps: Steps, changes: Mapping[str, Any] | None = None) -> CompressResult:
+def go_on(
+    path: Path, steps: Steps, changes: Mapping[str, Any] | None = None, *, also: Progress | None = None
+) -> CompressResult:
     """Take up a run where it was interrupted.
 
     Args:
         path: The run's folder.
         steps: Where to show progress.
         changes: Keys of the configuration with other values, which are written down.
+        also: Gets every event, too.
 
     Raises:
         UsageError: If the folder holds no run, or its configuration or data are not those that the run began with.
@@ -126,9 +130,9 @@ def go_on(path: Path, steps: Steps, changes: Mapping[str, Any] | None = None) ->
     run = config.changed(config.load(file, {"run_dir": str(path.absolute())}), changes or {})
     if not folder.started:
         # The run was interrupted while its baseline was trained; that training goes on from its last whole epoch.
-        return start(run, steps)
+        return start(run, steps, also=also)
     if (begun := folder.configuration().get("run")) is not None:
-        _require_alike(
+        require_alike(
             config.changed(config.build(begun), changes or {}), run, f"{file}: the run began", "stands here now: put "
             "it back, or give it to 'secateur resume' (--set), which records it"
         )  # fmt: skip
@@ -137,7 +141,7 @@ def go_on(path: Path, steps: Steps, changes: Mapping[str, Any] | None = None) ->
     given = changes or {}
     own = {k: v for k, v in run.options.plain().items() if k in given}
     own |= {k: v for k, v in run.settings.plain().items() if k in given.get("settings", {})}
-    with folder, _tracked(run, folder, steps) as told:
+    with folder, _tracked(run, folder, steps, also) as told:
         if changes and folder.write:
             config.save(run, file)
         return resume(
@@ -166,7 +170,7 @@ _PLACES = ("run_dir", "baselines", "weights", "data", "workers", "track")
 """Keys whose values may change under a run: what is found there is compared, or doesn't decide the result."""
 
 
-def _require_alike(begun: RunConfig, now: RunConfig, where: str, remedy: str, *, loose: bool = False) -> None:
+def require_alike(begun: RunConfig, now: RunConfig, where: str, remedy: str, *, loose: bool = False) -> None:
     """Refuse a configuration that is not the one a run began with.
 
     Args:
@@ -249,14 +253,20 @@ def grounded(run: RunConfig) -> RunConfig:
     )
 
 
-def _tracked(run: RunConfig, folder: RunDirectory, steps: Steps) -> Trackers:
-    """Return what shows a run's events, and sends them to the trackers that it names."""
-    trained = run.baseline.epochs if run.weights is None else 0
+def _tracked(run: RunConfig, folder: RunDirectory, steps: Steps, also: Progress | None) -> Trackers:
+    """Return what shows a run's events, hands them on, and sends them to the trackers that it names."""
+    trained, show = run.baseline.epochs if run.weights is None else 0, Show(steps)
+
+    def told(event: Event) -> None:
+        show(event)
+        if also is not None:
+            also(event)
+
     return Trackers(
         run.track,
         folder.path,
         run.model_dump(mode="json", exclude={"track", "run_dir", "baselines"}),
-        Show(steps),
+        told,
         device=run.settings.device,
         baseline=trained,
     )
@@ -275,6 +285,26 @@ def _found(run: RunConfig, steps: Steps, *, fresh: bool = False) -> tuple[DataBu
         found = sources.open_model(run.model, run.model_options, weights, run.input, bundle)
     suspicions.of_classes(found, bundle)
     return bundle, found
+
+
+def networks(folder: Path, steps: Steps) -> tuple[sources.SourceModel, sources.SourceModel]:
+    """Rebuild a run's pruned network and its original from the files in its folder.
+
+    Raises:
+        UsageError: If it holds no run's file.
+    """
+    if not (folder / config.FILE).is_file():
+        raise UsageError(
+            f"{folder}: no {config.FILE}, so the model can't be built from it; name MODEL, --weights and --against."
+        )
+    run = config.load(folder / config.FILE, {"run_dir": str(folder.absolute())})
+    with steps.step("building the model"):
+        bundle = sources.data(run.data, run.data_options)
+        small, original = (
+            sources.open_model(run.model, run.model_options, str(folder / name), run.input, bundle)
+            for name in ("model.safetensors", "baseline.safetensors")
+        )
+    return small, original
 
 
 def _data(run: RunConfig, bundle: DataBundle) -> dict[str, Any]:
