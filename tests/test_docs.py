@@ -53,6 +53,8 @@ def test_every_key_and_option_of_a_file_is_in_the_reference() -> None:
         "target": config.TargetConfig.model_fields,
         "settings": {field.name for field in dataclasses.fields(sc.Settings)},
         "baseline": {field.name for field in dataclasses.fields(config.Baseline)},
+        "search": config.SearchConfig.model_fields,
+        "A range": config.Range.model_fields,
         **{f"data: {name}": {*inspect.signature(of).parameters} - {"root"} for name, of in DATASETS.items()},
         **{head: inspect.signature(MODELS[head.split()[-1]]).parameters for head in sections if head[:6] == "model:"},
     }

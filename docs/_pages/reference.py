@@ -70,6 +70,10 @@ SETTINGS = (
     "`secateur.compress`."
 )
 BASELINE = "How the network is trained first, where no weights are given; on the command line, `--baseline NAME=VALUE`."
+SEARCH = (
+    "What `secateur sweep` varies over the runs of a sweep, and what it looks for: [Search over runs](../how-to/sweep.md). "
+    "`secateur compress` takes a file without it."
+)
 DATA = (
     "On the command line, `--data-option NAME=VALUE`; in Python, keywords of `secateur.data.load`. A function of yours "
     "takes what its own parameters name."
@@ -147,6 +151,8 @@ def file_page() -> str:
     section("target", sections["TargetConfig"]["description"], _keys(sections["TargetConfig"]))
     section("settings", SETTINGS, _keys(sections["Settings"]))
     section("baseline", BASELINE, _keys(sections["Baseline"]))
+    section("search", SEARCH, _keys(sections["SearchConfig"]))
+    section("A range", sections["Range"]["description"], _keys(sections["Range"]))
     section("data_options", DATA, *(_called(f"data: {name}", of, skip=("root",)) for name, of in DATASETS.items()))
     section("model_options", MODEL, *_models())
     section("criterion", CRITERION, *_criteria())
@@ -174,8 +180,9 @@ def _shown(value: Any) -> str:
 
 
 def _type(value: Mapping[str, Any]) -> str:
-    if "anyOf" in value:
-        return " or ".join(dict.fromkeys(_type(v) for v in value["anyOf"] if v.get("type") != "null"))
+    forms = value.get("anyOf") or value.get("oneOf")
+    if forms:
+        return " or ".join(dict.fromkeys(_type(v) for v in forms if v.get("type") != "null"))
     if "$ref" in value or "allOf" in value:
         return "mapping"
     if "enum" in value:

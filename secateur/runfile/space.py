@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
@@ -130,10 +131,10 @@ def cells(search: SearchConfig) -> list[dict[str, Any]]:
     columns: list[list[Any]] = []
     for key, given in search.space.items():
         if isinstance(given, Range):
-            step = given.step or 1
-            count = int((given.high - given.low) / step + 1e-9) + 1
-            values: list[Any] = [given.low + i * step for i in range(count)]
-            columns.append(values if _is_whole(key, given) else [float(value) for value in values])
+            # Decimals, in which 0.1 + 2 * 0.1 is 0.3.
+            low, high, step = (Decimal(str(number)) for number in (given.low, given.high, given.step or 1))
+            values: list[Any] = [low + i * step for i in range(int((high - low) / step) + 1)]
+            columns.append([int(value) if _is_whole(key, given) else float(value) for value in values])
         else:
             columns.append([_plain(choice) for choice in given])
     return [dict(zip(search.space, combination, strict=True)) for combination in itertools.product(*columns)]

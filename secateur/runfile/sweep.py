@@ -183,9 +183,10 @@ class Sweep:
         import optuna
 
         with self.storage.lost(RunError), self.storage.alone():
-            if error:
-                attempt.set_user_attr("error", error)
-            self.study.tell(attempt, values, state=optuna.trial.TrialState[state], skip_if_finished=True)
+            if not self.study.get_trials(deepcopy=False)[attempt.number].state.is_finished():
+                if error:
+                    attempt.set_user_attr("error", error)
+                self.study.tell(attempt, values, state=optuna.trial.TrialState[state])
             self._written()
 
     def _give_back(self, attempt: Attempt) -> None:

@@ -23,7 +23,7 @@ model: lenet5
 model_options: {{widths: [4, 6], hidden: 8}}
 data: digits
 data_options: {{size: 16, train_size: 200}}
-settings: {{device: cpu, final_epochs: 4, precision: fp32, channels_last: false}}
+settings: {{device: cpu, rounds: 1, finetune_epochs: 2, final_epochs: 2, precision: fp32, channels_last: false}}
 baseline: {{epochs: 3}}
 search:
   space:
@@ -48,24 +48,20 @@ def test_a_killed_workers_trial_is_gone_on_with_and_every_trial_is_done_once(
 ) -> None:
     (tmp_path / "run.yaml").write_text(FILE)
     folder = tmp_path / "sweep"
-    words = [sys.executable, "-m", "secateur", "sweep", "run.yaml", "--sweep-dir", "sweep", "--heartbeat", "2"]
+    words = [sys.executable, "-m", "secateur", "sweep", "run.yaml", "--sweep-dir", "sweep", "--heartbeat", "2", "-q"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     environment |= {} if storage is None else {"SECATEUR_STORAGE": storage}
-    workers = [
-        subprocess.Popen([*words, "--json"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    try:
-        doomed = _kill_in_a_trial(workers, folder)
-        left = workers[1 - doomed]
-        said, _ = left.communicate(timeout=900)
-        assert left.returncode == 0
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
+    with (tmp_path / "said").open("w") as said:
+        workers = [subprocess.Popen([*words, "--json"], cwd=tmp_path, env=environment, stdout=said) for _ in range(2)]
+        try:
+            left = workers[1 - _kill_in_a_trial(workers, folder)]
+            assert left.wait(timeout=900) == 0
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
     found = trials.read(folder)
-    assert json.loads(said)["trials"] == found.model_dump(mode="json")["trials"]
+    assert json.loads((tmp_path / "said").read_text())["trials"] == found.model_dump(mode="json")["trials"]
     assert [(trial.number, trial.state) for trial in found.trials] == [
         (trial.number, "complete") for trial in found.trials
     ]
@@ -81,7 +77,7 @@ def test_a_killed_workers_trial_is_gone_on_with_and_every_trial_is_done_once(
     assert trials.read(folder).trials == found.trials
 
 
-def _kill_in_a_trial(workers: list[subprocess.Popen[str]], folder: Path) -> int:
+def _kill_in_a_trial(workers: list[subprocess.Popen[bytes]], folder: Path) -> int:
     """Kill a worker while it is in a trial, after three have been completed; return which."""
     for _ in range(6000):
         assert all(worker.poll() is None for worker in workers)
