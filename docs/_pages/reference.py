@@ -71,8 +71,8 @@ SETTINGS = (
 )
 BASELINE = "How the network is trained first, where no weights are given; on the command line, `--baseline NAME=VALUE`."
 SEARCH = (
-    "What `secateur sweep` varies over the runs of a sweep, and what it looks for: [Search over runs](../how-to/sweep.md). "
-    "`secateur compress` takes a file without it."
+    "What `secateur sweep` varies over its runs, and what it looks for: [Search over runs](../how-to/sweep.md). "
+    "`secateur compress` refuses a file that has it."
 )
 DATA = (
     "On the command line, `--data-option NAME=VALUE`; in Python, keywords of `secateur.data.load`. A function of yours "

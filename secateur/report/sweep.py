@@ -130,7 +130,7 @@ def fronts(found: Trials) -> list[Figure]:
     for other in found.objectives:
         if other == upright:
             continue
-        parts = {"front": [], "beaten": []}  # type: dict[str, list[Trial]]
+        parts: dict[str, list[Trial]] = {"front": [], "beaten": []}
         for trial in found.of("complete"):
             parts["front" if trial.number in best else "beaten"].append(trial)
         series = []
@@ -199,11 +199,12 @@ def importances(search: SearchConfig, found: Trials) -> dict[str, dict[str, floa
     require()
     import optuna
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+    from optuna.trial import FrozenTrial
 
     own, kinds = found.of("complete"), space.distributions(search)
     if len(own) < LEAST:
         return {}
-    weights = {}
+    weights: dict[str, dict[str, float]] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         study = optuna.create_study(directions=["minimize"] * len(found.objectives))
@@ -215,9 +216,11 @@ def importances(search: SearchConfig, found: Trials) -> dict[str, dict[str, floa
             study.add_trial(made)
         for place, name in enumerate(found.objectives):
             if len({(trial.values or ())[place] for trial in own}) > 1:
-                explained = get_param_importances(
-                    study, evaluator=FanovaImportanceEvaluator(seed=0), target=lambda t, at=place: t.values[at]
-                )
+
+                def value(trial: FrozenTrial, at: int = place) -> float:
+                    return float(trial.values[at])
+
+                explained = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0), target=value)
                 weights[name] = {key: float(value) for key, value in explained.items()}
     return weights
 
@@ -280,7 +283,7 @@ def trials_table(found: Trials) -> Table:
         [
             trial.run,
             "on the front" if trial.number in best else trial.state,
-            *(trial.values or [None] * len(found.objectives)),
+            *(trial.values or ["–"] * len(found.objectives)),
             *(_cell(trial.parameters.get(key)) for key in keys),
             trial.attempts,
             trial.seconds,

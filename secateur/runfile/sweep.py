@@ -9,7 +9,7 @@ import statistics
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from secateur.deploy.export import _require
 from secateur.deploy.timing.whole import whole
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
 
+Direction = Literal["minimize", "maximize"]
 _LOG = logging.getLogger(__name__)
 
 _BEGAN_WITH = "secateur"
@@ -132,7 +133,9 @@ class Sweep:
         """Return the study, which is made where there is none of its name."""
         import optuna
 
-        directions = ["maximize" if name == "accuracy" else "minimize" for name in self.search.objectives]
+        directions: list[Direction] = [
+            "maximize" if name == "accuracy" else "minimize" for name in self.search.objectives
+        ]
         study = optuna.create_study(
             study_name=self.name, storage=self.storage.optuna, directions=directions, load_if_exists=True,
             pruner=_pruner(self.search),
@@ -165,8 +168,10 @@ class Sweep:
             waiting = [trial for trial in known if trial.state.name == "WAITING"]
             begun = sum(_is_first(trial) for trial in known)
             if not waiting and begun < self.total:
-                cell = {"params": self.grid[begun], "distributions": self.distributions} if self.grid else {}
-                self.study.add_trial(optuna.create_trial(state=optuna.trial.TrialState.WAITING, **cell))
+                made = optuna.create_trial(state=optuna.trial.TrialState.WAITING)
+                if self.grid:
+                    made.params, made.distributions = self.grid[begun], self.distributions
+                self.study.add_trial(made)
                 waiting = self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,))
             attempt = None
             if waiting:
@@ -331,10 +336,11 @@ def _sampler(search: SearchConfig, number: int) -> BaseSampler:
 def _pruner(search: SearchConfig) -> BasePruner:
     from optuna import pruners
 
-    return {
+    found: dict[str, type[BasePruner]] = {
         "none": pruners.NopPruner, "median": pruners.MedianPruner, "halving": pruners.SuccessiveHalvingPruner,
         "hyperband": pruners.HyperbandPruner,
-    }[search.pruner]()  # fmt: skip
+    }  # fmt: skip
+    return found[search.pruner]()
 
 
 def _is_first(trial: FrozenTrial) -> bool:

@@ -311,12 +311,7 @@ def test_the_front_is_what_a_comparison_of_all_with_all_leaves() -> None:
     values = [[0.9, 5.0], [0.8, 4.0], [0.9, 6.0], [0.7, 4.0], [0.9, 5.0], [0.1, 1.0]]
     made = [Trial(number=n, state="complete", parameters={}, values=v, attempts=1) for n, v in enumerate(values)]
     found = Trials(study="s", storage="", objectives=["accuracy", "macs"], total=6, trials=made)
-    beaten = {
-        i
-        for i, (a, m) in enumerate(values)
-        for b, n in values
-        if b >= a and n <= m and (b > a or n < m)
-    }
+    beaten = {i for i, (a, m) in enumerate(values) for b, n in values if b >= a and n <= m and (b > a or n < m)}
     assert [trial.number for trial in found.front] == [0, 4, 1, 5]
     assert {trial.number for trial in found.front} == set(range(6)) - beaten
 
