@@ -161,7 +161,8 @@ class Sweep:
 
     def _require_same(self, begun: RunConfig, where: str) -> None:
         """Refuse to go on with another sweep; how many trials are drawn, and how, may change under it."""
-        assert begun.search is not None
+        if begun.search is None:
+            raise UsageError(f"{where}: its file says nothing of a sweep; give another folder (--sweep-dir).")
         free = {name: getattr(begun.search, name) for name in ("trials", "sampler", "pruner", "seed")}
         now = self.run.model_copy(update={"search": self.search.model_copy(update=free)})
         remedy = "is asked for: ask for the same, or give another folder (--sweep-dir) and study (--study)"
