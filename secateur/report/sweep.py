@@ -279,11 +279,12 @@ def trials_table(found: Trials) -> Table:
     """Tabulate all trials."""
     keys = list(dict.fromkeys(key for trial in found.trials for key in trial.parameters))
     best = {trial.number for trial in found.front}
+    none: list[Any] = [None] * len(found.objectives)
     rows: list[list[Any]] = [
         [
             trial.run,
             "on the front" if trial.number in best else trial.state,
-            *(trial.values or ["–"] * len(found.objectives)),
+            *(trial.values or none),
             *(_cell(trial.parameters.get(key)) for key in keys),
             trial.attempts,
             trial.seconds,

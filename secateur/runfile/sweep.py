@@ -85,8 +85,12 @@ class Sweep:
         with warnings.catch_warnings():
             _expect_warnings()
             self.storage = Storage(storage or f"sqlite:///{self.folder / 'sweep.db'}", heartbeat)
-            with self.storage.lost(UsageError), self.storage.alone():
-                self.study = self._opened()
+            try:
+                with self.storage.lost(UsageError), self.storage.alone():
+                    self.study = self._opened()
+            except BaseException:
+                self.storage.close()
+                raise
         if not (self.folder / SWEEP_FILE).is_file():
             config.save(run, self.folder / SWEEP_FILE)
         self.distributions = space.distributions(self.search)
@@ -106,26 +110,32 @@ class Sweep:
         """
         with warnings.catch_warnings():
             _expect_warnings()
-            if retry:
-                self._retry_failed()
-            failed = 0
-            while True:
-                attempt, found = self._next()
-                steps("sweeping", len(found.trials) - len(found.of("running") + found.of("waiting")), found.total)
-                if attempt is not None:
-                    error = self._do(attempt, steps)
-                    failed = 0 if error is None else failed + 1
-                    if error is not None and failed >= HOPELESS and not found.of("complete"):
-                        raise type(error)(
-                            f"sweep: {failed} trials failed in a row, and none was completed before; the last: {error} "
-                            "Put the cause right, and try them again with --retry."
-                        ) from error
-                elif not wait or not found.of("running"):
-                    self.storage.close()
-                    return found
-                else:
-                    steps("waiting for other workers", 0, None, f"{len(found.of('running'))} trials are running")
-                    time.sleep(self.storage.heartbeat)
+            try:
+                if retry:
+                    self._retry_failed()
+                return self._worked(steps, wait)
+            finally:
+                self.storage.close()
+
+    def _worked(self, steps: Steps, wait: bool) -> Trials:
+        failed = 0
+        while True:
+            attempt, found = self._next()
+            open_ones = len(found.of("running") + found.of("waiting"))
+            steps("sweeping", len(found.trials) - open_ones, found.total)
+            if attempt is not None:
+                error = self._do(attempt, steps)
+                failed = 0 if error is None else failed + 1
+                if error is not None and failed >= HOPELESS and not found.of("complete"):
+                    raise type(error)(
+                        f"sweep: {failed} trials failed in a row, and none was completed before; the last: {error} "
+                        "Put the cause right, and try them again with --retry."
+                    ) from error
+            elif not wait or not found.of("running"):
+                return found
+            else:
+                steps("waiting for other workers", 0, None, f"{len(found.of('running'))} trials are running")
+                time.sleep(self.storage.heartbeat)
 
     # What workers do one at a time
 
@@ -133,9 +143,8 @@ class Sweep:
         """Return the study, which is made where there is none of its name."""
         import optuna
 
-        directions: list[Direction] = [
-            "maximize" if name == "accuracy" else "minimize" for name in self.search.objectives
-        ]
+        upwards = [name == "accuracy" for name in self.search.objectives]
+        directions: list[Direction] = ["maximize" if up else "minimize" for up in upwards]
         study = optuna.create_study(
             study_name=self.name, storage=self.storage.optuna, directions=directions, load_if_exists=True,
             pruner=_pruner(self.search),
@@ -152,7 +161,8 @@ class Sweep:
 
     def _require_same(self, begun: RunConfig, where: str) -> None:
         """Refuse to go on with another sweep; how many trials are drawn, and how, may change under it."""
-        assert begun.search is not None
+        if begun.search is None:
+            raise UsageError(f"{where}: its file says nothing of a sweep; give another folder (--sweep-dir).")
         free = {name: getattr(begun.search, name) for name in ("trials", "sampler", "pruner", "seed")}
         now = self.run.model_copy(update={"search": self.search.model_copy(update=free)})
         remedy = "is asked for: ask for the same, or give another folder (--sweep-dir) and study (--study)"
