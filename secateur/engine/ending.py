@@ -45,6 +45,8 @@ def ended(engine: Engine, state: State, directory: RunDirectory | None, error: S
             f": {directory.path / 'model.safetensors'}; 'secateur resume {directory.path}' goes on from it, with other "
             "settings where need be (--set, --macs, --tolerance)"
         )
+    # Where one process fails, what started it ends the others: the main one writes first.
+    engine.runtime.wait_for_everyone()
     told = type(error)(f"{text}.")
     if isinstance(told, RunError):
         told.result = result

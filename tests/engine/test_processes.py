@@ -171,14 +171,18 @@ def test_a_loss_that_one_process_alone_sees_diverge_ends_the_round_in_both(
             return 1
         return 0
 
-    assert launch(call, tmp_path, 2) == ([0, 0] if tolerance else [1, 1]), told(tmp_path) + told(tmp_path, 1)
+    statuses = launch(call, tmp_path, 2)
+    # The first to fail has the other ended, which may be before its line.
+    assert (statuses == [0, 0]) if tolerance else ({1} <= set(statuses) <= {1, -signal.SIGTERM}), told(tmp_path)
     history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     if tolerance:
         assert [r["accepted"] for r in history][:2] == [True, False]
         assert "is nan" in history[1]["diverged"]
     else:
-        assert "is nan" in (tmp_path / "out-0").read_text()
-        assert "The last accepted network is kept" in (tmp_path / "out-0").read_text()
+        said = (tmp_path / "out-0").read_text() + (tmp_path / "out-1").read_text()
+        assert "is nan" in said
+        assert "The last accepted network is kept" in said
+        assert "is nan" in json.loads((tmp_path / "run" / "result.json").read_text())["ended"]["error"]
         assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
