@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from secateur.criteria import criterion as criterion
     from secateur.criteria.scoring import score as score
     from secateur.criteria.scoring import select as select
+    from secateur.deploy.export import export as export
     from secateur.deploy.timing.measuring import latency as latency
     from secateur.deploy.timing.table import Latency as Latency
     from secateur.engine import Settings as Settings
@@ -83,6 +84,7 @@ _HOME = {
     "carry_optimizer": "pruning.surgery",
     "compress": "engine",
     "criterion": "criteria",
+    "export": "deploy.export",
     "latency": "deploy.timing.measuring",
     "load": "checkpoint",
     "macs": "graph.cost",

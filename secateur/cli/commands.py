@@ -17,7 +17,16 @@ from typing import Annotated
 import typer
 
 from secateur import __version__
-from secateur.cli import console, deploy_commands, options, prune_command, run_commands, sensitivity_command, signals
+from secateur.cli import (
+    console,
+    deploy_commands,
+    export_command,
+    options,
+    prune_command,
+    run_commands,
+    sensitivity_command,
+    signals,
+)
 from secateur.errors import DataError, SecateurError, UsageError
 
 app = typer.Typer(
@@ -118,6 +127,7 @@ sensitivity_command.register(app)
 prune_command.register(app)
 run_commands.register(app)
 deploy_commands.register(app)
+export_command.register(app)
 
 
 @app.command(name="config")

@@ -1,8 +1,7 @@
-"""The commands that show and ship a network: report, benchmark, export."""
+"""The commands that show and measure a network: report, benchmark."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from contextlib import ExitStack
 from pathlib import Path
@@ -41,7 +40,6 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
     app.command()(report)
     app.command()(benchmark)
-    app.command()(export)
 
 
 def report(
@@ -129,7 +127,7 @@ def benchmark(
     if run_dir is not None:
         options.require_trust_of_run(run_dir, trust)
     with console.running(as_json) as steps, ExitStack() as files:
-        from secateur.deploy.export import replacing
+        from secateur.deploy.target_file import replacing
         from secateur.runfile.sources import open_model
 
         names = ("pruned", "original")
@@ -177,74 +175,6 @@ def benchmark(
     console.write_json(result.to_dict()) if as_json else _show(result, out)
 
 
-def export(
-    model: options.ModelArgument = None,
-    model_flag: options.ModelFlag = None,
-    model_option: options.ModelOptions = None,
-    weights: options.Weights = None,
-    data: options.Data = None,
-    data_option: options.DataOptions = None,
-    input_shape: options.InputShapes = None,
-    out: Out = None,
-    fixed_batch: Annotated[
-        bool, typer.Option("--fixed-batch", help="Export for the example's batch size only.")
-    ] = False,
-    tolerance: Annotated[
-        float, typer.Option(metavar="FRACTION", min=0, help="Largest difference allowed, relative to the output.")
-    ] = 1e-5,
-    int8: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write an int8 ONNX file too, calibrated and measured on --data; as --out."),
-    ] = None,
-    as_json: options.Json = False,
-) -> None:
-    """Export a network to .pt2 (torch.export) or .onnx, load the file again and compare before saying done."""
-    with console.running(as_json) as steps:
-        from secateur.deploy.export import export as write
-        from secateur.runfile import sources
-
-        if out is None:
-            raise UsageError("export: where to? Give --out FILE.pt2 or --out FILE.onnx.")
-        if int8 is not None and (data is None or out.suffix != ".onnx"):
-            raise UsageError("export: --int8 quantises an .onnx file on data; give --out FILE.onnx and --data.")
-        bundle = None
-        if data is not None:
-            with steps.step("loading the data"):
-                bundle = sources.data(data, options.values("--data-option", data_option))
-            if int8 is not None and bundle.task != "classification":
-                raise UsageError(f"export: --int8 is held to the accuracy of classes, and {bundle.name} holds boxes.")
-        with steps.step("building the model"):
-            found = sources.open_model(
-                options.one(model, model_flag),
-                options.values("--model-option", model_option),
-                weights,
-                input_shape or (),
-                bundle,
-            )
-        with steps.step("exporting and comparing"):
-            parity = write(found.model, out, found.inputs, dynamic_batch=not fixed_batch, tolerance=tolerance)
-        values: dict[str, Any] = {"model": found.name, **dataclasses.asdict(parity), "path": str(out), "int8": None}
-        if int8 is not None:
-            with steps.step("quantising to int8"):
-                values["int8"] = _quantized(out, int8, bundle)
-    if as_json:
-        console.write_json(values)
-        return
-    screen = console.output()
-    screen.print(f"{out}: {console.size(parity.file_bytes)}, batch {'any' if not fixed_batch else 'fixed'}")
-    screen.print(
-        f"largest difference {parity.relative_error:.1e} of the output (allowed {tolerance:.0e}), "
-        f"at batch sizes {', '.join(map(str, parity.batch_sizes))}"
-    )
-    screen.print(f"one forward pass {parity.latency_ms:.3g} ms, in eager PyTorch {parity.eager_latency_ms:.3g} ms")
-    if values["int8"]:
-        q = values["int8"]
-        screen.print(
-            f"{int8}: {console.size(q['file_bytes'])}, accuracy {q['metric']:.2%} (fp32 {q['metric_before']:.2%}), "
-            f"{q['latency_ms']:.3g} ms (fp32 {q['latency_ms_before']:.3g} ms)"
-        )
-
-
 def _measure(first: SourceModel, other: SourceModel | None, steps: console.Steps, **given: Any) -> BenchmarkResult:
     from secateur.deploy.timing import benchmark as measure
 
@@ -288,7 +218,7 @@ def _measure_run(folder: Path, steps: console.Steps) -> None:
 
     import torch
 
-    from secateur.deploy.export import replacing
+    from secateur.deploy.target_file import replacing
 
     first, other = _of_run(folder, steps)
     with replacing(folder / "benchmark.json") as part:
@@ -304,25 +234,6 @@ def _measure_run(folder: Path, steps: console.Steps) -> None:
             longest=1.0,
         )
         part.write_text(json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _quantized(source: Path, target: Path, bundle: Any, calibration: int = 8) -> dict[str, Any]:
-    import torch
-    from torch.utils.data import DataLoader
-
-    from secateur.deploy.export import OnnxModel, quantize
-
-    def accuracy(network: OnnxModel) -> float:
-        right = total = 0
-        for images, labels in DataLoader(bundle.test, batch_size=64):
-            right += int((network(images).argmax(1) == labels).sum())
-            total += len(labels)
-        return right / total
-
-    loader = DataLoader(bundle.train, batch_size=64, shuffle=True, generator=torch.Generator().manual_seed(0))
-    ranges = [images for (images, _), _ in zip(loader, range(calibration), strict=False)]
-    found = dataclasses.asdict(quantize(source, target, ranges, accuracy))
-    return {**found, "path": str(target)}
 
 
 def _show(result: BenchmarkResult, out: Path | None) -> None:

@@ -64,6 +64,25 @@ def test_export_says_what_was_compared(tmp_path: Path, capsys: pytest.CaptureFix
     assert out.is_file()
 
 
+@pytest.mark.slow
+def test_export_in_int8_tabulates_both_files_and_the_unpruned_network(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prune", *TINY, "--macs", "0.3", "--out", str(tmp_path / "small.safetensors"), "--json"]) == 0
+    capsys.readouterr()
+    out = tmp_path / "net.onnx"
+    words = ["export", "lenet5", *TINY[1:], "--data", "digits", "--out", str(out), "--int8", "--calibration", "100"]
+    assert main([*words, "--against", "lenet5", "--json"]) in (0, 2)
+    capsys.readouterr()
+    assert main([*words, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["format"], shown["calibrated_on"], shown["path"]) == ("onnx", 100, str(out))
+    assert [row["network"] for row in shown["files"]] == ["fp32", "int8"]
+    assert all(0 <= row["accuracy"] <= 1 for row in shown["files"])
+    assert main(words) == 0
+    assert "output error" in capsys.readouterr().out
+
+
 def test_prune_measures_which_multiple_of_channels_is_fastest(capsys: pytest.CaptureFixture[str]) -> None:
     widths = ["--model-option", "widths=[8, 8]", "--model-option", "hidden=16", "--model-option", "in_size=16"]
     assert main(["prune", "lenet5", *widths, "--macs", "0.4", "--round-to", "auto", "--json"]) == 0
@@ -89,7 +108,10 @@ def test_prune_measures_which_multiple_of_channels_is_fastest(capsys: pytest.Cap
         (["prune", *TINY, "--macs", "0.5", "--round-to", "0"], 2, "whole number from 1 up, or auto"),
         (["export", *TINY], 2, "where to?"),
         (["export", *TINY, "--out", "{}/net.tflite"], 2, "unknown export format"),
-        (["export", *TINY, "--out", "{}/net.onnx", "--int8", "{}/q.onnx"], 2, "--int8 quantises"),
+        (["export", *TINY, "--out", "{}/net.onnx", "--int8"], 2, "give --data"),
+        (["export", *TINY, "--out", "{}/net.onnx", "--calibration", "64"], 2, "are for --int8"),
+        (["export", *TINY, "--out", "{}/q.onnx", "--int8", "--data", "digits", "--against", "original"], 2, "fresh"),
+        (["export", *TINY, "--out", "{}/q.pt2", "--int8", "--data", "digits", "--calibration", "3"], 2, "16 images"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_leaves_nothing(

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secateur.deploy.export import OnnxModel, export, quantize
+from secateur.deploy.export import export
+from secateur.deploy.onnx_file import OnnxModel
 from secateur.errors import DataError, ExportError, UsageError
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
@@ -163,40 +164,20 @@ def test_a_wrong_target_is_a_usage_error(name: str, tmp_path: Path) -> None:
 def test_a_missing_extra_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
     monkeypatch.setattr(
-        "secateur.deploy.export.importlib.import_module",
+        "secateur.deploy.failures.importlib.import_module",
         lambda name: (_ for _ in ()).throw(ImportError(name)) if name == "onnxscript" else real(name),
     )
     with pytest.raises(UsageError, match=r"onnxscript is not installed.*pip install 'secateur\[onnx\]'"):
         export(Net(), tmp_path / "net.onnx", torch.randn(2, 3, 8, 8))
 
 
-def test_int8_is_measured_by_the_callers_metric(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model, images = Net().eval(), torch.randn(64, 3, 8, 8)
-    labels = model(images).argmax(1)
-    export(model, tmp_path / "net.onnx", images[:2])
-    evaluated = []
-
-    def accuracy(network: OnnxModel) -> float:
-        evaluated.append(network)
-        return (network(images).argmax(1) == labels).float().mean().item()
-
-    report = quantize(tmp_path / "net.onnx", tmp_path / "net.int8.onnx", images.split(16), accuracy)
-    assert report.metric_before == 1.0
-    assert 0.5 < report.metric <= 1.0
-    assert len(evaluated) == 2
-    assert report.file_bytes == (tmp_path / "net.int8.onnx").stat().st_size
-    import onnx
-
-    assert "QuantizeLinear" in {node.op_type for node in onnx.load(tmp_path / "net.int8.onnx").graph.node}
+def test_a_pt2_file_does_not_hold_the_images_it_was_made_from(tmp_path: Path) -> None:
+    images = torch.randn(500, 3, 8, 8)
+    assert export(Net(), tmp_path / "net.pt2", images[:2]).file_bytes < images.nbytes / 4
 
 
 @pytest.mark.slow
-def test_int8_without_calibration_or_of_a_foreign_file_is_a_data_error(tmp_path: Path) -> None:
-    export(Net(), tmp_path / "net.onnx", torch.randn(2, 3, 8, 8))
-    with pytest.raises(DataError, match="calibration"):
-        quantize(tmp_path / "net.onnx", tmp_path / "q.onnx", [], lambda _: 0.0)
+def test_a_file_that_is_no_onnx_is_a_data_error(tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"not onnx")
     with pytest.raises(DataError, match=r"bad.onnx: ONNX Runtime can't load"):
-        quantize(tmp_path / "bad.onnx", tmp_path / "q.onnx", [torch.randn(2, 3, 8, 8)], lambda _: 0.0)
-    assert not (tmp_path / "q.onnx").exists()
+        OnnxModel(tmp_path / "bad.onnx")

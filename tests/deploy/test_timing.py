@@ -120,7 +120,7 @@ def test_round_to_auto_takes_the_smallest_multiple_that_is_as_fast(monkeypatch: 
         assert [call().shape for call in calls.values()] == [(2, 8, 16, 16)] * 8
         return {key: Measurement(1, [seconds[key]] * 3, TaskSpec("call()", "pass")) for key in calls}, {}
 
-    monkeypatch.setattr("secateur.deploy.timing._interleaved", measured)
+    monkeypatch.setattr("secateur.deploy.timing.interleaved", measured)
     choice = choose_round_to(prune, X, threads=1)
     assert built == [1, 4, 8, 16, 32]
     assert (choice.round_to, choice.memory_format) == (4, "channels_last")

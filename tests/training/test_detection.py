@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import secateur as sc
 from secateur.cli.commands import main
 from secateur.data import Batches, DetectionBatches, load
-from secateur.deploy import export
+from secateur.deploy import program
 from secateur.errors import DataError, UsageError
 from secateur.models import lenet5
 from secateur.network import inputs
@@ -394,9 +394,9 @@ def test_what_detectors_know_is_moved(moves: tuple[str, ...]) -> None:
 def test_images_and_not_their_channels_make_up_a_batch() -> None:
     images = [torch.rand(3, 4, 5), torch.rand(3, 6, 7)]
     call = ((images,), {})
-    assert export._batch_size(call) == inputs.batch_size((images,)) == inputs.batch_size({"images": images}) == 2
+    assert program.batch_of(call) == inputs.batch_size((images,)) == inputs.batch_size({"images": images}) == 2
     for size in (1, 2, 3):
-        ((found,), _) = export._resized(call, 2, size)
+        ((found,), _) = program.resized(call, 2, size)
         assert [tuple(image.shape) for image in found] == [(3, 4, 5), (3, 6, 7), (3, 4, 5)][:size]
 
 

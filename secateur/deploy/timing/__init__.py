@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from secateur.deploy.export import OnnxModel, _batch_size, _resized, export, quiet
+from secateur.deploy.export import export
+from secateur.deploy.onnx_file import OnnxModel
+from secateur.deploy.program import batch_of, resized
 from secateur.deploy.timing.machine import (
     ExampleInputs,
     NotAtHandError,
@@ -25,13 +26,10 @@ from secateur.deploy.timing.machine import (
     weight_bytes,
 )
 from secateur.deploy.timing.result import BenchmarkResult, RoundToChoice, Row, Setting, Skipped, SpeedUp
+from secateur.deploy.turns import CLOCKS, Measurement, bound, interleaved
 from secateur.errors import PlanError, SecateurError, UsageError
 from secateur.network.copies import replica
 from secateur.network.inputs import arguments
-
-with quiet():  # torch's benchmark tools look for a CUDA compiler and say so when there is none
-    from torch.utils.benchmark import Measurement, Timer
-    from torch.utils.benchmark import timer as benchmark_timer
 
 __all__ = [
     "BACKENDS", "CANDIDATES", "MEMORY_FORMATS", "PRECISIONS", "BenchmarkResult", "RoundToChoice", "Row", "Setting",
@@ -160,7 +158,7 @@ def choose_round_to(
     """
     if not candidates or min(candidates) < 1:
         raise UsageError(f"round_to auto: candidates are positive multiples of channels; got {list(candidates)}.")
-    size = batch_size or _batch_size(arguments(example_inputs))
+    size = batch_size or batch_of(arguments(example_inputs))
     number = threads or torch.get_num_threads()
     calls: dict[Any, Callable[[], Any]] = {}
     infeasible = {}
@@ -179,16 +177,13 @@ def choose_round_to(
         raise PlanError(
             f"round_to auto: no candidate of {list(candidates)} can meet the target: {next(iter(infeasible.values()))}"
         )
-    timed, failed = _interleaved(calls, number, rounds, 0.02, clock)
+    timed, failed = interleaved(calls, number, rounds, 0.02, clock)
     if failed:
         raise UsageError(f"round_to auto: the pruned network does not run ({next(iter(failed.values()))}).")
     seconds = {key: measured.median for key, measured in timed.items()}
     fastest = min(seconds.values())
     chosen = next(key for key, value in seconds.items() if value <= fastest * (1 + margin))
     return RoundToChoice(chosen[0], chosen[1], seconds, infeasible)
-
-
-_CLOCKS = {"wall": benchmark_timer, "cpu": time.process_time}
 
 
 def _check(
@@ -220,8 +215,8 @@ def _check(
 
 
 def _check_clock(clock: str, threads: Sequence[int], devices: Sequence[str]) -> None:
-    if clock not in _CLOCKS:
-        raise UsageError(f"benchmark: unknown clock {clock!r}; choose from {', '.join(_CLOCKS)}.")
+    if clock not in CLOCKS:
+        raise UsageError(f"benchmark: unknown clock {clock!r}; choose from {', '.join(CLOCKS)}.")
     if clock == "cpu" and (max(threads) > 1 or set(devices) != {"cpu"}):
         raise UsageError(
             "benchmark: the cpu clock adds up the time of all threads; use it with one thread, on the CPU."
@@ -295,7 +290,7 @@ def _by_batch_size(
             failed = dict.fromkeys(calls, reason)
         else:
             calls_here = {name: make(size) for name, make in calls.items()}
-            measured[size], failed = _interleaved(calls_here, way.threads, *timing)
+            measured[size], failed = interleaved(calls_here, way.threads, *timing)
             slowest = max([slowest, *(times.median for times in measured[size].values())])
         skipped += [Skipped(name, f"{way}, batch {size}", reason) for name, reason in failed.items()]
     return measured, skipped
@@ -304,7 +299,7 @@ def _by_batch_size(
 def _prepare(network: nn.Module, example_inputs: ExampleInputs, way: _Way) -> Callable[[int], Callable[[], Any]]:
     """Make a function from a batch size to a forward pass; the network itself is copied, never changed."""
     args_kwargs = arguments(example_inputs)
-    own = _batch_size(args_kwargs)
+    own = batch_of(args_kwargs)
     if way.backend == "onnxruntime":
         if (way.device, way.precision, way.memory_format) != ("cpu", "fp32", "contiguous"):
             raise NotAtHandError("ONNX Runtime is measured on the CPU, in fp32, contiguous.")
@@ -312,7 +307,7 @@ def _prepare(network: nn.Module, example_inputs: ExampleInputs, way: _Way) -> Ca
             path = Path(folder) / "network.onnx"
             export(network, path, example_inputs, tolerance=1e-3)
             session = OnnxModel(path, way.threads)
-        return lambda size: _bound(session.run, _resized(args_kwargs, own, size))
+        return lambda size: bound(session.run, resized(args_kwargs, own, size))
     dtype, layout = PRECISIONS[way.precision], MEMORY_FORMATS[way.memory_format]
     copied = replica(network).eval().to(device=way.device, dtype=dtype).to(memory_format=layout)
     call: Callable[..., Any] = torch.compile(copied) if way.backend == "compile" else copied
@@ -323,39 +318,7 @@ def _prepare(network: nn.Module, example_inputs: ExampleInputs, way: _Way) -> Ca
         moved = leaf.to(way.device, dtype if leaf.is_floating_point() else leaf.dtype)
         return moved.contiguous(memory_format=layout) if moved.dim() == 4 else moved
 
-    return lambda size: _bound(call, pytree.tree_map(place, _resized(args_kwargs, own, size)))
-
-
-def _bound(call: Callable[..., Any], arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Callable[[], Any]:
-    args, kwargs = arguments
-
-    def run() -> Any:
-        with torch.inference_mode():
-            return call(*args, **kwargs)
-
-    return run
-
-
-def _interleaved(
-    calls: dict[Any, Callable[[], Any]], threads: int, rounds: int, min_seconds: float, clock: str
-) -> tuple[dict[Any, Measurement], dict[Any, str]]:
-    """Time several calls in turns, the order turned round from round to round."""
-    timers, numbers, failed = {}, {}, {}
-    for name, call in calls.items():
-        timer = Timer("call()", globals={"call": call}, num_threads=threads, timer=_CLOCKS[clock])
-        try:
-            with quiet():
-                timer.timeit(2)  # warm-up: compilation, caches, the allocator's first pages
-                once = timer.timeit(1).median
-        except Exception as error:  # noqa: BLE001 - the network is the user's, the backend a compiler's
-            failed[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            continue
-        timers[name], numbers[name] = timer, max(1, round(min_seconds / max(once, 1e-9)))
-    times: dict[Any, list[float]] = {name: [] for name in timers}
-    for i in range(rounds):
-        for name in list(timers) if i % 2 == 0 else list(reversed(timers)):
-            times[name].append(timers[name].timeit(numbers[name]).times[0])
-    return {name: Measurement(1, measured, timers[name]._task_spec) for name, measured in times.items()}, failed
+    return lambda size: bound(call, pytree.tree_map(place, resized(args_kwargs, own, size)))
 
 
 def _speed_up(before: Measurement, after: Measurement, theoretical: float | None, setting: Setting) -> SpeedUp:
@@ -370,7 +333,7 @@ def _count(models: dict[str, nn.Module], example_inputs: ExampleInputs) -> dict[
     from secateur.tracing.tracing import trace
 
     args_kwargs = arguments(example_inputs)
-    args, kwargs = _resized(args_kwargs, _batch_size(args_kwargs), 1)
+    args, kwargs = resized(args_kwargs, batch_of(args_kwargs), 1)
     return {name: macs(trace(network, kwargs or args)) for name, network in models.items()}
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.deploy.export import _require, quiet
+from secateur.deploy.failures import quiet, require
 from secateur.graph.channels import LayerPort, Window
 
 _SECONDS, _LEAST, _MOST = 1.0, 3, 15
@@ -153,7 +153,7 @@ def onnxruntime(layer: Layer, cells: Sequence[Cell], threads: int) -> list[float
 
 
 def _profiled(layer: Layer, cells: Sequence[Cell], threads: int) -> list[float]:
-    (runtime,) = _require("onnxruntime")
+    (runtime,) = require("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -188,7 +188,7 @@ def _profiled(layer: Layer, cells: Sequence[Cell], threads: int) -> list[float]:
 
 def _file(layer: Layer, cells: Sequence[Cell], draw: np.random.Generator) -> bytes:
     """Return an ONNX model of the same layer at several widths."""
-    (onnx,) = _require("onnx")
+    (onnx,) = require("onnx")
     make, real = onnx.helper, onnx.TensorProto.FLOAT
     kinds = {"conv": "Conv", "conv_transposed": "ConvTranspose", "linear": "Gemm"}
     nodes, weights, outputs = [], [], []

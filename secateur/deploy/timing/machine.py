@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.deploy.export import _batch_size, export
+from secateur.deploy.export import export
+from secateur.deploy.program import batch_of
 from secateur.network.inputs import arguments
 
 ExampleInputs = Tensor | tuple[Any, ...] | dict[str, Any]
@@ -115,7 +116,7 @@ def cpu_peak_bytes(network: nn.Module, example_inputs: ExampleInputs, sizes: Seq
     with tempfile.TemporaryDirectory() as folder:
         program, inputs = Path(folder) / "network.pt2", Path(folder) / "inputs.pt"
         export(network, program, example_inputs, tolerance=1e-3)
-        torch.save({"args": args, "kwargs": kwargs, "batch": _batch_size((args, kwargs))}, inputs)
+        torch.save({"args": args, "kwargs": kwargs, "batch": batch_of((args, kwargs))}, inputs)
         run = subprocess.run(
             [sys.executable, "-c", _PEAK, str(program), str(inputs), json.dumps(list(sizes))],
             capture_output=True,

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from secateur.checkpoint import write_atomic
-from secateur.deploy.export import _require
+from secateur.deploy.failures import require
 from secateur.deploy.timing import layers, whole
 from secateur.deploy.timing.layers import Cell, Layer
 from secateur.deploy.timing.machine import environment
@@ -102,7 +102,7 @@ def fingerprint(runtime: str, threads: int) -> dict[str, Any]:
     names = ("processor", "cores", "cpu_capability", "torch")
     found = {name: value for name, value in environment().items() if name in names}
     if runtime == "onnxruntime":
-        _require("onnx", "onnxscript", "onnxruntime")
+        require("onnx", "onnxscript", "onnxruntime")
         found["onnxruntime"] = importlib.metadata.version("onnxruntime")
     return {**found, "runtime": runtime, "threads": threads, "dtype": "float32"}
 

@@ -10,9 +10,11 @@ from typing import Any
 from torch import nn
 
 from secateur.criteria.feature_maps import evaluating
-from secateur.deploy.export import OnnxModel, _batch_size, _program, _require, _resized, _write_onnx
-from secateur.deploy.timing import _bound, _interleaved
+from secateur.deploy.failures import require
+from secateur.deploy.onnx_file import OnnxModel
+from secateur.deploy.program import batch_of, program_of, resized, write_onnx
 from secateur.deploy.timing.layers import steady
+from secateur.deploy.turns import bound, interleaved
 from secateur.errors import UsageError
 from secateur.network.copies import replica
 from secateur.network.inputs import arguments
@@ -41,25 +43,25 @@ def whole(
         ExportError: If a network can't be written as ONNX.
     """
     call = arguments(example_inputs)
-    sized = _resized(call, _batch_size(call), batch)
+    sized = resized(call, batch_of(call), batch)
     make = _onnxruntime if runtime == "onnxruntime" else _eager
     calls = {i: make(network, sized, threads) for i, network in enumerate(networks)}
     with steady(threads):
-        timed, failed = _interleaved(calls, threads, rounds, 0.02, "cpu" if threads == 1 else "wall")
+        timed, failed = interleaved(calls, threads, rounds, 0.02, "cpu" if threads == 1 else "wall")
     if failed:
         raise UsageError(f"latency: the network does not run at batch {batch} ({next(iter(failed.values()))}).")
     return [list(timed[i].raw_times) for i in calls]
 
 
 def _eager(network: nn.Module, call: tuple[Any, Any], threads: int) -> Callable[[], Any]:
-    return _bound(replica(network).eval(), call)
+    return bound(replica(network).eval(), call)
 
 
 def _onnxruntime(network: nn.Module, call: tuple[Any, Any], threads: int) -> Callable[[], Any]:
     """Write a network as it is fed here; that the file computes the same is held by :func:`export`, not here."""
-    _require("onnx", "onnxscript", "onnxruntime")
+    require("onnx", "onnxscript", "onnxruntime")
     with tempfile.TemporaryDirectory() as folder, evaluating(network):
         path = Path(folder) / "network.onnx"
-        _write_onnx(_program(network, *call, False), path)
+        write_onnx(program_of(network, *call, False), path)
         session = OnnxModel(path, threads)
-    return _bound(session.run, call)
+    return bound(session.run, call)
