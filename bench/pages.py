@@ -8,7 +8,7 @@ sections of ``docs/results.md`` do. Each bench writes its own section in the sam
 
 from __future__ import annotations
 
-from bench import accuracy_tables, criteria, finetuning, latency, patterns, recipes, zoo_table
+from bench import accuracy_tables, criteria, finetuning, int8, latency, patterns, recipes, zoo_table
 
 STORES = [
     patterns.STORE,
@@ -18,6 +18,7 @@ STORES = [
     recipes.STORE,
     accuracy_tables.STORE,
     latency.STORE,
+    int8.STORE,
 ]
 SECTIONS = [
     patterns.SECTION,
@@ -27,6 +28,7 @@ SECTIONS = [
     recipes.SECTION,
     accuracy_tables.SECTION,
     latency.SECTION,
+    int8.SECTION,
 ]
 FIGURES = [accuracy_tables.FIGURE]
 

@@ -68,16 +68,12 @@ def test_export_says_what_was_compared(tmp_path: Path, capsys: pytest.CaptureFix
 def test_export_in_int8_tabulates_both_files_and_the_unpruned_network(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["prune", *TINY, "--macs", "0.3", "--out", str(tmp_path / "small.safetensors"), "--json"]) == 0
-    capsys.readouterr()
-    out = tmp_path / "net.onnx"
-    words = ["export", "lenet5", *TINY[1:], "--data", "digits", "--out", str(out), "--int8", "--calibration", "100"]
-    assert main([*words, "--against", "lenet5", "--json"]) in (0, 2)
-    capsys.readouterr()
-    assert main([*words, "--json"]) == 0
+    out, widths = tmp_path / "net.onnx", ["--model-option", "widths=[2, 3]", "--model-option", "hidden=4"]
+    words = ["export", "lenet5", *widths, "--data", "digits", "--out", str(out), "--int8", "--calibration", "100"]
+    assert main([*words, "--against", "lenet5", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["format"], shown["calibrated_on"], shown["path"]) == ("onnx", 100, str(out))
-    assert [row["network"] for row in shown["files"]] == ["fp32", "int8"]
+    assert [row["network"] for row in shown["files"]] == ["fp32", "unpruned fp32", "int8"]
     assert all(0 <= row["accuracy"] <= 1 for row in shown["files"])
     assert main(words) == 0
     assert "output error" in capsys.readouterr().out
