@@ -91,7 +91,7 @@ def export(
                 same = Path(against).is_file() and ":" not in against
                 spec = (name, built, against) if same else (against, None, None)
                 other = sources.open_model(*spec, input_shape or (), bundle).model
-        given = {"format": format, "dynamic_batch": not fixed_batch, "tolerance": tolerance}
+        given: dict[str, Any] = {"format": format, "dynamic_batch": not fixed_batch, "tolerance": tolerance}
         report: ParityReport | Int8Report
         if int8 and bundle is not None:
             with steps.step("exporting, quantising and measuring"):

@@ -127,7 +127,7 @@ def export(
     example: Any = example_inputs if example_inputs is not None else seen.example
     seen = seen.fixed(batch_of(arguments(example))) if not dynamic_batch else seen
     with replacing(target) as part, tempfile.TemporaryDirectory() as folder:
-        files = {}
+        files: dict[str, Path] = {}
         for name, network in ((eight_bits.WHOLE, model), (eight_bits.AGAINST, against)):
             if network is not None:
                 files[name] = Path(folder) / f"{len(files)}.{kind}"

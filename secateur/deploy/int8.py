@@ -184,10 +184,10 @@ def measured(target: Path, kind: str, files: dict[str, Path], seen: Seen) -> Int
     for name, path in files.items():
         ratios = [w / o for w, o in zip(times[WHOLE].raw_times, times[name].raw_times, strict=True)]
         tally = tallies[name]
-        error = tally.error if name == SMALL else None
+        apart = tally.error if name == SMALL else None
         rows.append(
             FileFigures(
-                name, path.stat().st_size, tally.accuracy, error, 1000 * times[name].median, statistics.median(ratios)
+                name, path.stat().st_size, tally.accuracy, apart, 1000 * times[name].median, statistics.median(ratios)
             )
         )
     report = Int8Report(

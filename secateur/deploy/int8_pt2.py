@@ -80,6 +80,9 @@ def lowered(path: str | Path, example_inputs: Any) -> Any:
         module = torch.export.load(path).module()
         network = lowering.lower_pt2e_quantized_to_x86(module, tuple(example_inputs))
         for node in network.graph.nodes:
+            if node.target == torch.ops.aten.view.default:
+                # Layers in int8 return their channels last, which a view can't always flatten.
+                node.target = torch.ops.aten.reshape.default
             if node.target == torch.ops.onednn.qconv2d_pointwise.binary:
                 # A convolution adds into what its shortcut holds, and takes no shortcut whose channels lie apart.
                 with network.graph.inserting_before(node):

@@ -14,6 +14,8 @@ with quiet():  # torch's benchmark tools look for a CUDA compiler and say so whe
     from torch.utils.benchmark import Measurement, Timer
     from torch.utils.benchmark import timer as benchmark_timer
 
+__all__ = ["CLOCKS", "Measurement", "bound", "interleaved"]
+
 CLOCKS = {"wall": benchmark_timer, "cpu": time.process_time}
 
 

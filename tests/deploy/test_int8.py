@@ -16,18 +16,18 @@ pytest.importorskip("onnxscript", reason="the onnx extra is not installed")
 
 
 class Net(nn.Module):
-    """A shortcut whose channels lie apart in memory, as those of CIFAR's ResNets do."""
+    """A shortcut whose channels lie apart in memory, as those of CIFAR's ResNets do, and maps that are flattened."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 3, padding=1)
         self.norm = nn.BatchNorm2d(8)
         self.second = nn.Conv2d(8, 8, 3, stride=2, padding=1)
-        self.head = nn.Linear(8, 5)
+        self.head = nn.Linear(8 * 4, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.conv(x)).relu()
-        return self.head((self.second(y) + y[:, :, ::2, ::2]).relu().mean((2, 3)))
+        return self.head((self.second(y) + y[:, :, ::2, ::2]).relu()[:, :, ::2, ::2].flatten(1))
 
 
 @pytest.fixture
