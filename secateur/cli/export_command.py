@@ -89,8 +89,8 @@ def export(
             other = None
             if against is not None:
                 same = Path(against).is_file() and ":" not in against
-                spec = (name, built, against) if same else (against, None, None)
-                other = sources.open_model(*spec, input_shape or (), bundle).model
+                of, built_with, filled = (name, built, against) if same else (against, None, None)
+                other = sources.open_model(of, built_with, filled, input_shape or (), bundle).model
         given: dict[str, Any] = {"format": format, "dynamic_batch": not fixed_batch, "tolerance": tolerance}
         report: ParityReport | Int8Report
         if int8 and bundle is not None:
