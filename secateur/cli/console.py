@@ -162,7 +162,12 @@ def change(before: float, after: float) -> str:
     return f"{'−' if percent < 0 else '+'}{abs(percent):.1f}%"
 
 
-def comparison(before: Mapping[str, Any], after: Mapping[str, Any], metric: str = "accuracy") -> Table:
+def comparison(
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    metric: str = "accuracy",
+    timed: Mapping[str, Any] | None = None,
+) -> Table:
     """Tabulate a network's figures before and after pruning; those that were not measured are left out.
 
     Args:
@@ -170,7 +175,10 @@ def comparison(before: Mapping[str, Any], after: Mapping[str, Any], metric: str 
             ``memory_bytes``, ``file_bytes``, ``latency_ms``.
         after: The same of the pruned network.
         metric: Name of the metric that ``test`` and ``validation`` hold.
+        timed: What a target of latency measured, which stands in place of ``latency_ms``.
     """
+    if timed is not None:
+        before, after = ({**of, "latency_ms": 1000 * timed[key]} for of, key in ((before, "before"), (after, "after")))
     table = _table("", "before>", "after>", "change>")
     for key, name in (("test", f"{metric}, test set"), ("validation", f"{metric}, validation set")):
         if before.get(key) is not None and after.get(key) is not None:
@@ -182,7 +190,7 @@ def comparison(before: Mapping[str, Any], after: Mapping[str, Any], metric: str 
         ("parameters", "parameters", quantity),
         ("memory_bytes", "run-time memory", size),
         ("file_bytes", "file size", size),
-        ("latency_ms", "CPU latency", lambda ms: f"{ms:.3g} ms"),
+        ("latency_ms", "CPU latency" if timed is None else f"latency ({_setting(timed)})", lambda ms: f"{ms:.3g} ms"),
     ):
         if before.get(key) is not None and after.get(key) is not None:
             table.add_row(name, write(before[key]), write(after[key]), change(before[key], after[key]))
@@ -312,7 +320,7 @@ def show_run(values: Mapping[str, Any], out: Console | None = None) -> None:
     """Print the result of a compression run."""
     out = out or output()
     before, after = values["baseline"], values["final"]
-    out.print(comparison(before, after, values["metric"]))
+    out.print(comparison(before, after, values["metric"], values.get("latency")))
     out.print()
     out.print(widths(before["widths"], after["widths"]))
     out.print()
@@ -325,7 +333,7 @@ def show_run(values: Mapping[str, Any], out: Console | None = None) -> None:
 
 def show_latency(timed: Mapping[str, Any], out: Console | None = None) -> None:
     """Say what the network takes of the original's time, what was predicted, and where it is no faster."""
-    at = f"{timed['runtime']}, batch {timed['batch']}, {timed['threads']} thread{'s' if timed['threads'] > 1 else ''}"
+    at = _setting(timed)
     (out or output()).print(
         f"time of a forward pass ({at}): {1000 * timed['before']:.3g} ms → {1000 * timed['after']:.3g} ms, "
         f"{timed['measured']:.1%} left; asked {timed['asked']:.1%}, predicted {timed['predicted']:.1%} from the times "
@@ -333,6 +341,10 @@ def show_latency(timed: Mapping[str, Any], out: Console | None = None) -> None:
     )
     if timed["slower"]:
         error_line(f"the pruned network is not faster than the original ({at})", "warning")
+
+
+def _setting(timed: Mapping[str, Any]) -> str:
+    return f"{timed['runtime']}, batch {timed['batch']}, {timed['threads']} thread{'s' if timed['threads'] > 1 else ''}"
 
 
 def show_demo(values: Mapping[str, Any], picture: Path | None = None) -> None:
