@@ -62,7 +62,7 @@ class Steps:
     step that takes long writes a line now and then.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, every: float = LINE_SECONDS) -> None:
         console = Console(stderr=True, highlight=False, emoji=False, quiet=quiet)
         self._progress = Progress(
             TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=21)),
@@ -76,7 +76,7 @@ class Steps:
             disable=quiet or not console.is_terminal,
             transient=True,
         )
-        self._console, self._said = console, time.monotonic()
+        self._console, self._said, self._every = console, time.monotonic(), every
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Steps:
@@ -92,7 +92,7 @@ class Steps:
         if step not in self._tasks:
             self._tasks[step] = self._progress.add_task(step, total=total, note=note)
         self._progress.update(self._tasks[step], completed=done, total=total, note=note)
-        if (total or 1) > 1 and not self._console.is_terminal and time.monotonic() - self._said > LINE_SECONDS:
+        if (total or 1) > 1 and not self._console.is_terminal and time.monotonic() - self._said > self._every:
             self._said = time.monotonic()
             self._console.print(f"{step}: {done} of {total}", markup=False, soft_wrap=True)
 
@@ -444,19 +444,22 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 
 
 @contextmanager
-def running(as_json: bool, *, quiet: bool = False, level: str = "warning") -> Iterator[Steps]:
+def running(
+    as_json: bool, *, quiet: bool = False, level: str = "warning", every: float = LINE_SECONDS
+) -> Iterator[Steps]:
     """Show progress; with ``--json``, keep what the user's own code prints off standard output.
 
     Args:
         as_json: Whether standard output is for one JSON document.
         quiet: Whether neither progress nor lines below a warning are shown.
         level: Least level of the lines of the package's log.
+        every: Seconds between two lines of progress, where there is no terminal.
     """
     logger = logging.getLogger("secateur")
     before = logger.level
     logger.setLevel(max(logging.WARNING, logging.getLevelName(level.upper())) if quiet else level.upper())
     try:
-        with Steps(quiet=quiet) as steps, redirect_stdout(sys.stderr) if as_json else nullcontext():
+        with Steps(quiet=quiet, every=every) as steps, redirect_stdout(sys.stderr) if as_json else nullcontext():
             yield steps
     finally:
         logger.setLevel(before)
