@@ -567,7 +567,7 @@ ERRORS: list[tuple[list[str], int, str]] = [
     (["trace", "network.py:bild"], 2, "did you mean build?"),
     (["trace", "network.py:number"], 2, "returned int"),
     (["trace", "network.py:crash"], 2, "AttributeError at"),
-    (["trace", "network.py:build"], 2, "give --input SHAPE"),
+    (["trace", "network.py:broken"], 2, "give --input SHAPE"),
     (["trace", "no.such.module:build"], 2, "no module 'no.such.module'"),
     (["trace", "lenet5", "--model-option", "widths"], 2, "write NAME=VALUE"),
     (["trace", "lenet5", "--model-option", "widths=[1"], 2, "the value can't be read"),
