@@ -36,8 +36,10 @@ def read_table(path: str | os.PathLike[str], version: int, what: str, remedy: st
         given = parsed(Path(path).read_bytes())
         if not isinstance(given, dict) or given.pop("format_version", None) != version:
             raise ValueError("its version is unknown")
-        return checked(form, given)
+        table = checked(form, given)
     except OSError as error:
         raise UsageError(f"{path}: can't be read: {error.strerror}.") from error
     except ValueError as error:
         raise UsageError(f"{path}: no {what} ({error}). {remedy}") from error
+    object.__setattr__(table, "file", str(path))  # tables are frozen; a message names where one came from
+    return table

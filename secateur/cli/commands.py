@@ -33,7 +33,6 @@ from secateur.errors import DataError, SecateurError, UsageError
 app = typer.Typer(
     name="secateur",
     help="Make trained PyTorch CNNs smaller by removing redundant filters, and prove that nothing else changed.",
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
@@ -65,7 +64,7 @@ def demo(
     as_json: options.Json = False,
 ) -> None:
     """Train a LeNet-5 on real digits, remove 90% of its MACs, verify, save and reload it; nothing is downloaded."""
-    with console.running(as_json) as steps:
+    with console.running(as_json, every=5.0) as steps:
         from secateur.cli.demo import demonstrate
         from secateur.runfile.sources import writable
 

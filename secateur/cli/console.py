@@ -69,7 +69,7 @@ class Steps:
     step that takes long writes a line now and then.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, every: float = LINE_SECONDS) -> None:
         console = Console(stderr=True, highlight=False, emoji=False, quiet=quiet)
         self._progress = Progress(
             TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=21)),
@@ -83,7 +83,7 @@ class Steps:
             disable=quiet or not console.is_terminal,
             transient=True,
         )
-        self._console, self._said = console, time.monotonic()
+        self._console, self._said, self._every = console, time.monotonic(), every
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Steps:
@@ -99,7 +99,7 @@ class Steps:
         if step not in self._tasks:
             self._tasks[step] = self._progress.add_task(step, total=total, note=note)
         self._progress.update(self._tasks[step], completed=done, total=total, note=note)
-        if (total or 1) > 1 and not self._console.is_terminal and time.monotonic() - self._said > LINE_SECONDS:
+        if (total or 1) > 1 and not self._console.is_terminal and time.monotonic() - self._said > self._every:
             self._said = time.monotonic()
             self._console.print(f"{step}: {done} of {total}", markup=False, soft_wrap=True)
 
@@ -169,7 +169,12 @@ def change(before: float, after: float) -> str:
     return f"{'−' if percent < 0 else '+'}{abs(percent):.1f}%"
 
 
-def comparison(before: Mapping[str, Any], after: Mapping[str, Any], metric: str = "accuracy") -> Table:
+def comparison(
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    metric: str = "accuracy",
+    timed: Mapping[str, Any] | None = None,
+) -> Table:
     """Tabulate a network's figures before and after pruning; those that were not measured are left out.
 
     Args:
@@ -177,7 +182,10 @@ def comparison(before: Mapping[str, Any], after: Mapping[str, Any], metric: str 
             ``memory_bytes``, ``file_bytes``, ``latency_ms``.
         after: The same of the pruned network.
         metric: Name of the metric that ``test`` and ``validation`` hold.
+        timed: What a target of latency measured, which stands in place of ``latency_ms``.
     """
+    if timed is not None:
+        before, after = ({**of, "latency_ms": 1000 * timed[key]} for of, key in ((before, "before"), (after, "after")))
     table = _table("", "before>", "after>", "change>")
     top5 = [(values.get("details") or {}).get("top-5") for values in (before, after)]
     of = "test" if before.get("test") is not None else "validation"
@@ -196,7 +204,7 @@ def comparison(before: Mapping[str, Any], after: Mapping[str, Any], metric: str 
         ("parameters", "parameters", quantity),
         ("memory_bytes", "run-time memory", size),
         ("file_bytes", "file size", size),
-        ("latency_ms", "CPU latency", lambda ms: f"{ms:.3g} ms"),
+        ("latency_ms", "CPU latency" if timed is None else f"latency ({_setting(timed)})", lambda ms: f"{ms:.3g} ms"),
     ):
         if before.get(key) is not None and after.get(key) is not None:
             table.add_row(name, write(before[key]), write(after[key]), change(before[key], after[key]))
@@ -326,7 +334,7 @@ def show_run(values: Mapping[str, Any], out: Console | None = None) -> None:
     """Print the result of a compression run."""
     out = out or output()
     before, after = values["baseline"], values["final"]
-    out.print(comparison(before, after, values["metric"]))
+    out.print(comparison(before, after, values["metric"], values.get("latency")))
     out.print()
     out.print(widths(before["widths"], after["widths"]))
     out.print()
@@ -339,7 +347,7 @@ def show_run(values: Mapping[str, Any], out: Console | None = None) -> None:
 
 def show_latency(timed: Mapping[str, Any], out: Console | None = None) -> None:
     """Say what the network takes of the original's time, what was predicted, and where it is no faster."""
-    at = f"{timed['runtime']}, batch {timed['batch']}, {timed['threads']} thread{'s' if timed['threads'] > 1 else ''}"
+    at = _setting(timed)
     (out or output()).print(
         f"time of a forward pass ({at}): {1000 * timed['before']:.3g} ms → {1000 * timed['after']:.3g} ms, "
         f"{timed['measured']:.1%} left; asked {timed['asked']:.1%}, predicted {timed['predicted']:.1%} from the times "
@@ -347,6 +355,10 @@ def show_latency(timed: Mapping[str, Any], out: Console | None = None) -> None:
     )
     if timed["slower"]:
         error_line(f"the pruned network is not faster than the original ({at})", "warning")
+
+
+def _setting(timed: Mapping[str, Any]) -> str:
+    return f"{timed['runtime']}, batch {timed['batch']}, {timed['threads']} thread{'s' if timed['threads'] > 1 else ''}"
 
 
 def show_demo(values: Mapping[str, Any], picture: Path | None = None) -> None:
@@ -446,13 +458,16 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 
 
 @contextmanager
-def running(as_json: bool, *, quiet: bool = False, level: str = "warning") -> Iterator[Steps]:
+def running(
+    as_json: bool, *, quiet: bool = False, level: str = "warning", every: float = LINE_SECONDS
+) -> Iterator[Steps]:
     """Show progress; with ``--json``, keep what the user's own code prints off standard output.
 
     Args:
         as_json: Whether standard output is for one JSON document.
         quiet: Whether neither progress nor lines below a warning are shown.
         level: Least level of the lines of the package's log.
+        every: Seconds between two lines of progress, where there is no terminal.
     """
     logger = logging.getLogger("secateur")
     before = logger.level
@@ -460,7 +475,7 @@ def running(as_json: bool, *, quiet: bool = False, level: str = "warning") -> It
         quiet, level = True, "error"
     logger.setLevel(max(logging.WARNING, logging.getLevelName(level.upper())) if quiet else level.upper())
     try:
-        with Steps(quiet=quiet) as steps, redirect_stdout(sys.stderr) if as_json else nullcontext():
+        with Steps(quiet=quiet, every=every) as steps, redirect_stdout(sys.stderr) if as_json else nullcontext():
             yield steps
     finally:
         logger.setLevel(before)

@@ -100,7 +100,9 @@ def report(
     for run in files.runs:
         screen.print(f"\n[bold]{run.name}[/]  {run.path}")
         before, after = run.result.baseline.model_dump(), run.result.final.model_dump()
-        screen.print(console.comparison(before, after, run.result.metric))
+        asked = run.result.latency
+        timed = None if asked is None else asked.model_dump()
+        screen.print(console.comparison(before, after, run.result.metric, timed))
     screen.print(f"\nReport: {files.html}\nNumbers: {files.json}")
     if files.figures:
         screen.print(f"Figures: {len(files.figures)} files in {figures}")

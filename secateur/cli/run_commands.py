@@ -11,6 +11,7 @@ import typer
 
 from secateur.cli import console, options, signals
 from secateur.errors import SecateurError, UsageError
+from secateur.pruning.options import AUTO
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -97,6 +98,22 @@ def compress(
     batch_size: Annotated[
         int | None, typer.Option(metavar="N", help="Images a training step; 128 unless given, 8 where they have boxes.")
     ] = None,
+    lr: Annotated[
+        float | None, typer.Option("--lr", metavar="RATE", help="Learning rate of fine-tuning; as --set lr=RATE.")
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Epochs of fine-tuning: of auto to a target those after its last round (--set final_epochs=N), else "
+            "those of every round (--set finetune_epochs=N).",
+        ),
+    ] = None,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; as --set device=NAME.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Processes that read image files; 0 unless given.")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Seed of everything that is drawn; 0 unless given.")
     ] = None,
@@ -129,6 +146,7 @@ def compress(
     chosen_settings = options.values("--set", settings)
     if compensate is not None:
         chosen_settings["compensate"] = [] if compensate == "none" else compensate
+    chosen_settings |= {key: value for key, value in (("lr", lr), ("device", device)) if value is not None}
     given = {
         "model": options.one(model, model_flag) if config_file is None or model or model_flag else None,
         "model_options": options.values("--model-option", model_option),
@@ -144,6 +162,7 @@ def compress(
         "settings": chosen_settings,
         "baseline": options.values("--baseline", baseline),
         "batch_size": batch_size,
+        "workers": workers,
         "seed": seed,
         "run_dir": None if run_dir is None else str(run_dir),
         "track": track,
@@ -153,6 +172,9 @@ def compress(
     configured = config.build(chosen) if config_file is None else config.load(config_file, chosen)
     if configured.search is not None:
         raise UsageError(f"{config_file}: search: is for 'secateur sweep'; compress makes one run, without it.")
+    if epochs is not None:
+        name = "final_epochs" if configured.method == AUTO and configured.target is not None else "finetune_epochs"
+        configured = config.changed(configured, {"settings": {name: epochs}})
     if config_file is not None:
         options.require_trust(config_file, configured, trust, chosen)
     if estimate:

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -56,6 +56,8 @@ class Sensitivity:
     """How many it was measured on."""
     network: int
     """Checksum of the network's weights."""
+    file: ClassVar[str] = ""
+    """Where the table was read from, which messages name."""
     made_with: str = ""
     """Checksum of data and options, by which an interrupted measurement is told from another."""
 
@@ -75,7 +77,10 @@ class Sensitivity:
             PlanError: If weights differ.
         """
         if _checksum(tensors_named(unwrapped(model)).values()) != self.network:
-            raise PlanError("the table of sensitivity was measured with other weights: measure it of this network.")
+            raise PlanError(
+                f"{self.file or 'allocation'}: the table of sensitivity was measured with other weights: measure it of "
+                "this network."
+            )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON, whole or not at all."""

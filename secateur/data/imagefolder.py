@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,16 @@ if TYPE_CHECKING:
 NORMALISE = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """ImageNet's."""
 
+USUAL = {1: Normalise((0.449,), (0.226,)), 3: NORMALISE, 4: Normalise((*NORMALISE.mean, 0.5), (*NORMALISE.std, 0.5))}
+"""Channels -> normalisation unless another is given."""
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
 VALIDATION_FOLDERS = ("val", "valid", "validation")
 
 _PARTS = {"train", "training", "test", "testing", "eval", *VALIDATION_FOLDERS}
+
+_LOG = logging.getLogger(__name__)
 
 Samples = list[tuple[str, int]]
 
@@ -33,12 +41,17 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         samples: Path and class of each image.
         plain: From a PIL image to what the model takes.
         training: The same with augmentation, drawn from torch's global generator; None for none.
+        mode: What the files are decoded into: ``L``, ``RGB`` or ``RGBA``.
     """
 
     def __init__(
-        self, samples: Samples, plain: Callable[[Any], Tensor], training: Callable[[Any], Tensor] | None = None
+        self,
+        samples: Samples,
+        plain: Callable[[Any], Tensor],
+        training: Callable[[Any], Tensor] | None = None,
+        mode: str = "RGB",
     ) -> None:
-        self.samples, self.plain, self.training = samples, plain, training
+        self.samples, self.plain, self.training, self.mode = samples, plain, training, mode
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -52,7 +65,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
 
     def _get(self, index: int, transform: Callable[[Any], Tensor]) -> tuple[Tensor, int]:
         path, label = self.samples[index]
-        return transform(opened(Path(path), path)), label
+        return transform(opened(Path(path), path, self.mode)), label
 
 
 def imagefolder(
@@ -64,8 +77,10 @@ def imagefolder(
     size: int = 224,
     resize: int | None = None,
     augment: bool = True,
-    mean: Sequence[float] = NORMALISE.mean,
-    std: Sequence[float] = NORMALISE.std,
+    channels: int | None = None,
+    skip_unreadable: bool = False,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> DataBundle:
     """Load folders of images, a class each.
 
@@ -75,6 +90,8 @@ def imagefolder(
     - ``train`` and ``test``: validation is split off ``train``;
     - ``train`` and ``val``, as ImageNet has it: ``val`` is the test set, and validation is split off ``train``;
     - the folders of the classes: a fifth of each class is the test set, and validation is split off the rest.
+
+    Capitals make no difference: ``Train`` is ``train``.
 
     Images are resized to ``resize`` on the shorter side and cropped in the middle; for training, a random part is
     resized to ``size`` and half of the images are mirrored (Szegedy et al. 2015, as torchvision does it).
@@ -87,30 +104,42 @@ def imagefolder(
         size: Height and width of what the model sees, in pixels.
         resize: Shorter side before the crop; ``size`` · 256 / 224 where None.
         augment: Whether training batches may be augmented.
-        mean: Of each channel of images in [0, 1].
-        std: Of each channel of images in [0, 1].
+        channels: What the network takes: 1 (grey), 3 (RGB) or 4 (RGB and alpha); as many as there are means where
+            None.
+        skip_unreadable: Whether files that can't be decoded are left out, and counted in a warning; every file is read
+            once to find them.
+        mean: Of each channel of images in [0, 1]; ImageNet's where None, for grey their average, for alpha 0.5.
+        std: Of each channel of images in [0, 1]; likewise.
 
     Raises:
         DataError: If folders are missing, empty, or name different classes.
         UsageError: If an option is out of range, or ``validation`` is given beside a validation folder.
     """
     root = Path(root)
-    normalise = Normalise(tuple(mean), tuple(std))
+    channels = channels or (3 if mean is None else len(mean))
+    usual = USUAL.get(channels, NORMALISE)
+    normalise = Normalise(usual.mean if mean is None else tuple(mean), usual.std if std is None else tuple(std))
     resize = round(size * 256 / 224) if resize is None else resize
-    if not 1 <= size <= resize or len(normalise.mean) != 3:
+    if channels not in USUAL or len(normalise.mean) != channels:
         raise UsageError(
-            f"imagefolder: expected 1 <= size <= resize and three means, found {size}, {resize} and {normalise.mean}."
+            f"imagefolder: channels are 1, 3 or 4, with a mean for each; found {channels} and {normalise.mean}."
         )
+    if not 1 <= size <= resize:
+        raise UsageError(f"imagefolder: expected 1 <= size <= resize, found {size} and {resize}.")
     classes, train, held, test = _parts(root, validation, seed)
     labels = [label for _, label in train]
     thin = thinned(labels, torch.arange(len(train)), train_size, seed, f"imagefolder:{root}")
+    train = _at(train, thin)
+    if skip_unreadable:
+        train, held, test = _readable(root, train, held, test)
     plain, training = _transforms(size, resize, normalise)
+    mode = MODES[channels]
     return DataBundle(
         "imagefolder",
-        ImageFiles(_at(train, thin), plain, training if augment else None),
-        ImageFiles(held, plain),
-        ImageFiles(test, plain),
-        (3, size, size),
+        ImageFiles(train, plain, training if augment else None, mode),
+        ImageFiles(held, plain, mode=mode),
+        ImageFiles(test, plain, mode=mode),
+        (channels, size, size),
         classes,
         normalise,
     )
@@ -124,17 +153,19 @@ def _parts(root: Path, validation: float | None, seed: int) -> tuple[tuple[str, 
             "from image-net.org, are unpacked so by torchvision.datasets.ImageNet(root, split) for train and val."
         )
     held: Samples | None = None
-    if (root / "train").is_dir():
-        classes, train = _folder(root / "train")
-        val = next((root / name for name in VALIDATION_FOLDERS if (root / name).is_dir()), None)
-        tests = root / "test" if (root / "test").is_dir() else None
+    # Capitals make no difference; where both are there, what is written in small letters goes before.
+    folders = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
+    if (parts := folders.get("train")) is not None:
+        classes, train = _folder(parts)
+        val = next((folders[name] for name in VALIDATION_FOLDERS if name in folders), None)
+        tests = folders.get("test")
         if val is not None and tests is not None:
-            held = _same_classes(root / "train", classes, val)
+            held = _same_classes(parts, classes, val)
             if validation is not None:
                 raise UsageError(f"{where}: validation={validation:g} contradicts the folder {val.name}; leave it out.")
         if val is None and tests is None:
             raise DataError(f"{root}: beside train, expected a folder test or val.")
-        test = _same_classes(root / "train", classes, tests or val)
+        test = _same_classes(parts, classes, tests or val)
     else:
         classes, everything = _folder(root)
         if len(classes) > 1 and {name.lower() for name in classes} <= _PARTS:
@@ -148,6 +179,33 @@ def _parts(root: Path, validation: float | None, seed: int) -> tuple[tuple[str, 
         kept, out = stratified([label for _, label in train], 0.1 if validation is None else validation, seed, where)
         train, held = _at(train, kept), _at(train, out)
     return classes, train, held, test
+
+
+def _readable(root: Path, *parts: Samples) -> list[Samples]:
+    """Leave out files that can't be decoded, and say how many they are.
+
+    Raises:
+        DataError: If nothing is left of a part.
+    """
+    odd: list[str] = []
+
+    def readable(path: str) -> bool:
+        try:
+            opened(Path(path), path)
+        except DataError as error:
+            odd.append(str(error).rstrip("."))
+            return False
+        return True
+
+    left = [[sample for sample in part if readable(sample[0])] for part in parts]
+    if odd:
+        _LOG.warning(
+            "imagefolder:%s: %d of %d images can't be read and are left out. The first: %s.",
+            root, len(odd), sum(map(len, parts)), odd[0],
+        )  # fmt: skip
+    if not all(left):
+        raise DataError(f"imagefolder:{root}: no readable image is left in one of the parts: {odd[0]}.")
+    return left
 
 
 def _folder(folder: Path) -> tuple[tuple[str, ...], Samples]:

@@ -68,7 +68,7 @@ def in_time(
     except PlanError as error:
         raise PlanError(
             f"target: cannot remove {target.fraction:g} of the latency; a plan that was to do that left {left:.3g} of "
-            f"the time as measured, and by the times of layers no more can go. Lower --latency. ({error})"
+            f"the time as measured, and by the times of layers no more can go. Ask for less latency to go. ({error})"
         ) from error
     if again == found.plan:
         return found

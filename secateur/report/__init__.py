@@ -23,7 +23,7 @@ from secateur.report.figures import Figure, HeatMap
 from secateur.report.graph_page import draw_graph
 from secateur.report.html import finite
 from secateur.report.page import render
-from secateur.report.reading import Run, read_run
+from secateur.report.reading import Run, named_apart, read_run
 from secateur.report.sensitivity import draw_sensitivity
 from secateur.report.summary import (
     details,
@@ -80,7 +80,7 @@ def write_report(
     folders = [run_dirs] if isinstance(run_dirs, str | Path) else list(run_dirs)
     if not folders:
         raise UsageError("No run directory given: name at least one that `secateur compress` wrote.")
-    runs = [read_run(folder) for folder in folders]
+    runs = named_apart([read_run(folder) for folder in folders])
     metrics = sorted({run.result.metric for run in runs})
     if len(metrics) > 1:
         raise UsageError(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+from secateur.report.curves import curves
 from secateur.report.figures import Figure, Series, Tone, byte_size, percent, quantity
+from secateur.report.naming import bounded
 from secateur.report.reading import Layer, Measurement, Run, State
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -32,6 +35,9 @@ def charts(run: Run) -> list[Figure]:
     figures = [
         history(run),
         macs_per_layer(run),
+        chosen_widths(run),
+        sensitivity(run),
+        predictions(run),
         throughput(run),
         memory(run),
         largest_correlation(run),
@@ -91,17 +97,124 @@ def history(run: Run) -> Figure:
     floor = tolerance_floor(run)
     if floor is not None:
         series.append(Series(f"least {metric} allowed", [0.0, far], [floor, floor], "rule", Tone.LIMIT))
+    decisive = [y for s in series if s.tone in (Tone.AFTER, Tone.LIMIT) for y in s.y if y is not None]
+    span = metric_range(decisive, [y for s in series for y in s.y if y is not None])
+    low = [e.metric_dropped for e in dropped if e.metric_dropped is not None and e.metric_dropped < span[0]]
+    below = f" Below the axis: {len(low)} before fine-tuning, the lowest {percent(min(low))}." if low else ""
     return Figure(
         id="history",
         title="History of the run",
         summary=f"{len(episodes)} rounds, {len(kept)} accepted and {len(episodes) - len(kept)} reverted, took the MACs "
-        f"from {quantity(start.macs)} to {quantity(result.final.macs)}.",
+        f"from {quantity(start.macs)} to {quantity(result.final.macs)}.{below}",
         x_label="MACs removed",
         y_label=f"validation {metric}",
         series=series,
         x_format="percent",
-        y_format="percent",
+        y_format="metric",
+        y_range=span,
     )
+
+
+def metric_range(decisive: Sequence[float], others: Sequence[float] = ()) -> tuple[float, float]:
+    """Return the axis of a metric: a point at least, so that its ticks are tenths apart, and no more than decides.
+
+    Args:
+        decisive: Values that must be seen.
+        others: Values that are shown where they lie no further off than the decisive ones, or 2 points, lie apart.
+    """
+    low, high = min(decisive, default=0.0), max(decisive, default=1.0)
+    reach = max(0.02, high - low)
+    near = [value for value in others if low - reach <= value <= high + reach]
+    low, high = min([low, *near]), max([high, *near])
+    pad = max(0.1 * (high - low), (0.01 - (high - low)) / 2)
+    return low - pad, high + pad
+
+
+def chosen_widths(run: Run) -> Figure | None:
+    """Filters of every layer before and after."""
+    before, after = run.result.baseline.widths, run.result.final.widths
+    if not before:
+        return None
+    narrowed = [name for name in before if after.get(name, before[name]) < before[name]]
+    return Figure(
+        id="filters",
+        title="Widths that were chosen",
+        summary=f"Filters of each layer before and after; {len(narrowed)} of {len(before)} layers are narrower.",
+        x_label="layer",
+        y_label="filters",
+        x_scale="category",
+        series=[
+            Series("original", list(before), list(before.values()), "bar", Tone.BEFORE),
+            Series("pruned", list(before), [after.get(name) for name in before], "bar", Tone.AFTER),
+        ],
+    )
+
+
+def sensitivity(run: Run) -> Figure | None:
+    """What each group loses, as the run measured it last, and the widths it came to."""
+    table = run.sensitivity
+    if table is None or not table.damage:
+        return None
+    final = run.result.final.widths
+    drawn = curves(table, {name: size - final[name] for name, size in table.sizes.items() if name in final})
+    return replace(drawn, summary=f"{drawn.summary} Marked is where the run has cut.")
+
+
+def predictions(run: Run) -> Figure | None:
+    """Shares of time and memory that are left: as predicted, and as measured."""
+    rows = run.benchmark.rows if run.benchmark else []
+    series = []
+    if (asked := run.result.latency) is not None:
+        series.append(
+            Series(
+                "time, predicted from the times of layers", [asked.predicted], [asked.measured], "points", Tone.AFTER,
+                [asked.setting],
+            )
+        )  # fmt: skip
+    before, after = run.result.baseline, run.result.final
+    times, memories = [], []
+    for setting, variants in _settings(rows).items():
+        for first, last in _pairs(variants):
+            where = f"{setting}, batch {first.batch_size}"
+            times.append((share_left(run), last.seconds / first.seconds, where))
+            own, other = (row.peak_bytes and row.peak_bytes + (row.weight_bytes or 0) for row in (first, last))
+            if own and other and before.layers and after.layers:
+                computed = [total_memory(state.layers, first.batch_size) for state in (before, after)]
+                memories.append((computed[1] / computed[0], other / own, where))
+    for name, points, tone, place in (
+        ("time, predicted by MACs", times, Tone.BEFORE, 0),
+        ("memory, predicted by its sum over layers", memories, Tone.BEFORE_COMPUTED, 1),
+    ):
+        if points:
+            x, y, labels = (list(column) for column in zip(*points, strict=True))
+            series.append(Series(name, x, y, "points", tone, labels, place=place))
+    if not series:
+        return None
+    far = 1.05 * max(1.0, *(value for s in series for value in (*s.x, *s.y) if isinstance(value, float)))
+    said = ""
+    if asked is not None:
+        said = f" Of the time, {percent(asked.asked)} was to be left at {asked.setting}: predicted were "
+        said += f"{percent(asked.predicted)}, measured are {percent(asked.measured)}."
+    series.append(Series("as predicted", [0.0, far], [0.0, far], "rule", Tone.LIMIT, ["as predicted", "as predicted"]))
+    return Figure(
+        id="predictions",
+        title="Predictions against measurements",
+        summary="Share of the original's time and memory that is left; above the line it is more than predicted."
+        + said,
+        x_label="predicted share left",
+        y_label="measured share left",
+        series=series,
+        x_format="percent",
+        y_format="percent",
+        x_range=(0.0, far),
+        y_range=(0.0, far),
+    )
+
+
+def _pairs(variants: Mapping[str, Sequence[Measurement]]) -> list[tuple[Measurement, Measurement]]:
+    """Return the measurements of the original and of the pruned network at every batch size that both have."""
+    first = {row.batch_size: row for row in variants.get("original", [])}
+    return [(first[row.batch_size], row) for row in variants.get("pruned", []) if row.batch_size in first]
 
 
 def macs_per_layer(run: Run) -> Figure | None:
@@ -268,7 +381,8 @@ def pareto(runs: Sequence[Run]) -> Figure:
         series=series,
         x_format="percent",
         x_range=(-0.03, 1.0),
-        y_format="percent",
+        y_format="metric",
+        y_range=metric_range([y for _, y, _ in points] + starts),
     )
 
 
@@ -334,17 +448,16 @@ def share_left(run: Run) -> float:
 
 
 def tolerance_floor(run: Run) -> float | None:
-    """Least validation metric that the run was allowed, from its tolerance in points."""
+    """Least validation metric that the run was allowed; None where a target, widths or ratios end it."""
     tolerance, start = run.config.get("tolerance"), run.result.baseline.validation
-    if not isinstance(tolerance, int | float) or isinstance(tolerance, bool) or start is None:
+    if start is None or tolerance is None or not bounded(run.config):
         return None
-    return start - tolerance / 100
+    return start - float(tolerance) / 100
 
 
 def speed_ups(variants: dict[str, list[Measurement]]) -> list[float]:
     """Time of the original over time of the pruned network, at every batch size that both have."""
-    first = {row.batch_size: row.seconds for row in variants.get("original", [])}
-    return [first[row.batch_size] / row.seconds for row in variants.get("pruned", []) if row.batch_size in first]
+    return [first.seconds / last.seconds for first, last in _pairs(variants)]
 
 
 def _settings(rows: Sequence[Measurement]) -> dict[str, dict[str, list[Measurement]]]:

@@ -10,8 +10,9 @@ from typing import Literal
 
 Number = float | int
 Cell = str | Number | bool | None
-Format = Literal["text", "integer", "decimal", "percent", "quantity", "bytes"]
-"""How a number is written: as it is, to three digits, as a percentage, with an SI prefix, as a size."""
+Format = Literal["text", "integer", "decimal", "percent", "metric", "quantity", "bytes"]
+"""How a number is written: as it is, to three digits, as a percentage, likewise with tenths on an axis, with an SI
+prefix, as a size."""
 
 
 class Tone(StrEnum):
@@ -136,7 +137,7 @@ def write(value: Cell, form: Format) -> str:
     if isinstance(value, str):
         return value
     match form:
-        case "percent":
+        case "percent" | "metric":
             return percent(value, 2)
         case "quantity":
             return quantity(value)

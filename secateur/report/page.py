@@ -45,7 +45,6 @@ class _RunView:
 
     id: str
     name: str
-    label: str
     eyebrow: str
     sentence: str
     exact: str
@@ -80,7 +79,7 @@ def render(runs: Sequence[Run], figures: Sequence[Sequence[Figure]], heat_maps: 
         UsageError: If Plotly, whose JavaScript the page carries, is not installed.
     """
     views = [
-        _view(i, run, list(fs), list(maps), run.name if len({r.name for r in runs}) == len(runs) else run.path.name)
+        _view(i, run, list(fs), list(maps))
         for i, (run, fs, maps) in enumerate(zip(runs, figures, heat_maps, strict=True))
     ]
     compared = comparison(runs) if len(runs) > 1 else []
@@ -103,11 +102,11 @@ def render(runs: Sequence[Run], figures: Sequence[Sequence[Figure]], heat_maps: 
     )
 
 
-def _view(index: int, run: Run, figures: list[Figure], heat_maps: list[HeatMap], label: str) -> _RunView:
+def _view(index: int, run: Run, figures: list[Figure], heat_maps: list[HeatMap]) -> _RunView:
     prefix = f"run{index}"
     text, good = exactness(run)
     accepted = sum(e.accepted for e in run.history)
-    badges = [f"{accepted} rounds accepted, {len(run.history) - accepted} reverted"]
+    badges = [f"{accepted} round{'s' if accepted != 1 else ''} accepted, {len(run.history) - accepted} reverted"]
     if isinstance(run.config.get("seed"), int):
         badges.append(f"seed {run.config['seed']}")
     seconds = sum(e.seconds or 0 for e in run.history)
@@ -136,7 +135,6 @@ def _view(index: int, run: Run, figures: list[Figure], heat_maps: list[HeatMap],
     return _RunView(
         id=prefix,
         name=run.name,
-        label=label,
         eyebrow=_eyebrow(run),
         sentence=sentence(run),
         exact=text,
@@ -159,7 +157,7 @@ def _wide(figures: Sequence[Figure]) -> set[str]:
 
 
 def _many_layers(figure: Figure) -> bool:
-    return figure.x_scale == "category" and len(figure.series[0].x) > 12
+    return len(figure.series) > 12 or (figure.x_scale == "category" and len(figure.series[0].x) > 12)
 
 
 def _command(run: Run) -> str:

@@ -115,6 +115,7 @@ def _chart(figure: Figure, axes: Axes, beside: int) -> None:
         axes.set_ylim(*figure.y_range)
     write: dict[str, Any] = {
         "percent": lambda y, _: f"{significant(100 * y)}%",
+        "metric": lambda y, _: percent(y),
         "quantity": lambda y, _: quantity(y),
         "bytes": lambda y, _: byte_size(y),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from secateur.report.figures import Figure, Format, HeatMap, Series, Tone, write
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
 DASHES = ("solid", "dash", "dot", "dashdot")
+LEGEND = 40
+"""Characters of a line of a legend, which a phone has room for."""
 RUN_COLOURS = 6
 """Number of colours the page has for runs; a seventh run takes the first colour and another marker."""
 
@@ -24,6 +27,7 @@ _TONES = {
 }
 _TICKS: dict[Format, dict[str, Any]] = {
     "percent": {"tickformat": ",.2~%"},
+    "metric": {"tickformat": ",.1%"},
     "quantity": {"tickformat": ".3~s"},
     "bytes": {"tickformat": ".3~s", "ticksuffix": "B"},
     "decimal": {},
@@ -57,7 +61,11 @@ def specification(figure: Figure) -> dict[str, Any]:
     if figure.x_range is not None:
         layout["xaxis"]["range"] = list(figure.x_range)
     if figure.y_range is not None:
-        layout["yaxis"]["range"] = [figure.y_range[0], figure.y_range[1] * 1.02]
+        # A bar that ends at the axis's end keeps a little room.
+        layout["yaxis"]["range"] = [
+            figure.y_range[0],
+            figure.y_range[1] * (1.02 if figure.x_scale == "category" else 1),
+        ]
     return {"data": [_trace(figure, series) for series in figure.series], "layout": layout}
 
 
@@ -106,7 +114,7 @@ def _trace(figure: Figure, series: Series) -> dict[str, Any]:
     colour = _TONES.get(series.tone, f"$run{series.place % RUN_COLOURS}")
     computed = series.tone in (Tone.BEFORE_COMPUTED, Tone.AFTER_COMPUTED)
     trace: dict[str, Any] = {
-        "name": series.name,
+        "name": "<br>".join(textwrap.wrap(series.name, LEGEND)) or series.name,
         "x": series.x,
         "y": series.y,
         "customdata": _tooltips(figure, series),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from secateur.compensation.sensitivity import Sensitivity
 from secateur.errors import DataError, RunError, UsageError
+from secateur.report.naming import name_of, names_of
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -65,6 +68,26 @@ class MaxCorrelation(_Record):
     after: dict[str, float] = Field(default_factory=dict)
 
 
+class AskedLatency(_Record):
+    """The setting at which a target of latency was asked for, and what came of it there."""
+
+    runtime: str
+    batch: int
+    threads: int
+    asked: float
+    """Share of the unpruned network's time that was to be left; so are the next two."""
+    predicted: float
+    measured: float
+    before: float
+    """Seconds of the unpruned network."""
+    after: float
+
+    @property
+    def setting(self) -> str:
+        """The setting in words."""
+        return f"{self.runtime}, batch {self.batch}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+
+
 class Result(_Record):
     """``result.json``: the run's result."""
 
@@ -73,6 +96,8 @@ class Result(_Record):
     final: State
     refused: list[Refused] = Field(default_factory=list)
     verification: dict[str, Any] = Field(default_factory=dict)
+    latency: AskedLatency | None = None
+    """What a target of latency predicted and measured."""
     max_abs_rho: MaxCorrelation = Field(default_factory=MaxCorrelation)
 
 
@@ -141,12 +166,24 @@ class BenchmarkRows(_Record):
 class Run(_Record):
     """Everything the report knows of one run."""
 
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
     path: Path
     name: str
     config: dict[str, Any]
     result: Result
     history: list[Episode]
     benchmark: BenchmarkRows | None = None
+    sensitivity: Sensitivity | None = None
+    """What each group lost when the run measured it last, where its method does."""
+
+
+def named_apart(runs: Sequence[Run]) -> list[Run]:
+    """Return runs whose names tell them apart, by their settings; a lone run keeps its own."""
+    if len(runs) < 2:
+        return list(runs)
+    names = names_of([run.config for run in runs], [run.path.resolve().name for run in runs])
+    return [run.model_copy(update={"name": name}) for run, name in zip(runs, names, strict=True)]
 
 
 def read_run(run_dir: str | Path) -> Run:
@@ -183,14 +220,15 @@ def read_run(run_dir: str | Path) -> Run:
     config = _read_json(path / "config.json")
     if not isinstance(config, dict):
         raise DataError(f"{path / 'config.json'}: expected an object, found {type(config).__name__}.")
-    benchmark = path / "benchmark.json"
+    benchmark, table = path / "benchmark.json", path / "sensitivity.json"
     return Run(
         path=path,
-        name=_name(config, path),
+        name=name_of(config, path.resolve().name),
         config=config,
         result=_validated(Result, _read_json(path / "result.json"), str(path / "result.json")),
         history=history,
         benchmark=_validated(BenchmarkRows, _read_json(benchmark), str(benchmark)) if benchmark.is_file() else None,
+        sensitivity=Sensitivity.load(table) if table.is_file() else None,
     )
 
 
@@ -237,9 +275,3 @@ def _validated(model: type[_Model], record: Any, where: str) -> _Model:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "the record"
         raise DataError(f"{where}: {field}: {first['msg'].lower()}.") from error
-
-
-def _name(config: dict[str, Any], path: Path) -> str:
-    """Method, model and data of the run in a few words, or the directory's name."""
-    words = [config[key] for key in ("model", "method") if isinstance(config.get(key), str)]
-    return " · ".join(words) if len(words) == 2 else path.resolve().name

@@ -55,13 +55,14 @@ def headline(run: Run) -> list[Headline]:
                 Headline(f"{name}, top-5", percent(was5, 2), percent(now5, 2), gain, None if same else now5 > was5)
             )
         break
+    was_ms, now_ms, at = latency(run)
     sizes: list[tuple[str, float | None, float | None, Any]] = [
         ("MACs", before.macs, after.macs, quantity),
         ("Parameters", before.parameters, after.parameters, quantity),
         ("File size", before.file_bytes, after.file_bytes, byte_size),
-        ("Latency", before.latency_ms, after.latency_ms, lambda value: f"{significant(value)} ms"),
+        ("Latency", was_ms, now_ms, lambda value: f"{significant(value)} ms"),
     ]
-    notes = {"MACs": "for one image", "Latency": "one forward pass"}
+    notes = {"MACs": "for one image", "Latency": at}
     for name, was, now, write in sizes:
         if was is None or now is None or not was:
             continue
@@ -82,6 +83,19 @@ def headline(run: Run) -> list[Headline]:
             )
         )
     return items
+
+
+def latency(run: Run) -> tuple[float | None, float | None, str]:
+    """Return the time before and after, in milliseconds, at the setting that was asked for, and that setting.
+
+    A run without a target of latency has timed both networks on its example inputs, eagerly.
+    """
+    if (asked := run.result.latency) is not None:
+        return 1000 * asked.before, 1000 * asked.after, asked.setting
+    machine = run.config.get("machine")
+    device = machine.get("device", "") if isinstance(machine, dict) else ""
+    at = f"eager, example inputs{', ' if device else ''}{device}"
+    return run.result.baseline.latency_ms, run.result.final.latency_ms, at
 
 
 def sentence(run: Run) -> str:
@@ -241,6 +255,7 @@ def side_by_side(runs: Sequence[Run]) -> Table:
     for i, run in enumerate(runs):
         before, after = run.result.baseline, run.result.final
         change = score(after) - score(before)
+        _, now_ms, at = latency(run)
         rows.append(
             [
                 run.name,
@@ -250,9 +265,10 @@ def side_by_side(runs: Sequence[Run]) -> Table:
                 1 - share_left(run),
                 1 - after.parameters / before.parameters if before.parameters else None,
                 after.file_bytes,
-                after.latency_ms,
+                now_ms,
+                at,
                 i in front,
-                str(run.path),
+                run.path.resolve().name,
             ]
         )
     metric = metric_name(runs[0])
@@ -265,8 +281,9 @@ def side_by_side(runs: Sequence[Run]) -> Table:
         "Parameters removed",
         "File",
         "Latency, ms",
+        "timed with",
         "On the front",
-        "Directory",
+        "Folder",
     ]
     formats: dict[str, Format] = {columns[i]: "percent" for i in (1, 2, 4, 5)}
     return Table(columns, rows, "Runs side by side", {**formats, columns[6]: "bytes"})

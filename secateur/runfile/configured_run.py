@@ -232,7 +232,10 @@ class Show:
             self.standing = f"{shown} at {event.record['macs']:,} MACs, {kept}"
         where = f"round {event.round}, phase {event.phase}"
         if event.kind == "batch":
-            self.steps("  epoch", event.batch, event.batches, f"{event.stage} {event.epoch}/{event.epochs}")
+            if event.stage == "measure":
+                self.steps("  measuring", event.batch, event.batches, "times of layers, or sensitivity")
+            else:
+                self.steps("  epoch", event.batch, event.batches, f"{event.stage} {event.epoch}/{event.epochs}")
         self.steps("compressing", self.rounds, None, f"{where}; {self.standing}" if self.standing else where)
 
 
@@ -240,12 +243,16 @@ def grounded(run: RunConfig) -> RunConfig:
     """Make every path absolute and name the folder, so that the run can be resumed from anywhere."""
     name = "".join(c if c.isalnum() else "-" for c in Path(run.model.rpartition(":")[2] or run.model).stem)
     by = run.method.rpartition(":")[2]
-    weights = sources.pinned(run.model, run.weights)
+    weights, options = sources.pinned(run.model, run.weights), dict(run.model_options)
     if weights is not None and sources.version(weights) is None:
         weights = str(Path(weights).expanduser().absolute())
+    base = options.get("base_weights")  # of a detector, built on a classifier whose weights they are
+    if isinstance(base, str) and sources.version(base) is None:
+        options["base_weights"] = str(Path(base).expanduser().absolute())
     return run.model_copy(
         update={
             "model": sources.absolute(run.model),
+            "model_options": options,
             "data": sources.absolute(run.data),
             "method": sources.absolute(run.method),
             "weights": weights,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import os
 import re
@@ -18,11 +19,14 @@ from torch import Tensor, nn
 from secateur import criteria
 from secateur.criteria import Criterion
 from secateur.errors import DataError, UsageError
+from secateur.network.isolation import left_as_found
 from secateur.runfile import user_code, weight_files
 
 if TYPE_CHECKING:
     from secateur.data import DataBundle
     from secateur.graph.plan import PruningPlan
+
+_LOG = logging.getLogger(__name__)
 
 PRETRAINED = "pretrained"
 """Stands for the weights that torchvision or timm publish; ``pretrained:VERSION`` for one of torchvision's versions."""
@@ -53,11 +57,18 @@ class SourceModel:
 
     @property
     def inputs(self) -> Any:
-        """Example inputs.
+        """Example inputs; where the source tells none, a shape that the first layer's weights allow and that runs.
 
         Raises:
-            UsageError: If the source tells none.
+            UsageError: If neither is to be had.
         """
+        if self.example_inputs is None and (guess := _guessed(self.model)) is not None:
+            _LOG.warning(
+                "%s: takes %s, as its first layer's weights have it; give --input SHAPE for another.",
+                self.name,
+                "x".join(map(str, guess.shape)),
+            )
+            return guess
         if self.example_inputs is None:
             raise UsageError(f"{self.name}: what it takes is not known; give --input SHAPE, e.g. --input 1x3x224x224.")
         return self.example_inputs
@@ -409,6 +420,28 @@ def _timm(name: str, options: dict[str, Any], pretrained: str | None) -> SourceM
     built = user_code.guard(f"timm:{name}", timm.create_model, given, "model")
     shape = built.default_cfg["input_size"]
     return SourceModel(built, _noise((1, *shape)), f"timm:{name}")
+
+
+_SIDES = (224, 32, 28)
+"""Heights and widths of images that are tried where a network doesn't tell what it takes."""
+
+
+def _guessed(network: nn.Module) -> Tensor | None:
+    """Return an input that the first layer's weights allow, and that the network runs on; None where there is none."""
+    first = next((m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)), None)
+    if first is None:
+        return None
+    channels = first.in_channels if isinstance(first, nn.Conv2d) else first.in_features
+    image = isinstance(first, nn.Conv2d)
+    for size in [(1, channels, side, side) for side in _SIDES] if image else [(1, channels)]:
+        made = _noise(size)
+        with left_as_found(network):
+            try:
+                network.eval()(made)
+            except Exception:  # noqa: BLE001 - the user's own code may refuse a shape by any error
+                continue
+        return made
+    return None
 
 
 def _noise(shape: Iterable[int], dtype: torch.dtype = torch.float32) -> Tensor:

@@ -23,9 +23,9 @@ from secateur.cli import console
 from secateur.cli.commands import app, main
 from secateur.cli.console import change, quantity
 from secateur.engine import Event
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, UsageError
 from secateur.models import lenet5
-from secateur.runfile import config, sources
+from secateur.runfile import config, configured_run, sources
 from secateur.training import baseline, stages, tasks
 
 LENET = ["lenet5", "--model-option", "widths=[4, 6]", "--model-option", "hidden=8"]
@@ -486,7 +486,36 @@ def test_progress_follows_every_event_of_a_run(here: Path, monkeypatch: pytest.M
     show(Event("batch", "finetune", 2, 1, 1, 3, batch=4, batches=9, loss=0.5))
     show(Event("episode", "judge", 2, 1, record={"accepted": False, "metric_tuned": 0.915, "macs": 12_000}))
     assert lines[0] == ("  epoch", 4, 9, "finetune 1/3")
+    show(Event("batch", "measure", 2, 1, 0, 0, batch=11, batches=30))
+    assert lines[-2][:3] == ("  measuring", 11, 30)
     assert lines[-1][3] == "round 2, phase 1; 91.50% at 12,000 MACs, reverted"
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [(["--macs", "0.5"], "final_epochs"), (["--tolerance", "1"], "finetune_epochs"),
+     (["--method", "l1", "--macs", "0.5"], "finetune_epochs")],
+)  # fmt: skip
+def test_what_is_set_most_often_has_an_option_of_its_own(
+    here: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], name: str
+) -> None:
+    asked: list[config.RunConfig] = []
+
+    def start(run: config.RunConfig, *_: object, **__: object) -> None:
+        asked.append(run)
+        raise UsageError("that is enough")
+
+    monkeypatch.setattr(configured_run, "start", start)
+    own = ["--lr", "0.003", "--epochs", "7", "--device", "cpu", "--workers", "2"]
+    assert run("compress", "lenet5", "--data", "digits", *words, *own) == 2
+    (found,) = asked
+    assert (found.settings.lr, found.settings.device, found.workers) == (0.003, "cpu", 2)
+    assert getattr(found.settings, name) == 7
+
+
+def test_the_weights_of_a_detectors_base_are_found_from_anywhere(here: Path) -> None:
+    given = config.build({"model": "ssd512", "data": "voc:x", "model_options": {"base_weights": "vgg.pth", "n": 1}})
+    assert configured_run.grounded(given).model_options == {"base_weights": str(here / "vgg.pth"), "n": 1}
 
 
 def test_config_completes_a_file_and_reads_its_own_answer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -538,7 +567,7 @@ ERRORS: list[tuple[list[str], int, str]] = [
     (["trace", "network.py:bild"], 2, "did you mean build?"),
     (["trace", "network.py:number"], 2, "returned int"),
     (["trace", "network.py:crash"], 2, "AttributeError at"),
-    (["trace", "network.py:build"], 2, "give --input SHAPE"),
+    (["trace", "network.py:broken"], 2, "give --input SHAPE"),
     (["trace", "no.such.module:build"], 2, "no module 'no.such.module'"),
     (["trace", "lenet5", "--model-option", "widths"], 2, "write NAME=VALUE"),
     (["trace", "lenet5", "--model-option", "widths=[1"], 2, "the value can't be read"),

@@ -38,7 +38,7 @@ def test_it_measures_saves_draws_and_prune_takes_the_table(here: Path, capsys: p
     assert run("sensitivity", *LENET, *DIGITS, *QUICK, *again) == 0
     assert "chosen" in (here / "marked.svg").read_text()
     assert run(*words, "--seed", "1") == 1
-    assert "measured with other weights" in capsys.readouterr().err
+    assert "new/table.json: the table of sensitivity was measured with other weights" in capsys.readouterr().err
 
 
 def test_as_json_by_loss_and_by_two_processes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

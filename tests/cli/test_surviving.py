@@ -205,10 +205,10 @@ def test_suspicions(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     assert messages[0].startswith("prune: lenet5 has fresh random weights")
     assert "scores 1000 classes, and digits has 10" in messages[1]
     assert "99.0% on the validation images and 93.0% on the test images" in messages[2]
-    for part in ("Train", "Val"):
+    for part in ("Training", "Val"):
         (tmp_path / part).mkdir()
         (tmp_path / part / "a.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"Train and Val look like parts of a data set .* train, val and test"):
+    with pytest.raises(DataError, match=r"Training and Val look like parts of a data set .* train, val and test"):
         imagefolder(tmp_path)
 
 

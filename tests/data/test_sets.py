@@ -404,6 +404,41 @@ def test_training_images_are_augmented_by_seed_and_others_never(tmp_path):
     assert torch.equal(next(iter(held))[0], torch.stack([bundle.validation[i][0] for i in range(2)]))
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_images_have_the_channels_that_the_network_takes(tmp_path, channels):
+    bundle = load("imagefolder", root=write_folder(tmp_path), size=16, channels=channels)
+    image, _ = bundle.test[0]
+    assert image.shape == bundle.input_shape == (channels, 16, 16)
+    if channels == 4:
+        assert torch.allclose(image[3], torch.tensor(1.0))  # opaque: (1 - 0.5) / 0.5
+    with pytest.raises(UsageError, match="channels are 1, 3 or 4, with a mean for each; found 2"):
+        load("imagefolder", root=tmp_path, channels=2)
+    with pytest.raises(UsageError, match="with a mean for each"):
+        load("imagefolder", root=tmp_path, channels=channels, mean=[0.1, 0.2], std=[1, 1])
+
+
+def test_capitals_of_the_parts_make_no_difference(tmp_path):
+    for folder in ("Train", "VAL", "Test"):
+        write_folder(tmp_path / folder)
+    bundle = load("imagefolder", root=tmp_path, size=16)
+    assert bundle.classes == ("ape", "bee")
+    for part, folder in (("train", "Train"), ("validation", "VAL"), ("test", "Test")):
+        assert {Path(path).parent.parent.name for path, _ in getattr(bundle, part).samples} == {folder}
+
+
+def test_unreadable_images_are_skipped_where_that_is_asked_for_and_counted(tmp_path, caplog):
+    root = write_folder(tmp_path / "all")
+    odd = [root / "ape" / "all3.png", root / "bee" / "all7.png"]
+    for path in odd:
+        path.write_bytes(b"no image")
+    bundle = load("imagefolder", root=root, size=16, skip_unreadable=True)
+    parts = [bundle.train, bundle.validation, bundle.test]
+    left = {path for part in parts for path, _ in part.samples}
+    assert left == {str(path) for path in root.rglob("*.png")} - set(map(str, odd))
+    assert all(part[i][0].shape == (3, 16, 16) for part in parts for i in range(len(part)))
+    assert "2 of 20 images can't be read and are left out" in caplog.text
+
+
 def test_damaged_folders_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"gone: no such folder; expected train, val and test"):
         load("imagefolder", root=tmp_path / "gone")

@@ -10,6 +10,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+TIMED = {
+    "batch": 8, "runtime": "onnxruntime", "threads": 1, "predicted": 0.62, "measured": 0.66, "error": -0.06,
+    "before": 0.0042, "after": 0.002772, "slower": False, "corrected_from": None,
+}  # fmt: skip
+"""What a target of latency writes into a result, but for what was asked."""
+
 
 def write_run(
     folder: Path,
@@ -19,8 +25,13 @@ def write_run(
     benchmark: bool = True,
     method: str = "cfp",
     lost: float = 0.004,
+    latency: float | None = None,
+    damage: bool = True,
 ) -> Path:
-    """Write a finished run of a plain CNN: module -> (inputs, filters before, output positions)."""
+    """Write a finished run of a plain CNN: module -> (inputs, filters before, output positions).
+
+    ``latency`` is a target of that fraction in place of a tolerance; ``damage`` writes a table of sensitivity.
+    """
     widths = widths or {"conv1": (1, 20, 576), "conv2": (20, 50, 64), "conv3": (50, 64, 16)}
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
@@ -79,6 +90,7 @@ def write_run(
             ],
             "verification": {"exact": True, "max_error": 3.1e-13},
             "max_abs_rho": {"before": rho, "after": {m: 0.35 * r for m, r in rho.items()}},
+            "latency": latency and {**TIMED, "asked": 1 - latency},
         },
     )
     _dump(
@@ -89,11 +101,19 @@ def write_run(
             "data": "formula",
             "seed": seed,
             "tolerance": 0.5,
-            "epochs": 2,
+            "target": latency and {"latency": latency, "batch": 8},
             "versions": {"torch": "2.14.1"},
             "machine": {"cpu": "2 cores"},
         },
     )
+    if damage:
+        sizes = {module: filters for module, (_, filters, _) in widths.items()}
+        losses = {
+            module: {str(max(1, size * k // 8)): 0.001 * (place + 1) * 4.0**k for k in range(1, 8)}
+            for place, (module, size) in enumerate(sizes.items())
+        }
+        of = {"sizes": sizes, "damage": losses, "measure": "kl", "images": 512, "network": 1, "made_with": ""}
+        _dump(folder / "sensitivity.json", {"format_version": 1, **of})
     if benchmark:
         _dump(folder / "benchmark.json", {"rows": _measurements(before["parameters"]), "environment": {}})
     return folder

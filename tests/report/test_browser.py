@@ -128,13 +128,25 @@ def test_dark_and_light_paint_page_and_figures(browser: Any, page: Path) -> None
     assert all(light != dark for light, dark in zip(seen["light"], seen["dark"], strict=True))
 
 
+@pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("name", ["page", "comparison", "resnet20"])
-def test_a_phone_scrolls_in_one_direction_only(browser: Any, name: str, request: pytest.FixtureRequest) -> None:
+def test_nothing_scrolls_sideways_and_no_table_is_cut_off(
+    browser: Any, name: str, width: int, request: pytest.FixtureRequest
+) -> None:
     browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500},
     )
     open_page(browser, request.getfixturevalue(name))
-    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    # A phone zooms out until everything fits: then innerWidth grows along with what is too wide.
+    assert browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]") == [width, width]
+    browser.execute_script("document.querySelectorAll('details').forEach(each => { each.open = true; })")
+    cut = browser.execute_script(
+        """return Array.from(document.querySelectorAll('.scroll')).filter(box => box.scrollWidth > box.clientWidth + 1)
+             .map(box => box.getAttribute('aria-label') + ': ' + box.scrollWidth + ' in ' + box.clientWidth)"""
+    )
+    assert cut == []
+    assert browser.get_log("browser") == []
     wide = browser.execute_script(
         """return Array.from(document.querySelectorAll('.plot svg.main-svg'))
              .filter(drawing => drawing.getBoundingClientRect().right > innerWidth + 1).length"""

@@ -19,6 +19,8 @@ from secateur.report.plotly import specification
 from secateur.report.reading import Layer
 from tests.report.synthetic import write_run
 
+FIGURES = ["history", "macs", "filters", "sensitivity", "predictions", "throughput", "memory", "correlation"]
+
 
 def test_total_memory_is_the_papers_sum() -> None:
     layers = [(6, 3, 4, 5, 7), (8, 3, 2, 7, 9)]  # output side, kernel, inputs ignored by eq. 4, c_in, c_out
@@ -83,7 +85,7 @@ def test_heat_maps_are_capped_or_named(tmp_path: Path) -> None:
 def test_every_figure_is_valid_plotly_and_its_table_holds_every_number(tmp_path: Path) -> None:
     runs = [read_run(write_run(tmp_path / name, seed=i, lost=0.003 * (i + 1))) for i, name in enumerate("ab")]
     figures = [*charts(runs[0]), *comparison(runs)]
-    assert [f.id for f in figures] == ["history", "macs", "throughput", "memory", "correlation", "pareto", "kept"]
+    assert [f.id for f in figures] == [*FIGURES, "pareto", "kept"]
     for figure in figures:
         go.Figure(_named_colours(specification(figure)))
         cells = [cell for row in figure.table().rows for cell in row]
@@ -98,6 +100,46 @@ def test_the_history_tells_reverted_rounds_from_accepted_ones(tmp_path: Path) ->
     assert reverted.labels == ["round 4, reverted", "round 8, reverted"]
     floor = next(s for s in history.series if s.tone is Tone.LIMIT)
     assert floor.y[0] == pytest.approx(run.result.baseline.validation - 0.005)
+
+
+def test_no_least_accuracy_is_drawn_where_a_target_rules(tmp_path: Path) -> None:
+    history = charts(read_run(write_run(tmp_path / "run", latency=0.4)))[0]
+    assert [s.name for s in history.series if s.tone is Tone.LIMIT] == []
+
+
+def test_the_axis_of_accuracy_shows_tenths_of_a_point(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run", lost=0.0005))
+    far = run.history[0].model_copy(update={"metric_dropped": 0.31})
+    history = charts(run.model_copy(update={"history": [far, *run.history[1:]]}))[0]
+    axis = specification(history)["layout"]["yaxis"]
+    assert axis["tickformat"] == ",.1%"
+    low, high = axis["range"]
+    assert 0.01 <= high - low < 0.06
+    kept = [s.y for s in history.series if s.tone in (Tone.AFTER, Tone.LIMIT)]
+    assert all(low < y < high for values in kept for y in values)
+    assert history.summary.endswith("Below the axis: 3 before fine-tuning, the lowest 31.0%.")
+
+
+def test_sensitivity_is_marked_where_the_run_has_cut(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run"))
+    drawn = next(f for f in charts(run) if f.id == "sensitivity")
+    assert [s.name for s in drawn.series] == ["conv3", "conv2", "conv1", "chosen"]
+    cut = {label.partition(":")[0]: x for label, x in zip(drawn.series[-1].labels, drawn.series[-1].x, strict=True)}
+    before, after = run.result.baseline.widths, run.result.final.widths
+    assert cut == {name: pytest.approx(1 - after[name] / before[name]) for name in before}
+
+
+def test_predictions_stand_against_what_was_measured_at_the_same_setting(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run", latency=0.4))
+    drawn = next(f for f in charts(run) if f.id == "predictions")
+    asked, by_macs, by_sum, line = drawn.series
+    assert (list(asked.x), list(asked.y), asked.labels) == ([0.62], [0.66], ["onnxruntime, batch 8, 1 thread"])
+    assert set(by_macs.x) == {run.result.final.macs / run.result.baseline.macs}
+    assert list(by_macs.y) == [pytest.approx(0.55)] * 12
+    before, after = (total_memory(s.layers, 32) for s in (run.result.baseline, run.result.final))
+    assert by_sum.x[by_sum.labels.index("cpu, eager, 1 thread, batch 32")] == after / before
+    assert list(line.x) == list(line.y)
+    assert "60.0% was to be left at onnxruntime, batch 8, 1 thread" in drawn.summary
 
 
 def test_a_point_given_twice_keeps_its_own_row() -> None:

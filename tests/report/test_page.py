@@ -7,6 +7,7 @@ import pytest
 
 from secateur.report import write_report
 from tests.report.synthetic import write_run
+from tests.report.test_charts import FIGURES
 
 
 class _Elements(HTMLParser):
@@ -64,21 +65,32 @@ def test_what_a_run_names_is_never_markup(tmp_path: Path) -> None:
 def test_the_json_holds_what_the_page_shows(tmp_path: Path) -> None:
     numbers = json.loads(write_report(write_run(tmp_path / "run")).json.read_text())
     (run,) = numbers["runs"]
-    assert [f["id"] for f in run["figures"]] == ["history", "macs", "throughput", "memory", "correlation"]
+    assert [f["id"] for f in run["figures"]] == FIGURES
     assert run["headline"][1]["label"] == "MACs"
     assert run["verification"]["exact"] is True
     assert numbers["comparison"] is None
 
 
+def test_the_headline_is_the_latency_that_was_asked_for(tmp_path: Path) -> None:
+    asked = json.loads(write_report(write_run(tmp_path / "asked", latency=0.4)).json.read_text())["runs"][0]
+    (item,) = [h for h in asked["headline"] if h["label"] == "Latency"]
+    assert (item["before"], item["after"], item["change"]) == ("4.20 ms", "2.77 ms", "1.52× faster")
+    assert item["note"] == "onnxruntime, batch 8, 1 thread"
+    plain = json.loads(write_report(write_run(tmp_path / "plain")).json.read_text())["runs"][0]
+    (item,) = [h for h in plain["headline"] if h["label"] == "Latency"]
+    assert item["note"] == "eager, example inputs"
+
+
 def test_a_run_without_optional_parts_still_reports(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", benchmark=False)
     (run / "baseline.safetensors").unlink()
+    (run / "sensitivity.json").unlink()
     result = json.loads((run / "result.json").read_text())
     del result["max_abs_rho"], result["refused"], result["verification"]
     result["final"]["latency_ms"] = result["final"]["test"] = None
     (run / "result.json").write_text(json.dumps(result))
     numbers = json.loads(write_report(run).json.read_text())["runs"][0]
-    assert [f["id"] for f in numbers["figures"]] == ["history", "macs", "memory"]
+    assert [f["id"] for f in numbers["figures"]] == ["history", "macs", "filters", "memory"]
     assert numbers["correlation"] == []
     assert [h["label"] for h in numbers["headline"]] == ["Validation accuracy", "MACs", "Parameters", "File size"]
 
@@ -87,7 +99,7 @@ def test_a_run_without_optional_parts_still_reports(tmp_path: Path) -> None:
 def test_figures_for_a_paper_are_png_and_svg(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name) for name in "ab"]
     files = write_report(runs, tmp_path / "report.html", figures=tmp_path / "figures")
-    assert len(files.figures) == len(set(files.figures)) == 2 * (2 * 5 + 2 * 3 + 2)
+    assert len(files.figures) == len(set(files.figures)) == 2 * (2 * len(FIGURES) + 2 * 3 + 2)
     for file in files.figures:
         head = file.read_bytes()[:200]
         assert head.startswith(b"\x89PNG") if file.suffix == ".png" else b"<?xml" in head

@@ -186,3 +186,35 @@ def test_a_shape_that_is_none_is_refused(shapes: list[str]) -> None:
 )
 def test_paths_in_specs_become_absolute(spec: str, expected: str) -> None:
     assert sources.absolute(spec) == expected.format(here=Path.cwd())
+
+
+class Asks(nn.Module):
+    """Runs on images of one size alone."""
+
+    def __init__(self, channels: int, side: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.head = nn.Linear(4 * side * side, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.conv(x)).flatten(1))
+
+
+@pytest.mark.parametrize(("channels", "side"), [(1, 28), (3, 32), (4, 224)])
+def test_an_input_is_guessed_from_the_first_layer_and_said(
+    channels: int, side: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = Asks(channels, side)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    guess = sources.SourceModel(network, None, "net.py:build").inputs
+    assert guess.shape == (1, channels, side, side)
+    assert f"net.py:build: takes 1x{channels}x{side}x{side}, as its first layer" in caplog.text
+    assert network.training
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_an_input_that_can_not_be_guessed_is_asked_for() -> None:
+    with pytest.raises(UsageError, match="what it takes is not known; give --input"):
+        _ = sources.SourceModel(Asks(3, 37), None, "net.py:build").inputs
+    assert sources.SourceModel(nn.Sequential(nn.Linear(7, 2)), None, "n").inputs.shape == (1, 7)

@@ -6,7 +6,7 @@ import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -57,6 +57,8 @@ class Latency:
     """a, seconds that do not depend on widths."""
     scale: float
     """s, how much longer layers take in the network than by themselves."""
+    file: ClassVar[str] = ""
+    """Where the times were read from, which messages name."""
     per_value: float
     """m, seconds for each value that a layer makes."""
     fit: list[tuple[float, float]]
@@ -69,7 +71,10 @@ class Latency:
             PlanError: If layers differ.
         """
         if checksum(graph) != self.network:
-            raise PlanError("costs: these times are of another network: measure them of this one (secateur.latency).")
+            raise PlanError(
+                f"{self.file or 'costs'}: these times are of another network: measure them of this one "
+                "(secateur.latency)."
+            )
 
     def of(self, graph: ChannelGraph) -> CostOf:
         """Return the seconds of a forward pass by the channels that each group loses, shape ``(..., G)`` -> ``(...)``.
