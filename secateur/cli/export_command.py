@@ -88,9 +88,10 @@ def export(
             found = sources.open_model(name, built, weights, input_shape or (), bundle)
             other = None
             if against is not None:
-                same = Path(against).is_file() and ":" not in against
-                spec = (name, built, against) if same else (against, None, None)
-                other = sources.open_model(*spec, input_shape or (), bundle).model
+                if Path(against).is_file() and ":" not in against:
+                    other = sources.open_model(name, built, against, input_shape or (), bundle).model
+                else:
+                    other = sources.open_model(against, None, None, input_shape or (), bundle).model
         given: dict[str, Any] = {"format": format, "dynamic_batch": not fixed_batch, "tolerance": tolerance}
         report: ParityReport | Int8Report
         if int8 and bundle is not None:
