@@ -80,7 +80,7 @@ def export(
                 bundle = sources.data(data, options.values("--data-option", data_option))
         if int8 and bundle is not None and bundle.task != "classification":
             raise UsageError(
-                f"export: --int8 is held to the accuracy of classes, and {bundle.name} holds boxes; in Python, "
+                f"export: --int8 is held to the accuracy of classes, and {bundle.name} holds none; in Python, "
                 "sc.export(model, path, int8=True, data=batches) takes any images."
             )
         name, built = options.one(model, model_flag), options.values("--model-option", model_option)

@@ -58,8 +58,9 @@ Data = Annotated[
     str | None,
     typer.Option(
         metavar="DATA",
-        help="digits; mnist:ROOT, cifar10:ROOT, cifar100:ROOT, imagefolder:ROOT; voc:ROOT, coco:ROOT, "
-        "gtsdb:ROOT (boxes, for detectors); path/to/file.py:FUNCTION; package.module:FUNCTION.",
+        help="digits; mnist:ROOT, cifar10:ROOT, cifar100:ROOT, imagefolder:ROOT; masks:ROOT (a class a "
+        "pixel); voc:ROOT, coco:ROOT, gtsdb:ROOT (boxes, for detectors); path/to/file.py:FUNCTION; "
+        "package.module:FUNCTION.",
     ),
 ]
 DataOptions = Annotated[

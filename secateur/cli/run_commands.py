@@ -234,7 +234,7 @@ def evaluate(
     split: Annotated[Literal["test", "validation"], typer.Option(help="Part of the data to measure on.")] = "test",
     as_json: options.Json = False,
 ) -> None:
-    """Measure a network, pruned or not: accuracy, or mAP of a detector, MACs, parameters."""
+    """Measure a network, pruned or not: accuracy, or mAP of a detector, mIoU of masks; MACs, parameters."""
     with console.running(as_json) as steps:
         import secateur as sc
         from secateur.runfile import sources, suspicions

@@ -19,6 +19,7 @@ from secateur.data.coco import coco
 from secateur.data.digits import digits
 from secateur.data.gtsdb import gtsdb
 from secateur.data.imagefolder import ImageFiles, imagefolder
+from secateur.data.masks import MaskFiles, masks
 from secateur.data.mnist import mnist
 from secateur.data.tensors import CropFlip, ImageTensors
 from secateur.data.voc import voc
@@ -34,6 +35,7 @@ DATASETS: Mapping[str, Callable[..., DataBundle]] = {
     "cifar10": cifar10,
     "cifar100": cifar100,
     "imagefolder": imagefolder,
+    "masks": masks,
     "voc": voc,
     "coco": coco,
     "gtsdb": gtsdb,
@@ -51,8 +53,8 @@ def load(
     """Load a data set by name, in its three parts.
 
     Args:
-        name: ``digits``, or ``mnist``, ``cifar10``, ``cifar100``, ``imagefolder``, ``voc``, ``coco``, ``gtsdb``; with
-            the folder after a colon, as in ``mnist:data``, or as ``root``.
+        name: ``digits``, or ``mnist``, ``cifar10``, ``cifar100``, ``imagefolder``, ``masks``, ``voc``, ``coco``,
+            ``gtsdb``; with the folder after a colon, as in ``mnist:data``, or as ``root``.
         root: Folder of the files.
         validation: Share of the training set that is held out for validation, in (0, 1); the loader's own where None
             (a quarter for ``digits``, a tenth otherwise). Contradicts a published validation set.
@@ -105,6 +107,7 @@ __all__ = [
     "DetectionFiles",
     "ImageFiles",
     "ImageTensors",
+    "MaskFiles",
     "Normalise",
     "load",
 ]

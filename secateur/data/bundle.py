@@ -69,7 +69,8 @@ class DataBundle:
     """Names of the classes, by index; without the background for detection, where labels begin at 1."""
     normalise: Normalise | None = None
     """What was done to the images; None where the model does it itself, as torchvision's detectors do."""
-    task: Literal["classification", "detection"] = "classification"
+    task: Literal["classification", "detection", "dense"] = "classification"
+    """One class an image; boxes; or a class for every pixel."""
 
 
 def stratified(labels: Sequence[int], share: float | int, seed: int, where: str) -> tuple[Tensor, Tensor]:

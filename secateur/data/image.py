@@ -33,8 +33,8 @@ def decode(source: bytes | Path, where: str) -> Tensor:
     return torch.from_numpy(np.array(opened(source, where))).permute(2, 0, 1).contiguous()
 
 
-def opened(source: bytes | Path, where: str, mode: str = "RGB") -> Image.Image:
-    """Return a decoded image in RGB, or in another of PIL's modes.
+def opened(source: bytes | Path, where: str, mode: str | None = "RGB") -> Image.Image:
+    """Return a decoded image in RGB, or in another of PIL's modes; as it is stored for None.
 
     Raises:
         DataError: If it is no image, damaged, or larger than the limit; ``where`` says which.
@@ -51,7 +51,7 @@ def opened(source: bytes | Path, where: str, mode: str = "RGB") -> Image.Image:
                     f"{where}: holds {image.width}x{image.height} pixels, more than {limit}; take it away, or raise "
                     f"{PIXELS_SETTING}."
                 )
-            return image.convert(mode)
+            return image.copy() if mode is None else image.convert(mode)
     except DataError:
         raise
     except Exception as error:  # damaged bytes raise errors of any kind

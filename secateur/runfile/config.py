@@ -142,8 +142,9 @@ class RunConfig(_Planning):
         "or with 'none', the baseline is trained first.",
     )
     data: str = Field(
-        description="digits; mnist:ROOT, cifar10:ROOT, cifar100:ROOT, imagefolder:ROOT; voc:ROOT, coco:ROOT, "
-        "gtsdb:ROOT, boxes for detectors; path/to/file.py:FUNCTION; or package.module:FUNCTION."
+        description="digits; mnist:ROOT, cifar10:ROOT, cifar100:ROOT, imagefolder:ROOT; masks:ROOT, a class a "
+        "pixel; voc:ROOT, coco:ROOT, gtsdb:ROOT, boxes for detectors; path/to/file.py:FUNCTION; or "
+        "package.module:FUNCTION."
     )
     data_options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the data's loader.")
     input: tuple[str, ...] = Field(

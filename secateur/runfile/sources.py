@@ -193,9 +193,10 @@ def data(spec: str, options: Mapping[str, Any] | None = None) -> DataBundle:
     """Load the data sets that ``spec`` names.
 
     Args:
-        spec: ``digits``; ``mnist:ROOT``, ``cifar10:ROOT``, ``cifar100:ROOT``, ``imagefolder:ROOT``; ``voc:ROOT``,
-            ``coco:ROOT`` or ``gtsdb:ROOT``; or ``path/to/file.py:FUNCTION`` or ``package.module:FUNCTION``, which is
-            called with ``options`` and returns a :class:`secateur.data.DataBundle`.
+        spec: ``digits``; ``mnist:ROOT``, ``cifar10:ROOT``, ``cifar100:ROOT``, ``imagefolder:ROOT``; ``masks:ROOT``;
+            ``voc:ROOT``, ``coco:ROOT`` or ``gtsdb:ROOT``; or ``path/to/file.py:FUNCTION`` or
+            ``package.module:FUNCTION``, which is called with ``options`` and returns a
+            :class:`secateur.data.DataBundle`.
         options: Keyword arguments of the loader, e.g. ``{"image_size": 224}``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What follows from the task of a data set, classes or boxes: how examples are batched, the loss, the metric."""
+"""What follows from the task of a data set, classes, boxes or masks: how examples are batched, the loss, the metric."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from secateur.data.bundle import Sized
+    from secateur.training.dense import DenseLoss, MeanIoU
     from secateur.training.detection import DetectionLoss, MeanAveragePrecision
 
-TRAINING_BATCH = {"classification": 128, "detection": 8}
+TRAINING_BATCH = {"classification": 128, "detection": 8, "dense": 16}
 """Examples a training step, unless a run gives a number."""
 
-EVALUATION_BATCH = {"classification": 256, "detection": 8}
+EVALUATION_BATCH = {"classification": 256, "detection": 8, "dense": 16}
 """Examples a batch of evaluation."""
 
-SAMPLE_BATCH = {"classification": 64, "detection": 8}
+SAMPLE_BATCH = {"classification": 64, "detection": 8, "dense": 8}
 """Examples a batch for criteria and compensation."""
 
 Part = Literal["train", "validation", "test"]
@@ -42,8 +43,9 @@ def training_batches(bundle: DataBundle, size: int | None, seed: int, workers: i
     """
     size = size or TRAINING_BATCH[bundle.task]
     count = len(bundle.train)  # type: ignore[arg-type]
-    # A detector's last maps may have one position, and a batch norm can't be trained on one value a channel.
-    lone = bundle.task == "detection" and count > size and count % size == 1
+    # Last maps of a detector, or pooled ones of a network for masks, may have one position, and a batch norm can't be
+    # trained on one value a channel.
+    lone = bundle.task != "classification" and count > size and count % size == 1
     return _batches(bundle, bundle.train, size, shuffle=True, augment=True, seed=seed, workers=workers, drop_last=lone)
 
 
@@ -81,16 +83,20 @@ def _batches(
     return (DetectionBatches if bundle.task == "detection" else Batches)(dataset, size, **options)
 
 
-def loss(bundle: DataBundle) -> DetectionLoss | None:
+def loss(bundle: DataBundle) -> DetectionLoss | DenseLoss | None:
     """Return the loss of the data's task; None for cross entropy."""
     if bundle.task == "classification":
         return None
+    if bundle.task == "dense":
+        from secateur.training.dense import DenseLoss
+
+        return DenseLoss()
     from secateur.training.detection import DetectionLoss
 
     return DetectionLoss()
 
 
-def metric(bundle: DataBundle) -> MeanAveragePrecision | None:
+def metric(bundle: DataBundle) -> MeanAveragePrecision | MeanIoU | None:
     """Return the metric of the data's task; None for accuracy.
 
     Raises:
@@ -98,6 +104,10 @@ def metric(bundle: DataBundle) -> MeanAveragePrecision | None:
     """
     if bundle.task == "classification":
         return None
+    if bundle.task == "dense":
+        from secateur.training.dense import MeanIoU
+
+        return MeanIoU(bundle.classes)
     from secateur.training.detection import MeanAveragePrecision
 
     return MeanAveragePrecision(bundle.classes)
@@ -149,7 +159,7 @@ def require_fit(model: nn.Module, name: str, bundle: DataBundle) -> None:
 
 
 def require_classes(bundle: DataBundle, method: str | Criterion = "cfp", **weights: float) -> None:
-    """Refuse what needs one class an image, before any work is done for it, where the data hold boxes.
+    """Refuse what needs one class an image, before any work is done for it, where the data hold none.
 
     Args:
         bundle: The data.
@@ -157,16 +167,17 @@ def require_classes(bundle: DataBundle, method: str | Criterion = "cfp", **weigh
         weights: Settings that are about class scores unless 0, by name.
 
     Raises:
-        UsageError: If the data hold boxes, and the criterion or a setting is for classes.
+        UsageError: If the data hold boxes or masks, and the criterion or a setting is for one class an image.
     """
     if bundle.task == "classification":
         return
     criterion = criteria.get(method)
+    held = "boxes" if bundle.task == "detection" else "masks"
     if Need.LABELS in criterion.needs:
         raise UsageError(
-            f"method: {criterion.name} needs one class an image, and {bundle.name} holds boxes; choose another, "
-            "such as corrnet."
+            f"method: {criterion.name} needs one class an image, and {bundle.name} holds {held}; choose "
+            "another, such as corrnet."
         )
     for name, weight in weights.items():
         if weight:
-            raise UsageError(f"{name}: is about class scores, and {bundle.name} holds boxes; leave it 0.")
+            raise UsageError(f"{name}: is about class scores, and {bundle.name} holds {held}; leave it 0.")
