@@ -53,6 +53,7 @@ def test_a_speed_up_is_the_median_of_the_rounds_ratios() -> None:
     assert (found.low, found.high) == (1.5, 4.5)
 
 
+@pytest.mark.slow
 def test_onnx_runtime_says_what_it_does_not_run() -> None:
     pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
     result = benchmark(

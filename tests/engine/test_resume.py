@@ -116,7 +116,8 @@ def test_a_killed_run_of_a_detector_ends_in_the_same_bits(tmp_path: Path) -> Non
     assert whole["result"]["final"]["validation"] > 0
 
 
-@pytest.mark.parametrize("method", ["cfp", *(pytest.param(m, marks=pytest.mark.slow) for m in ("auto", "corrnet"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["cfp", "auto", "corrnet"])
 def test_every_single_step_can_be_the_last(tmp_path: Path, method: str) -> None:
     """Store and reload the state after each step: the same network in the end as without."""
     train, validation, _ = digits(80)
