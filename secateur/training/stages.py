@@ -154,7 +154,9 @@ def accelerator(device: str = "auto") -> Accelerator:
         raise UsageError(f"device: is auto or cpu, found {device!r}.")
     require_launched()
     try:
-        return Accelerator(cpu=device == "cpu", mixed_precision="no")
+        # Networks change between stages, and a metric of one's own gets them as they are: nothing is compiled, whatever
+        # stands in the environment, as transformers' arguments leave it there.
+        return Accelerator(cpu=device == "cpu", mixed_precision="no", dynamo_backend="no")
     except (ValueError, ImportError) as error:
         raise UsageError(f"device {device}: {' '.join(str(error).split())}") from error
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,18 @@ DATA = [
     for number in range(16)
 ]
 INPUTS = {"pixel_values": torch.stack([one["pixel_values"] for one in DATA[:2]])}
+
+
+@pytest.fixture(autouse=True)
+def _environment_is_put_back() -> Iterator[None]:
+    """Put back what the arguments of a training leave for Accelerate in the environment and in its own state."""
+    from accelerate.state import AcceleratorState
+
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    AcceleratorState._reset_state()
 
 
 def build() -> Any:

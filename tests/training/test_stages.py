@@ -460,3 +460,12 @@ def test_examples_are_counted_in_any_nesting() -> None:
     batch = (({"names": ["a", "b"], "views": {"left": [IMAGES]}},), LABELS)
     (record,) = fit(Deep(), [batch], epochs=1)
     assert record.images == len(IMAGES)
+
+
+def test_nothing_is_compiled_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
+    layer = nn.Linear(2, 2)
+    assert stages.accelerator("cpu").prepare_model(layer) is layer
