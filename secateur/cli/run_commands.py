@@ -112,7 +112,7 @@ def compress(
     ] = None,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; as --set device=NAME.")] = None,
     workers: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Processes that read image files; 0 unless given.")
+        int | None, typer.Option(metavar="N", min=0, help="Processes that read image files; one a core unless given.")
     ] = None,
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Seed of everything that is drawn; 0 unless given.")

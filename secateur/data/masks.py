@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from secateur.data.bundle import TEST_SEED, DataBundle, Normalise
+from secateur.data.bundle import DataBundle, Normalise
 from secateur.data.image import opened
 from secateur.data.imagefolder import NORMALISE
 from secateur.errors import DataError, UsageError
@@ -189,5 +189,5 @@ def _split(pairs: Pairs, share: float, seed: int, where: str) -> tuple[Pairs, Pa
     held = round(share * len(pairs))
     if not 0 < held < len(pairs):
         raise DataError(f"{where}: {len(pairs)} images can't be split at {share:g}; add images, or split off more.")
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed + TEST_SEED)).tolist()
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
     return [pairs[i] for i in sorted(order[held:])], [pairs[i] for i in sorted(order[:held])]

@@ -54,7 +54,7 @@ class DenseLoss:
         """
         loss = self._mean(scores_of(output, target), target)
         aux = output.get("aux") if isinstance(output, Mapping) else None
-        return loss if aux is None else loss + AUXILIARY * self._mean(scores_of({"out": aux}, target), target)
+        return loss if aux is None else loss + AUXILIARY * self._mean(scores_of(aux, target), target)
 
     @staticmethod
     def _mean(scores: Tensor, target: Tensor) -> Tensor:
