@@ -1,4 +1,4 @@
-"""A target of latency: planned by times of layers, then measured on the whole network, and corrected once."""
+"""A target of latency: planned by times of layers, then measured on the whole network, and corrected by that."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from secateur.pruning.target import Target
 
 MISSED = 0.1
 """A network that takes so much more or less of the time than asked for is planned anew."""
+ATTEMPTS = 4
+"""So often a network is planned at most."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,9 @@ def in_time(
 ) -> Timed:
     """Plan to a target of latency, and measure what comes of it.
 
-    Where the network misses the share of time that was asked for by more than a tenth, the prediction is corrected by
-    what was measured, and planned anew, once.
+    Where the network misses the share of time that was asked for by more than a tenth, it is planned anew: to a
+    prediction corrected by what was measured, and once an attempt was too fast, to one between its own and that of the
+    nearest that was too slow (regula falsi), the unpruned network among them. The nearest of all attempts is returned.
 
     Args:
         model: The unpruned network.
@@ -56,26 +59,38 @@ def in_time(
     Raises:
         PlanError: If the target can't be met, by the times of layers or as it was measured.
     """
-    found = _measured(model, graph, example_inputs, target, costs, plan(target))
-    asked, left = found.report["asked"], found.report["measured"]
-    if abs(left / asked - 1) <= MISSED:
-        return found
-    corrected = 1 - asked * found.report["predicted"] / left
-    if not 0 < corrected < 1:
-        return found
-    try:
-        again = plan(Target(latency=corrected, **target.setting))
-    except PlanError as error:
-        raise PlanError(
-            f"target: cannot remove {target.fraction:g} of the latency; a plan that was to do that left {left:.3g} of "
-            f"the time as measured, and by the times of layers no more can go. Ask for less latency to go. ({error})"
-        ) from error
-    if again == found.plan:
-        return found
-    second = _measured(model, graph, example_inputs, target, costs, again)
-    closer = abs(second.report["measured"] / asked - 1) < abs(left / asked - 1)
-    chosen = second if closer else found
-    return Timed(chosen.plan, chosen.model, {**chosen.report, "corrected_from": left if closer else None})
+    asked = 1 - target.fraction
+    tried = [_measured(model, graph, example_inputs, target, costs, plan(target))]
+    came_of = [(float(tried[0].report["measured"]), asked)]
+    while abs(came_of[-1][0] / asked - 1) > MISSED and len(came_of) < ATTEMPTS:
+        aim = _corrected(came_of, asked)
+        try:
+            again = plan(Target(latency=1 - aim, **target.setting))
+        except PlanError as error:
+            raise PlanError(
+                f"target: cannot remove {target.fraction:g} of the latency; a plan that was to do that left "
+                f"{min(came_of)[0]:.3g} of the time as measured, and by the times of layers no more can go. Ask for "
+                f"less latency to go. ({error})"
+            ) from error
+        found = next((one for one in tried if one.plan == again), None)
+        if found is None:
+            found = _measured(model, graph, example_inputs, target, costs, again)
+            tried.append(found)
+        came_of.append((float(found.report["measured"]), aim))
+    nearest = min(tried, key=lambda one: abs(float(one.report["measured"]) / asked - 1))
+    if nearest is not tried[0]:
+        nearest.report["corrected_from"] = tried[0].report["measured"]
+    return nearest
+
+
+def _corrected(came_of: list[tuple[float, float]], asked: float) -> float:
+    """Return the share of time to plan for, by the shares that were measured and those that they were planned for."""
+    fast = [pair for pair in came_of if pair[0] < asked]
+    if not fast:
+        left, aim = min(came_of)
+        return asked * aim / left
+    (low, aim), (high, other) = max(fast), min(pair for pair in [*came_of, (1.0, 1.0)] if pair[0] >= asked)
+    return aim + (asked - low) / (high - low) * (other - aim)
 
 
 def _measured(

@@ -60,9 +60,14 @@ class _Candidate:
 
     def removed(self, count: int) -> list[int]:
         """Return the channels of the first ``count`` steps, or of as many fewer as leave a width that is allowed."""
+        count = self.allowed(count)
+        return [int(c) for c in np.sort(self.channels[: self.ends[count - 1] if count else 0])]
+
+    def allowed(self, count: int) -> int:
+        """Return ``count``, or as many steps fewer as leave a width that is allowed."""
         while count and not self.fitting[count - 1]:
             count -= 1
-        return [int(c) for c in np.sort(self.channels[: self.ends[count - 1] if count else 0])]
+        return count
 
 
 def plan(
@@ -221,6 +226,9 @@ def _search(
 ) -> Selection:
     """Find the fewest steps, in order of importance over all groups, that meet the target: by bisection.
 
+    Where not every width is allowed, the last of them may take many channels at once, and more than are needed: then
+    groups get back what the target can spare, those first that lost the most important channels.
+
     Raises:
         PlanError: If all steps together do not meet it.
     """
@@ -230,21 +238,33 @@ def _search(
     keys = np.concatenate([np.zeros(0), *(c.keys for c in candidates)])
     order = owner[np.lexsort((owner, place, keys))]
 
-    def first(count: int) -> Selection:
-        """Return what the first steps remove of all groups."""
-        counts = np.bincount(order[:count], minlength=len(candidates)).tolist()
+    def first(count: int) -> list[int]:
+        """Return how many of the first steps are each group's."""
+        counts: list[int] = np.bincount(order[:count], minlength=len(candidates)).tolist()
+        return counts
+
+    def selected(counts: list[int]) -> Selection:
         found = {c.name: c.removed(n) for c, n in zip(candidates, counts, strict=True)}
         return forced | {name: channels for name, channels in found.items() if channels}
 
     def removed(count: int) -> float:
-        return removed_by(first(count))
+        return removed_by(selected(first(count)))
 
     enough = target.fraction - 1e-12
     if (most := removed(order.size)) < enough:
         if partial:
-            return first(order.size)
+            return selected(first(order.size))
         raise _out_of_reach(graph, target, most)
-    return first(bisect_left(range(order.size), enough, key=removed))
+    fewest = first(bisect_left(range(order.size), enough, key=removed))
+    counts = [c.allowed(n) for c, n in zip(candidates, fewest, strict=True)]
+    uneven = [i for i, c in enumerate(candidates) if counts[i] and not c.fitting.all()]
+    for i in sorted(uneven, key=lambda i: float(-candidates[i].keys[counts[i] - 1])):
+        while counts[i]:
+            fewer = [*counts[:i], candidates[i].allowed(counts[i] - 1), *counts[i + 1 :]]
+            if removed_by(selected(fewer)) < enough:
+                break
+            counts = fewer
+    return selected(counts)
 
 
 def _out_of_reach(graph: ChannelGraph, target: Target, most: float) -> PlanError:

@@ -217,7 +217,7 @@ def test_prune_with_data_measures_sensitivity_under_the_same_target(world: World
     images = list(torch.rand(32, *X.shape[1:], generator=torch.Generator().manual_seed(1)).split(8))
     result = sc.prune(NET, X, sc.Target(latency=0.5, **EAGER), data=images)
     assert result.report["allocation"] == "sensitivity"
-    assert result.report["latency"]["measured"] <= 0.5
+    assert abs(result.report["latency"]["measured"] / 0.5 - 1) <= 0.1
     assert result.check.exact
 
 
@@ -228,7 +228,7 @@ def test_prune_to_memory_tells_the_memory() -> None:
     assert after <= 0.6 * before
 
 
-def test_a_prediction_that_fails_is_corrected_once(world: World) -> None:
+def test_a_prediction_that_fails_is_corrected(world: World) -> None:
     table = sc.latency(NET, GRAPH, **EAGER)
     target = sc.Target(latency=0.4, **EAGER)
 
@@ -242,6 +242,29 @@ def test_a_prediction_that_fails_is_corrected_once(world: World) -> None:
     world.slower = 50.0
     with pytest.raises(sc.PlanError, match=r"cannot remove 0.4 of the latency; a plan that was to do that left \d"):
         in_time(NET, GRAPH, X, target, table, plan)
+
+
+@pytest.mark.parametrize("power", [0.3, 2.5, 4.0])
+def test_predictions_that_fail_unevenly_are_corrected_until_the_time_is_met(
+    world: World, monkeypatch: pytest.MonkeyPatch, power: float
+) -> None:
+    """What is measured is no multiple of what is predicted, so that one correction goes too far."""
+    table = sc.latency(NET, GRAPH, **EAGER)
+    target = sc.Target(latency=0.4, **EAGER)
+    seen: list[float] = []
+
+    def network(networks: Sequence[nn.Module], inputs: Any, batch: int, *_: Any, **__: Any) -> list[list[float]]:
+        whole, small = (world.seconds(one, inputs, batch) for one in networks)
+        seen.append((small / whole) ** power)
+        return [[1.0] * 9, [seen[-1]] * 9]
+
+    monkeypatch.setattr("secateur.deploy.timing.whole.whole", network)
+    timed = in_time(NET, GRAPH, X, target, table, lambda goal: sc.plan(GRAPH, SCORES, goal, costs=table))
+    assert abs(seen[0] / 0.6 - 1) > 0.1
+    assert timed.report["measured"] == min(seen, key=lambda left: abs(left - 0.6))
+    assert abs(timed.report["measured"] / 0.6 - 1) <= 0.2  # this small network has few widths that pay
+    assert abs(timed.report["measured"] / 0.6 - 1) < abs(seen[0] / 0.6 - 1)
+    assert timed.report["corrected_from"] == seen[0]
 
 
 def test_the_command_says_what_was_measured(world: World, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,6 +97,22 @@ def test_round_to_keeps_multiples_where_anything_goes(multiple: int) -> None:
         assert (SIZES[name] - len(gone)) % multiple == 0
 
 
+@pytest.mark.parametrize("multiple", [2, 4, 8])
+@pytest.mark.parametrize("allocation", ["normalized", "global", "uniform"])
+def test_a_rounded_plan_takes_from_no_group_what_the_target_can_spare(multiple: int, allocation: Any) -> None:
+    for seed in range(5):
+        values, target = scores(seed), sc.Target(macs=0.2 + 0.1 * seed)
+        plan = sc.plan(GRAPH, values, target, round_to=multiple, allocation=allocation)
+        assert target.removed(GRAPH, plan) >= target.fraction - 1e-9
+        for name, gone in plan.removed.items():
+            if GRAPH.group(name).constraint:  # whose channels go several at a time
+                continue
+            order = sorted(gone, key=lambda c, n=name: (float(values[n][c]), c))
+            fewer = [n for n in range(len(gone)) if (SIZES[name] - n) % multiple == 0 or not n]
+            less = sc.PruningPlan(removed={**plan.removed, name: sorted(order[: max(fewer)])})
+            assert target.removed(GRAPH, less) < target.fraction
+
+
 def test_ratios_are_exact_and_skipped_groups_lose_nothing() -> None:
     plan = sc.plan(GRAPH, scores(), ratios={"inner": 0.5, "hidden": 0.25})
     assert {name: len(gone) for name, gone in plan.removed.items()} == {"inner": 12, "hidden": 3}
