@@ -86,6 +86,7 @@ def export(
         name, built = options.one(model, model_flag), options.values("--model-option", model_option)
         with steps.step("building the model"):
             found = sources.open_model(name, built, weights, input_shape or (), bundle)
+            bundle = found.data
             other = None
             if against is not None:
                 same = Path(against).is_file() and ":" not in against

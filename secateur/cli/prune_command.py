@@ -95,6 +95,7 @@ def prune(
     out: Annotated[
         Path | None,
         typer.Option(
+            *options.OUT,
             metavar="FILE",
             help="Write the pruned network here: safetensors, with its plan; a missing folder is made.",
             show_default=False,
@@ -148,7 +149,7 @@ def prune(
                 input_shape or (),
                 bundle,
             )
-        read: dict[str, Any] = {}
+        bundle, read = found.data, dict[str, Any]()
         if bundle is not None:
             read = {"data": tasks.sample(bundle, batches, seed), "loss": tasks.loss(bundle)}
             read |= {"test": tasks.evaluation_batches(bundle, "test"), "metric": tasks.metric(bundle)}

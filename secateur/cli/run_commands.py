@@ -253,6 +253,7 @@ def evaluate(
                 input_shape or (),
                 bundle,
             )
+            bundle = found.data or bundle
         with steps.step("evaluating"):
             value = evaluation.evaluate(found.model, tasks.evaluation_batches(bundle, split), metric)
         suspicions.of_fresh_weights(found, weights, "evaluate")

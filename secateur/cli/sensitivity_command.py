@@ -47,6 +47,7 @@ def sensitivity(
     output: Annotated[
         Path | None,
         typer.Option(
+            *options.OUT,
             metavar="FILE",
             help="Write the table here as JSON, as it grows; an interrupted one is gone on with. "
             "'secateur prune --allocation FILE' takes it.",
@@ -94,6 +95,7 @@ def sensitivity(
                 input_shape or (),
                 bundle,
             )
+            bundle = found.data or bundle
         suspicions.of_fresh_weights(found, weights, "sensitivity")
         with steps.step("tracing"):
             graph = sc.trace(found.model, found.inputs)

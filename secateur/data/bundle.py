@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -71,6 +71,8 @@ class DataBundle:
     """What was done to the images; None where the model does it itself, as torchvision's detectors do."""
     task: Literal["classification", "detection", "dense"] = "classification"
     """One class an image; boxes; or a class for every pixel."""
+    with_channels: Callable[[int], DataBundle] | None = field(default=None, compare=False, repr=False)
+    """Gives the same images decoded to another number of channels; None where that is settled."""
 
 
 def stratified(labels: Sequence[int], share: float | int, seed: int, where: str) -> tuple[Tensor, Tensor]:

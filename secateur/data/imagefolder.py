@@ -104,8 +104,9 @@ def imagefolder(
         size: Height and width of what the model sees, in pixels.
         resize: Shorter side before the crop; ``size`` · 256 / 224 where None.
         augment: Whether training batches may be augmented.
-        channels: What the network takes: 1 (grey), 3 (RGB) or 4 (RGB and alpha); as many as there are means where
-            None.
+        channels: What images are decoded to: 1 (grey), 3 (RGB) or 4 (RGB and alpha). Where None, as many as ``mean`` or
+            ``std`` has; without these as many as the first layer takes of the network that a command or a run's file
+            names, else 3.
         skip_unreadable: Whether files that can't be decoded are left out, and counted in a warning; every file is read
             once to find them.
         mean: Of each channel of images in [0, 1]; ImageNet's where None, for grey their average, for alpha 0.5.
@@ -116,7 +117,9 @@ def imagefolder(
         UsageError: If an option is out of range, or ``validation`` is given beside a validation folder.
     """
     root = Path(root)
-    channels = channels or (3 if mean is None else len(mean))
+    moments = std if mean is None else mean
+    said = channels or (None if moments is None else len(moments))
+    channels = said or 3
     usual = USUAL.get(channels, NORMALISE)
     normalise = Normalise(usual.mean if mean is None else tuple(mean), usual.std if std is None else tuple(std))
     resize = round(size * 256 / 224) if resize is None else resize
@@ -132,17 +135,24 @@ def imagefolder(
     train = _at(train, thin)
     if skip_unreadable:
         train, held, test = _readable(root, train, held, test)
-    plain, training = _transforms(size, resize, normalise)
-    mode = MODES[channels]
-    return DataBundle(
-        "imagefolder",
-        ImageFiles(train, plain, training if augment else None, mode),
-        ImageFiles(held, plain, mode=mode),
-        ImageFiles(test, plain, mode=mode),
-        (channels, size, size),
-        classes,
-        normalise,
-    )
+
+    def decoded(channels: int, normalise: Normalise, **more: Any) -> DataBundle:
+        plain, training = _transforms(size, resize, normalise)
+        mode = MODES[channels]
+        return DataBundle(
+            "imagefolder",
+            ImageFiles(train, plain, training if augment else None, mode),
+            ImageFiles(held, plain, mode=mode),
+            ImageFiles(test, plain, mode=mode),
+            (channels, size, size),
+            classes,
+            normalise,
+            **more,
+        )
+
+    if said is not None:
+        return decoded(channels, normalise)
+    return decoded(channels, normalise, with_channels=lambda taken: decoded(taken, USUAL[taken]))
 
 
 def _parts(root: Path, validation: float | None, seed: int) -> tuple[tuple[str, ...], Samples, Samples, Samples]:

@@ -296,7 +296,7 @@ def _found(run: RunConfig, steps: Steps, *, fresh: bool = False) -> tuple[DataBu
                              "first: --weights none, as long as the file's baseline says.")  # fmt: skip
         found = sources.open_model(run.model, run.model_options, weights, run.input, bundle)
     suspicions.of_classes(found, bundle)
-    return bundle, found
+    return found.data or bundle, found
 
 
 def networks(folder: Path, steps: Steps) -> tuple[sources.SourceModel, sources.SourceModel]:

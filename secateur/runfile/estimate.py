@@ -94,6 +94,7 @@ def estimate(run: RunConfig, steps: Steps) -> Estimate:
     with steps.step("building the model"):
         sources.seed(run.seed)
         found = sources.open_model(run.model, run.model_options, None, run.input, bundle)
+        bundle = found.data or bundle
     rounds = rounds_of(run, found.model)
     trained, measured = schedule(run, bundle, rounds or 1)
     batches = tasks.training_batches(bundle, run.batch_size, run.seed, run.workers)

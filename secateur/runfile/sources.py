@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -49,6 +50,8 @@ class SourceModel:
     """Plans applied already, where the weights are a pruned network's; a file saved of the model holds them all."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments that the model was built with."""
+    data: DataBundle | None = None
+    """The data that it was opened for, with as many channels as it takes."""
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -160,7 +163,7 @@ def open_model(
         bundle: The data that the model is to run on.
 
     Returns:
-        The model, in eval mode, pruned if the file holds a pruned one, and its example inputs.
+        The model, in eval mode, pruned if the file holds a pruned one, its example inputs, and the data.
 
     Raises:
         UsageError: If model, weights, data and inputs can't be found, or don't fit each other.
@@ -174,6 +177,7 @@ def open_model(
         from secateur.training.tasks import require_fit
 
         require_fit(found.model, found.name, bundle)
+        bundle = _in_channels(found, bundle)
     shapes = list(shapes)
     example = found.example_inputs
     if shapes:
@@ -186,7 +190,41 @@ def open_model(
     built, plans = found.model, found.plans
     if weights is not None and version(weights) is None:
         built, plans = weight_files.filled(built, found.name, options, weights)
-    return SourceModel(built.eval(), example, found.name, plans, options)
+    return SourceModel(built.eval(), example, found.name, plans, options, bundle)
+
+
+def _in_channels(found: SourceModel, bundle: DataBundle) -> DataBundle:
+    """Return the data with as many channels as the first layer that runs takes, where they leave that open."""
+    from secateur.data.imagefolder import MODES
+
+    if bundle.with_channels is None:
+        return bundle
+    name, taken = _first_convolution(found.model, _noise((1, *bundle.input_shape)))
+    if taken in (None, bundle.input_shape[0]):
+        return bundle
+    if taken not in MODES:
+        raise UsageError(
+            f"{found.name}: {name} takes {taken} channels, and {bundle.name} reads images of 1, 3 or 4; give data of "
+            "your own, --data path/to/file.py:FUNCTION."
+        )
+    return bundle.with_channels(taken)
+
+
+def _first_convolution(network: nn.Module, images: Tensor) -> tuple[str, int | None]:
+    """Return the name and the input channels of the first convolution that runs; None where none does."""
+    names = {layer: name for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d)}
+    reached: list[nn.Conv2d] = []
+
+    def stop(layer: nn.Module, _: Any) -> None:
+        reached.append(cast(nn.Conv2d, layer))
+        raise RuntimeError("the first layer is reached")
+
+    # What goes on before that layer is the user's own code, and may refuse a number of channels by any error.
+    with left_as_found(network), ExitStack() as hooks, suppress(Exception):
+        for layer in names:
+            hooks.callback(layer.register_forward_pre_hook(stop).remove)
+        network.eval()(images)
+    return (names[reached[0]], reached[0].in_channels) if reached else ("", None)
 
 
 def data(spec: str, options: Mapping[str, Any] | None = None) -> DataBundle:

@@ -105,6 +105,29 @@ def test_without_a_command_it_shows_help_and_succeeds(capsys: pytest.CaptureFixt
     assert "Usage: secateur" in capsys.readouterr().out
 
 
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_asked_for_in_short_and_in_long(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for word in ("-h", "--help"):
+        assert run(command, word) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert f"Usage: secateur {command}" in shown[0]
+
+
+def test_where_a_result_goes_is_said_by_the_same_words_in_every_command() -> None:
+    said = {
+        name: option.opts
+        for name, command in COMMANDS.items()
+        for option in command.params
+        if {"--out", "--output", "-o"} & {*option.opts}
+    }
+    assert said == dict.fromkeys(["sensitivity", "prune", "report", "benchmark", "export"], ["--out", "--output", "-o"])
+
+
 def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--version") == 0
     assert re.fullmatch(r"secateur \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
@@ -694,6 +717,40 @@ def test_the_error_table_covers_every_command() -> None:
     covered = {words[0] for words, _, _ in ERRORS}
     own = {"demo", "trace", "prune", "compress", "resume", "evaluate", "config"}
     assert own <= covered
+
+
+@pytest.mark.slow
+def test_folders_of_images_follow_the_network_in_runs_and_in_every_command(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    for number in range(60):
+        folder = here / "images" / ("dark", "light")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), (number + 120 * (number % 2),) * 3).save(folder / f"{number}.png")
+    (here / "grey.py").write_text(
+        "from torch import nn\ndef build(classes=2):\n    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), "
+        "nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))\n"
+    )
+    (here / "run.yaml").write_text(
+        "model: grey.py:build\ndata: imagefolder:images\ndata_options: {size: 8}\nbatch_size: 16\nworkers: 0\n"
+        "target: {channels: 0.5}\nbaseline: {epochs: 1}\nsettings: {finetune_epochs: 0, final_epochs: 1}\n"
+    )
+    assert run("compress", "--config", "run.yaml", "--trust", "--run-dir", "made", "--quiet") == 0
+    capsys.readouterr()
+    same = ["grey.py:build", "--data", "imagefolder:images", "--data-option", "size=8"]
+    assert run("evaluate", *same, "--weights", "made/model.safetensors", "--json") == 0
+    expected = json.loads((here / "made/result.json").read_text())["final"]["test"]
+    assert json.loads(capsys.readouterr().out)["accuracy"] == expected
+    for words in (
+        ["prune", *same, "--channels", "0.5", "-o", "small.safetensors"],
+        ["sensitivity", *same, "--images", "16", "--levels", "1", "-o", "table.json"],
+        ["compress", *same, "--estimate"],
+    ):
+        assert run(*words) == 0, capsys.readouterr().err
+    assert (here / "small.safetensors").is_file()
+    assert (here / "table.json").is_file()
 
 
 def test_a_folder_with_a_run_is_not_overwritten(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

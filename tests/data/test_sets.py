@@ -415,6 +415,7 @@ def test_images_have_the_channels_that_the_network_takes(tmp_path, channels):
         load("imagefolder", root=tmp_path, channels=2)
     with pytest.raises(UsageError, match="with a mean for each"):
         load("imagefolder", root=tmp_path, channels=channels, mean=[0.1, 0.2], std=[1, 1])
+    assert load("imagefolder", root=tmp_path, size=16, std=[0.2]).input_shape == (1, 16, 16)
 
 
 def test_capitals_of_the_parts_make_no_difference(tmp_path):

@@ -218,3 +218,58 @@ def test_an_input_that_can_not_be_guessed_is_asked_for() -> None:
     with pytest.raises(UsageError, match="what it takes is not known; give --input"):
         _ = sources.SourceModel(Asks(3, 37), None, "net.py:build").inputs
     assert sources.SourceModel(nn.Sequential(nn.Linear(7, 2)), None, "n").inputs.shape == (1, 7)
+
+
+class Late(nn.Module):
+    """Its first layer by name runs last."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(4, 2, 1)
+        self.stem = nn.Conv2d(channels, 4, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.head(self.stem(images)).mean((2, 3))
+        return made
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    from PIL import Image
+
+    for name in ("ape", "bee"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(20):
+            Image.new("RGBA", (9, 9), (number, 50, 90, 128)).save(tmp_path / "images" / name / f"{number}.png")
+    return tmp_path / "images"
+
+
+def opened(image_folder: Path, taken: int, **options: Any) -> Any:
+    bundle = sources.data(f"imagefolder:{image_folder}", {"size": 8, **options})
+    file = image_folder.parent / "late.py"
+    file.write_text("from tests.runfile.test_sources import Late as build")
+    return sources.open_model(f"{file}:build", {"channels": taken}, bundle=bundle)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_folders_of_images_have_the_channels_of_the_first_layer_that_runs(image_folder: Path, channels: int) -> None:
+    found = opened(image_folder, channels)
+    assert found.inputs.shape == (1, channels, 8, 8)
+    for part in (found.data.train, found.data.validation, found.data.test):
+        assert part[0][0].shape == found.data.input_shape == (channels, 8, 8)
+    assert len(found.data.normalise.mean) == channels
+    assert not found.model.stem._forward_pre_hooks
+    again = opened(image_folder, channels, channels=channels).data  # the same said by the option
+    assert torch.equal(again.test[0][0], found.data.test[0][0])
+
+
+def test_the_option_of_channels_rules_over_the_network(image_folder: Path) -> None:
+    assert opened(image_folder, 1, channels=3).data.input_shape == (3, 8, 8)
+    assert opened(image_folder, 1, mean=[0.1, 0.2, 0.3]).data.input_shape == (3, 8, 8)
+
+
+def test_a_network_of_other_channels_than_images_have_is_refused(image_folder: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"late\.py:build: stem takes 6 channels, and imagefolder reads images of 1, 3"
+    ):
+        opened(image_folder, 6)
