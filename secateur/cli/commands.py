@@ -34,6 +34,7 @@ app = typer.Typer(
     name="secateur",
     help="Make trained PyTorch CNNs smaller by removing redundant filters, and prove that nothing else changed.",
     rich_markup_mode="rich",
+    context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
 )
 

@@ -36,7 +36,8 @@ REPORT_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Batch sizes that a report shows, up to the first whose forward pass takes too long."""
 
 Out = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Where to write; a missing folder is made.", show_default=False)
+    Path | None,
+    typer.Option(*options.OUT, metavar="FILE", help="Where to write; a missing folder is made.", show_default=False),
 ]
 
 
@@ -51,6 +52,7 @@ def report(
     out: Annotated[
         Path | None,
         typer.Option(
+            *options.OUT,
             metavar="FILE",
             help="The HTML file; its JSON goes beside it; a missing folder is made. RUN_DIR/report.html unless given.",
         ),

@@ -76,6 +76,9 @@ InputShapes = Annotated[
         "SHAPE:long for integers; repeatable. Taken from the data or the model's source unless given.",
     ),
 ]
+OUT = ("--out", "--output", "-o")
+"""What says where a command writes its result."""
+
 Macs = Annotated[float | None, typer.Option(metavar="FRACTION", help="Fraction of the MACs to remove, in (0, 1).")]
 Params = Annotated[
     float | None, typer.Option(metavar="FRACTION", help="Fraction of the parameters to remove, in (0, 1).")
