@@ -31,8 +31,8 @@ MADE = (
 COMMANDS_HEAD = """# Commands
 
 `secateur COMMAND --help`, or `-h`, prints the same, and `python -m secateur` is the same program where the script is
-not on the path. Every option can be written `--name value` or `--name=value`; one that is called repeatable may be given
-several times.
+not on the path. Every option can be written `--name value` or `--name=value`; one that is called repeatable may be
+given several times.
 
 | to see | type |
 |---|---|

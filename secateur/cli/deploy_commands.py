@@ -21,7 +21,7 @@ RunDirs = Annotated[
     list[Path] | None,
     typer.Argument(
         metavar="RUN_DIR...",
-        help="Directories that `secateur compress` wrote, or one of `secateur sweep`.",
+        help="Directories that `secateur compress` wrote, or `secateur sweep`.",
         show_default=False,
     ),
 ]
@@ -75,21 +75,21 @@ def report(
     trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
-    """Write the report of a run as one HTML page that needs no network; of several runs, side by side; of a sweep."""
-    if any((folder / "sweep.yaml").is_file() for folder in run_dir or ()):
-        if len(run_dir or ()) > 1 or measure or layer:
-            raise UsageError(
-                "report: a sweep is reported alone, without --measure and --layer; those are for its runs."
-            )
-        _report_sweep((run_dir or [])[0], out, figures, as_json)
+    """Write the report of a run as one HTML page that needs no network; of several, and of sweeps, side by side."""
+    swept = [folder for folder in run_dir or () if (folder / "sweep.yaml").is_file()]
+    own = [folder for folder in run_dir or () if folder not in swept]
+    if swept and not own and (measure or layer):
+        raise UsageError("report: --measure and --layer are for runs, and a sweep is given; name one of its runs.")
+    if len(swept) == 1 and not own:
+        _report_sweep(swept[0], out, figures, as_json)
         return
-    for folder in (run_dir or ()) if measure else ():
+    for folder in own if measure else ():
         options.require_trust_of_run(folder, trust)
     with console.running(as_json) as steps:
         from secateur.report import read_run, write_report
         from secateur.runfile import config
 
-        for folder in run_dir or ():
+        for folder in own:
             read_run(folder)
             if measure and (folder / config.FILE).is_file() and not (folder / "benchmark.json").exists():
                 _measure_run(folder, steps)
@@ -105,6 +105,8 @@ def report(
         asked = run.result.latency
         timed = None if asked is None else asked.model_dump()
         screen.print(console.comparison(before, after, run.result.metric, timed))
+    for sweep in files.sweeps:
+        screen.print(f"\n[bold]{sweep.name}[/]  {sweep.path}: {len(sweep.runs)} trials")
     screen.print(f"\nReport: {files.html}\nNumbers: {files.json}")
     if files.figures:
         screen.print(f"Figures: {len(files.figures)} files in {figures}")

@@ -23,7 +23,7 @@ from secateur.report.figures import Figure, HeatMap
 from secateur.report.graph_page import draw_graph
 from secateur.report.html import finite
 from secateur.report.page import render
-from secateur.report.reading import Run, named_apart, read_run
+from secateur.report.reading import Run, Swept, named_apart, read_run, read_trials
 from secateur.report.sensitivity import draw_sensitivity
 from secateur.report.summary import (
     details,
@@ -37,6 +37,7 @@ from secateur.report.summary import (
     widths,
 )
 from secateur.report.sweep import write_sweep_report
+from secateur.runfile.trials import SWEEP_FILE
 
 __all__ = ["ReportFiles", "draw_graph", "draw_sensitivity", "read_run", "write_report", "write_sweep_report"]
 
@@ -52,6 +53,7 @@ class ReportFiles:
     json: Path
     figures: list[Path] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
+    sweeps: list[Swept] = field(default_factory=list)
 
 
 def write_report(
@@ -60,10 +62,11 @@ def write_report(
     figures: str | Path | None = None,
     layers: list[str] | None = None,
 ) -> ReportFiles:
-    """Write the report of one run, or of several side by side.
+    """Write the report of one run, or of several side by side, trials of sweeps among them.
 
     Args:
-        run_dirs: Directory of a finished run, or several.
+        run_dirs: Directory of a finished run, or several; those of sweeps add all their trials to the comparison. What
+            is named twice, or is a trial of a sweep that is named, too, is in it once.
         output: The HTML file; the JSON of the same numbers goes beside it, and a missing folder is made. Default
             ``report.html`` in the directory of a single run, or in the working directory for several.
         figures: Folder for every figure as PNG and SVG; default none.
@@ -77,11 +80,17 @@ def write_report(
         RunError: If a run has not finished.
         DataError: If a run's files are damaged, or ``layers`` names a layer that is not there.
     """
-    folders = [run_dirs] if isinstance(run_dirs, str | Path) else list(run_dirs)
-    if not folders:
+    given = [Path(run_dirs)] if isinstance(run_dirs, str | Path) else [Path(folder) for folder in run_dirs]
+    if not given:
         raise UsageError("No run directory given: name at least one that `secateur compress` wrote.")
-    runs = named_apart([read_run(folder) for folder in folders])
-    metrics = sorted({run.result.metric for run in runs})
+    folders = list({folder.resolve(): folder for folder in given}.values())
+    swept = [folder for folder in folders if (folder / SWEEP_FILE).is_file()]
+    runs = named_apart([read_run(folder) for folder in folders if folder not in swept])
+    sweeps = [read_trials(folder, [run.path for run in runs]) for folder in swept]
+    everything = [*runs, *(run for sweep in sweeps for run in sweep.runs)]
+    if not everything:
+        raise UsageError(f"{swept[0]}: no run of its trials is in its folder; give runs beside it.")
+    metrics = sorted({run.result.metric for run in everything})
     if len(metrics) > 1:
         raise UsageError(
             f"The runs measure different things ({', '.join(metrics)}); report those of one metric at a time."
@@ -89,17 +98,21 @@ def write_report(
     drawn = [charts(run) for run in runs]
     maps = [_heat_maps(run, layers, max(2, HEAT_MAPS // len(runs))) for run in runs]
     html = (
-        Path(output) if output is not None else runs[0].path / "report.html" if len(runs) == 1 else Path("report.html")
+        Path(output)
+        if output is not None
+        else runs[0].path / "report.html"
+        if len(runs) == 1 and not sweeps
+        else Path("report.html")
     )
     if html.suffix not in {".html", ".htm"}:
         raise UsageError(f"{html}: the report is an HTML file; end its name in .html.")
-    page, numbers = render(runs, drawn, maps), _numbers(runs, drawn, maps)
+    page, numbers = render(runs, drawn, maps, sweeps), _numbers(runs, drawn, maps, sweeps)
     json_path = html.with_suffix(".json")
     with _replacing(html) as html_part, _replacing(json_path) as json_part:
         html_part.write_text(page, encoding="utf-8")
         json_part.write_text(json.dumps(numbers, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        images = _write_figures(Path(figures), runs, drawn, maps) if figures is not None else []
-    return ReportFiles(html, json_path, images, runs)
+        images = _write_figures(Path(figures), runs, drawn, maps, sweeps) if figures is not None else []
+    return ReportFiles(html, json_path, images, runs, sweeps)
 
 
 def _heat_maps(run: Run, layers: list[str] | None, limit: int) -> list[HeatMap]:
@@ -109,7 +122,9 @@ def _heat_maps(run: Run, layers: list[str] | None, limit: int) -> list[HeatMap]:
     return heat_maps(before, after if after.is_file() else None, layers, limit)
 
 
-def _numbers(runs: Sequence[Run], figures: Sequence[list[Figure]], maps: Sequence[list[HeatMap]]) -> dict[str, Any]:
+def _numbers(
+    runs: Sequence[Run], figures: Sequence[list[Figure]], maps: Sequence[list[HeatMap]], sweeps: Sequence[Swept]
+) -> dict[str, Any]:
     """Everything the page shows, as JSON."""
     content = [
         {
@@ -130,14 +145,23 @@ def _numbers(runs: Sequence[Run], figures: Sequence[list[Figure]], maps: Sequenc
         for run, fs, ms in zip(runs, figures, maps, strict=True)
     ]
     compared = None
-    if len(runs) > 1:
-        compared = {"table": asdict(side_by_side(runs)), "figures": [asdict(f) for f in comparison(runs)]}
+    if len(runs) > 1 or sweeps:
+        everything = [*runs, *(run for sweep in sweeps for run in sweep.runs)]
+        compared = {
+            "table": asdict(side_by_side(everything)),
+            "figures": [asdict(f) for f in comparison(runs, sweeps)],
+            "sweeps": [{"name": s.name, "directory": str(s.path), "trials_away": s.away} for s in sweeps],
+        }
     result: dict[str, Any] = finite({"format": 1, "runs": content, "comparison": compared})
     return result
 
 
 def _write_figures(
-    folder: Path, runs: Sequence[Run], figures: Sequence[list[Figure]], maps: Sequence[list[HeatMap]]
+    folder: Path,
+    runs: Sequence[Run],
+    figures: Sequence[list[Figure]],
+    maps: Sequence[list[HeatMap]],
+    sweeps: Sequence[Swept],
 ) -> list[Path]:
     """Draw into a folder beside the target, then move every file into place, so that none is half-drawn."""
     from secateur.report.paper import draw
@@ -150,13 +174,14 @@ def _write_figures(
             f"{folder}: figures can't be written here ({error.strerror}). Choose another folder."
         ) from error
     written: list[Path] = []
+    several = len(runs) > 1 or bool(sweeps)
     try:
         for i, (fs, ms) in enumerate(zip(figures, maps, strict=True)):
-            inner = part / (f"run{i}" if len(runs) > 1 else "")
+            inner = part / (f"run{i}" if several else "")
             inner.mkdir(exist_ok=True)
             written += draw(fs, ms, inner)
-        if len(runs) > 1:
-            written += draw(comparison(runs), [], part)
+        if several:
+            written += draw(comparison(runs, sweeps), [], part)
         for i, file in enumerate(written):
             target = folder / file.relative_to(part)
             target.parent.mkdir(exist_ok=True)

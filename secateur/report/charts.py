@@ -9,7 +9,7 @@ from dataclasses import replace
 from secateur.report.curves import curves
 from secateur.report.figures import Figure, Series, Tone, byte_size, percent, quantity
 from secateur.report.naming import bounded
-from secateur.report.reading import Layer, Measurement, Run, State
+from secateur.report.reading import Layer, Measurement, Run, State, Swept
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -45,9 +45,9 @@ def charts(run: Run) -> list[Figure]:
     return [figure for figure in figures if figure is not None]
 
 
-def comparison(runs: Sequence[Run]) -> list[Figure]:
-    """Draw the figures that set several runs side by side."""
-    return [pareto(runs), layers_kept(runs)]
+def comparison(runs: Sequence[Run], sweeps: Sequence[Swept] = ()) -> list[Figure]:
+    """Draw the figures that set several runs, and the trials of sweeps, side by side."""
+    return [pareto(runs, sweeps), *([layers_kept(runs)] if runs else [])]
 
 
 def history(run: Run) -> Figure:
@@ -350,15 +350,24 @@ def largest_correlation(run: Run) -> Figure | None:
     )
 
 
-def pareto(runs: Sequence[Run]) -> Figure:
-    """Test metric against the MACs removed, one point a run, and the Pareto front."""
-    points = [(1 - share_left(run), score(run.result.final), run.name) for run in runs]
+def pareto(runs: Sequence[Run], sweeps: Sequence[Swept] = ()) -> Figure:
+    """Test metric against the MACs removed, one point a run or a trial, and the Pareto front of all."""
+    everything = [*runs, *(run for sweep in sweeps for run in sweep.runs)]
+    points = [(1 - share_left(run), score(run.result.final), run.name) for run in everything]
     front = pareto_front([(-x, y) for x, y, _ in points])
-    names = ", ".join(points[i][2] for i in front)
+    names = "; ".join(points[i][2] for i in front)
     series = [
-        Series(name, [x], [y], "points", Tone.RUN, [name], place=place) for place, (x, y, name) in enumerate(points)
+        Series(name, [x], [y], "points", Tone.RUN, [name], place=place)
+        for place, (x, y, name) in enumerate(points[: len(runs)])
     ]
-    starts = sorted({score(run.result.baseline) for run in runs})
+    first = len(runs)
+    for place, sweep in enumerate(sweeps, start=len(runs)):
+        own = points[first : first + len(sweep.runs)]
+        first += len(own)
+        if own:
+            x, y, labels = (list(column) for column in zip(*own, strict=True))
+            series.append(Series(f"trials of {sweep.name}", x, y, "points", Tone.TRIAL, labels, place=place))
+    starts = sorted({score(run.result.baseline) for run in everything})
     series.append(Series("original", [0.0] * len(starts), starts, "points", Tone.BEFORE, ["original"] * len(starts)))
     ordered = sorted(front, key=lambda i: points[i][0])
     series.insert(
@@ -374,10 +383,10 @@ def pareto(runs: Sequence[Run]) -> Figure:
     )
     return Figure(
         id="pareto",
-        title=f"{capitalized(metric_name(runs[0]))} against cost",
-        summary=f"Each run's {metric_name(runs[0])} against the share of MACs it removed. On the front: {names}.",
+        title=f"{capitalized(metric_name(everything[0]))} against cost",
+        summary=f"Each run's {metric_name(everything[0])} against the share of MACs it removed. On the front: {names}.",
         x_label="MACs removed",
-        y_label=f"test {metric_name(runs[0])}",
+        y_label=f"test {metric_name(everything[0])}",
         series=series,
         x_format="percent",
         x_range=(-0.03, 1.0),

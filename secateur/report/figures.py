@@ -26,6 +26,8 @@ class Tone(StrEnum):
     LIMIT = "limit"
     RUN = "run"
     """One of several runs; coloured by its place."""
+    TRIAL = "trial"
+    """Trials of a sweep; coloured by its place, their markers open and small."""
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,11 @@ def names_of(configs: Sequence[Mapping[str, Any]], folders: Sequence[str]) -> li
     return names
 
 
+def drawn(values: Mapping[str, Any]) -> str:
+    """Say what a sweep has drawn for a trial."""
+    return ", ".join(f"{key} {v:.4g}" if isinstance(v, float) else f"{key} {v}" for key, v in values.items())
+
+
 def goal_of(config: Mapping[str, Any]) -> str:
     """Say where a run was to stop: at a target, at given widths or ratios, or where its tolerance ends."""
     target = config.get("target")

@@ -78,7 +78,7 @@
     return Plotly.react(plot, data, layout, CONFIG);
   }
   function draw(plot) { drawn.add(plot); return plot.dataset.heat ? heat(plot) : chart(plot); }
-  function redraw() { drawn.forEach(draw); }
+  function redraw() { drawn.forEach((plot) => { if (!folded(plot)) draw(plot); }); }
 
   root.addEventListener("repaint", redraw);
   // What is looked at first is drawn first; the rest while the page is idle.
@@ -87,10 +87,30 @@
   }, { rootMargin: "300px" });
   plots.forEach((plot) => watcher.observe(plot));
   const idle = window.requestIdleCallback || ((run) => setTimeout(run, 60));
-  (function rest() {
-    const next = plots.find((plot) => !drawn.has(plot));
+  const folded = (plot) => plot.closest("details.run:not([open])");
+  function rest() {
+    const next = plots.find((plot) => !drawn.has(plot) && !folded(plot));
     if (next) { draw(next); idle(rest); } else root.dataset.drawn = "all";
-  })();
+  }
+  rest();
+
+  // ---- details of a run are folded where there are several -------------------------------------------------------
+  const runs = Array.from(document.querySelectorAll("details.run"));
+  runs.forEach((run) => run.addEventListener("toggle", () => {
+    if (!run.open || printing) return;
+    // What was drawn before has the colours and the width of that time.
+    plots.filter((plot) => drawn.has(plot) && run.contains(plot)).forEach(draw);
+    root.dataset.drawn = "some";
+    rest();
+  }));
+  function unfold() {
+    const place = document.getElementById(location.hash.slice(1));
+    const run = place && (place.querySelector(":scope>details.run") || place.closest("details.run"));
+    if (run) run.open = true;
+  }
+  window.addEventListener("hashchange", unfold);
+  document.querySelectorAll("nav a").forEach((link) => link.addEventListener("click", () => setTimeout(unfold)));
+  unfold();
 
   document.querySelectorAll("select.heat-layer").forEach((select) => select.addEventListener("change", () => {
     const maps = store.heat[select.dataset.heat], index = Number(select.value);
@@ -119,6 +139,16 @@
   });
 
   // ---- print: one column, everything drawn -----------------------------------------------------------------
-  window.addEventListener("beforeprint", () => { printing = true; plots.forEach(draw); });
-  window.addEventListener("afterprint", () => { printing = false; redraw(); });
+  let closed = [];
+  window.addEventListener("beforeprint", () => {
+    printing = true;
+    closed = runs.filter((run) => !run.open);
+    closed.forEach((run) => { run.open = true; });
+    plots.forEach(draw);
+  });
+  window.addEventListener("afterprint", () => {
+    closed.forEach((run) => { run.open = false; });
+    printing = false;
+    redraw();
+  });
 })();

@@ -12,7 +12,7 @@ from secateur.report import html
 from secateur.report.charts import comparison, pareto_front, score, share_left
 from secateur.report.figures import Figure, HeatMap, Table
 from secateur.report.plotly import heat_map_data, specification
-from secateur.report.reading import Run
+from secateur.report.reading import Run, Swept
 from secateur.report.summary import (
     Headline,
     details,
@@ -64,13 +64,19 @@ class _RunView:
         return [(f"{self.id}-figures", "Figures"), *((s.id, s.title) for s in self.tables)]
 
 
-def render(runs: Sequence[Run], figures: Sequence[Sequence[Figure]], heat_maps: Sequence[Sequence[HeatMap]]) -> str:
+def render(
+    runs: Sequence[Run],
+    figures: Sequence[Sequence[Figure]],
+    heat_maps: Sequence[Sequence[HeatMap]],
+    sweeps: Sequence[Swept] = (),
+) -> str:
     """Write the page.
 
     Args:
-        runs: The runs, at least one.
+        runs: The runs, at least one, or trials of a sweep.
         figures: The figures of each run.
         heat_maps: The heat maps of each run.
+        sweeps: Sweeps whose trials stand beside the runs, without details of their own.
 
     Returns:
         HTML with its style, its scripts and its numbers inside; it loads nothing from the internet.
@@ -82,7 +88,9 @@ def render(runs: Sequence[Run], figures: Sequence[Sequence[Figure]], heat_maps: 
         _view(i, run, list(fs), list(maps))
         for i, (run, fs, maps) in enumerate(zip(runs, figures, heat_maps, strict=True))
     ]
-    compared = comparison(runs) if len(runs) > 1 else []
+    everything = [*runs, *(run for sweep in sweeps for run in sweep.runs)]
+    several = len(runs) > 1 or bool(sweeps)
+    compared = comparison(runs, sweeps) if several else []
     store = {
         "figures": {
             **{f"compare-{f.id}": specification(f) for f in compared},
@@ -92,9 +100,10 @@ def render(runs: Sequence[Run], figures: Sequence[Sequence[Figure]], heat_maps: 
     }
     return html.page(
         "page.html.j2",
-        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs side by side",
+        title=_side_by_side(runs, sweeps) if several else runs[0].name,
         runs=views,
-        comparison={"table": side_by_side(runs), "figures": compared, "lead": _comparison_lead(runs)},
+        several=several,
+        comparison={"table": side_by_side(everything), "figures": compared, "lead": _lead(everything, sweeps)},
         css=html.asset("page.css"),
         js=html.asset("frame.js", "page.js"),
         plotly_js=Markup(plotly_js()),
@@ -179,11 +188,24 @@ def _heat_table(heat_maps: Sequence[HeatMap]) -> Table:
     return Table(columns, rows, "Correlation of the filters of every layer")
 
 
-def _comparison_lead(runs: Sequence[Run]) -> str:
+def _side_by_side(runs: Sequence[Run], sweeps: Sequence[Swept]) -> str:
+    """Count what is compared."""
+    counts = (len(runs), "run"), (len(sweeps), "sweep")
+    words = [f"{count} {word}{'s' if count > 1 else ''}" for count, word in counts if count]
+    return f"{' and '.join(words)} side by side"
+
+
+def _lead(runs: Sequence[Run], sweeps: Sequence[Swept]) -> str:
+    """Say how many are on the front, and which trials are not in the comparison."""
     front = pareto_front([(share_left(run), score(run.result.final)) for run in runs])
     if len(front) == len(runs):
-        return "No run beats another: each keeps more of the metric or removes more MACs."
-    return f"{len(front)} of {len(runs)} on the Pareto front: no run beats them both in metric and in MACs removed."
+        said = "No run beats another: each keeps more of the metric or removes more MACs."
+    else:
+        said = f"{len(front)} of {len(runs)} on the Pareto front: no run beats them both in metric and in MACs removed."
+    for sweep in sweeps:
+        if sweep.away:
+            said += f" Of {sweep.name}, {sweep.away} complete trials are left out, whose runs are not in its folder."
+    return said
 
 
 def plotly_js() -> str:

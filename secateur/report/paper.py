@@ -155,7 +155,7 @@ def _points(series: Series, axes: Axes) -> None:
         marker="" if series.kind == "rule" else marker,
         markersize=4,
         linewidth=1.2,
-        fillstyle="none" if computed else "full",
+        fillstyle="none" if computed or series.tone is Tone.TRIAL else "full",
     )
 
 

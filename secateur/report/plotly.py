@@ -127,7 +127,7 @@ def _trace(figure: Figure, series: Series) -> dict[str, Any]:
     symbol = SYMBOLS[series.place % len(SYMBOLS)]
     if series.tone is Tone.REVERTED:
         symbol = "x"
-    elif computed or (series.tone is Tone.BEFORE and series.kind == "points"):
+    elif computed or series.tone is Tone.TRIAL or (series.tone is Tone.BEFORE and series.kind == "points"):
         symbol += "-open"
     trace["mode"] = {"line": "lines+markers", "points": "markers", "rule": "lines"}[series.kind]
     trace["marker"] = {"color": colour, "size": 11 if series.tone is Tone.RUN else 8, "symbol": symbol}

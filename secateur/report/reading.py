@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from secateur.compensation.sensitivity import Sensitivity
 from secateur.errors import DataError, RunError, UsageError
-from secateur.report.naming import name_of, names_of
+from secateur.report.naming import drawn, name_of, names_of
+from secateur.runfile import trials
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -176,6 +178,43 @@ class Run(_Record):
     benchmark: BenchmarkRows | None = None
     sensitivity: Sensitivity | None = None
     """What each group lost when the run measured it last, where its method does."""
+
+
+@dataclass(frozen=True)
+class Swept:
+    """The runs of a sweep's complete trials, as they stand beside other runs."""
+
+    name: str
+    path: Path
+    runs: list[Run]
+    away: int
+    """Complete trials whose runs are not in the sweep's folder."""
+
+
+def read_trials(folder: Path, told: Sequence[Path] = ()) -> Swept:
+    """Read the runs of a sweep's complete trials.
+
+    Args:
+        folder: Of the sweep.
+        told: Folders of runs that are told of by themselves, and no second time as trials.
+
+    Raises:
+        DataError: If one of their files is damaged.
+        RunError: If no trial has been completed yet.
+    """
+    found = trials.read(folder)
+    if not found.of("complete"):
+        raise RunError(f"{folder}: no trial of the sweep has been completed yet; there is nothing to draw.")
+    runs, away, others = [], 0, {path.resolve() for path in told}
+    for trial in found.of("complete"):
+        path = folder / trial.run
+        if not (path / "result.json").is_file():
+            away += 1
+        elif path.resolve() not in others:
+            name = f"{found.study}, trial {trial.number}"
+            said = f"{name}: {drawn(trial.parameters)}" if trial.parameters else name
+            runs.append(read_run(path).model_copy(update={"name": said}))
+    return Swept(found.study, folder, runs, away)
 
 
 def named_apart(runs: Sequence[Run]) -> list[Run]:

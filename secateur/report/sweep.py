@@ -17,6 +17,7 @@ from secateur.checkpoint.atomic import write_atomic, write_json
 from secateur.errors import DataError, RunError, UsageError
 from secateur.report import html
 from secateur.report.figures import Figure, Format, Series, Table, Tone, percent
+from secateur.report.naming import drawn as drawn_of
 from secateur.report.page import plotly_js
 from secateur.report.paper import draw
 from secateur.report.plotly import specification
@@ -265,7 +266,7 @@ def front_table(found: Trials, folder: Path) -> Table:
                 if after.validation is not None and before.validation is not None
                 else None,
             ]
-        rows.append([trial.run, *(trial.values or ()), *behind, _values(trial)])
+        rows.append([trial.run, *(trial.values or ()), *behind, drawn_of(trial.parameters)])
     formats = {NAMES[name]: _FORMATS[name] for name in found.objectives}
     return Table(
         ["Run", *names, "MACs left", "Parameters left", "Points gained", "Values"],
@@ -310,9 +311,5 @@ def _cell(value: Any) -> Any:
     return str(value) if isinstance(value, (bool, list, dict)) else value
 
 
-def _values(trial: Trial) -> str:
-    return ", ".join(f"{key} {v:.4g}" if isinstance(v, float) else f"{key} {v}" for key, v in trial.parameters.items())
-
-
 def _described(trial: Trial) -> str:
-    return f"{trial.run}: {_values(trial)}"
+    return f"{trial.run}: {drawn_of(trial.parameters)}"

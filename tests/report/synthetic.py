@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from secateur.runfile import trials
+
 TIMED = {
     "batch": 8, "runtime": "onnxruntime", "threads": 1, "predicted": 0.62, "measured": 0.66, "error": -0.06,
     "before": 0.0042, "after": 0.002772, "slower": False, "corrected_from": None,
@@ -173,3 +175,23 @@ def _measurements(parameters: int) -> list[dict[str, Any]]:
 
 def _dump(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=1))
+
+
+def write_sweep(folder: Path, count: int = 4) -> Path:
+    """Write a sweep with the runs of its complete trials; the last of them is somewhere else."""
+    folder.mkdir(parents=True)
+    (folder / trials.SWEEP_FILE).write_text("model: lenet5\ndata: digits\nsearch: {space: {settings.lr: [0.1, 0.2]}}\n")
+    found = []
+    for number in range(count):
+        if number < count - 1:
+            write_run(folder / trials.run_name(number), seed=number, lost=0.003 * (number + 1))
+        found.append(
+            trials.Trial(
+                number=number, state="complete", parameters={"settings.lr": 0.1 * (number + 1)}, attempts=1,
+                values=[0.9, 1e6],
+            )
+        )  # fmt: skip
+    trials.write(
+        trials.Trials(study="rates", storage="", objectives=["accuracy", "macs"], total=count, trials=found), folder
+    )
+    return folder

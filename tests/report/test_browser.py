@@ -9,8 +9,8 @@ import pytest
 
 from secateur.report import write_report
 from tests.report import real
-from tests.report.chromium import open_page, requests
-from tests.report.synthetic import write_run
+from tests.report.chromium import open_page, requests, unfold
+from tests.report.synthetic import write_run, write_sweep
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (pip install selenium)")
 
@@ -32,6 +32,15 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five runs, and a sweep one of whose trials is one of them."""
+    folder = tmp_path_factory.mktemp("mixed")
+    sweep = write_sweep(folder / "sweep")
+    runs = [write_run(folder / f"run{i}", seed=i, lost=0.002 * i, method=("cfp", "l1")[i % 2]) for i in range(4)]
+    return write_report([*runs, sweep, sweep / "runs" / "0001"], folder / "report.html").html
+
+
+@pytest.fixture(scope="module")
 def lenet5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lenet5")
     original, pruned = real.lenet5_run(folder / "run", tolerance=5.0, max_rounds=6, finetune_epochs=1)
@@ -49,12 +58,13 @@ def resnet20(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(folder / "run").html
 
 
-@pytest.mark.parametrize("name", ["page", "comparison", "lenet5", "resnet20"])
+@pytest.mark.parametrize("name", ["page", "comparison", "mixed", "lenet5", "resnet20"])
 def test_every_figure_is_drawn_without_an_error_or_a_request(
     browser: Any, name: str, request: pytest.FixtureRequest
 ) -> None:
     page = request.getfixturevalue(name)
     open_page(browser, page)
+    unfold(browser)
     drawn = browser.execute_script(
         """return Array.from(document.querySelectorAll('.plot:not([hidden])')).map(plot => [
              plot.querySelectorAll('svg.main-svg').length,
@@ -129,7 +139,7 @@ def test_dark_and_light_paint_page_and_figures(browser: Any, page: Path) -> None
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("name", ["page", "comparison", "resnet20"])
+@pytest.mark.parametrize("name", ["page", "comparison", "mixed", "resnet20"])
 def test_nothing_scrolls_sideways_and_no_table_is_cut_off(
     browser: Any, name: str, width: int, request: pytest.FixtureRequest
 ) -> None:
@@ -140,6 +150,7 @@ def test_nothing_scrolls_sideways_and_no_table_is_cut_off(
     open_page(browser, request.getfixturevalue(name))
     # A phone zooms out until everything fits: then innerWidth grows along with what is too wide.
     assert browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]") == [width, width]
+    unfold(browser)
     browser.execute_script("document.querySelectorAll('details').forEach(each => { each.open = true; })")
     cut = browser.execute_script(
         """return Array.from(document.querySelectorAll('.scroll')).filter(box => box.scrollWidth > box.clientWidth + 1)
@@ -164,6 +175,51 @@ def test_it_prints_to_pdf_and_goes_back_to_the_screen(browser: Any, name: str, r
     assert browser.execute_script(
         "return document.getElementById('run0-macs').getBoundingClientRect().width"
     ) == pytest.approx(before, abs=2)
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_table_and_figure_of_several_runs_come_before_folded_details(browser: Any, mixed: Path, width: int) -> None:
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500},
+    )
+    open_page(browser, mixed)
+    tops = browser.execute_script(
+        """return ['#compare table', '#compare-pareto', '#run0 summary', '#run4 summary', 'footer'].map(
+             place => document.querySelector(place).getBoundingClientRect().top)"""
+    )
+    assert tops == sorted(tops)
+    assert tops[-1] < (6500 if width == 390 else 4000)
+    assert browser.execute_script("return document.querySelectorAll('article details.run[open]').length") == 0
+    # A keyboard opens and closes one, whose figures are drawn then.
+    summary = browser.find_element("css selector", "#run1 details.run > summary")
+    browser.execute_script("arguments[0].focus()", summary)
+    summary.send_keys(webdriver.Keys.ENTER)
+    _await(browser, "return document.querySelector('#run1-macs svg.main-svg') && 'drawn'")
+    assert browser.execute_script("return document.getElementById('run1-macs').getBoundingClientRect().height") > 100
+    assert not browser.execute_script("return document.querySelector('#run2-macs svg.main-svg')")
+    summary.send_keys(webdriver.Keys.SPACE)
+    assert not browser.execute_script("return document.querySelector('#run1 details.run').open")
+    browser.execute_script("document.querySelector('nav a[href=\"#run3\"]').click()")
+    _await(browser, "return document.querySelector('#run3 details.run').open && 'open'")
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("scripts", [True, False])
+def test_folded_details_are_printed_open(browser: Any, mixed: Path, scripts: bool) -> None:
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": not scripts})
+    browser.get(mixed.as_uri())
+    pages = []
+    for unfolded in (False, True):
+        pdf = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})["data"])
+        pages.append(pdf.count(b"/Type /Page\n"))
+        if not unfolded:
+            browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+            assert browser.execute_script("return document.querySelectorAll('details.run[open]').length") == 0
+            browser.execute_script("document.querySelectorAll('details.run').forEach(run => { run.open = true; })")
+            browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": not scripts})
+    assert pages[0] == pages[1] > 10
     assert browser.get_log("browser") == []
 
 

@@ -11,10 +11,12 @@ import pytest
 
 from secateur.cli.commands import main
 from secateur.errors import DataError
+from secateur.report import write_report
 from secateur.report.sweep import fronts, importances, write_sweep_report
 from secateur.runfile import trials
 from secateur.runfile.search import SearchConfig
 from secateur.runfile.trials import Trial, Trials
+from tests.report.synthetic import write_run, write_sweep
 
 FILE = """model: lenet5
 data: digits
@@ -90,8 +92,8 @@ def test_the_page_holds_everything_and_names_are_never_markup(
     numbers = json.loads((tmp_path / "report.json").read_text())
     assert numbers["front"] == [trial.number for trial in made().front]
     assert sorted(file.name for file in (tmp_path / "figures").glob("*.svg")) == ["front-macs.svg", "importances.svg"]
-    assert main(["report", str(tmp_path), str(tmp_path)]) == 2
-    assert "a sweep is reported alone" in capsys.readouterr().err
+    assert main(["report", str(tmp_path), "--measure"]) == 2
+    assert "--measure and --layer are for runs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -122,3 +124,34 @@ def test_a_sweep_without_a_complete_trial_has_no_report_yet(tmp_path: Path, caps
     folder(tmp_path, made().model_copy(update={"trials": made().trials[8:]}))
     assert main(["report", str(tmp_path)]) == 1
     assert "no trial of the sweep has been completed yet" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_trials_stand_beside_runs_and_nothing_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = write_sweep(tmp_path / "sweep")
+    runs = [write_run(tmp_path / "a", method="l1"), sweep / "runs" / "0001"]
+    page = tmp_path / "all.html"
+    words = [str(path) for path in (runs[0], sweep, runs[1], runs[0], tmp_path / "sweep" / ".." / "sweep")]
+    assert main(["report", *words, "-o", str(page)]) == 0
+    assert "rates" in capsys.readouterr().out
+    compared = json.loads(page.with_suffix(".json").read_text())["comparison"]
+    names = [row[0] for row in compared["table"]["rows"]]
+    assert len(names) == len(set(names)) == 4
+    assert names[2:] == ["rates, trial 0: settings.lr 0.1", "rates, trial 2: settings.lr 0.3"]
+    pareto, kept = compared["figures"]
+    assert (pareto["id"], kept["id"]) == ("pareto", "kept")
+    tones = {series["name"]: (series["tone"], len(series["x"])) for series in pareto["series"]}
+    assert tones["trials of rates"] == ("trial", 2)
+    assert [len_ for tone, len_ in tones.values() if tone == "run"] == [1, 1]
+    assert len(kept["series"]) == 2
+    plain = re.sub(r"<script.*?</script>", "", page.read_text(), flags=re.DOTALL)
+    assert "2 runs and 1 sweep side by side" in plain
+    assert "Of rates, 1 complete trials are left out" in plain
+    assert plain.count('<details class="run">') == 2
+
+
+@pytest.mark.slow
+def test_two_sweeps_are_compared_by_their_trials(tmp_path: Path) -> None:
+    files = write_report([write_sweep(tmp_path / "one"), write_sweep(tmp_path / "two")], tmp_path / "both.html")
+    assert [len(sweep.runs) for sweep in files.sweeps] == [3, 3]
+    assert [figure["id"] for figure in json.loads(files.json.read_text())["comparison"]["figures"]] == ["pareto"]
