@@ -14,6 +14,7 @@ that they are calibrated on, since fresh ones let feature maps vanish. What was 
 from __future__ import annotations
 
 import argparse
+import copy
 import platform
 import tempfile
 import warnings
@@ -113,7 +114,9 @@ class Setting:
             # Fresh weights with fresh batch norms shrink feature maps layer by layer: of mobilenet_v3_large's they end
             # under 2^-12, the least step of PT2E's activations, and an output of zeros remains.
             for network in (self.model, self.small):
-                recalibrate(network, self.data[: self.calibration // NOISE_BATCH])
+                measured = copy.deepcopy(network)  # a detector's head keeps the size of the batch that it has seen
+                recalibrate(measured, self.data[: self.calibration // NOISE_BATCH])
+                network.load_state_dict(measured.state_dict())
         graph = sc.trace(self.model, example)
         self.macs_left = sc.macs(sc.trace(self.small, example)) / sc.macs(graph)
 

@@ -78,10 +78,11 @@ def export(
         if data is not None:
             with steps.step("loading the data"):
                 bundle = sources.data(data, options.values("--data-option", data_option))
-        if int8 and bundle is not None and bundle.task != "classification":
+        if int8 and bundle is not None and bundle.task == "detection":
             raise UsageError(
-                f"export: --int8 is held to the accuracy of classes, and {bundle.name} holds none; in Python, "
-                "sc.export(model, path, int8=True, data=batches) takes any images."
+                f"export: --int8 takes no data of boxes ({bundle.name}), since torchvision's detectors can't be "
+                "exported; one that takes its images in one tensor, such as ultralytics', can be, in Python: "
+                "sc.export(model, path, int8=True, data=batches)."
             )
         name, built = options.one(model, model_flag), options.values("--model-option", model_option)
         with steps.step("building the model"):

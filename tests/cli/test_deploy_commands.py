@@ -79,6 +79,41 @@ def test_export_in_int8_tabulates_both_files_and_the_unpruned_network(
     assert "output error" in capsys.readouterr().out
 
 
+def test_export_in_int8_says_what_works_where_the_data_hold_boxes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.py").write_text(
+        "import torch\nfrom secateur.data import DataBundle\n\n\ndef boxes():\n"
+        "    one = [(torch.zeros(3, 8, 8), {'boxes': torch.ones(1, 4), 'labels': torch.ones(1).long()})]\n"
+        "    return DataBundle('signs', one, one, one, (3, 8, 8), ('sign',), task='detection')\n"
+    )
+    words = ["export", "ssd300", "--data", f"{tmp_path}/own.py:boxes", "--int8", "-o", f"{tmp_path}/small.onnx"]
+    assert main(words) == 2
+    shown = capsys.readouterr().err
+    assert "--int8 takes no data of boxes (signs)" in shown
+    assert "sc.export(model, path, int8=True, data=batches)" in shown
+    assert len(shown.splitlines()) == 1
+    assert not (tmp_path / "small.onnx").exists()
+
+
+@pytest.mark.slow
+def test_export_in_int8_measures_the_output_of_a_network_for_masks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.data.test_masks import squares
+
+    squares(tmp_path / "data", {"train": 40, "val": 4, "test": 8})
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n\n\ndef build():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 1))\n"
+    )
+    words = ["export", f"{tmp_path}/net.py:build", "--data", f"masks:{tmp_path}/data", "--data-option", "size=16"]
+    assert main([*words, "--int8", "--calibration", "16", "-o", f"{tmp_path}/small.onnx", "--json"]) == 0
+    figures = {row["network"]: row for row in json.loads(capsys.readouterr().out)["files"]}
+    assert figures["int8"]["accuracy"] is None
+    assert 0 < figures["int8"]["error"] < 0.2
+
+
 def test_prune_measures_which_multiple_of_channels_is_fastest(capsys: pytest.CaptureFixture[str]) -> None:
     widths = ["--model-option", "widths=[8, 8]", "--model-option", "hidden=16", "--model-option", "in_size=16"]
     assert main(["prune", "lenet5", *widths, "--macs", "0.4", "--round-to", "auto", "--json"]) == 0
