@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -49,7 +50,10 @@ def test_versions_agree() -> None:
     assert "version" in PROJECT["project"]["dynamic"]
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", secateur.__version__)
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert "## [Unreleased]" in changelog or f"## [{secateur.__version__}]" in changelog
+    dated = re.search(rf"^## \[{secateur.__version__}\] – (\S+)$", changelog, re.MULTILINE)
+    assert dated
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (cited["version"], str(cited["date-released"])) == (secateur.__version__, dated[1])
 
 
 def tracked() -> list[Path]:
