@@ -72,7 +72,7 @@ def _yolov8n() -> nn.Module:
     network = tasks.DetectionModel("yolov8n.yaml", verbose=False)
     for module in network.modules():
         if hasattr(module, "export"):
-            module.export = True  # one tensor of boxes and classes, as their own export has it
+            module.export = module.dynamic = True  # one tensor of boxes and classes, of any batch, as their own export
     return network
 
 

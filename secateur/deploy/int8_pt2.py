@@ -42,6 +42,7 @@ def quantise(source: Path, target: Path, calls: Sequence[Call], example: Call, d
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.load(source).module()
+        _tell_apart(program)
         chosen = x86.get_default_x86_inductor_quantization_config(reduce_range=True)
         prepared = flow.prepare_pt2e(program, x86.X86InductorQuantizer().set_global(chosen))
         for args, kwargs in calls:
@@ -117,6 +118,14 @@ def _torchao(*names: str) -> list[Any]:
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return require(*(f"{_FLOW}.{name}" for name in names), extra="int8")
+
+
+def _tell_apart(network: torch.fx.GraphModule) -> None:
+    """Give every operator a source of its own: torchao takes all calls of one module, such as a ReLU, for one layer."""
+    for node in network.graph.nodes:
+        if node.meta.get("nn_module_stack"):
+            *outer, (key, (name, kind)) = node.meta["nn_module_stack"].items()
+            node.meta["nn_module_stack"] = {**dict(outer), key: (f"{name}:{node.name}", kind)}
 
 
 def _drop_unused(network: torch.fx.GraphModule) -> None:

@@ -16,7 +16,10 @@ pytest.importorskip("onnxscript", reason="the onnx extra is not installed")
 
 
 class Net(nn.Module):
-    """A shortcut whose channels lie apart in memory, as those of CIFAR's ResNets do, and maps that are flattened."""
+    """A shortcut whose channels lie apart in memory, as those of CIFAR's ResNets do, and maps that are flattened.
+
+    One ReLU is called at two places, as in torchvision's ResNets.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,10 +27,13 @@ class Net(nn.Module):
         self.norm = nn.BatchNorm2d(8)
         self.second = nn.Conv2d(8, 8, 3, stride=2, padding=1)
         self.head = nn.Linear(8 * 4, 5)
+        self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(self.conv(x)).relu()
-        return self.head((self.second(y) + y[:, :, ::2, ::2]).relu()[:, :, ::2, ::2].flatten(1))
+        y = self.act(self.norm(self.conv(x)))
+        z = self.second(y)
+        z += y[:, :, ::2, ::2]
+        return self.head(self.act(z)[:, :, ::2, ::2].flatten(1))
 
 
 @pytest.fixture
