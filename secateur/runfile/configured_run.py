@@ -21,7 +21,7 @@ from secateur.runfile import config, sources, suspicions
 from secateur.runfile.config import RunConfig
 from secateur.training import baseline, stages, tasks
 from secateur.training.fingerprint import fingerprint
-from secateur.training.processes import writes
+from secateur.training.launched import process
 from secateur.training.stages import TrainingSettings
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def start(run: RunConfig, steps: Steps, *, go_on_with: bool = False, also: Progr
     """
     run = grounded(run)
     assert run.run_dir is not None
-    folder = RunDirectory(run.run_dir, write=writes())
+    folder = RunDirectory(run.run_dir, write=process() == 0)
     if go_on_with and (folder.path / config.FILE).is_file():
         begun = config.load(folder.path / config.FILE, {"run_dir": run.run_dir})
         require_alike(
@@ -124,7 +124,7 @@ def go_on(
     file = path / config.FILE
     if not file.is_file():
         raise UsageError(f"{path}: holds no run to resume: there is no {config.FILE}; 'secateur compress' begins one.")
-    folder = RunDirectory(path, write=writes())
+    folder = RunDirectory(path, write=process() == 0)
     if folder.finished:
         raise FinishedRunError(
             f"{path}: the run has finished, and is left as it is.", *folder.written(), list(changes or {})

@@ -16,10 +16,13 @@ import torch
 from torch import nn
 
 import secateur as sc
+from secateur.cli.commands import main
+from secateur.cli.console import error_line
+from secateur.cli.run_commands import _show_run
 from secateur.data import DetectionBatches
 from secateur.engine import RunDirectory, compress, resume
 from secateur.errors import PlanError, RunError, UsageError
-from secateur.training import evaluation, processes, stages
+from secateur.training import evaluation, launched, processes, stages
 from secateur.training.detection import DetectionLoss, MeanAveragePrecision
 from secateur.training.stages import TrainingSettings, fit
 from tests import detectors
@@ -55,6 +58,39 @@ def test_accelerate_launch_on_a_cpu_says_why_it_starts_one_process(monkeypatch: 
         stages.accelerator("cpu")
     monkeypatch.setenv("WORLD_SIZE", "1")
     stages.accelerator("cpu")
+
+
+@pytest.mark.parametrize("name", ["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"])
+def test_only_the_first_process_shows_and_writes_whatever_has_started_it(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launched.process() == 0
+    monkeypatch.setenv(name, "1")
+    assert launched.process() == 1
+    _show_run({}, as_json=True)
+    error_line("late")
+    assert capsys.readouterr() == ("", "error: process 1: late\n")
+    monkeypatch.setenv("RANK", "0")
+    _show_run({}, as_json=True)
+    assert capsys.readouterr().out == "{}\n"
+
+
+@pytest.mark.slow
+def test_a_run_that_mpi_starts_is_shown_once(tmp_path: Path) -> None:
+    mpi = {"RANK": "OMPI_COMM_WORLD_RANK", "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+           "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK", "LOCAL_WORLD_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE"}  # fmt: skip
+
+    def call() -> int:
+        for name, other in mpi.items():
+            os.environ[other] = os.environ.pop(name)
+        return main(["compress", "lenet5", "--data", "digits", "--data-option", "train_size=200", "--baseline",
+                     "epochs=1", "--method", "l1", "--macs", "0.3", "--set", "device=cpu", "--set", "rounds=1",
+                     "--set", "final_epochs=1", "--run-dir", str(tmp_path / "run"), "--quiet"])  # fmt: skip
+
+    assert launch(call, tmp_path, 2) == [0, 0], told(tmp_path) + told(tmp_path, 1)
+    assert "accuracy, test set" in (tmp_path / "out-0").read_text()
+    assert (tmp_path / "out-1").read_text() == told(tmp_path, 1) == ""
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["machine"]["processes"] == 2
 
 
 @pytest.mark.slow
@@ -200,8 +236,6 @@ def test_a_process_that_fails_alone_stops_all(network: nn.Module, tmp_path: Path
         return whole(self, *given)
 
     def call() -> int:
-        from secateur.cli.console import error_line
-
         data = dict(DATA)
         if how == "an error in evaluation":
             data["validation"] = Batches(VALIDATION.x, bad, 100)
