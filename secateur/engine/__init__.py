@@ -205,6 +205,7 @@ def _directory(given: str | Path | RunDirectory, write: bool) -> RunDirectory:
 
 def _run(engine: Engine, state: State, directory: RunDirectory | None) -> CompressResult:
     if directory is not None:
+        engine.share = directory.share
         directory.write_history(state)
         directory.write_epochs(state)
         directory.write_table(state)
