@@ -27,8 +27,6 @@ def lock(path: Path, held: ExitStack) -> bool:
         path: The lock's own file, which is removed in the end.
         held: Whatever is returned, to be closed.
     """
-    if fcntl is None:
-        return True
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
@@ -36,7 +34,8 @@ def lock(path: Path, held: ExitStack) -> bool:
         return True
     held.callback(os.close, descriptor)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
     held.callback(path.unlink, missing_ok=True)

@@ -301,8 +301,8 @@ def _measured(
         if share is None:
             return whole()
         name = f"{network:08x}-{made_with}-{_arithmetic(model, device, workers)}"
-        found = _shared_table(share(name, lambda: whole().to_dict()), table)
-        return found if found is not None and list(found.damage) == [g.name for g in chosen] else whole()
+        known = _shared_table(share(name, lambda: whole().to_dict()), table)
+        return known if known is not None and list(known.damage) == [g.name for g in chosen] else whole()
 
 
 def _arithmetic(model: nn.Module, device: torch.device, workers: int) -> str:
