@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows has no advisory locks of this kind
-    fcntl = None  # type: ignore[assignment]
 
 PAUSE = 0.5
 """Seconds between two tries."""
@@ -27,6 +26,8 @@ def lock(path: Path, held: ExitStack) -> bool:
         path: The lock's own file, which is removed in the end.
         held: Whatever is returned, to be closed.
     """
+    if sys.platform == "win32":  # where there are no advisory locks of this kind
+        return True
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
@@ -34,8 +35,7 @@ def lock(path: Path, held: ExitStack) -> bool:
         return True
     held.callback(os.close, descriptor)
     try:
-        if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
     held.callback(path.unlink, missing_ok=True)

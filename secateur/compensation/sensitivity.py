@@ -298,10 +298,10 @@ def _measured(
                     tell(len(table.damage), len(chosen))
             return replace(table, damage={g.name: table.damage[g.name] for g in chosen})
 
-        if share is None:
+        if share is None or loss is not None:  # a loss of one's own has no name
             return whole()
-        name = f"{network:08x}-{made_with}-{_arithmetic(model, device, workers)}"
-        known = _shared_table(share(name, lambda: whole().to_dict()), table)
+        name = f"{FORMAT_VERSION}-{network:08x}-{made_with}-{_arithmetic(model, device, workers)}"
+        known = _shared_table(share(name, lambda: asdict(whole())), table)
         return known if known is not None and list(known.damage) == [g.name for g in chosen] else whole()
 
 
@@ -316,9 +316,7 @@ def _arithmetic(model: nn.Module, device: torch.device, workers: int) -> str:
 def _shared_table(given: dict[str, Any], table: Sensitivity) -> Sensitivity | None:
     """Read a table that others have kept; None where it is damaged, or of anything else than ``table``."""
     try:
-        if given.get("format_version") != FORMAT_VERSION:
-            return None
-        found = checked(Sensitivity, {key: value for key, value in given.items() if key != "format_version"})
+        found = checked(Sensitivity, given)
     except ValueError:
         return None
     return found if _alike(found, table) else None

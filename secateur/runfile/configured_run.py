@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
     from secateur.data import DataBundle
     from secateur.training.arithmetic import Arithmetic
+
+
+_LOG = logging.getLogger(__name__)
 
 
 def start(
@@ -387,8 +391,12 @@ class _BaselineTraining:
         runtime = stages.accelerator(self.run.settings.device)
         with ExitStack() as held:
             # Of runs that begin at once, one trains and the others wait for it.
+            waits = False
             while not processes.told(runtime, lambda: lock(self.file.with_suffix(".lock"), held)):
                 held.pop_all().close()
+                if not waits:
+                    waits = True
+                    _LOG.info("baseline: another run trains the same; waiting for %s", self.file)
                 steps("waiting for the baseline", 0, None, "another run trains the same")
                 time.sleep(PAUSE)
             # Every process looks before one of them writes.

@@ -49,8 +49,12 @@ class SharedTables:
 
     def _waited_for(self, name: str, held: ExitStack) -> Any:
         """Take the table's lock, and return the table if another worker had it before and has measured it."""
+        waits = False
         while not self.storage.take(f"{self.study.study_name} {name}", held):
             held.pop_all().close()
+            if not waits:
+                waits = True
+                _LOG.info("sensitivity: another trial measures the same; waiting for its table")
             self.steps("waiting for a table of sensitivity", 0, None, "another worker measures it")
             time.sleep(PAUSE)
         return self.study.user_attrs.get(_PREFIX + name)

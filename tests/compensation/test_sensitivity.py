@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,6 @@ def test_a_table_of_anything_else_is_never_taken(monkeypatch: pytest.MonkeyPatch
     sc.sensitivity(MODEL, GRAPH, DATA, levels=2, share=kept)
     assert kept.measured == 5
     # What stands under a table's name and is none of it is not believed.
-    mine = alone[0].to_dict()
-    for wrong in (alone[1].to_dict(), {}, {**mine, "damage": {}}, {**mine, "damage": {"stem": {"1": "x"}}}):
+    mine = asdict(alone[0])
+    for wrong in (asdict(alone[1]), {}, {**mine, "damage": {}}, {**mine, "damage": {"stem": {"1": "x"}}}):
         assert sc.sensitivity(MODEL, GRAPH, DATA, levels=2, share=lambda name, measure, wrong=wrong: wrong) == alone[0]
