@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import sys
 import time
@@ -21,6 +20,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from secateur.cli import signals
+from secateur.training.launched import process
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,11 +36,6 @@ LINE_SECONDS = 30.0
 
 PICTURE_WIDTH = 100
 """Columns of a picture of the terminal."""
-
-
-def process() -> int:
-    """Return the number of this process among those of a run, as what starts several tells it; 0 shows the result."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def output(*, record: bool = False) -> Console:

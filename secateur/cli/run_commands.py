@@ -12,6 +12,7 @@ import typer
 from secateur.cli import console, options, signals
 from secateur.errors import SecateurError, UsageError
 from secateur.pruning.options import AUTO
+from secateur.training.launched import process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -302,7 +303,7 @@ def _values(run: Callable[[], CompressResult], run_dir: str | Path | None) -> di
     except FinishedRunError as finished:
         if given := finished.changes:
             raise UsageError(f"{finished} Begin another one with {', '.join(given)}, from its model.") from None
-        if not console.process():
+        if not process():
             console.error_line(str(finished), "note")
         return {**finished.report, "history": finished.history, "run_dir": str(run_dir)}
     return {**result.report, "history": result.history, "run_dir": str(result.run_dir)}
@@ -317,6 +318,6 @@ def _show_estimate(run: RunConfig, as_json: bool, quiet: bool) -> None:
 
 
 def _show_run(values: Mapping[str, Any], as_json: bool) -> None:
-    if console.process():
+    if process():
         return
     console.write_json(values) if as_json else console.show_run(values)

@@ -34,12 +34,20 @@ from secateur.errors import PlanError, UsageError
 from secateur.graph.channels import ChannelGraph, ChannelGroup
 from secateur.graph.plan import PruningPlan
 from secateur.graph.steps import steps
+from secateur.graph.structure import checked
 from secateur.network.inputs import tensors_of, unwrapped
 from secateur.network.isolation import left_as_found
 from secateur.network.named import tensors_named
 
 FORMAT_VERSION = 1
 LEVELS = 8
+
+Share = Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]]
+"""``share(name, measure)`` -> the table, as JSON data, that is kept under the name; what ``measure()`` returns if none.
+
+The name tells networks, images and widths, and what decides a number's last bits, so that what another has measured is
+what one would have measured oneself, bit for bit.
+"""
 
 
 @dataclass(frozen=True)
@@ -138,6 +146,7 @@ def sensitivity(
     memory: int = feature_maps.MEMORY,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    share: Share | None = None,
 ) -> Sensitivity:
     """Measure what each group loses at several widths.
 
@@ -156,6 +165,7 @@ def sensitivity(
         workers: Processes that share the groups; more than one need a network on the CPU, and a system that can fork.
             Each computes on one thread: the table is that of one process which does so, bit for bit.
         progress: Called with how many groups are measured, and how many there are.
+        share: Where tables are kept for others, and found; see :data:`Share`. A table of anything else is not taken.
 
     Raises:
         UsageError: If ``levels`` or ``workers`` is out of range, or labels are missing for ``loss``.
@@ -170,7 +180,7 @@ def sensitivity(
         places = {round(len(totals) * level / levels) for level in range(1, levels + 1)} - {0}
         return [totals[place - 1] for place in sorted(places)]
 
-    return _measured(model, graph, data, chosen, evenly, scores, loss, path, memory, workers, progress)
+    return _measured(model, graph, data, chosen, evenly, scores, loss, path, memory, workers, progress, share)
 
 
 def refined(
@@ -185,6 +195,7 @@ def refined(
     memory: int = feature_maps.MEMORY,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    share: Share | None = None,
 ) -> Sensitivity:
     """Measure around a plan's widths: halfway from what each group loses to the neighbours that the table knows.
 
@@ -201,6 +212,7 @@ def refined(
         memory: See :func:`sensitivity`.
         workers: See :func:`sensitivity`.
         progress: See :func:`sensitivity`.
+        share: See :func:`sensitivity`.
 
     Returns:
         The table with the new cells among its own.
@@ -221,7 +233,7 @@ def refined(
         nearest = {min(totals, key=lambda n, at=at: abs(n - at)) for at in wanted if at} if totals else set()  # type: ignore[misc]
         return sorted(nearest - known)
 
-    found = _measured(model, graph, data, chosen, between, scores, loss, None, memory, workers, progress)
+    found = _measured(model, graph, data, chosen, between, scores, loss, None, memory, workers, progress, share)
     if (found.measure, found.images) != (table.measure, table.images):
         raise UsageError(
             "sensitivity: the table was measured on other data, or by another measure: refine it as it was."
@@ -242,6 +254,7 @@ def _measured(
     memory: int,
     workers: int,
     progress: Callable[[int, int], None] | None,
+    share: Share | None,
 ) -> Sensitivity:
     """Measure cells of a table.
 
@@ -270,18 +283,47 @@ def _measured(
         reference = measuring.reference
         table = Sensitivity(sizes, {}, reference.measure, reference.images, network, made_with)
         table = _resumed(table, path)
-        waiting = [g for g in chosen if g.name not in table.damage]
         tell = progress or (lambda done, of: None)
-        tell(len(table.damage), len(chosen))
-        for some in passes(model, graph, waiting, memory):
-            needed = [name for group, names in some if wanted[group.name] for name in names]
-            measuring.moments = input_moments(model, needed, held)
-            for group, damage in shared(measuring.measured, [group for group, _ in some], workers):
-                table.damage[group.name] = damage
-                if path is not None:
-                    table.save(path)
-                tell(len(table.damage), len(chosen))
-    return replace(table, damage={g.name: table.damage[g.name] for g in chosen})
+
+        def whole() -> Sensitivity:
+            waiting = [g for g in chosen if g.name not in table.damage]
+            tell(len(table.damage), len(chosen))
+            for some in passes(model, graph, waiting, memory):
+                needed = [name for group, names in some if wanted[group.name] for name in names]
+                measuring.moments = input_moments(model, needed, held)
+                for group, damage in shared(measuring.measured, [group for group, _ in some], workers):
+                    table.damage[group.name] = damage
+                    if path is not None:
+                        table.save(path)
+                    tell(len(table.damage), len(chosen))
+            return replace(table, damage={g.name: table.damage[g.name] for g in chosen})
+
+        if share is None or loss is not None:  # a loss of one's own has no name
+            return whole()
+        name = f"{FORMAT_VERSION}-{network:08x}-{made_with}-{_arithmetic(model, device, workers)}"
+        known = _shared_table(share(name, lambda: asdict(whole())), table)
+        return known if known is not None and list(known.damage) == [g.name for g in chosen] else whole()
+
+
+def _arithmetic(model: nn.Module, device: torch.device, workers: int) -> str:
+    """Return what a number's last bits hang on beside what is computed."""
+    on = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    threads = torch.get_num_threads() if workers == 1 else 1
+    strides = [tensor.stride() for tensor in tensors_named(model).values()]
+    return f"{zlib.crc32(repr((torch.__version__, device.type, on, threads, strides)).encode()):08x}"
+
+
+def _shared_table(given: dict[str, Any], table: Sensitivity) -> Sensitivity | None:
+    """Read a table that others have kept; None where it is damaged, or of anything else than ``table``."""
+    try:
+        found = checked(Sensitivity, given)
+    except ValueError:
+        return None
+    return found if _alike(found, table) else None
+
+
+def _alike(one: Sensitivity, other: Sensitivity) -> bool:
+    return (one.network, one.made_with, one.measure) == (other.network, other.made_with, other.measure)
 
 
 def _resumed(table: Sensitivity, path: str | os.PathLike[str] | None) -> Sensitivity:
@@ -289,7 +331,7 @@ def _resumed(table: Sensitivity, path: str | os.PathLike[str] | None) -> Sensiti
     if path is None or not Path(path).exists():
         return table
     found = Sensitivity.load(path)
-    if (found.network, found.made_with, found.measure) != (table.network, table.made_with, table.measure):
+    if not _alike(found, table):
         raise UsageError(f"{path}: a table of another network, other data or options; name another file.")
     return found
 

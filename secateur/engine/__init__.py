@@ -22,8 +22,8 @@ from secateur.errors import CriterionError, PlanError, RunError, UsageError
 from secateur.pruning.options import Options
 from secateur.pruning.planning import Target
 from secateur.training.evaluation import Metric
+from secateur.training.launched import process
 from secateur.training.passes import Batches
-from secateur.training.processes import writes
 from secateur.training.stages import Loss
 
 _LOG = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ def resume(
         RunError: If another process is running it.
         CheckpointError: If a file is damaged, or the model is another.
     """
-    with _directory(run_dir, writes()) as directory:
+    with _directory(run_dir, process() == 0) as directory:
         if directory.finished:
             _LOG.warning("resume: %s: the run has finished; its result is returned as it is.", directory.path)
             return directory.result(model)
@@ -205,6 +205,7 @@ def _directory(given: str | Path | RunDirectory, write: bool) -> RunDirectory:
 
 def _run(engine: Engine, state: State, directory: RunDirectory | None) -> CompressResult:
     if directory is not None:
+        engine.share = directory.share
         directory.write_history(state)
         directory.write_epochs(state)
         directory.write_table(state)

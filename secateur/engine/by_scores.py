@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from secateur.compensation.damage import NotComparableError
-from secateur.compensation.sensitivity import Sensitivity
+from secateur.compensation.sensitivity import Sensitivity, Share
 from secateur.criteria.papers import singh2020cfp as cfp
 from secateur.criteria.registry import NotDefinedError
 from secateur.deploy.timing import choose_round_to
@@ -139,7 +139,9 @@ class Scores(Selection):
         """Tell whether the times of layers are to be measured before the first choice."""
         return self.by_time and state.times is None
 
-    def measure(self, state: State, graph: ChannelGraph, progress: Callable[[int, int], None]) -> None:
+    def measure(
+        self, state: State, graph: ChannelGraph, progress: Callable[[int, int], None], share: Share | None = None
+    ) -> None:
         """Measure the times of layers, if they count and are not known, else the sensitivity of the network as it is.
 
         Both go into the state as plain data.
@@ -158,7 +160,7 @@ class Scores(Selection):
                     lambda: measured(
                         state.network, graph, Some(self.train, None, seed), self.limits_now(state, graph),
                         self.target_now(state, graph), inexact=self.options.inexact, costs=self.times(state),
-                        progress=progress,
+                        progress=progress, share=share,
                     ),
                 )  # fmt: skip
                 self.store_table(state, table)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from secateur.compensation.damage import NotComparableError
-from secateur.compensation.sensitivity import Sensitivity, refined, sensitivity
+from secateur.compensation.sensitivity import Sensitivity, Share, refined, sensitivity
 from secateur.criteria import Criterion
 from secateur.criteria.feature_maps import examples
 from secateur.criteria.scoring import score, select
@@ -94,6 +94,7 @@ def measured(
     inexact: bool,
     costs: Times | None = None,
     progress: Callable[[int, int], None] | None = None,
+    share: Share | None = None,
 ) -> Sensitivity:
     """Measure the sensitivity of the groups whose loss is still to be found, on as many images as it takes.
 
@@ -106,12 +107,12 @@ def measured(
         if images >= MEASURED_IMAGES:
             break
     open_to = [name for name, limit in limits.items() if limit.most and not limit.forced]
-    table = sensitivity(model, graph, few, groups=open_to, inexact=inexact, progress=progress)
+    table = sensitivity(model, graph, few, groups=open_to, inexact=inexact, progress=progress, share=share)
     if target is not None and open_to:
         scores = score(model, graph, "l2", groups=list(limits), inexact=True)
         for _ in range(REFINEMENTS):
             found = choose(graph, scores, target, limits, allocation=table, partial=True, costs=costs)
-            table = refined(model, graph, few, table, plan_removal(graph, found), progress=progress)
+            table = refined(model, graph, few, table, plan_removal(graph, found), progress=progress, share=share)
     return table
 
 

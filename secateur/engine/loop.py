@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from secateur.compensation.sensitivity import Share
 from secateur.engine import cutting, ending, log, request
 from secateur.engine.by_scores import Scores
 from secateur.engine.events import Event, Progress
@@ -113,6 +114,8 @@ class Engine:
             train=train, loss=loss, seed=seed, example_inputs=self.example_inputs, runtime=self.runtime,
         )  # fmt: skip
         self.groups, self.goals = self.selection.groups, self.selection.goals
+        self.share: Share | None = None
+        """Where this run finds tables of sensitivity that others have measured."""
         self._stage: Stage | None = None
 
     @property
@@ -244,7 +247,8 @@ class Engine:
         def progress(done: int, of: int) -> None:
             self.progress(Event("batch", SENSITIVITY, state.round, state.phase, 1, 1, batch=done, batches=of))
 
-        self.selection.measure(state, self.present(state), progress)
+        # Of what is left after a round hardly another run measures the same.
+        self.selection.measure(state, self.present(state), progress, None if state.removed else self.share)
         state.stage = "select"
 
     def _arrived(self, state: State) -> bool:

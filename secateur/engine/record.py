@@ -17,6 +17,7 @@ from secateur.errors import UsageError
 from secateur.pruning.planning import Target
 from secateur.training.fingerprint import fingerprint
 from secateur.training.passes import Batches
+from secateur.training.processes import say_if_other
 
 if TYPE_CHECKING:
     from secateur.engine.loop import Engine
@@ -81,14 +82,7 @@ def compare_machine(path: Path, config: Mapping[str, Any], engine: Engine) -> No
     now = surroundings(engine)
     then = {**config.get("machine", {}), **{f"{k} release": v for k, v in config.get("versions", {}).items()}}
     here = {**now["machine"], **{f"{k} release": v for k, v in now["versions"].items()}}
-    if (before := then.get("processes", 1)) != here["processes"]:
-        _LOG.warning(
-            "resume: %s: goes on in %d processes, %d before: a step of training takes a batch from each, so that the "
-            "result is another than that of an uninterrupted run.",
-            path,
-            here["processes"],
-            before,
-        )
+    say_if_other(f"resume: {path}", then.get("processes", 1), here["processes"])
     kinds = ("threads", "device", "capability", "torch release")
     differing = [f"{kind} {here[kind]}, {then[kind]} before" for kind in kinds if then.get(kind) != here.get(kind)]
     if differing:

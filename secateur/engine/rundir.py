@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from secateur import checkpoint
 from secateur.checkpoint import records
+from secateur.compensation.sensitivity import Share
 from secateur.engine.state import State
 from secateur.engine.stored import require_configuration
 from secateur.errors import CheckpointError, RunError, UsageError
@@ -71,6 +72,8 @@ class RunDirectory:
         self._entered = 0
         self.earlier: tuple[PruningPlan, ...] = ()
         """Plans that made the network with which the run begins."""
+        self.share: Share | None = None
+        """Where the run finds tables of sensitivity that others have measured; see :data:`Share`."""
 
     def __enter__(self) -> RunDirectory:
         if self.write and not self._entered:

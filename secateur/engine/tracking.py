@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -65,11 +66,16 @@ class Trackers:
         )
         file = self.folder / "checkpoint" / IDS
         ids = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        options: dict[str, dict[str, Any]] = {"mlflow": {"run_name": self.folder.name}, "wandb": {}}
+        options: dict[str, dict[str, Any]] = {
+            "mlflow": {"run_name": self.folder.name}, "wandb": {"name": self.folder.name},
+        }  # fmt: skip
         if "mlflow" in ids:
             options["mlflow"] = {"run_id": ids["mlflow"]}
         if "wandb" in ids:
-            options["wandb"] = {"id": ids["wandb"], "resume": "allow"}
+            options["wandb"] |= {"id": ids["wandb"], "resume": "allow"}
+        if "wandb" in self.names and "WANDB_DIR" not in os.environ:
+            options["wandb"]["dir"] = str(self.folder / "trackers")
+            (self.folder / "trackers").mkdir(exist_ok=True)
         accelerator.init_trackers(
             "secateur" if set(self.names) - {"tensorboard"} else self.folder.name,
             # What a tracker holds of a run's beginning can't be written again.
@@ -122,7 +128,8 @@ def require(names: Sequence[str]) -> None:
         if name not in known:
             raise UsageError(f"track: {name}: no such tracker; known are {', '.join(known)}.")
         if name not in available:
-            raise UsageError(f"track: {name}: is not installed; pip install {name}, or 'secateur[trackers]'.")
+            more = ", or 'secateur[trackers]'" if name in ("tensorboard", "mlflow") else ""
+            raise UsageError(f"track: {name}: is not installed; pip install {name}{more}.")
 
 
 def figures(event: Event, record: Mapping[str, Any]) -> dict[str, float]:

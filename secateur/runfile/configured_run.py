@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from secateur.checkpoint.locks import PAUSE, lock
+from secateur.compensation.sensitivity import Share
 from secateur.data import DATASETS
 from secateur.engine import CompressResult, Engine, Event, RunDirectory, compress, log, resume
 from secateur.engine.events import Progress, Steps
@@ -19,19 +24,30 @@ from secateur.pruning.options import AUTO
 from secateur.pruning.planning import Target
 from secateur.runfile import config, sources, suspicions
 from secateur.runfile.config import RunConfig
-from secateur.training import baseline, stages, tasks
+from secateur.training import baseline, processes, stages, tasks
 from secateur.training.fingerprint import fingerprint
-from secateur.training.processes import writes
+from secateur.training.launched import process
 from secateur.training.stages import TrainingSettings
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from torch import nn
 
     from secateur.data import DataBundle
     from secateur.training.arithmetic import Arithmetic
 
 
-def start(run: RunConfig, steps: Steps, *, go_on_with: bool = False, also: Progress | None = None) -> CompressResult:
+_LOG = logging.getLogger(__name__)
+
+
+def start(
+    run: RunConfig,
+    steps: Steps,
+    *,
+    go_on_with: bool = False,
+    also: Progress | None = None,
+    share: Share | None = None,
+) -> CompressResult:
     """Begin a run in a folder of its own.
 
     Args:
@@ -39,6 +55,7 @@ def start(run: RunConfig, steps: Steps, *, go_on_with: bool = False, also: Progr
         steps: Where to show progress.
         go_on_with: Whether a run that began in the folder by the same request is gone on with.
         also: Gets every event, too.
+        share: Where tables of sensitivity are found that other runs have measured.
 
     Raises:
         UsageError: If the folder holds a run already, or the request can't be met.
@@ -47,7 +64,7 @@ def start(run: RunConfig, steps: Steps, *, go_on_with: bool = False, also: Progr
     """
     run = grounded(run)
     assert run.run_dir is not None
-    folder = RunDirectory(run.run_dir, write=writes())
+    folder = RunDirectory(run.run_dir, write=process() == 0)
     if go_on_with and (folder.path / config.FILE).is_file():
         begun = config.load(folder.path / config.FILE, {"run_dir": run.run_dir})
         require_alike(
@@ -57,7 +74,7 @@ def start(run: RunConfig, steps: Steps, *, go_on_with: bool = False, also: Progr
             "is asked for: ask for the same, or resume it",
             loose=True,
         )
-        return go_on(folder.path, steps, also=also)
+        return go_on(folder.path, steps, also=also, share=share)
     folder.require_free()
     require(run.track)
     method = sources.method(run.method)
@@ -83,7 +100,7 @@ def start(run: RunConfig, steps: Steps, *, go_on_with: bool = False, also: Progr
         training = _BaselineTraining(run, folder.path, model, fingerprint(request["train"]), engine.arithmetic)
         if engine.arithmetic.reason:
             described["arithmetic"] = engine.arithmetic.reason
-    folder.earlier = found.plans
+    folder.earlier, folder.share = found.plans, share
     with folder, _tracked(run, folder, steps, also) as told:
         folder.require_free()
         # The main process must not write before every other one has seen that no run is here.
@@ -106,7 +123,12 @@ def start(run: RunConfig, steps: Steps, *, go_on_with: bool = False, also: Progr
 
 
 def go_on(
-    path: Path, steps: Steps, changes: Mapping[str, Any] | None = None, *, also: Progress | None = None
+    path: Path,
+    steps: Steps,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    also: Progress | None = None,
+    share: Share | None = None,
 ) -> CompressResult:
     """Take up a run where it was interrupted.
 
@@ -115,6 +137,7 @@ def go_on(
         steps: Where to show progress.
         changes: Keys of the configuration with other values, which are written down.
         also: Gets every event, too.
+        share: As in :func:`start`.
 
     Raises:
         UsageError: If the folder holds no run, or its configuration or data are not those that the run began with.
@@ -124,7 +147,7 @@ def go_on(
     file = path / config.FILE
     if not file.is_file():
         raise UsageError(f"{path}: holds no run to resume: there is no {config.FILE}; 'secateur compress' begins one.")
-    folder = RunDirectory(path, write=writes())
+    folder = RunDirectory(path, write=process() == 0)
     if folder.finished:
         raise FinishedRunError(
             f"{path}: the run has finished, and is left as it is.", *folder.written(), list(changes or {})
@@ -132,14 +155,14 @@ def go_on(
     run = config.changed(config.load(file, {"run_dir": str(path.absolute())}), changes or {})
     if not folder.started:
         # The run was interrupted while its baseline was trained; that training goes on from its last whole epoch.
-        return start(run, steps, also=also)
+        return start(run, steps, also=also, share=share)
     if (begun := folder.configuration().get("run")) is not None:
         require_alike(
             config.changed(config.build(begun), changes or {}), run, f"{file}: the run began", "stands here now: put "
             "it back, or give it to 'secateur resume' (--set), which records it"
         )  # fmt: skip
     bundle, found = _found(run, steps, fresh=sources.version(run.weights) is not None)
-    folder.earlier = found.plans
+    folder.earlier, folder.share = found.plans, share
     given = changes or {}
     own = {k: v for k, v in run.options.plain().items() if k in given}
     own |= {k: v for k, v in run.settings.plain().items() if k in given.get("settings", {})}
@@ -366,14 +389,30 @@ class _BaselineTraining:
     def trained(self, model: nn.Module, data: Mapping[str, Any], steps: Steps, told: Progress) -> nn.Module:
         """Return the trained network; each of its epochs is told."""
         runtime = stages.accelerator(self.run.settings.device)
-        # Every process looks before one of them writes.
-        found = baseline.kept(model, self.file, self.request)
-        runtime.wait_for_everyone()
-        write = runtime.is_main_process
-        if found is not None:
-            if write:  # this run may have been killed right after it kept the network
+        with ExitStack() as held:
+            # Of runs that begin at once, one trains and the others wait for it.
+            waits = False
+            while not processes.told(runtime, lambda: lock(self.file.with_suffix(".lock"), held)):
+                held.pop_all().close()
+                if not waits:
+                    waits = True
+                    _LOG.info("baseline: another run trains the same; waiting for %s", self.file)
+                steps("waiting for the baseline", 0, None, "another run trains the same")
+                time.sleep(PAUSE)
+            # Every process looks before one of them writes.
+            found = baseline.kept(model, self.file, self.request)
+            runtime.wait_for_everyone()
+            if found is None:
+                return self._trained(model, data, steps, told, runtime)
+            self.record["trained_here"] = False
+            if runtime.is_main_process:  # this run may have been killed right after it kept the network
                 baseline.clear(self.under_way)
             return found.eval()
+
+    def _trained(
+        self, model: nn.Module, data: Mapping[str, Any], steps: Steps, told: Progress, runtime: Accelerator
+    ) -> nn.Module:
+        write = runtime.is_main_process
         plan, epoch = self.run.baseline, 0
 
         def on_batch(done: int, total: int | None, loss: float) -> None:

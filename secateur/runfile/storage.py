@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from secateur.checkpoint.locks import lock
 from secateur.errors import RunError, UsageError
 
 if TYPE_CHECKING:
@@ -105,10 +107,26 @@ class Storage:
             return
         file = Path(f"{self._url.database}.lock")
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("w") as lock:
+        with file.open("w") as opened:
             if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                fcntl.flock(opened, fcntl.LOCK_EX)
             yield
+
+    def take(self, name: str, held: ExitStack) -> bool:
+        """Take a lock of this name until ``held`` is closed; return whether no other worker has it.
+
+        Like that of :meth:`alone`, it goes with the process or the connection. On SQLite see
+        :func:`secateur.checkpoint.locks.lock`.
+        """
+        import sqlalchemy
+
+        key = zlib.crc32(name.encode())
+        if self.postgresql:
+            connection = held.enter_context(self._engine.connect().execution_options(isolation_level="AUTOCOMMIT"))
+            # A key of two numbers is none of one number's.
+            query = sqlalchemy.text("SELECT pg_try_advisory_lock(:sweep, :key)")
+            return bool(connection.execute(query, {"sweep": _KEY % 2**31, "key": key - 2**31}).scalar())
+        return lock(Path(f"{self._url.database}.{key:08x}.lock"), held)
 
     @contextmanager
     def alive(self, trial_id: int) -> Iterator[None]:

@@ -19,6 +19,7 @@ from secateur.errors import RunError, SecateurError, UsageError
 from secateur.runfile import config, configured_run, space, trials
 from secateur.runfile.config import RunConfig
 from secateur.runfile.search import SearchConfig
+from secateur.runfile.shared_tables import SharedTables
 from secateur.runfile.storage import Storage
 from secateur.runfile.trials import SWEEP_FILE, Trial, Trials
 
@@ -282,7 +283,8 @@ class Sweep:
         judge = _Judge(attempt, self.search) if self.search.pruner != "none" else None
         while True:
             try:
-                report = configured_run.start(run, steps, go_on_with=True, also=judge).report
+                share = SharedTables(self.storage, self.study, steps)
+                report = configured_run.start(run, steps, go_on_with=True, also=judge, share=share).report
                 break
             except configured_run.FinishedRunError as finished:
                 report = finished.report

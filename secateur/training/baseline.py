@@ -17,9 +17,10 @@ from secateur.checkpoint.digest import digest
 from secateur.checkpoint.records import before, flatten, newest, read_record, restore, write_record
 from secateur.errors import CheckpointError, UsageError
 from secateur.training.passes import Batches
+from secateur.training.processes import say_if_other
 from secateur.training.stages import Stage, TrainingSettings
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of the layout of the file of a training under way."""
 
 _KEY = "secateur-training"
@@ -37,6 +38,8 @@ class Halfway:
     model: dict[str, Tensor]
     stage: dict[str, Any]
     """See :meth:`secateur.training.stages.Stage.state`."""
+    processes: int
+    """In how many it was trained last."""
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -71,6 +74,7 @@ def _read(file: Path, request: Mapping[str, Any]) -> Halfway:
             record["epochs"],
             {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")},
             restore(record["stage"], tensors),
+            int(record["processes"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: damaged, or written by another release: {error}.") from error
@@ -100,7 +104,8 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train a network as :func:`secateur.training.stages.fit` does, storing after every epoch where it stands.
 
-    A killed call is made again with the same arguments, and ends, on a CPU with as many threads, in the same bits.
+    A killed call is made again with the same arguments, and ends, on a CPU with as many threads, in the same bits; in
+    another number of processes it ends in other ones, and says so.
 
     Args:
         model: Trained in place, as it was at the very first call.
@@ -135,6 +140,7 @@ def train(
     try:
         if begun is not None:
             stage.restore(begun.stage)
+            say_if_other(f"baseline: {file}", begun.processes, stage.runtime.num_processes)
         on_epoch(len(records), None)
         for epoch in range(len(records), epochs):
             started = time.perf_counter()
@@ -154,7 +160,9 @@ def _write(
 ) -> None:
     tensors = {f"model/{k}": v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     state = flatten(stage.state(), "stage", tensors)
-    write_record(file, _KEY, FORMAT_VERSION, {"request": request, "epochs": records, "stage": state}, tensors)
+    number = stage.runtime.num_processes
+    whole = {"request": request, "epochs": records, "stage": state, "processes": number}
+    write_record(file, _KEY, FORMAT_VERSION, whole, tensors)
     _write_lines(file, records)
 
 

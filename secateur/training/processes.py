@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,19 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import RunError, SecateurError, UsageError
+from secateur.training.launched import counted
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 T = TypeVar("T")
-
-_WORLD = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-_RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-
-
-def writes() -> bool:
-    """Tell whether this process is the main one of a run's; what starts several tells each its number."""
-    return next((int(os.environ[name]) for name in _RANK if name in os.environ), 0) == 0
+_LOG = logging.getLogger(__name__)
 
 
 def require_launched() -> None:
@@ -34,11 +29,22 @@ def require_launched() -> None:
     Raises:
         UsageError: If that is so.
     """
-    alone = not any(name in os.environ for name in _WORLD)
-    if alone and "MASTER_PORT" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
+    if not counted() and "MASTER_PORT" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
         raise UsageError(
             "accelerate launch: was asked for several processes and has started one, as it does on CPUs; start them by "
             "torchrun --standalone --nproc-per-node N -m secateur …, or leave out --num_processes."
+        )
+
+
+def say_if_other(where: str, before: int, here: int) -> None:
+    """Say that a training goes on in another number of processes than it began in, where it does."""
+    if before != here:
+        _LOG.warning(
+            "%s: goes on in %d processes, %d before: a step of training takes a batch from each, so that the result is "
+            "another than that of an uninterrupted run.",
+            where,
+            here,
+            before,
         )
 
 

@@ -6,9 +6,12 @@ import json
 import os
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +183,72 @@ def test_trackers_hold_a_whole_run_that_was_interrupted(
         assert max(found["test/metric"])[1] == pytest.approx(result["final"]["test"], rel=1e-6)
     assert run.data.params["settings.lr"] == "0.01"
     assert run.data.params["method"] == "cfp"
+
+
+def wandb_records(file: Path) -> Iterator[Any]:
+    """Read what W&B keeps of a run: a log as LevelDB's, in blocks, a record in one part or several."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, at, whole = file.read_bytes(), 7, b""  # after the file's own header
+    while at + 7 <= len(content):
+        length, kind = struct.unpack("<HB", content[at + 4 : at + 7])
+        if (1 << 15) - at % (1 << 15) < 7 or not kind:  # the rest of a block is left empty
+            at = (at // (1 << 15) + 1) << 15
+            continue
+        whole += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole in one, or the last part
+            yield wandb_internal_pb2.Record.FromString(whole)
+            whole = b""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_offline_holds_a_whole_run_that_was_interrupted_and_calls_nobody(
+    here: Path,
+    signalled: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wandb = pytest.importorskip("wandb", reason="W&B is not installed: pip install wandb")
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        place = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        for name, value in {
+            "WANDB_MODE": "offline",
+            "WANDB_BASE_URL": place,
+            "HTTPS_PROXY": place,
+            "HTTP_PROXY": place,
+        }.items():
+            monkeypatch.setenv(name, value)
+        signalled.append((8, signal.SIGTERM))  # in the first round
+        command = ["compress", *WORDS, "--track", "wandb", "--set", "correlation_target=null", "--json", "--quiet"]
+        command += ["--run-dir", "run", "--resume"]
+        assert main(command) == 143
+        assert main(command) == 0
+        wandb.teardown()
+        nobody.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            nobody.accept()
+    result = json.loads(capsys.readouterr().out)
+    assert not (here / "wandb").exists()
+    files = sorted((here / "run" / "trackers").rglob("run-*.wandb"), key=lambda file: file.stat().st_mtime)
+    assert len(files) == 2
+    assert len({file.name for file in files}) == 1  # one run, in two parts
+    found: dict[str, dict[int, float]] = {}
+    settings: dict[str, Any] = {}
+    for file in files:
+        for record in wandb_records(file):
+            for item in (*record.run.config.update, *record.config.update):
+                settings[item.key] = json.loads(item.value_json)
+            values = {"/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            for name, value in values.items():
+                found.setdefault(name, {})[values["_step"]] = value
+    epochs = [json.loads(line) for line in (here / "run" / "epochs.jsonl").read_text().splitlines()]
+    assert set(found["baseline/loss"]) == {1, 2}
+    assert found["train/loss"] == pytest.approx({2 + e["number"]: e["loss"] for e in epochs}, rel=1e-6)
+    assert {"train/learning_rate", "train/images_per_second", "train/min_abs_rho", "macs", "round"} <= set(found)
+    assert found["test/metric"][max(found["test/metric"])] == pytest.approx(result["final"]["test"], rel=1e-6)
+    assert (settings["settings.lr"], settings["method"]) == (0.01, "cfp")
 
 
 def test_a_tracker_that_is_not_there_is_refused_first(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +196,50 @@ def test_bad_requests_are_refused() -> None:
         sc.sensitivity(MODEL, GRAPH, [])
     with pytest.raises(sc.DataError, match="does not fit the model"):
         sc.sensitivity(MODEL, GRAPH, [torch.randn(2, 4, 4, 4)])
+
+
+class Kept:
+    """Tables as others find them: through JSON; counts what was measured."""
+
+    def __init__(self) -> None:
+        self.tables: dict[str, str] = {}
+        self.measured = 0
+
+    def __call__(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        if name not in self.tables:
+            self.measured += 1
+            self.tables[name] = json.dumps(measure())
+        return dict(json.loads(self.tables[name]))
+
+
+def test_a_table_that_is_shared_is_measured_once_and_the_same() -> None:
+    kept = Kept()
+    alone = sc.sensitivity(MODEL, GRAPH, DATA, levels=2)
+    plan = sc.plan(GRAPH, sc.score(MODEL, GRAPH, "l2"), sc.Target(macs=0.3), allocation=alone)
+    finer = refined(MODEL, GRAPH, DATA, alone, plan)
+    for _ in range(2):
+        assert sc.sensitivity(MODEL, GRAPH, DATA, levels=2, share=kept) == alone
+        assert refined(MODEL, GRAPH, DATA, alone, plan, share=kept) == finer
+    assert kept.measured == 2
+
+
+def test_a_table_of_anything_else_is_never_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Kept()
+    changed = copy.deepcopy(MODEL)
+    with torch.no_grad():
+        changed.stem.weight[0, 0, 0, 0] += 1  # type: ignore[operator]
+    asked: list[tuple[nn.Module, list[Tensor], int]] = [
+        (MODEL, DATA, 2), (changed, DATA, 2), (MODEL, DATA[:2], 2), (MODEL, DATA, 3)
+    ]  # fmt: skip
+    alone = [sc.sensitivity(model, GRAPH, data, levels=levels) for model, data, levels in asked]
+    for own, (model, data, levels) in zip(alone, asked, strict=True):
+        assert sc.sensitivity(model, GRAPH, data, levels=levels, share=kept) == own
+    assert kept.measured == len(kept.tables) == 4
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)  # another order of sums
+    sc.sensitivity(MODEL, GRAPH, DATA, levels=2, share=kept)
+    assert kept.measured == 5
+    # What stands under a table's name and is none of it is not believed.
+    mine = asdict(alone[0])
+    for wrong in (asdict(alone[1]), {}, {**mine, "damage": {}}, {**mine, "damage": {"stem": {"1": "x"}}}):
+        assert sc.sensitivity(MODEL, GRAPH, DATA, levels=2, share=lambda name, measure, wrong=wrong: wrong) == alone[0]

@@ -14,12 +14,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import Subset
 
 import secateur as sc
+from secateur.cli.commands import main
+from secateur.cli.console import error_line
+from secateur.cli.run_commands import _show_run
 from secateur.data import DetectionBatches
 from secateur.engine import RunDirectory, compress, resume
 from secateur.errors import PlanError, RunError, UsageError
-from secateur.training import evaluation, processes, stages
+from secateur.training import evaluation, launched, processes, stages
 from secateur.training.detection import DetectionLoss, MeanAveragePrecision
 from secateur.training.stages import TrainingSettings, fit
 from tests import detectors
@@ -55,6 +59,39 @@ def test_accelerate_launch_on_a_cpu_says_why_it_starts_one_process(monkeypatch: 
         stages.accelerator("cpu")
     monkeypatch.setenv("WORLD_SIZE", "1")
     stages.accelerator("cpu")
+
+
+@pytest.mark.parametrize("name", ["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"])
+def test_only_the_first_process_shows_and_writes_whatever_has_started_it(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launched.process() == 0
+    monkeypatch.setenv(name, "1")
+    assert launched.process() == 1
+    _show_run({}, as_json=True)
+    error_line("late")
+    assert capsys.readouterr() == ("", "error: process 1: late\n")
+    monkeypatch.setenv("RANK", "0")
+    _show_run({}, as_json=True)
+    assert capsys.readouterr().out == "{}\n"
+
+
+@pytest.mark.slow
+def test_a_run_that_mpi_starts_is_shown_once(tmp_path: Path) -> None:
+    mpi = {"RANK": "OMPI_COMM_WORLD_RANK", "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+           "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK", "LOCAL_WORLD_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE"}  # fmt: skip
+
+    def call() -> int:
+        for name, other in mpi.items():
+            os.environ[other] = os.environ.pop(name)
+        return main(["compress", "lenet5", "--data", "digits", "--data-option", "train_size=200", "--baseline",
+                     "epochs=1", "--method", "l1", "--macs", "0.3", "--set", "device=cpu", "--set", "rounds=1",
+                     "--set", "final_epochs=1", "--run-dir", str(tmp_path / "run"), "--quiet"])  # fmt: skip
+
+    assert launch(call, tmp_path, 2) == [0, 0], told(tmp_path) + told(tmp_path, 1)
+    assert "accuracy, test set" in (tmp_path / "out-0").read_text()
+    assert (tmp_path / "out-1").read_text() == told(tmp_path, 1) == ""
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["machine"]["processes"] == 2
 
 
 @pytest.mark.slow
@@ -200,8 +237,6 @@ def test_a_process_that_fails_alone_stops_all(network: nn.Module, tmp_path: Path
         return whole(self, *given)
 
     def call() -> int:
-        from secateur.cli.console import error_line
-
         data = dict(DATA)
         if how == "an error in evaluation":
             data["validation"] = Batches(VALIDATION.x, bad, 100)
@@ -246,37 +281,59 @@ def test_a_process_that_reads_images_holds_no_lock(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["distillation", "detection"])
-def test_two_processes_end_within_half_a_point_of_one(tmp_path: Path, what: str) -> None:
+def test_distillation_in_two_processes_ends_within_half_a_point_of_one(tmp_path: Path) -> None:
     """With half the batch size, so that a step of training sees as many images."""
-    ends = []
-    if what == "distillation":
-        train, _, _ = digits(400)
-        images, classes = (torch.cat([getattr(part, n) for part in (VALIDATION, TEST)]) for n in ("x", "y"))
-        held = Batches(images, classes, 100)
-        model: nn.Module = trained(epochs=16)
-        given: dict[str, Any] = {"target": sc.Target(macs=0.4), "final_epochs": 4, "lr": 0.01}
-    else:
-        torch.manual_seed(0)
-        model, parts = detectors.faster_rcnn(), detectors.batches()
-        loss, metric = DetectionLoss(), MeanAveragePrecision()
-        fit(model, parts["train"], epochs=30, loss=loss, settings=TrainingSettings("adam", lr=2e-3, weight_decay=0.0))
-        held = parts["validation"]
-        given = {"method": "l1", "target": sc.Target(macs=0.2), "finetune_epochs": 1, "lr": 1e-4, "loss": loss,
-                 "metric": metric}  # fmt: skip
+    train, _, _ = digits(400)
+    images, classes = (torch.cat([getattr(part, n) for part in (VALIDATION, TEST)]) for n in ("x", "y"))
+    model, ends = trained(epochs=16), []
     for number in (1, 2):
 
         def call(number: int = number) -> None:
-            batches = (
-                Batches(train.x, train.y, train.size // number, shuffle=True)
-                if what == "distillation"
-                else DetectionBatches(parts["train"].dataset, 2 // number, shuffle=True)
-            )
-            result = compress(model, train=batches, validation=held, **given, **PLAIN)
+            batches = Batches(train.x, train.y, train.size // number, shuffle=True)
+            result = compress(model, train=batches, validation=Batches(images, classes, 100),
+                              target=sc.Target(macs=0.4), final_epochs=4, lr=0.01, **PLAIN)  # fmt: skip
             print(json.dumps(result.report["final"]["validation"]))  # noqa: T201
 
         assert launch(call, tmp_path, number) == [0] * number, told(tmp_path)
         ends.append(json.loads((tmp_path / "out-0").read_text().splitlines()[-1]))
-    print(what, ends)  # noqa: T201
-    assert ends[0] > 0.1
+    assert ends[0] > 0.5
     assert abs(ends[0] - ends[1]) <= 0.005
+
+
+@pytest.mark.slow
+def test_a_detector_in_two_processes_is_trained_and_measured_on_all_images_once(tmp_path: Path) -> None:
+    """Losses of images are averaged, norms are frozen and images have one size: both numbers train alike by law."""
+    torch.manual_seed(0)
+    model, loss, metric = detectors.frozen_retinanet(), DetectionLoss(), MeanAveragePrecision()
+    alike = [index for index in range(240) if index % 2 and index % 3]  # of one size, with one or two boxes
+    train, held = Subset(detectors.Squares(240), alike[:48]), Subset(detectors.Squares(240), alike[48:79])
+    settings = TrainingSettings("adam", lr=1e-3, weight_decay=0.0, schedule="cosine")
+    fit(model, DetectionBatches(train, 4, shuffle=True), epochs=40, loss=loss, settings=settings)
+    found = []
+    for number in (1, 2):
+
+        def call(number: int = number) -> None:
+            epochs: list[tuple[float, int]] = []
+
+            def note(event: Any) -> None:
+                if event.kind == "epoch":
+                    epochs.append((event.record["loss"], event.record["images"]))
+
+            # Eleven batches to measure on, which don't go round.
+            result = compress(model, "l1", train=DetectionBatches(train, 4 // number, shuffle=True),
+                              validation=DetectionBatches(held, 3), target=sc.Target(macs=0.2), rounds=1, lr=1e-3,
+                              finetune_epochs=4, loss=loss, metric=metric, progress=note, **PLAIN)  # fmt: skip
+            print(json.dumps([result.report["baseline"], result.report["final"], epochs]))  # noqa: T201
+
+        place = tmp_path / str(number)
+        assert launch(call, place, number) == [0] * number, told(place)
+        found += [json.loads((place / f"out-{n}").read_text().splitlines()[-1]) for n in range(number)]
+    (before, after, epochs), *others = found
+    assert before["validation"] > 0.4
+    assert after["validation"] > 0.3
+    assert {images for _, images in epochs} == {48}
+    for begun, ended, seen in others:
+        assert (begun["validation"], begun["details"]) == (before["validation"], before["details"])
+        assert abs(ended["validation"] - after["validation"]) <= 0.005
+        assert [images for _, images in seen] == [48] * len(epochs)
+        assert [value for value, _ in seen] == pytest.approx([value for value, _ in epochs], rel=1e-4)

@@ -12,6 +12,7 @@ import random
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 import torch
 
 from secateur import checkpoint
+from secateur.checkpoint import locks
 from secateur.engine import RunDirectory
 from secateur.engine.events import Steps
 from secateur.errors import UsageError
@@ -178,6 +180,44 @@ def test_runs_that_ask_alike_share_one_baseline(
     assert Path(told["file"]).parent == tmp_path / "baselines"
     assert (told["trained_here"], again) == (True, {"file": told["file"], "trained_here": False})
     assert checkpoint.read_header(told["file"]).extra["request"]["baseline"]["epochs"] == 1
+
+
+def test_of_runs_that_begin_at_once_one_trains_and_the_others_wait(
+    tmp_path: Path, handed_on: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = request(tmp_path / "first", baseline={"epochs": 1, "lr": 0.02})
+    configured_run.start(first, Quiet())
+    file, waited = Path(handed_on[0][1]["file"]), []
+    held = ExitStack()
+    assert locks.lock(file.with_suffix(".lock"), held)  # by a run that is still training
+    file.rename(tmp_path / "untold")
+
+    class Waiting(Quiet):
+        def __call__(self, step: str, *_: Any, **__: Any) -> None:
+            if step == "waiting for the baseline":
+                waited.append(step)
+                if len(waited) == 2:
+                    (tmp_path / "untold").rename(file)
+                    held.close()
+
+    monkeypatch.setattr(configured_run, "PAUSE", 0.01)
+    monkeypatch.setattr(baseline, "train", lambda *_, **__: pytest.fail("the baseline was trained again"))
+    configured_run.start(first.model_copy(update={"run_dir": str(tmp_path / "second")}), Waiting())
+    (one, _), (other, again) = handed_on
+    assert one == other
+    assert (len(waited), again) == (2, {"file": str(file), "trained_here": False})
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_lock_lets_in_whoever_comes_where_there_can_be_none(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with ExitStack() as held, ExitStack() as late:
+        assert locks.lock(tmp_path / "file" / "lock", held)  # below a file
+        assert locks.lock(tmp_path / "new" / "lock", held)
+        assert not locks.lock(tmp_path / "new" / "lock", late)
+    with ExitStack() as held:
+        assert locks.lock(tmp_path / "new" / "lock", held)
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 CHANGES: list[dict[str, Any]] = [

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 from secateur.runfile import trials
@@ -75,6 +76,62 @@ def test_a_killed_workers_trial_is_gone_on_with_and_every_trial_is_done_once(
     )
     assert f"{TRIALS} of {TRIALS} trials: {TRIALS} complete" in again.stdout
     assert trials.read(folder).trials == found.trials
+
+
+ALIKE = """
+model: lenet5
+model_options: {widths: [4, 6], hidden: 8}
+data: digits
+data_options: {size: 16, train_size: 200}
+target: {macs: 0.4}
+settings: {device: cpu, final_epochs: 1, precision: fp32, channels_last: false}
+baseline: {epochs: 2}
+search:
+  space:
+    settings.lr: {low: 0.001, high: 0.1, log: true}
+  trials: 4
+"""
+
+
+@pytest.mark.slow
+def test_workers_that_begin_at_once_share_a_baseline_and_tables_and_end_as_runs_alone_do(
+    storage: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text(ALIKE)
+    words = [sys.executable, "-m", "secateur", "sweep", "run.yaml", "--sweep-dir", "sweep", "--no-wait"]
+    words += ["--heartbeat", "600"]  # nobody is taken for dead on a machine that is busy
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment |= {} if storage is None else {"SECATEUR_STORAGE": storage}
+    workers = [
+        subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        for _ in range(2)
+    ]
+    try:
+        said = [worker.communicate(timeout=600)[1].decode() for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    assert [worker.returncode for worker in workers] == [0, 0], said
+    folder = tmp_path / "sweep"
+    found = trials.read(folder)
+    assert [trial.state for trial in found.trials] == ["complete"] * 4
+    assert len({trial.worker for trial in found.trials}) == 2
+    # A table of all widths, and two finer ones around a plan's, of which the last may ask for the same: each once.
+    url = f"sqlite:///{folder / 'sweep.db'}" if storage is None else storage.replace("://", "+psycopg://")
+    kept = [key for key in optuna.load_study(study_name="sweep", storage=url).user_attrs if key.startswith("sens")]
+    assert 2 <= len(kept) <= 3
+    assert sum(text.count("another trial's table serves this one, too") for text in said) == 4 * 3 - len(kept)
+    assert {file.name for file in folder.rglob("*.lock")} <= {"sweep.db.lock"}
+    configs = [json.loads((folder / trial.run / "config.json").read_text()) for trial in found.trials]
+    assert sorted(config["baseline"]["trained_here"] for config in configs) == [False, False, False, True]
+    for trial in found.trials[1:3]:
+        alone = tmp_path / f"alone-{trial.number}"
+        file = str(folder / trial.run / "run.yaml")
+        run = [*words[:3], "compress", "--config", file, "--run-dir", str(alone), "--quiet"]
+        subprocess.run(run, cwd=tmp_path, env=environment, check=True, capture_output=True)
+        for name in ("sensitivity.json", "plan.json", "model.safetensors"):
+            assert (alone / name).read_bytes() == (folder / trial.run / name).read_bytes(), name
 
 
 def _kill_in_a_trial(workers: list[subprocess.Popen[bytes]], folder: Path) -> int:

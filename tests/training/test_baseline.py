@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from secateur.cli.console import log_lines
 from secateur.errors import CheckpointError, UsageError
-from secateur.training import baseline
+from secateur.training import baseline, stages
 from secateur.training.arithmetic import Arithmetic
 from secateur.training.stages import TrainingSettings, fit
+from tests.engine.launching import launch
 from tests.engine.nets import Small, digits
 
 REQUEST = {"model": "small", "seed": 3}
@@ -63,6 +65,36 @@ def test_stopped_in_any_epoch_the_end_is_that_of_fit(
     assert baseline.fingerprint(done) == baseline.fingerprint(whole)
     lines = file.with_suffix(".jsonl").read_text().splitlines()
     assert [f'"epoch": {n}, "loss": ' in line for n, line in enumerate(lines, 1)] == [True] * 4
+
+
+@pytest.mark.slow
+def test_a_training_that_goes_on_in_another_number_of_processes_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "training.safetensors"
+
+    def part(stop_after: int | None = 4) -> nn.Module | None:  # two batches an epoch and process
+        runtime = stages.accelerator("cpu")
+        try:
+            return trained(file, stop_after, runtime=runtime, write=runtime.is_main_process)
+        except Killed:
+            return None
+
+    def rest() -> None:
+        with log_lines():
+            done = part(None)
+        assert done is not None
+        print(baseline.fingerprint(done))  # noqa: T201
+
+    assert launch(lambda: part() and 1, tmp_path / "a", 2) == [0, 0], (tmp_path / "a" / "err-0").read_text()
+    kept, said = file.read_bytes(), f"warning: baseline: {file}: goes on in 1 processes, 2 before"
+    assert launch(rest, tmp_path / "b", 2) == [0, 0], (tmp_path / "b" / "err-0").read_text()
+    ends = {(tmp_path / "b" / f"out-{n}").read_text() for n in (0, 1)}
+    assert len(ends) == 1
+    assert (tmp_path / "b" / "err-0").read_text() == ""
+    file.write_bytes(kept)
+    baseline.before(file).unlink(missing_ok=True)
+    assert launch(rest, tmp_path / "c") == [0]
+    assert (tmp_path / "c" / "err-0").read_text().startswith(said)
+    assert (tmp_path / "c" / "out-0").read_text() not in ends
 
 
 def test_a_finished_training_is_not_trained_again(tmp_path: Path) -> None:
