@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 
 from secateur.runfile import trials
 from secateur.runfile.config import load
+from secateur.runfile.storage import Storage
 from tests import postgresql
 
 TRIALS = 12
@@ -94,6 +95,7 @@ search:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_workers_that_begin_at_once_share_a_baseline_and_tables_and_end_as_runs_alone_do(
     storage: str | None, tmp_path: Path
 ) -> None:
@@ -118,8 +120,9 @@ def test_workers_that_begin_at_once_share_a_baseline_and_tables_and_end_as_runs_
     assert [trial.state for trial in found.trials] == ["complete"] * 4
     assert len({trial.worker for trial in found.trials}) == 2
     # A table of all widths, and two finer ones around a plan's, of which the last may ask for the same: each once.
-    url = f"sqlite:///{folder / 'sweep.db'}" if storage is None else storage.replace("://", "+psycopg://")
-    kept = [key for key in optuna.load_study(study_name="sweep", storage=url).user_attrs if key.startswith("sens")]
+    with closing(Storage(storage or f"sqlite:///{folder / 'sweep.db'}", 600)) as opened:
+        told = optuna.load_study(study_name="sweep", storage=opened.optuna).user_attrs
+    kept = [key for key in told if key.startswith("sens")]
     assert 2 <= len(kept) <= 3
     assert sum(text.count("another trial's table serves this one, too") for text in said) == 4 * 3 - len(kept)
     assert {file.name for file in folder.rglob("*.lock")} <= {"sweep.db.lock"}
