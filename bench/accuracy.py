@@ -131,6 +131,8 @@ def main() -> None:
     which.add_argument("--forget", metavar="ARM", help="drop the rows of an arm that has changed, such as auto")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="of these arms alone")
     parser.add_argument("--networks", nargs="+", metavar="NETWORK", help="of these networks alone")
+    parser.add_argument("--fractions", nargs="+", type=float, metavar="F", help="at these fractions of the MACs alone")
+    parser.add_argument("--seeds", type=int, metavar="N", help="with the first N seeds alone")
     parser.add_argument(
         "--rows", type=Path, default=ROWS, help="file of the finished cells; half-trained ones beside it"
     )
@@ -140,12 +142,22 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes, of one thread each")
     parser.add_argument("--dry", action="store_true", help="list the cells and their cost, and measure nothing")
     given = parser.parse_args()
+    if given.seeds is not None and given.seeds < 1:
+        parser.error(f"--seeds {given.seeds}: is at least 1.")
     kept = store(given.rows.name, folder=given.rows.resolve().parent)
     if given.publish:
         return publish(kept)
     if given.forget:
         return forget(kept, given.forget)
-    parts = [part for part in PARTS[given.part] if given.networks is None or part.network in given.networks]
+    parts = [
+        replace(
+            part,
+            fractions=tuple(f for f in part.fractions if given.fractions is None or f in given.fractions),
+            seeds=part.seeds[: given.seeds],
+        )
+        for part in PARTS[given.part]
+        if given.networks is None or part.network in given.networks
+    ]
     missing = supposed(parts, kept.read(), given.arms)
     if given.dry:
         print(*(f"{cell.seconds / 60:6.1f} min  {cell.label}" for cell in missing), sep="\n")
