@@ -44,8 +44,14 @@ def output(*, record: bool = False) -> Console:
     return Console(width=width, record=record, highlight=False, emoji=False)
 
 
+_warned: list[str] = []
+"""Warnings of the command under way."""
+
+
 def error_line(text: str, kind: str = "error") -> None:
     """Write one line to standard error, whatever line breaks the text holds; processes but the first give a number."""
+    if kind == "warning":
+        _warned.append(" ".join(text.split()))
     text = f"process {process()}: {text}" if process() else text
     colour = "red" if kind == "error" else "yellow"
     line = Text.assemble((f"{kind}:", f"bold {colour}"), " ", " ".join(text.split()))
@@ -53,7 +59,9 @@ def error_line(text: str, kind: str = "error") -> None:
 
 
 def write_json(value: Any) -> None:
-    """Write ``value`` as the one JSON document of a command."""
+    """Write ``value`` as the one JSON document of a command, with its ``warnings`` where there are any."""
+    if _warned and isinstance(value, dict):
+        value = {**value, "warnings": list(_warned)}
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -119,6 +127,7 @@ class _OneLine(logging.Handler):
 def log_lines() -> Iterator[None]:
     """Show the package's own log messages as lines on standard error: from WARNING up, unless ``running`` says else."""
     logger, handler = logging.getLogger("secateur"), _OneLine()
+    _warned.clear()
     logger.addHandler(handler)
     propagate, logger.propagate = logger.propagate, False
     try:
@@ -316,6 +325,8 @@ def show_pruned(values: Mapping[str, Any]) -> None:
             out.print(f"not compensated: {layer['module']}: {layer['reason']}", markup=False)
     if values["file"]:
         out.print(f"saved: {values['file']}, {size(values['after']['file_bytes'])}", markup=False, soft_wrap=True)
+    else:
+        out.print("nothing was saved; --out FILE.safetensors writes the pruned network")
 
 
 def _show_parts(out: Console, values: Mapping[str, Any]) -> None:

@@ -64,7 +64,7 @@ def export(
     """Export a network to .pt2 (torch.export) or .onnx, load the file again and compare before saying done."""
     with console.running(as_json) as steps:
         from secateur.deploy.export import export as write
-        from secateur.runfile import sources
+        from secateur.runfile import sources, suspicions
 
         if out is None:
             raise UsageError("export: where to? Give --out FILE.pt2 or --out FILE.onnx.")
@@ -93,6 +93,7 @@ def export(
                 same = Path(against).is_file() and ":" not in against
                 of, built_with, filled = (name, built, against) if same else (against, None, None)
                 other = sources.open_model(of, built_with, filled, input_shape or (), bundle).model
+        suspicions.of_fresh_weights(found, weights, "export")
         given: dict[str, Any] = {"format": format, "dynamic_batch": not fixed_batch, "tolerance": tolerance}
         report: ParityReport | Int8Report
         if int8 and bundle is not None:

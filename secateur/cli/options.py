@@ -37,14 +37,14 @@ ModelArgument = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="lenet5, vgg16, resnet20, resnet56, resnet110; torchvision:NAME; timm:NAME; path/to/file.py:FUNCTION; "
-        "package.module:FUNCTION.",
+        "package.module:FUNCTION, where a class does as well.",
         show_default=False,
     ),
 ]
 ModelFlag = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="The same as the argument MODEL.")]
 ModelOptions = Annotated[
     list[str] | None,
-    typer.Option("--model-option", metavar="NAME=VALUE", help="Argument of the model's function; repeatable."),
+    typer.Option("--model-option", metavar="NAME=VALUE", help="Argument of the model's function or class; repeatable."),
 ]
 Weights = Annotated[
     str | None,

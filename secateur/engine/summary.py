@@ -12,6 +12,7 @@ from torch import nn
 
 from secateur.compensation import parse
 from secateur.engine.pairing import largest_correlations
+from secateur.engine.request import warn_if_fallen
 from secateur.engine.result import CompressResult
 from secateur.engine.rundir import RunDirectory
 from secateur.engine.state import State
@@ -63,6 +64,13 @@ def summarise(
         "images": state.images,
         "seconds": state.seconds,
     }
+    told = "test" if last.get("test") is not None else "validation"
+    warn_if_fallen(
+        "compress",
+        f"{report['metric']}, {told} set,",
+        (state.baseline.get(told), last.get(told)),
+        "train longer (--epochs), or let less go",
+    )
     return CompressResult(
         small, plan, state.history, report["milestones"], report, None if directory is None else directory.path
     )

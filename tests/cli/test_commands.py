@@ -246,6 +246,7 @@ def test_prune_prints_the_report_of_the_library(here: Path, capsys: pytest.Captu
         allocation="uniform", inexact=True, compensate="merge,bn", seed=3,
         test=tasks.evaluation_batches(bundle, "test"),
     )  # fmt: skip
+    assert any("lenet5 has fresh random weights" in warning for warning in shown.pop("warnings"))
     own = {"model": "lenet5", "file": "small.safetensors"}
     after = {**result.report["after"], "file_bytes": (here / "small.safetensors").stat().st_size}
     assert shown == {**json.loads(json.dumps(result.report)), **own, "after": after}

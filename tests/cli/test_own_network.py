@@ -1,0 +1,128 @@
+"""A small network of one's own, with its data in a file, on the command line: what a newcomer stumbles over."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from secateur.cli.commands import main
+from secateur.runfile import config, configured_run
+
+NETWORK = """
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from secateur.data import DataBundle
+
+def build(width=8):
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(width, 2 * width, 3, padding=1),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 3),
+    )
+
+class Net(nn.Sequential):
+    def __init__(self, width=8):
+        super().__init__(*build(width))
+
+class Bare(torch.utils.data.Dataset):
+    def __init__(self, images):
+        self.images = images
+    def __len__(self):
+        return len(self.images)
+    def __getitem__(self, index):
+        return self.images[index]
+
+def digits():
+    images, labels = load_digits(n_class=3, return_X_y=True)
+    return torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(labels)
+
+def load():
+    images, labels = digits()
+    parts = [TensorDataset(images[a:b], labels[a:b]) for a, b in ((0, 300), (300, 400), (400, None))]
+    return DataBundle("own", *parts, (1, 8, 8), ("0", "1", "2"))
+
+def bare():
+    images, _ = digits()
+    return DataBundle("bare", *(Bare(images[a:b]) for a, b in ((0, 300), (300, 400), (400, None))), (1, 8, 8), ())
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the network's file and trained weights."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "net.py").write_text(NETWORK)
+    scope: dict[str, object] = {}
+    exec(NETWORK, scope)  # noqa: S102 - the text above
+    images, labels = scope["digits"]()  # type: ignore[operator]
+    torch.manual_seed(0)
+    network: nn.Module = scope["build"]()  # type: ignore[operator]
+    optimizer = torch.optim.Adam(network.parameters(), 0.02)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(images[:300]), labels[:300]).backward()
+        optimizer.step()
+    torch.save(network.state_dict(), folder / "trained.pth")
+    return folder
+
+
+@pytest.fixture
+def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same folder as the working directory, for one test alone."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+TRAINED = ["net.py:build", "--weights", "trained.pth"]
+DATA = ["--data", "net.py:load"]
+
+
+def test_accuracy_that_falls_by_much_is_warned_of(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prune", *TRAINED, *DATA, "--macs", "0.9", "--method", "l2", "--json"]) == 0
+    shown = capsys.readouterr()
+    values = json.loads(shown.out)
+    fall = 100 * (values["before"]["test"] - values["after"]["test"])
+    assert values["before"]["test"] > 0.9
+    assert fall > 5
+    said = f"prune: accuracy falls by {fall:.1f} points: 'secateur compress' prunes and trains it back; or let less go."
+    assert values["warnings"] == [said]
+    assert shown.err == f"warning: {said}\n"
+    assert main(["prune", *TRAINED, *DATA, "--macs", "0.05", "--method", "l2", "-o", "small.safetensors"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert "nothing was saved" not in shown.out
+
+
+def test_weights_that_nobody_gave_are_said_to_be_none(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["prune", "net.py:Net", *DATA, "--macs", "0.2", "--method", "l2"], ["evaluate", "net.py:Net", *DATA]):
+        assert main(words) == 0
+        assert capsys.readouterr().err.startswith(
+            f"warning: {words[0]}: no --weights, so that the weights are those that net.py:Net makes, random ones"
+        )
+
+
+def test_prune_without_a_file_to_write_says_that_nothing_is_saved(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prune", *TRAINED, "--input", "1x1x8x8", "--macs", "0.2"]) == 0
+    assert "nothing was saved; --out FILE" in capsys.readouterr().out
+
+
+def test_the_command_to_go_on_with_trusts_what_the_first_one_named(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(run: config.RunConfig, *_: object, **__: object) -> None:
+        config.save(run, Path(run.run_dir or "") / "run.yaml")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(configured_run, "start", stopped)
+    assert main(["compress", *TRAINED, *DATA, "--run-dir", "own run"]) == 130
+    assert f"go on with: secateur resume '{here}/own run' --trust\n" in capsys.readouterr().err
+    assert main(["compress", "lenet5", "--data", "digits", "--run-dir", "known"]) == 130
+    assert capsys.readouterr().err.endswith(f"go on with: secateur resume {here}/known\n")
