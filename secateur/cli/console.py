@@ -184,12 +184,15 @@ def comparison(
     Args:
         before: Any of ``test``, ``validation`` (fractions), ``details`` with ``top-5``, ``macs``, ``parameters``,
             ``memory_bytes``, ``file_bytes``, ``latency_ms``.
-        after: The same of the pruned network.
+        after: The same of the pruned network, and ``latency_within_noise``.
         metric: Name of the metric that ``test`` and ``validation`` hold.
         timed: What a target of latency measured, which stands in place of ``latency_ms``.
     """
     if timed is not None:
-        before, after = ({**of, "latency_ms": 1000 * timed[key]} for of, key in ((before, "before"), (after, "after")))
+        before, after = (
+            {**of, "latency_ms": 1000 * timed[key], "latency_within_noise": timed.get("within_noise")}
+            for of, key in ((before, "before"), (after, "after"))
+        )
     table = _table("", "before>", "after>", "change>")
     top5 = [(values.get("details") or {}).get("top-5") for values in (before, after)]
     of = "test" if before.get("test") is not None else "validation"
@@ -211,7 +214,9 @@ def comparison(
         ("latency_ms", "CPU latency" if timed is None else f"latency ({_setting(timed)})", lambda ms: f"{ms:.3g} ms"),
     ):
         if before.get(key) is not None and after.get(key) is not None:
-            table.add_row(name, write(before[key]), write(after[key]), change(before[key], after[key]))
+            noisy = key == "latency_ms" and after.get("latency_within_noise")
+            changed = "within noise" if noisy else change(before[key], after[key])
+            table.add_row(name, write(before[key]), write(after[key]), changed)
     return table
 
 
@@ -305,8 +310,8 @@ def show_sensitivity(table: Sensitivity, name: str, seconds: float, files: Mappi
         out.print(f"drawn: {files['figure']}", markup=False, soft_wrap=True)
 
 
-def show_pruned(values: Mapping[str, Any]) -> None:
-    """Print the result of pruning once."""
+def show_pruned(values: Mapping[str, Any], *, advised: bool = False) -> None:
+    """Print the result of pruning once; ``advised`` tells to give data."""
     out = output()
     out.print(widths(values["widths"]["before"], values["widths"]["after"]))
     out.print()
@@ -314,7 +319,7 @@ def show_pruned(values: Mapping[str, Any]) -> None:
     out.print()
     out.print(verdict(values["verification"]), markup=False)
     _show_parts(out, values)
-    if "test" not in values["after"]:
+    if advised:
         out.print(
             "accuracy was not measured; next: the same with --data, e.g. --data cifar10:ROOT, which measures it before "
             "and after, and keeps more of it",
@@ -353,11 +358,11 @@ def show_run(values: Mapping[str, Any], out: Console | None = None) -> None:
 
 def show_latency(timed: Mapping[str, Any], out: Console | None = None) -> None:
     """Say what the network takes of the original's time, what was predicted, and where it is no faster."""
-    at = _setting(timed)
+    at, noise = _setting(timed), " (within noise)" if timed.get("within_noise") else ""
     (out or output()).print(
         f"time of a forward pass ({at}): {1000 * timed['before']:.3g} ms → {1000 * timed['after']:.3g} ms, "
-        f"{timed['measured']:.1%} left; asked {timed['asked']:.1%}, predicted {timed['predicted']:.1%} from the times "
-        "of layers"
+        f"{timed['measured']:.1%} left{noise}; asked {timed['asked']:.1%}, predicted {timed['predicted']:.1%} from the "
+        "times of layers"
     )
     if timed["slower"]:
         error_line(f"the pruned network is not faster than the original ({at})", "warning")

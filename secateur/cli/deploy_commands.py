@@ -287,7 +287,7 @@ def _show(result: BenchmarkResult, out: Path | None) -> None:
                 f"{s.device}, {s.backend}, {s.precision}, {s.memory_format}, {s.threads} threads",
                 str(s.batch_size),
                 "–" if s.theoretical is None else f"{s.theoretical:.2f}×",
-                f"{s.measured:.2f}×",
+                f"{s.measured:.2f}×{', within noise' if s.within_noise else ''}",
                 f"{s.low:.2f}–{s.high:.2f}",
             )
         screen.print()

@@ -73,7 +73,8 @@ InputShapes = Annotated[
         "--input",
         metavar="SHAPE",
         help="Shape of the model's input with its batch, e.g. 1x3x224x224; NAME=SHAPE for a keyword argument, "
-        "SHAPE:long for integers; repeatable. Taken from the data or the model's source unless given.",
+        "SHAPE:long for integers; repeatable. Unless given: that of the data, of a file that "
+        "Secateur saved, or of the model's source.",
     ),
 ]
 OUT = ("--out", "--output", "-o")

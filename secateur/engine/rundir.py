@@ -230,7 +230,8 @@ class RunDirectory:
         if self.write:
             # Where the run began with a pruned network, all plans, so that the file loads into the unpruned one.
             plans = (*self.earlier, result.plan)
-            checkpoint.save(result.model, plans, self.path / "model.safetensors", extra=result.milestones[-1])
+            extra = {**result.milestones[-1], "input": result.report["input"]}
+            checkpoint.save(result.model, plans, self.path / "model.safetensors", extra=extra)
             checkpoint.write_atomic(self.path / "plan.json", (result.plan.to_json() + "\n").encode())
             result.report["final"]["file_bytes"] = (self.path / "model.safetensors").stat().st_size
             result.report["baseline"]["file_bytes"] = (self.path / "baseline.safetensors").stat().st_size

@@ -2,14 +2,18 @@
 
 import json
 import shutil
+import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+import secateur as sc
 from secateur.cli.commands import main
-from secateur.runfile import config, configured_run
+from secateur.engine import summary
+from secateur.runfile import config, configured_run, sources, weight_files
 
 NETWORK = """
 import torch
@@ -58,7 +62,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("own")
     (folder / "net.py").write_text(NETWORK)
     scope: dict[str, object] = {}
-    exec(NETWORK, scope)  # noqa: S102 - the text above
+    exec(NETWORK, scope)
     images, labels = scope["digits"]()  # type: ignore[operator]
     torch.manual_seed(0)
     network: nn.Module = scope["build"]()  # type: ignore[operator]
@@ -126,3 +130,61 @@ def test_the_command_to_go_on_with_trusts_what_the_first_one_named(
     assert f"go on with: secateur resume '{here}/own run' --trust\n" in capsys.readouterr().err
     assert main(["compress", "lenet5", "--data", "digits", "--run-dir", "known"]) == 130
     assert capsys.readouterr().err.endswith(f"go on with: secateur resume {here}/known\n")
+
+
+@pytest.mark.slow
+def test_times_before_and_after_are_taken_in_turns_and_noise_is_called_noise(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ratio = [1.0]
+
+    def in_turns(calls: dict[int, object], threads: int, *_: object) -> tuple[dict[int, object], dict[int, str]]:
+        assert list(calls) == [0, 1]
+        before = [1.0, 2.0, 1.5, 1.2]
+        times = before, [ratio[0] * b + 0.05 * (-1) ** i for i, b in enumerate(before)]
+        return {n: SimpleNamespace(raw_times=t, median=statistics.median(t)) for n, t in enumerate(times)}, {}
+
+    monkeypatch.setattr(summary, "interleaved", in_turns)
+    words = [*TRAINED, *DATA, "--method", "l2", "--macs", "0.1", "--epochs", "0", "--device", "cpu"]
+    for name, value, said in (("noise", 0.98, "within noise"), ("faster", 0.5, "−")):
+        ratio[0] = value
+        assert main(["compress", *words, "--run-dir", name]) == 0
+        (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("CPU latency")]
+        assert row.rpartition("│")[2].strip().startswith(said)
+        report = json.loads((here / name / "result.json").read_text())
+        assert report["final"]["latency_within_noise"] is (value > 0.9)
+    assert main(["trace", "net.py:build", "--weights", "faster/model.safetensors", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["macs"] == report["final"]["macs"]
+
+
+def test_prune_takes_data_without_labels(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare = ["--data", "net.py:bare", "--macs", "0.2", "--method", "l2", "--compensate", "bn"]
+    assert main(["prune", *TRAINED, *bare]) == 0
+    shown = capsys.readouterr()
+    assert "note: accuracy was not measured, as bare holds no labels" in shown.out
+    assert "next: the same with --data" not in shown.out
+    known = sources.open_model("resnet20", bundle=sources.data("net.py:bare")).model
+    assert known(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+
+
+def test_what_the_network_takes_is_kept_in_its_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The time of a forward pass at 224x224 says nothing of a network for images of 8x8."""
+    once = ["prune", *TRAINED, *DATA, "--macs", "0.1", "--method", "l2", "-o", "small.safetensors", "--json"]
+    assert main(once) == 0
+    macs = json.loads(capsys.readouterr().out)["after"]["macs"]
+    assert main(["trace", "net.py:build", "--weights", "small.safetensors", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert (json.loads(shown.out)["macs"], shown.err) == (macs, "")
+    assert main(["trace", "net.py:build", "--weights", "small.safetensors", "--input", "1x1x16x16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["macs"] > 3 * macs
+    # A file without that, such as one of an earlier version, is read; what is not known is said to be a guess.
+    network, plans = weight_files.filled(sources.model("net.py:build").model, "net.py:build", {}, "small.safetensors")
+    sc.save(network, plans, "plain.safetensors")
+    assert main(["trace", "net.py:build", "--weights", "plain.safetensors"]) == 0
+    assert capsys.readouterr().err == (
+        "warning: net.py:build: run on 1x1x224x224: channels as its first layer has them, height and width guessed; "
+        "give --input SHAPE for another.\n"
+    )
+    sc.save(network, plans, "large.safetensors", extra={"input": ["1x1x99999x99999"]})
+    assert main(["trace", "net.py:build", "--weights", "large.safetensors"]) == 1
+    assert "which is too large; give --input" in capsys.readouterr().err
