@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from secateur import criteria
 from secateur.criteria import Criterion
-from secateur.errors import DataError, UsageError
+from secateur.errors import DataError, UsageError, install
 from secateur.network.isolation import left_as_found
 from secateur.runfile import user_code, weight_files
 
@@ -456,7 +456,7 @@ def _timm(name: str, options: dict[str, Any], pretrained: str | None) -> SourceM
     try:
         import timm
     except ImportError:
-        raise UsageError(f"timm:{name}: timm is not installed; pip install 'secateur[timm]'.") from None
+        raise UsageError(f"timm:{name}: timm is not installed; {install('timm')}.") from None
     if pretrained:
         raise UsageError(f"--weights {PRETRAINED}:{pretrained}: timm names versions in the model, timm:NAME.TAG.")
     if not timm.is_model(name):

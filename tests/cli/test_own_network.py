@@ -1,5 +1,6 @@
 """A small network of one's own, with its data in a file, on the command line: what a newcomer stumbles over."""
 
+import importlib
 import json
 import shutil
 import statistics
@@ -12,6 +13,7 @@ from torch import nn
 
 import secateur as sc
 from secateur.cli.commands import main
+from secateur.deploy import timing
 from secateur.engine import summary
 from secateur.runfile import config, configured_run, sources, weight_files
 
@@ -188,3 +190,42 @@ def test_what_the_network_takes_is_kept_in_its_file(here: Path, capsys: pytest.C
     sc.save(network, plans, "large.safetensors", extra={"input": ["1x1x99999x99999"]})
     assert main(["trace", "net.py:build", "--weights", "large.safetensors"]) == 1
     assert "which is too large; give --input" in capsys.readouterr().err
+
+
+def without(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a package be as if it were not installed."""
+    real = importlib.import_module
+
+    def imported(name: str) -> object:
+        if name == package:
+            raise ImportError(name)
+        return real(name)
+
+    monkeypatch.setattr("secateur.deploy.failures.importlib.import_module", imported)
+
+
+def test_what_needs_onnx_names_the_extra_and_what_does_without(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without("onnx", monkeypatch)
+    small = [*TRAINED, "--input", "1x1x8x8"]
+    for words, more in (
+        (["prune", *small, "--latency", "0.3"], ", or measure in PyTorch (--runtime eager)"),
+        (["benchmark", *small, "--backend", "onnxruntime", "-o", "times.json"], ""),
+    ):
+        assert main(words) == 2
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert f"needs it: pip install '.[onnx]' in Secateur's checkout{more}.\n" in shown.err
+        assert shown.err.count("\n") == 1
+    assert not (here / "times.json").exists()
+
+
+def test_benchmark_runs_the_batch_of_its_input(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "cpu_peak_bytes", lambda _, __, sizes: [1 for _ in sizes])
+    words = ["benchmark", *TRAINED, "--rounds", "2", "--json", "--input"]
+    for given, sizes in ((["64x1x8x8"], [64]), (["1x1x8x8"], [1, 8]), (["64x1x8x8", "--batch-size", "2"], [2])):
+        assert main([*words, *given]) == 0
+        assert [row["batch_size"] for row in json.loads(capsys.readouterr().out)["rows"]] == sizes
