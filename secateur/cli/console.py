@@ -104,7 +104,8 @@ class Steps:
         self._progress.update(self._tasks[step], completed=done, total=total, note=note)
         if (total or 1) > 1 and not self._console.is_terminal and time.monotonic() - self._said > self._every:
             self._said = time.monotonic()
-            self._console.print(f"{step}: {done} of {total}", markup=False, soft_wrap=True)
+            of = f" ({note})" if note else ""
+            self._console.print(f"{step.strip()}: {done} of {total}{of}", markup=False, soft_wrap=True)
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:

@@ -54,7 +54,8 @@ def report(
         typer.Option(
             *options.OUT,
             metavar="FILE",
-            help="The HTML file; its JSON goes beside it; a missing folder is made. RUN_DIR/report.html unless given.",
+            help="The HTML file, about 5 MB; its JSON goes beside it; a missing folder is made. RUN_DIR/report.html "
+            "unless given.",
         ),
     ] = None,
     figures: Annotated[

@@ -33,7 +33,7 @@ def heeded() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    owner, again = os.getpid(), {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    owner = os.getpid()
 
     def stop(number: int, _frame: FrameType | None) -> None:
         if os.getpid() != owner:  # a process that reads images, and that this one ends
@@ -42,7 +42,8 @@ def heeded() -> Iterator[None]:
             os._exit(128 + number)
         for each in CAUGHT:
             # A second SIGTERM ends the process at once; a scheduler's warnings may come more than once.
-            signal.signal(each, again.get(each, signal.SIG_IGN))
+            once_more = signal.SIG_DFL if each == signal.SIGTERM else signal.SIG_IGN
+            signal.signal(each, signal.default_int_handler if each == signal.SIGINT else once_more)
         _pending.append(number)
         check()
 

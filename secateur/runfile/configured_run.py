@@ -255,12 +255,13 @@ class Show:
             tuned = event.record["metric_tuned"]
             shown = "diverged" if tuned is None else f"{tuned:.2%}"
             self.standing = f"{shown} at {event.record['macs']:,} MACs, {kept}"
-        where = f"round {event.round}, phase {event.phase}"
+        where = "after the last round" if event.stage == "final" else f"round {event.round}, phase {event.phase}"
         if event.kind == "batch":
             if event.stage == "measure":
                 self.steps("  measuring", event.batch, event.batches, "times of layers, or sensitivity")
             else:
-                self.steps("  epoch", event.batch, event.batches, f"{event.stage} {event.epoch}/{event.epochs}")
+                note = f"{log.place(event)}, epoch {event.epoch} of {event.epochs}"
+                self.steps("  batches", event.batch, event.batches, note)
         self.steps("compressing", self.rounds, None, f"{where}; {self.standing}" if self.standing else where)
 
 

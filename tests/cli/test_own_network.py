@@ -229,3 +229,19 @@ def test_benchmark_runs_the_batch_of_its_input(
     for given, sizes in ((["64x1x8x8"], [64]), (["1x1x8x8"], [1, 8]), (["64x1x8x8", "--batch-size", "2"], [2])):
         assert main([*words, *given]) == 0
         assert [row["batch_size"] for row in json.loads(capsys.readouterr().out)["rows"]] == sizes
+
+
+@pytest.mark.slow
+def test_the_log_of_one_round_counts_one_round(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--method", "l2", "--macs", "0.1", "--set", "final_epochs=1", "--set", "finetune_epochs=0"]
+    words += ["--set", "fraction=0.9", "--device", "cpu", "--run-dir", "run"]
+    assert main(["compress", *TRAINED, *DATA, *words]) == 0
+    lines = [line[20:] for line in capsys.readouterr().err.splitlines()]
+    for line, begin, end in zip(
+        lines,
+        ("unpruned network: ", "round 1: ", "round 1: accepted", "fine-tuning at the end, epoch 1/1: ", "result: "),
+        ("round 1", "accept the round", "fine-tune at the end", "measure the result", "write the result"),
+        strict=True,
+    ):
+        assert line.startswith(begin)
+        assert line.endswith(f"; next: {end}")
