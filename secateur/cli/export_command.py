@@ -93,7 +93,6 @@ def export(
                 same = Path(against).is_file() and ":" not in against
                 of, built_with, filled = (name, built, against) if same else (against, None, None)
                 other = sources.open_model(of, built_with, filled, input_shape or (), bundle).model
-        suspicions.of_fresh_weights(found, weights, "export")
         given: dict[str, Any] = {"format": format, "dynamic_batch": not fixed_batch, "tolerance": tolerance}
         report: ParityReport | Int8Report
         if int8 and bundle is not None:
@@ -102,6 +101,7 @@ def export(
         else:
             with steps.step("exporting and comparing"):
                 report = write(found.model, out, found.inputs, **given)
+        suspicions.of_fresh_weights(found, weights, "export")
     values: dict[str, Any] = {"model": found.name, **dataclasses.asdict(report), "path": str(out)}
     if as_json:
         console.write_json(values)
