@@ -3,6 +3,11 @@
 from typing import Any
 
 
+def install(extra: str) -> str:
+    """Return the command that installs an extra, which is to be had from a checkout alone."""
+    return f"pip install '.[{extra}]' in Secateur's checkout"
+
+
 class SecateurError(Exception):
     """Base of every error raised on purpose; its text is one clear line."""
 

@@ -5,6 +5,7 @@ A run that SIGTERM or SIGUSR1 stops ends with 143 or 138.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -164,6 +165,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 success, 1 a failed run, 2 a wrong request, 130 interrupted, 143 SIGTERM, 138 SIGUSR1.
     """
+    status = _status(arguments)
+    if status > 128:
+        # What was under way when it was stopped is let go: processes that read images end before this one does.
+        gc.collect()
+    return status
+
+
+def _status(arguments: Sequence[str] | None) -> int:
     debug = bool(os.environ.get("SECATEUR_DEBUG"))
     try:
         with warnings.catch_warnings(), console.log_lines(), signals.heeded():

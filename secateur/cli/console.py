@@ -44,8 +44,14 @@ def output(*, record: bool = False) -> Console:
     return Console(width=width, record=record, highlight=False, emoji=False)
 
 
+_warned: list[str] = []
+"""Warnings of the command under way."""
+
+
 def error_line(text: str, kind: str = "error") -> None:
     """Write one line to standard error, whatever line breaks the text holds; processes but the first give a number."""
+    if kind == "warning":
+        _warned.append(" ".join(text.split()))
     text = f"process {process()}: {text}" if process() else text
     colour = "red" if kind == "error" else "yellow"
     line = Text.assemble((f"{kind}:", f"bold {colour}"), " ", " ".join(text.split()))
@@ -53,7 +59,9 @@ def error_line(text: str, kind: str = "error") -> None:
 
 
 def write_json(value: Any) -> None:
-    """Write ``value`` as the one JSON document of a command."""
+    """Write ``value`` as the one JSON document of a command, with its ``warnings`` where there are any."""
+    if _warned and isinstance(value, dict):
+        value = {**value, "warnings": list(_warned)}
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -96,7 +104,8 @@ class Steps:
         self._progress.update(self._tasks[step], completed=done, total=total, note=note)
         if (total or 1) > 1 and not self._console.is_terminal and time.monotonic() - self._said > self._every:
             self._said = time.monotonic()
-            self._console.print(f"{step}: {done} of {total}", markup=False, soft_wrap=True)
+            of = f" ({note})" if note else ""
+            self._console.print(f"{step.strip()}: {done} of {total}{of}", markup=False, soft_wrap=True)
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -119,6 +128,7 @@ class _OneLine(logging.Handler):
 def log_lines() -> Iterator[None]:
     """Show the package's own log messages as lines on standard error: from WARNING up, unless ``running`` says else."""
     logger, handler = logging.getLogger("secateur"), _OneLine()
+    _warned.clear()
     logger.addHandler(handler)
     propagate, logger.propagate = logger.propagate, False
     try:
@@ -175,12 +185,15 @@ def comparison(
     Args:
         before: Any of ``test``, ``validation`` (fractions), ``details`` with ``top-5``, ``macs``, ``parameters``,
             ``memory_bytes``, ``file_bytes``, ``latency_ms``.
-        after: The same of the pruned network.
+        after: The same of the pruned network, and ``latency_within_noise``.
         metric: Name of the metric that ``test`` and ``validation`` hold.
         timed: What a target of latency measured, which stands in place of ``latency_ms``.
     """
     if timed is not None:
-        before, after = ({**of, "latency_ms": 1000 * timed[key]} for of, key in ((before, "before"), (after, "after")))
+        before, after = (
+            {**of, "latency_ms": 1000 * timed[key], "latency_within_noise": timed.get("within_noise")}
+            for of, key in ((before, "before"), (after, "after"))
+        )
     table = _table("", "before>", "after>", "change>")
     top5 = [(values.get("details") or {}).get("top-5") for values in (before, after)]
     of = "test" if before.get("test") is not None else "validation"
@@ -202,7 +215,9 @@ def comparison(
         ("latency_ms", "CPU latency" if timed is None else f"latency ({_setting(timed)})", lambda ms: f"{ms:.3g} ms"),
     ):
         if before.get(key) is not None and after.get(key) is not None:
-            table.add_row(name, write(before[key]), write(after[key]), change(before[key], after[key]))
+            noisy = key == "latency_ms" and after.get("latency_within_noise")
+            changed = "within noise" if noisy else change(before[key], after[key])
+            table.add_row(name, write(before[key]), write(after[key]), changed)
     return table
 
 
@@ -296,8 +311,8 @@ def show_sensitivity(table: Sensitivity, name: str, seconds: float, files: Mappi
         out.print(f"drawn: {files['figure']}", markup=False, soft_wrap=True)
 
 
-def show_pruned(values: Mapping[str, Any]) -> None:
-    """Print the result of pruning once."""
+def show_pruned(values: Mapping[str, Any], *, advised: bool = False) -> None:
+    """Print the result of pruning once; ``advised`` tells to give data."""
     out = output()
     out.print(widths(values["widths"]["before"], values["widths"]["after"]))
     out.print()
@@ -305,7 +320,7 @@ def show_pruned(values: Mapping[str, Any]) -> None:
     out.print()
     out.print(verdict(values["verification"]), markup=False)
     _show_parts(out, values)
-    if "test" not in values["after"]:
+    if advised:
         out.print(
             "accuracy was not measured; next: the same with --data, e.g. --data cifar10:ROOT, which measures it before "
             "and after, and keeps more of it",
@@ -316,6 +331,8 @@ def show_pruned(values: Mapping[str, Any]) -> None:
             out.print(f"not compensated: {layer['module']}: {layer['reason']}", markup=False)
     if values["file"]:
         out.print(f"saved: {values['file']}, {size(values['after']['file_bytes'])}", markup=False, soft_wrap=True)
+    else:
+        out.print("nothing was saved; --out FILE.safetensors writes the pruned network")
 
 
 def _show_parts(out: Console, values: Mapping[str, Any]) -> None:
@@ -342,11 +359,11 @@ def show_run(values: Mapping[str, Any], out: Console | None = None) -> None:
 
 def show_latency(timed: Mapping[str, Any], out: Console | None = None) -> None:
     """Say what the network takes of the original's time, what was predicted, and where it is no faster."""
-    at = _setting(timed)
+    at, noise = _setting(timed), " (within noise)" if timed.get("within_noise") else ""
     (out or output()).print(
         f"time of a forward pass ({at}): {1000 * timed['before']:.3g} ms → {1000 * timed['after']:.3g} ms, "
-        f"{timed['measured']:.1%} left; asked {timed['asked']:.1%}, predicted {timed['predicted']:.1%} from the times "
-        "of layers"
+        f"{timed['measured']:.1%} left{noise}; asked {timed['asked']:.1%}, predicted {timed['predicted']:.1%} from the "
+        "times of layers"
     )
     if timed["slower"]:
         error_line(f"the pruned network is not faster than the original ({at})", "warning")

@@ -54,7 +54,8 @@ def report(
         typer.Option(
             *options.OUT,
             metavar="FILE",
-            help="The HTML file; its JSON goes beside it; a missing folder is made. RUN_DIR/report.html unless given.",
+            help="The HTML file, about 5 MB; its JSON goes beside it; a missing folder is made. RUN_DIR/report.html "
+            "unless given.",
         ),
     ] = None,
     figures: Annotated[
@@ -135,7 +136,13 @@ def benchmark(
     against: Against = None,
     input_shape: options.InputShapes = None,
     batch_size: Annotated[
-        list[int] | None, typer.Option("--batch-size", metavar="N", min=1, help="Batch size; repeatable.")
+        list[int] | None,
+        typer.Option(
+            "--batch-size",
+            metavar="N",
+            min=1,
+            help="Batch size; repeatable. Unless given: that of --input, or 1 and 8.",
+        ),
     ] = None,
     threads: Annotated[list[int] | None, typer.Option(metavar="N", min=1, help="CPU threads; repeatable.")] = None,
     device: Annotated[list[str] | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; repeatable.")] = None,
@@ -159,7 +166,9 @@ def benchmark(
     if run_dir is not None:
         options.require_trust_of_run(run_dir, trust)
     with console.running(as_json) as steps, ExitStack() as files:
+        from secateur.deploy.program import batch_of
         from secateur.deploy.target_file import replacing
+        from secateur.network.inputs import arguments
         from secateur.runfile.configured_run import networks
         from secateur.runfile.sources import open_model
 
@@ -188,6 +197,8 @@ def benchmark(
                         other = open_model(name, built, against, input_shape or ())
                     else:
                         other = open_model(against, None, None, input_shape or ())
+        # A batch of one in --input is that of an example.
+        asked = batch_of(arguments(first.inputs)) if input_shape else 1
         # The file is opened before anything is measured, so that a wrong path doesn't cost minutes of work.
         part = None if out is None else files.enter_context(replacing(out))
         result = _measure(
@@ -195,7 +206,7 @@ def benchmark(
             other,
             steps,
             names=names,
-            batch_sizes=batch_size or (1, 8),
+            batch_sizes=batch_size or ((1, 8) if asked == 1 else (asked,)),
             threads=threads or (1,),
             devices=device or ("cpu",),
             precisions=precision or ("fp32",),
@@ -203,6 +214,8 @@ def benchmark(
             memory_formats=memory_format or ("contiguous",),
             rounds=rounds,
         )
+        if not result.rows:
+            raise UsageError(f"benchmark: nothing could be measured: {result.skipped[0].reason}")
         if part is not None:
             part.write_text(json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     console.write_json(result.to_dict()) if as_json else _show(result, out)
@@ -287,7 +300,7 @@ def _show(result: BenchmarkResult, out: Path | None) -> None:
                 f"{s.device}, {s.backend}, {s.precision}, {s.memory_format}, {s.threads} threads",
                 str(s.batch_size),
                 "–" if s.theoretical is None else f"{s.theoretical:.2f}×",
-                f"{s.measured:.2f}×",
+                f"{s.measured:.2f}×{', within noise' if s.within_noise else ''}",
                 f"{s.low:.2f}–{s.high:.2f}",
             )
         screen.print()

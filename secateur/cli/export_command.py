@@ -64,7 +64,7 @@ def export(
     """Export a network to .pt2 (torch.export) or .onnx, load the file again and compare before saying done."""
     with console.running(as_json) as steps:
         from secateur.deploy.export import export as write
-        from secateur.runfile import sources
+        from secateur.runfile import sources, suspicions
 
         if out is None:
             raise UsageError("export: where to? Give --out FILE.pt2 or --out FILE.onnx.")
@@ -101,6 +101,7 @@ def export(
         else:
             with steps.step("exporting and comparing"):
                 report = write(found.model, out, found.inputs, **given)
+        suspicions.of_fresh_weights(found, weights, "export")
     values: dict[str, Any] = {"model": found.name, **dataclasses.asdict(report), "path": str(out)}
     if as_json:
         console.write_json(values)

@@ -37,14 +37,14 @@ ModelArgument = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="lenet5, vgg16, resnet20, resnet56, resnet110; torchvision:NAME; timm:NAME; path/to/file.py:FUNCTION; "
-        "package.module:FUNCTION.",
+        "package.module:FUNCTION, where a class does as well.",
         show_default=False,
     ),
 ]
 ModelFlag = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="The same as the argument MODEL.")]
 ModelOptions = Annotated[
     list[str] | None,
-    typer.Option("--model-option", metavar="NAME=VALUE", help="Argument of the model's function; repeatable."),
+    typer.Option("--model-option", metavar="NAME=VALUE", help="Argument of the model's function or class; repeatable."),
 ]
 Weights = Annotated[
     str | None,
@@ -73,7 +73,8 @@ InputShapes = Annotated[
         "--input",
         metavar="SHAPE",
         help="Shape of the model's input with its batch, e.g. 1x3x224x224; NAME=SHAPE for a keyword argument, "
-        "SHAPE:long for integers; repeatable. Taken from the data or the model's source unless given.",
+        "SHAPE:long for integers; repeatable. Unless given: that of the data, of a file that "
+        "Secateur saved, or of the model's source.",
     ),
 ]
 OUT = ("--out", "--output", "-o")

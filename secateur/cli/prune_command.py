@@ -152,7 +152,8 @@ def prune(
         bundle, read = found.data, dict[str, Any]()
         if bundle is not None:
             read = {"data": tasks.sample(bundle, batches, seed), "loss": tasks.loss(bundle)}
-            read |= {"test": tasks.evaluation_batches(bundle, "test"), "metric": tasks.metric(bundle)}
+            if tasks.labelled(bundle.test):
+                read |= {"test": tasks.evaluation_batches(bundle, "test"), "metric": tasks.metric(bundle)}
         try:
             result = sc.prune(
                 found.model,
@@ -171,6 +172,8 @@ def prune(
         suspicions.of_fresh_weights(found, weights, "prune")
         if bundle is not None:
             suspicions.of_classes(found, bundle)
+            if "test" not in read:
+                result.report["notes"].append(f"accuracy was not measured, as {bundle.name} holds no labels")
         values = {
             "model": found.name,
             **result.report,
@@ -183,7 +186,7 @@ def prune(
     if as_json:
         console.write_json(values)
         return
-    console.show_pruned(values)
+    console.show_pruned(values, advised=data is None)
     if values["measured"] is not None:
         _show_measured(values["measured"], values["round_to"])
     if values["latency"] is not None:

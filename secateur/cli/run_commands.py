@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -289,8 +288,11 @@ def _resumable(run_dir: str | Path) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, signals.Stopped) as stop:
         said, status = (str(stop), stop.status) if isinstance(stop, signals.Stopped) else ("interrupted", 130)
-        begun = (Path(run_dir) / "run.yaml").is_file()
-        way = f"secateur resume {shlex.quote(str(run_dir))}" if begun else "the same command, as nothing is written yet"
+        file, way = Path(run_dir) / "run.yaml", "the same command, as nothing is written yet"
+        if file.is_file():
+            from secateur.runfile import config, trust
+
+            way = trust.resume_command(run_dir, config.load(file))
         raise RunInterruptedError(f"{said}; go on with: {way}", status) from None
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -104,6 +107,7 @@ class Batches:
             num_workers=self.workers,
             collate_fn=self._collate(),
             generator=generator,
+            worker_init_fn=_subordinate if self.workers else None,
         )
         yield from loader
 
@@ -177,6 +181,18 @@ def _require_boxes(boxes: Any, labels: Any) -> None:
 
 
 _NO_PAIR = "batches: an element is an image (C, H, W) and a mapping of its boxes and labels."
+
+
+def _subordinate(_: int) -> None:
+    """In a process that reads: leave Ctrl-C to the process that started it, which may hang up in mid-sentence."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    hook = sys.excepthook
+
+    def unless_hung_up(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, (ConnectionError, EOFError)):
+            hook(kind, value, trace)
+
+    sys.excepthook = unless_hung_up
 
 
 _WORD = 0xFFFFFFFFFFFFFFFF

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from secateur.data.image import decode
-from secateur.errors import DataError, UsageError
+from secateur.errors import DataError, UsageError, install
 
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
 
@@ -94,7 +94,7 @@ class Kind:
             import pyarrow
             from pyarrow import parquet
         except ImportError:
-            raise UsageError(f"{self.name}: reading Parquet needs pyarrow; pip install 'secateur[data]'.") from None
+            raise UsageError(f"{self.name}: reading Parquet needs pyarrow; {install('data')}.") from None
         try:
             table = parquet.read_table(path)
         except (pyarrow.ArrowException, OSError) as error:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from secateur.errors import UsageError
+from secateur.errors import UsageError, install
 
 _NEEDS = {"onnx": "ONNX", "int8": "int8 in a .pt2 file"}
 """What the packages of an extra are for."""
@@ -81,15 +81,19 @@ def root_cause(error: BaseException) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", first_line(error))[:300]
 
 
-def require(*names: str, extra: str = "onnx") -> list[Any]:
-    """Import optional packages, or say which extra to install."""
+def require(*names: str, extra: str = "onnx", instead: str = "") -> list[Any]:
+    """Import optional packages, or say which extra to install, or what does without.
+
+    Raises:
+        UsageError: If one is not installed.
+    """
     modules = []
     for name in names:
         try:
             modules.append(importlib.import_module(name))
         except ImportError as error:
             raise UsageError(
-                f"{name.split('.')[0]} is not installed, and {_NEEDS[extra]} needs it: pip install 'secateur[{extra}]'."
+                f"{name.split('.')[0]} is not installed, and {_NEEDS[extra]} needs it: {install(extra)}{instead}."
             ) from error
     return modules
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ with quiet():  # torch's benchmark tools look for a CUDA compiler and say so whe
     from torch.utils.benchmark import Measurement, Timer
     from torch.utils.benchmark import timer as benchmark_timer
 
-__all__ = ["CLOCKS", "Measurement", "bound", "interleaved"]
+__all__ = ["CLOCKS", "Measurement", "bound", "interleaved", "quartiles", "within_noise"]
 
 CLOCKS = {"wall": benchmark_timer, "cpu": time.process_time}
 
@@ -28,6 +29,23 @@ def bound(call: Callable[..., Any], arguments: tuple[tuple[Any, ...], dict[str, 
             return call(*args, **kwargs)
 
     return run
+
+
+def quartiles(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
+    """Return the quartiles of after / before, round by round: what else the machine does falls on both of a round."""
+    ratios = [b / a for a, b in zip(before, after, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+    return low, middle, high
+
+
+def within_noise(low: float, middle: float, high: float) -> bool:
+    """Tell whether the quartiles of a ratio lie as far apart as its median is from 1.
+
+    Example:
+        >>> within_noise(0.85, 0.95, 1.05), within_noise(0.48, 0.5, 0.52)
+        (True, False)
+    """
+    return high - low >= abs(middle - 1)
 
 
 def interleaved(

@@ -42,7 +42,7 @@ def ended(engine: Engine, state: State, directory: RunDirectory | None, error: S
         directory.write_history(state)
         directory.finish(result)
         text += (
-            f": {directory.path / 'model.safetensors'}; 'secateur resume {directory.path}' goes on from it, with other "
+            f": {directory.path / 'model.safetensors'}; '{directory.resume_command}' goes on from it, with other "
             "settings where need be (--set, --macs, --tolerance)"
         )
     # Where one process fails, what started it ends the others: the main one writes first.

@@ -20,9 +20,15 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("secateur.run")
 
 _NEXT = {
-    "select": "round {round}", "optimise": "drop the channels", "finetune": "measure and judge",
-    "final": "the final epochs", "settle": "measure the result", "done": "write the result",
+    "select": "round {round}", "measure": "measure what each group costs", "optimise": "train before the cut",
+    "drop": "remove the channels", "finetune": "fine-tune", "judge": "accept the round",
+    "final": "fine-tune at the end", "settle": "measure the result", "done": "write the result",
 }  # fmt: skip
+"""What a step of the run does, in words."""
+_AFTER = {"optimise": "drop", "finetune": "judge", "final": "settle"}
+"""The step behind a stage of training."""
+_TRAINING = {"optimise": "training before the cut", "finetune": "fine-tuning", "final": "fine-tuning at the end"}
+"""What a stage of training is, in words."""
 
 
 class Log:
@@ -50,10 +56,10 @@ class Log:
         if event.kind == "begin":
             where, what = "unpruned network", ""
         elif event.kind == "epoch":
-            where = f"{where}, {event.stage}, epoch {event.epoch}/{event.epochs}"
+            where = f"{place(event)}, epoch {event.epoch}/{event.epochs}"
             parts = [*epoch_parts(record), f"last accepted {parts[0]}", parts[1]]
         elif event.kind == "cut":
-            what = f"{record['channels']} channels cut"
+            what = f"{record['channels']} channel{'s' if record['channels'] > 1 else ''} cut"
         elif event.kind == "episode":
             what = "accepted" if record["accepted"] else "reverted"
             what = "reverted, the training diverged" if "diverged" in record else what
@@ -70,6 +76,12 @@ class Log:
         # Beside the validation metric of a whole run stand the details of its test set.
         of = "test " if record.get("test") is not None else ""
         return f"{self.metric} {value:.2%}" + ("" if top5 is None else f", {of}top-5 {top5:.2%}")
+
+
+def place(event: Event) -> str:
+    """Say in which round a run trains, and what for; what follows the last round is in none."""
+    what = _TRAINING.get(event.stage, event.stage)
+    return what if event.stage == "final" else f"round {event.round}, {what}"
 
 
 def epoch_parts(record: Mapping[str, Any]) -> list[str]:
@@ -121,8 +133,8 @@ def epoch(
     if isinstance(trained.regulariser, CorrelationRegulariser):
         record["min_abs_rho"] = round(trained.regulariser.minimum, 6)
     state.epochs.append(record)
-    following = _NEXT[event.stage] if over else f"epoch {event.epoch + 1}"
-    return replace(event, kind="epoch", record=record, next=following)
+    coming = following(engine, state, _AFTER[event.stage]) if over else f"epoch {event.epoch + 1}"
+    return replace(event, kind="epoch", record=record, next=coming)
 
 
 def cut(engine: Engine, state: State) -> dict[str, Any]:
@@ -137,10 +149,15 @@ def cut(engine: Engine, state: State) -> dict[str, Any]:
 def begin(engine: Engine, state: State) -> Event:
     """Return the event with which a run begins, or goes on."""
     record = {**state.baseline, "macs": cost.macs(engine.graph), "number": len(state.epochs)}
-    following = _NEXT[state.stage].format(round=state.round) if state.stage in _NEXT else state.stage
-    return Event("begin", state.stage, state.round, state.phase, record=record, next=following)
+    return Event("begin", state.stage, state.round, state.phase, record=record, next=following(engine, state))
 
 
-def following(state: State) -> str:
-    """Say what comes after a decision."""
-    return _NEXT[state.stage].format(round=state.round)
+def following(engine: Engine, state: State, stage: str | None = None) -> str:
+    """Say what the run does next: what its state says, unless a stage is given."""
+    stage = stage or state.stage
+    if stage == "select" and engine.arrived(state):
+        stage = "final"
+    if stage == "final" and not engine.settings.final_epochs:
+        stage = "settle"
+    undecided = " or revert it" if stage == "judge" and engine.bounded else ""
+    return _NEXT[stage].format(round=state.round) + undecided

@@ -211,7 +211,7 @@ class Engine:
     # Select
 
     def _select(self, state: State) -> None:
-        if self._arrived(state):
+        if self.arrived(state):
             state.stage, state.epoch = "final", 0
             return
         if isinstance(self.selection, Scores) and self.selection.needs_measuring(state):
@@ -251,7 +251,8 @@ class Engine:
         self.selection.measure(state, self.present(state), progress, None if state.removed else self.share)
         state.stage = "select"
 
-    def _arrived(self, state: State) -> bool:
+    def arrived(self, state: State) -> bool:
+        """Tell whether no round is left to be done."""
         if self.settings.max_rounds is not None and state.round > self.settings.max_rounds:
             state.goal = max(state.goal, len(self.goals) - 1)
             return True
@@ -323,12 +324,13 @@ class Engine:
         state.removed = removed
         state.episode["metric_dropped"] = self._measure(state.network)
         # The learning rate of auto decays once over all that follows its last cut.
-        last = self.auto and not self.bounded and bool(self.settings.final_epochs) and self._arrived(state)
+        last = self.auto and not self.bounded and bool(self.settings.final_epochs) and self.arrived(state)
         tunes = self.settings.finetune_epochs > 0 and not last
         if not tunes:
             state.episode["metric_tuned"] = state.episode["metric_dropped"]
         state.stage, state.epoch = ("finetune" if tunes else "judge"), 0
-        self.progress(Event("cut", "drop", state.round, state.phase, record=log.cut(self, state), next=state.stage))
+        coming = log.following(self, state)
+        self.progress(Event("cut", "drop", state.round, state.phase, record=log.cut(self, state), next=coming))
 
     def _finetune(self, state: State) -> None:
         if self._train(state, "finetune", self.settings.finetune_epochs, self.settings.training()):
@@ -362,7 +364,7 @@ class Engine:
         else:
             self._revert(state)
             self._after_a_miss(state)
-        self.progress(replace(event, next=log.following(state)))
+        self.progress(replace(event, next=log.following(self, state)))
 
     def _after_a_miss(self, state: State) -> None:
         """Go to the next place; ``auto`` tries smaller steps first."""
@@ -397,7 +399,7 @@ class Engine:
         event = Event("milestone", "final", state.round, state.phase, record=milestone)
         state.goal, state.goal_round = state.goal + 1, 0
         state.stage, state.epoch = ("select" if state.goal < len(self.goals) else "done"), 0
-        self.progress(replace(event, next=log.following(state)))
+        self.progress(replace(event, next=log.following(self, state)))
 
     def milestone(self, state: State) -> dict[str, Any]:
         """Return the record of the network as it is now, measured."""

@@ -19,6 +19,7 @@ from secateur.deploy.timing.measuring import latency
 from secateur.deploy.timing.table import Latency
 from secateur.engine.choosing import MEASURED_BATCH, Choice, measured, unmeasured
 from secateur.engine.events import Steps
+from secateur.engine.request import warn_if_fallen
 from secateur.engine.result import PruneResult
 from secateur.engine.speed import in_time
 from secateur.engine.way import Way, require_possible, way_of
@@ -117,6 +118,12 @@ def prune(
     report |= _figures(graph, plan, target) | {"verification": asdict(check)}
     report |= {"compensation": _compensated(model, small, plan, way, data, graph, example_inputs, steps)}
     _evaluate({"before": model, "after": small}, report, test, evaluation.chosen(metric), steps)
+    warn_if_fallen(
+        "prune",
+        report["metric"],
+        (report["before"].get("test"), report["after"].get("test")),
+        "'secateur compress' prunes and trains it back; or let less go",
+    )
     report |= {"parts": {**way.parts, "allocation": planner.allocated}, "notes": planner.notes}
     return PruneResult(small, plan, check, graph, report | {"method": way.name, "allocation": planner.allocated})
 

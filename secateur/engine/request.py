@@ -147,6 +147,26 @@ def warn_at_chance(network: nn.Module, inputs: Any, accuracy: float) -> None:
         )
 
 
+FALLEN = 0.05
+"""A metric that falls by more of it is said to have fallen by much."""
+
+
+def warn_if_fallen(command: str, metric: str, figures: tuple[float | None, float | None], remedy: str) -> None:
+    """Say where a network that was pruned is far worse than before: by more than :data:`FALLEN`.
+
+    Nothing is said of a metric that is no fraction, of which nobody knows how much is much.
+
+    Args:
+        command: What was done.
+        metric: The metric's name.
+        figures: Its values before and after; None where it was not measured.
+        remedy: What helps.
+    """
+    before, after = figures
+    if before is not None and after is not None and before <= 1 and after >= 0 and before - after > FALLEN:
+        _LOG.warning("%s: %s falls by %.1f points: %s.", command, metric, 100 * (before - after), remedy)
+
+
 def warn_if_seen(accuracy: float, tested: float | None, validation: Batches, test: Batches | None) -> None:
     """Say where validation images were probably trained on: their accuracy is far above that of the test images.
 

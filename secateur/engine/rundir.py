@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,8 @@ class RunDirectory:
         """Plans that made the network with which the run begins."""
         self.share: Share | None = None
         """Where the run finds tables of sensitivity that others have measured; see :data:`Share`."""
+        self.resume_command = f"secateur resume {shlex.quote(str(self.path))}"
+        """What goes on with the run."""
 
     def __enter__(self) -> RunDirectory:
         if self.write and not self._entered:
@@ -143,8 +146,8 @@ class RunDirectory:
             raise UsageError(f"{self.path}: holds a finished run, which is left as it is; {PLACE}.")
         if self.started:
             raise UsageError(
-                f"{self.path}: holds a run already; go on with 'secateur resume {self.path}' (or the same command and "
-                f"--resume), or {PLACE}."
+                f"{self.path}: holds a run already; go on with '{self.resume_command}' (or the same command "
+                f"and --resume), or {PLACE}."
             )
         if (self.path / "history.jsonl").is_file():
             raise UsageError(f"{self.path}: holds a run whose checkpoint/ is gone, so that it can't go on; {PLACE}.")
@@ -227,7 +230,8 @@ class RunDirectory:
         if self.write:
             # Where the run began with a pruned network, all plans, so that the file loads into the unpruned one.
             plans = (*self.earlier, result.plan)
-            checkpoint.save(result.model, plans, self.path / "model.safetensors", extra=result.milestones[-1])
+            extra = {**result.milestones[-1], "input": result.report["input"]}
+            checkpoint.save(result.model, plans, self.path / "model.safetensors", extra=extra)
             checkpoint.write_atomic(self.path / "plan.json", (result.plan.to_json() + "\n").encode())
             result.report["final"]["file_bytes"] = (self.path / "model.safetensors").stat().st_size
             result.report["baseline"]["file_bytes"] = (self.path / "baseline.safetensors").stat().st_size

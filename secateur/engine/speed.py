@@ -11,6 +11,7 @@ from torch import nn
 
 from secateur.deploy.timing import whole
 from secateur.deploy.timing.table import Latency
+from secateur.deploy.turns import quartiles, within_noise
 from secateur.errors import PlanError
 from secateur.graph.channels import ChannelGraph
 from secateur.graph.plan import PruningPlan
@@ -31,7 +32,8 @@ class Timed:
     model: nn.Module
     report: dict[str, Any]
     """``asked``, ``predicted`` and ``measured`` are shares of the unpruned network's time that are left, ``error`` is
-    how far the prediction is off, relative to what is measured; ``before`` and ``after`` are seconds."""
+    how far the prediction is off, relative to what is measured; ``before`` and ``after`` are seconds; ``within_noise``
+    says that the rounds differ by as much as the networks do."""
 
 
 def in_time(
@@ -112,6 +114,7 @@ def _measured(
             "before": statistics.median(before),
             "after": statistics.median(after),
             "slower": left >= 1,
+            "within_noise": within_noise(*quartiles(before, after)),
             "corrected_from": None,
         },
     )

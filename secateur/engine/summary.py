@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +9,26 @@ import torch
 from torch import nn
 
 from secateur.compensation import parse
+from secateur.deploy.turns import bound, interleaved, quartiles, within_noise
 from secateur.engine.pairing import largest_correlations
+from secateur.engine.request import warn_if_fallen
 from secateur.engine.result import CompressResult
 from secateur.engine.rundir import RunDirectory
 from secateur.engine.state import State
+from secateur.errors import RunError
 from secateur.graph import cost
 from secateur.graph.plan import PruningPlan
+from secateur.network.copies import replica
+from secateur.network.inputs import arguments, shapes_of, unwrapped
 from secateur.pruning.surgery import cut
 from secateur.pruning.verification import verify
-from secateur.training import evaluation, passes, processes
+from secateur.training import evaluation, processes
 
 if TYPE_CHECKING:
     from secateur.engine.loop import Engine
+
+_ROUNDS, _SECONDS = 15, 0.001
+"""Both networks are timed in so many rounds, in turns, each for so long at least."""
 
 
 def summarise(
@@ -42,27 +48,40 @@ def summarise(
     # Fine-tuning changes what is computed on purpose; what is verified is that the cuts removed nothing else.
     check = verify(engine.original, cut(engine.original, plan), plan, engine.example_inputs)
     last = state.milestones[-1] if last is None else last
+    was, now, noisy = processes.told(engine.runtime, lambda: _times(engine, small))
     report: dict[str, Any] = {
         "parts": _parts(engine, state),
         "notes": state.notes,
         "metric": evaluation.metric_name(engine.metric),
         "baseline": {
             **state.baseline,
-            **_figures(engine, engine.original, PruningPlan()),
+            **_figures(engine, engine.original, PruningPlan(), was),
         },
-        "final": {**{key: last.get(key) for key in ("validation", "test", "details")}, **_figures(engine, small, plan)},
+        "final": {
+            **{key: last.get(key) for key in ("validation", "test", "details")},
+            **_figures(engine, small, plan, now),
+            "latency_within_noise": noisy,
+        },
         "refused": [
             {"operator": r.operator, "module": r.module, "source": r.source, "reason": r.reason}
             for r in engine.graph.refused
         ],
         "verification": asdict(check),
         "latency": state.latency,
+        "input": shapes_of(engine.example_inputs),
         "max_abs_rho": {"before": before, "after": after},
         "milestones": state.milestones if last in state.milestones else [*state.milestones, last],
         "rounds": len(state.history),
         "images": state.images,
         "seconds": state.seconds,
     }
+    told = "test" if last.get("test") is not None else "validation"
+    warn_if_fallen(
+        "compress",
+        f"{report['metric']}, {told} set,",
+        (state.baseline.get(told), last.get(told)),
+        "train longer (--epochs), or let less go",
+    )
     return CompressResult(
         small, plan, state.history, report["milestones"], report, None if directory is None else directory.path
     )
@@ -82,7 +101,7 @@ def _parts(engine: Engine, state: State) -> dict[str, str]:
     return {**engine.selection.parts(state), "compensation": ", ".join(named) or "none", "training": training}
 
 
-def _figures(engine: Engine, model: nn.Module, plan: PruningPlan) -> dict[str, Any]:
+def _figures(engine: Engine, model: nn.Module, plan: PruningPlan, milliseconds: float) -> dict[str, Any]:
     layers: dict[str, dict[str, Any]] = {}
     modules, own_parameters = dict(model.named_modules()), dict(model.named_parameters())
     for layer in cost.layer_costs(engine.graph, plan):
@@ -99,32 +118,18 @@ def _figures(engine: Engine, model: nn.Module, plan: PruningPlan) -> dict[str, A
         "macs": cost.macs(engine.graph, plan),
         "parameters": cost.parameters(engine.graph, plan),
         "file_bytes": None,
-        "latency_ms": processes.told(engine.runtime, lambda: latency(model, engine.example_inputs)),
+        "latency_ms": milliseconds,
         "widths": engine.widths(plan),
         "layers": list(layers.values()),
     }
 
 
-def latency(model: nn.Module, inputs: Any, repeats: int = 15) -> float:
-    """Return the median time in milliseconds of a forward pass on the example inputs, after a warm-up."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    times = []
-    with torch.no_grad():
-        for _ in range(3):
-            passes.forward(model, inputs)
-        for _ in range(repeats):
-            _wait(model)
-            started = time.perf_counter()
-            passes.forward(model, inputs)
-            _wait(model)
-            times.append(time.perf_counter() - started)
-    for module, mode in modes.items():
-        module.training = mode
-    return 1000 * statistics.median(times)
-
-
-def _wait(model: nn.Module) -> None:
-    parameter = next(model.parameters(), None)
-    if parameter is not None and parameter.is_cuda:
-        torch.cuda.synchronize(parameter.device)
+def _times(engine: Engine, small: nn.Module) -> tuple[float, float, bool]:
+    """Return the median milliseconds of a forward pass before and after, and whether they differ by noise alone."""
+    call = arguments(engine.example_inputs)
+    calls = {name: bound(replica(unwrapped(net)).eval(), call) for name, net in enumerate((engine.original, small))}
+    timed, failed = interleaved(calls, torch.get_num_threads(), _ROUNDS, _SECONDS, "wall")
+    if failed:
+        raise RunError(f"timing: the network does not run: {next(iter(failed.values()))}.")
+    noisy = within_noise(*quartiles(timed[0].raw_times, timed[1].raw_times))
+    return 1000 * timed[0].median, 1000 * timed[1].median, noisy

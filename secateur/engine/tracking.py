@@ -11,7 +11,7 @@ from typing import Any
 
 from secateur import checkpoint
 from secateur.engine.events import Event, Progress
-from secateur.errors import UsageError
+from secateur.errors import UsageError, install
 
 IDS = "trackers.json"
 """File in a run's ``checkpoint/`` with the trackers' own names of the run, so that a resumed run goes on in them."""
@@ -128,7 +128,7 @@ def require(names: Sequence[str]) -> None:
         if name not in known:
             raise UsageError(f"track: {name}: no such tracker; known are {', '.join(known)}.")
         if name not in available:
-            more = ", or 'secateur[trackers]'" if name in ("tensorboard", "mlflow") else ""
+            more = f", or {install('trackers')}" if name in ("tensorboard", "mlflow") else ""
             raise UsageError(f"track: {name}: is not installed; pip install {name}{more}.")
 
 

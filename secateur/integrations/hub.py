@@ -20,7 +20,7 @@ from secateur.checkpoint import load, save, write_atomic
 from secateur.checkpoint.digest import digest
 from secateur.checkpoint.pruned import Header, read_header
 from secateur.engine.result import CompressResult, PruneResult
-from secateur.errors import CheckpointError, PlanError, UsageError
+from secateur.errors import CheckpointError, PlanError, UsageError, install
 from secateur.graph.plan import PruningPlan
 from secateur.graph.structure import parsed, shown
 from secateur.integrations.card import card, figures_of
@@ -131,7 +131,7 @@ def _of(library: str) -> Any:
     try:
         return import_module(f"secateur.integrations.{library}")
     except ModuleNotFoundError as error:
-        raise UsageError(f"a network of {library} needs {error.name}; pip install 'secateur[integrations]'.") from error
+        raise UsageError(f"a network of {library} needs {error.name}; {install('integrations')}.") from error
 
 
 def _digest(config: Any) -> str:

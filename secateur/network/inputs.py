@@ -41,6 +41,26 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example_inputs,), {}
 
 
+_TYPES = {torch.float32: "", torch.int64: ":long", torch.int32: ":int", torch.bool: ":bool", torch.uint8: ":uint8"}
+
+
+def shapes_of(example_inputs: Any) -> list[str]:
+    """Write the shapes of example inputs as ``--input`` takes them; none where one is no tensor of a common type.
+
+    Example:
+        >>> shapes_of(torch.zeros(1, 3, 8, 8)), shapes_of({"ids": torch.zeros(1, 16, dtype=torch.int64)})
+        (['1x3x8x8'], ['ids=1x16:long'])
+    """
+    positional, keyword = arguments(example_inputs)
+    values = [*positional, *keyword.values()]
+    if (positional and keyword) or not all(
+        isinstance(value, Tensor) and value.numel() and value.dim() and value.dtype in _TYPES for value in values
+    ):
+        return []
+    names = ["" for _ in positional] + [f"{name}=" for name in keyword]
+    return [f"{n}{'x'.join(map(str, v.shape))}{_TYPES[v.dtype]}" for n, v in zip(names, values, strict=True)]
+
+
 def call(network: nn.Module, example_inputs: Any) -> Any:
     """Call a network on copies of the tensors in example inputs, since its code may write into them."""
     positional, keyword = arguments(mapped(example_inputs, torch.clone))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from secateur.errors import UsageError
+from secateur.errors import UsageError, install
 from secateur.report.figures import Figure, HeatMap, Series, Tone, byte_size, percent, quantity, significant
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def draw(figures: list[Figure], heat_maps: list[HeatMap], folder: Path) -> list[
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure as Canvas
     except ImportError as error:
-        raise UsageError("Figures for papers need matplotlib: pip install matplotlib.") from error
+        raise UsageError(f"Figures for papers need matplotlib: {install('figures')}.") from error
     style: dict[Any, Any] = {
         "font.size": 8,
         "axes.spines.top": False,

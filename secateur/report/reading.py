@@ -49,6 +49,8 @@ class State(_Record):
     parameters: int = Field(ge=0)
     file_bytes: int | None = None
     latency_ms: float | None = None
+    latency_within_noise: bool = False
+    """Whether the times before and after differ by no more than the rounds that they are medians of."""
     widths: dict[str, int] = Field(default_factory=dict)
     """Module name -> output channels."""
     layers: list[Layer] = Field(default_factory=list)
@@ -83,6 +85,8 @@ class AskedLatency(_Record):
     before: float
     """Seconds of the unpruned network."""
     after: float
+    within_noise: bool = False
+    """As of :class:`State`."""
 
     @property
     def setting(self) -> str:

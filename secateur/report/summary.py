@@ -69,7 +69,9 @@ def headline(run: Run) -> list[Headline]:
         change = f"{was / now:.2f}× faster" if name == "Latency" and now else describe_change(was, now)
         if name == "Latency" and now > was:
             change = f"{now / was:.2f}× slower"
-        if name == "Latency" and abs(now - was) < 0.02 * was:
+        asked = run.result.latency
+        noisy = after.latency_within_noise if asked is None else asked.within_noise
+        if name == "Latency" and (noisy or abs(now - was) < 0.02 * was):
             change = "no change"
         items.append(
             Headline(

@@ -22,7 +22,7 @@ from secateur.models import MODELS
 from secateur.models.detectors import DETECTORS
 from secateur.pruning.options import AUTO
 from secateur.pruning.planning import Target
-from secateur.runfile import config, sources, suspicions
+from secateur.runfile import config, sources, suspicions, trust
 from secateur.runfile.config import RunConfig
 from secateur.training import baseline, processes, stages, tasks
 from secateur.training.fingerprint import fingerprint
@@ -65,6 +65,7 @@ def start(
     run = grounded(run)
     assert run.run_dir is not None
     folder = RunDirectory(run.run_dir, write=process() == 0)
+    folder.resume_command = trust.resume_command(folder.path, run)
     if go_on_with and (folder.path / config.FILE).is_file():
         begun = config.load(folder.path / config.FILE, {"run_dir": run.run_dir})
         require_alike(
@@ -163,6 +164,7 @@ def go_on(
         )  # fmt: skip
     bundle, found = _found(run, steps, fresh=sources.version(run.weights) is not None)
     folder.earlier, folder.share = found.plans, share
+    folder.resume_command = trust.resume_command(path, run)
     given = changes or {}
     own = {k: v for k, v in run.options.plain().items() if k in given}
     own |= {k: v for k, v in run.settings.plain().items() if k in given.get("settings", {})}
@@ -253,12 +255,13 @@ class Show:
             tuned = event.record["metric_tuned"]
             shown = "diverged" if tuned is None else f"{tuned:.2%}"
             self.standing = f"{shown} at {event.record['macs']:,} MACs, {kept}"
-        where = f"round {event.round}, phase {event.phase}"
+        where = "after the last round" if event.stage == "final" else f"round {event.round}, phase {event.phase}"
         if event.kind == "batch":
             if event.stage == "measure":
                 self.steps("  measuring", event.batch, event.batches, "times of layers, or sensitivity")
             else:
-                self.steps("  epoch", event.batch, event.batches, f"{event.stage} {event.epoch}/{event.epochs}")
+                note = f"{log.place(event)}, epoch {event.epoch} of {event.epochs}"
+                self.steps("  batches", event.batch, event.batches, note)
         self.steps("compressing", self.rounds, None, f"{where}; {self.standing}" if self.standing else where)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from secateur import criteria
 from secateur.criteria import Criterion
-from secateur.errors import DataError, UsageError
+from secateur.errors import DataError, UsageError, install
 from secateur.network.isolation import left_as_found
 from secateur.runfile import user_code, weight_files
 
@@ -55,22 +55,24 @@ class SourceModel:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """The model's name and options, stored beside its weights so that an error at loading can name them."""
-        return weight_files.origin(self.name, self.options)
+        """The model's name and options and what it takes, stored beside its weights for commands that read the file."""
+        return weight_files.origin(self.name, self.options, self.example_inputs)
 
     @property
     def inputs(self) -> Any:
-        """Example inputs; where the source tells none, a shape that the first layer's weights allow and that runs.
+        """Example inputs; where nothing tells them, a guess that the first layer's weights allow and that runs.
 
         Raises:
             UsageError: If neither is to be had.
         """
         if self.example_inputs is None and (guess := _guessed(self.model)) is not None:
-            _LOG.warning(
-                "%s: takes %s, as its first layer's weights have it; give --input SHAPE for another.",
-                self.name,
-                "x".join(map(str, guess.shape)),
+            known = (
+                "channels as its first layer has them, height and width guessed"
+                if guess.dim() == 4
+                else ("as many values as its first layer has")
             )
+            shape = "x".join(map(str, guess.shape))
+            _LOG.warning("%s: run on %s: %s; give --input SHAPE for another.", self.name, shape, known)
             return guess
         if self.example_inputs is None:
             raise UsageError(f"{self.name}: what it takes is not known; give --input SHAPE, e.g. --input 1x3x224x224.")
@@ -159,7 +161,8 @@ def open_model(
         options: As in :func:`model`; what they leave open of classes, channels and image size follows ``bundle``.
         weights: File, see :func:`secateur.runfile.weight_files.filled`; ``pretrained``, ``pretrained:VERSION``; or
             None for fresh ones.
-        shapes: As in :func:`inputs`; without any, example inputs come from the data, else from the model's source.
+        shapes: As in :func:`inputs`; without any, example inputs come from the data, else from what a file that
+            Secateur saved says, else from the model's source.
         bundle: The data that the model is to run on.
 
     Returns:
@@ -187,6 +190,8 @@ def open_model(
         example = ([_noise(bundle.input_shape)],)
     elif bundle is not None:
         example = _noise((1, *bundle.input_shape))
+    elif weights is not None and version(weights) is None and (kept := weight_files.shapes(weights)):
+        example = inputs(kept)
     built, plans = found.model, found.plans
     if weights is not None and version(weights) is None:
         built, plans = weight_files.filled(built, found.name, options, weights)
@@ -363,15 +368,16 @@ def _fitting(spec: str, bundle: DataBundle) -> dict[str, Any]:
     kind = spec.partition(":")[0]
     channels, side = bundle.input_shape[0], bundle.input_shape[-1]
     classes = len(bundle.classes)
+    scored = {"num_classes": classes} if classes else {}  # data without labels leave that open
     if kind == "timm":
-        return {"num_classes": classes, "in_chans": channels}
+        return {**scored, "in_chans": channels}
     from secateur.models import MODELS
     from secateur.models.detectors import DETECTORS
 
     if kind == "torchvision" or spec in DETECTORS:
         # Detectors count the background as a class.
-        return {"num_classes": classes + (bundle.task == "detection")}
-    wanted = {"num_classes": classes, "in_channels": channels, "in_size": side}
+        return {"num_classes": classes + (bundle.task == "detection")} if classes else {}
+    wanted = {**scored, "in_channels": channels, "in_size": side}
     known = inspect.signature(MODELS[spec]).parameters if spec in MODELS else {}
     return {key: value for key, value in wanted.items() if key in known}
 
@@ -450,7 +456,7 @@ def _timm(name: str, options: dict[str, Any], pretrained: str | None) -> SourceM
     try:
         import timm
     except ImportError:
-        raise UsageError(f"timm:{name}: timm is not installed; pip install 'secateur[timm]'.") from None
+        raise UsageError(f"timm:{name}: timm is not installed; {install('timm')}.") from None
     if pretrained:
         raise UsageError(f"--weights {PRETRAINED}:{pretrained}: timm names versions in the model, timm:NAME.TAG.")
     if not timm.is_model(name):

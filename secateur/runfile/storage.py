@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur.checkpoint.locks import lock
-from secateur.errors import RunError, UsageError
+from secateur.errors import RunError, UsageError, install
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
@@ -165,6 +165,6 @@ def require() -> None:
     try:
         import optuna
     except ImportError as error:
-        raise UsageError("sweep: needs Optuna: pip install 'secateur[sweep]'.") from error
+        raise UsageError(f"sweep: needs Optuna: {install('sweep')}.") from error
     # A line of Optuna's own for each trial would double the sweep's.
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from secateur.models import MODELS
+from secateur.models.detectors import DETECTORS
 from secateur.pruning.comparison import outputs
 
 if TYPE_CHECKING:
@@ -16,21 +17,33 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
+_TRAINED = ("weights", "pretrained", "checkpoint_path")
+"""Options by which torchvision and timm build a network with trained weights."""
+
 
 def of_fresh_weights(found: SourceModel, weights: str | None, command: str) -> None:
-    """Say that a network known by name has the random weights that it is built with.
+    """Say that a network has the weights that it is built with: random ones, where it is known by name.
 
-    What a user's own function returns may be trained; nothing is said of that.
+    What a user's own function returns may be trained.
 
     Args:
         found: The network.
         weights: Where its weights are from.
         command: What is done with it.
     """
-    known = found.name in MODELS or found.name.partition(":")[0] in ("torchvision", "timm")
-    if weights is None and known:
+    if weights is not None or any(found.options.get(name) for name in _TRAINED):
+        return
+    known = found.name in (*MODELS, *DETECTORS) or found.name.partition(":")[0] in ("torchvision", "timm")
+    if known:
         _LOG.warning(
             "%s: %s has fresh random weights, so that the result says nothing of a trained network; give --weights.",
+            command,
+            found.name,
+        )
+    else:
+        _LOG.warning(
+            "%s: no --weights, so that the weights are those that %s makes, random ones unless it loads others; give "
+            "--weights FILE.",
             command,
             found.name,
         )

@@ -75,7 +75,7 @@ class Sweep:
         self.grid = space.cells(self.search) if self.search.sampler == "grid" else []
         self.total = min(total or self.search.trials, len(self.grid) or 10**9)
         if "latency" in self.search.objectives and self.search.runtime == "onnxruntime":
-            require("onnx", "onnxscript", "onnxruntime")
+            require("onnx", "onnxscript", "onnxruntime", instead=", or measure in PyTorch (search.runtime: eager)")
         if (self.folder / SWEEP_FILE).is_file():
             self._require_same(config.load(self.folder / SWEEP_FILE), f"{self.folder}")
         try:

@@ -7,6 +7,7 @@ it runs once they have said yes on a terminal, given ``--trust``, or named the f
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,16 @@ def code_named(run: Any, said: Mapping[str, Any] | None = None) -> dict[str, str
         own = {n: v for n, v in run.model_options.items() if n not in (said.get("model_options") or {})}
         found |= {f"model_options.{name}": str(own[name]) for name in _READ_BY_TIMM if name in own}
     return found
+
+
+def resume_command(folder: str | Path, run: Any) -> str:
+    """Return the command that goes on with a run, which runs the code that its file names off a terminal, too.
+
+    Args:
+        folder: The run's.
+        run: Its values, see :func:`code_named`.
+    """
+    return f"secateur resume {shlex.quote(str(folder))}{' --trust' if code_named(run) else ''}"
 
 
 def require(file: Path, named: Mapping[str, str], *, given: bool, ask: Callable[[str], bool] | None = None) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,17 +14,41 @@ from torch import nn
 from secateur import checkpoint
 from secateur.errors import CheckpointError, UsageError
 from secateur.graph.plan import PruningPlan
+from secateur.network.inputs import shapes_of
 
 PREFIXES = ("model.", "net.")
 """What trainers that hold the network as an attribute put before every key of a state dict."""
+
+LARGEST = 300_000_000
+"""Values of the largest input that a file can ask for: 100,000,000 pixels in colour."""
+
+_INPUT = "input"
+"""Key under which a file says what its network takes."""
 
 _ORIGIN = "origin"
 """Key under which a file says how its network was built."""
 
 
-def origin(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the model's name and options as a file keeps them, so that an error at loading can name them."""
-    return {_ORIGIN: {"model": name, "model_options": dict(options)}}
+def origin(name: str, options: Mapping[str, Any], example_inputs: Any) -> dict[str, Any]:
+    """Return what a file keeps of a model: name and options, which an error at loading names, and what it takes."""
+    return {_ORIGIN: {"model": name, "model_options": dict(options)}, _INPUT: shapes_of(example_inputs)}
+
+
+def shapes(path: str) -> list[str]:
+    """Return the shapes of the inputs that a file's network was pruned on, as ``--input`` takes them, where it says.
+
+    Raises:
+        CheckpointError: If one is of more than :data:`LARGEST` values.
+    """
+    kept = checkpoint.read_header(path).extra.get(_INPUT) if checkpoint.is_checkpoint(path) else None
+    found = [text for text in kept if isinstance(text, str)] if isinstance(kept, list) else []
+    for text in found:
+        sizes = re.findall(r"\d+", text.partition("=")[2] or text)
+        if len(text) > 100 or math.prod(map(int, sizes)) > LARGEST:
+            raise CheckpointError(
+                f"{path}: says that the network takes {text[:100]}, which is too large; give --input."
+            )
+    return found
 
 
 def filled(

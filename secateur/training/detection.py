@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision as _Metric
 
-from secateur.errors import DataError, UsageError
+from secateur.errors import DataError, UsageError, install
 
 
 class DetectionLoss:
@@ -70,7 +70,7 @@ class MeanAveragePrecision(_Metric):
 
     def __init__(self, classes: Sequence[str] = ()) -> None:
         if importlib.util.find_spec("pycocotools") is None:
-            raise UsageError("mAP: pycocotools is not installed; pip install 'secateur[detection]'.")
+            raise UsageError(f"mAP: pycocotools is not installed; {install('detection')}.")
         # pycocotools' own numbers: torchmetrics rounds them to fp32, so that a recall of 7/50 misses the level 0.14.
         super().__init__(
             iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),

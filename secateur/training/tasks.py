@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from secateur import criteria
@@ -58,6 +59,12 @@ def sample(bundle: DataBundle, count: int, seed: int) -> list[Any]:
     """Take ``count`` batches of the training data at random, without augmentation, for criteria and compensation."""
     batches = _batches(bundle, bundle.train, SAMPLE_BATCH[bundle.task], shuffle=True, seed=seed)
     return list(itertools.islice(batches, count))
+
+
+def labelled(dataset: Sized | Dataset[Any]) -> bool:
+    """Tell whether a data set's elements hold what a metric compares with: they are pairs, or mappings with labels."""
+    first = dataset[0]
+    return "labels" in first if isinstance(first, Mapping) else isinstance(first, (tuple, list)) and len(first) == 2
 
 
 def readers(dataset: Sized | Dataset[Any], size: int) -> int:

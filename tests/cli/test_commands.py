@@ -246,6 +246,7 @@ def test_prune_prints_the_report_of_the_library(here: Path, capsys: pytest.Captu
         allocation="uniform", inexact=True, compensate="merge,bn", seed=3,
         test=tasks.evaluation_batches(bundle, "test"),
     )  # fmt: skip
+    assert any("lenet5 has fresh random weights" in warning for warning in shown.pop("warnings"))
     own = {"model": "lenet5", "file": "small.safetensors"}
     after = {**result.report["after"], "file_bytes": (here / "small.safetensors").stat().st_size}
     assert shown == {**json.loads(json.dumps(result.report)), **own, "after": after}
@@ -509,7 +510,7 @@ def test_progress_follows_every_event_of_a_run(here: Path, monkeypatch: pytest.M
     show = runs.Show(Steps())
     show(Event("batch", "finetune", 2, 1, 1, 3, batch=4, batches=9, loss=0.5))
     show(Event("episode", "judge", 2, 1, record={"accepted": False, "metric_tuned": 0.915, "macs": 12_000}))
-    assert lines[0] == ("  epoch", 4, 9, "finetune 1/3")
+    assert lines[0] == ("  batches", 4, 9, "round 2, fine-tuning, epoch 1 of 3")
     show(Event("batch", "measure", 2, 1, 0, 0, batch=11, batches=30))
     assert lines[-2][:3] == ("  measuring", 11, 30)
     assert lines[-1][3] == "round 2, phase 1; 91.50% at 12,000 MACs, reverted"

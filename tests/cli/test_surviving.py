@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from secateur import checkpoint
+from secateur.cli import signals
 from secateur.cli.commands import main
 from secateur.data import ImageTensors
 from secateur.data.bundle import Normalise
@@ -90,10 +91,10 @@ def test_a_run_that_a_scheduler_stops_goes_on_by_the_same_command(
     stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
     for line in (
         (
-            r"round 2, finetune, epoch 1/1: loss [\d.e-]+, lr 0.02, \d+ images/s, last accepted accuracy [\d.]+%, "
-            r"[\d,]+ MACs; next: measure and judge"
+            r"round 2, fine-tuning, epoch 1/1: loss [\d.e-]+, lr 0.02, \d+ images/s, last accepted accuracy [\d.]+%, "
+            r"[\d,]+ MACs; next: accept the round or revert it"
         ),
-        r"round 2: accepted, accuracy [\d.]+%, [\d,]+ MACs; next: round 3",
+        r"round 2: accepted, accuracy [\d.]+%, [\d,]+ MACs; next: measure the result",
         r"result: accuracy [\d.]+%, [\d,]+ MACs; next: write the result",
     ):
         assert re.search(f"^{stamp}{line}$", shown.err, re.MULTILINE), shown.err
@@ -286,3 +287,24 @@ def test_a_result_of_a_pruned_network_has_all_plans_from_the_first_writing(here:
     words = [w for w in WORDS if w not in ("--baseline", "epochs=2")]
     assert main(["compress", *words, "--weights", "first.safetensors", "--run-dir", "run", "--json", "--quiet"]) == 0
     assert len(checkpoint.read_header(here / "run" / "model.safetensors").plans) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_arrives_where_nothing_can_be_raised_is_not_lost(
+    number: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As in a finaliser, or while a process that reads images is forked."""
+
+    class Finalised:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)
+            time.sleep(0.001)
+
+    def heeding() -> None:
+        with signals.heeded():
+            Finalised()
+            signals.check()
+
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else signals.Stopped):
+        heeding()
+    assert capfd.readouterr().err == ""

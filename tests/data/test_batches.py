@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from secateur.data import Batches, CropFlip, ImageTensors, Normalise
+from secateur.data.batches import _subordinate
 from secateur.errors import DataError, UsageError
 
 
@@ -207,3 +210,19 @@ def test_a_process_a_core_reads_files_and_none_reads_memory(monkeypatch: pytest.
     assert tasks.readers(range(32), 4) == 0, "eight batches are read sooner than processes are started"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2 * cores))
     assert tasks.readers(range(100), 4) == 1, "processes that train together share the cores"
+
+
+def test_a_reader_leaves_ctrl_c_to_its_caller_and_says_nothing_when_it_hangs_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[type[BaseException]] = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, *_: told.append(kind))
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        _subordinate(0)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    for error in (BrokenPipeError(), ConnectionResetError(), EOFError(), ValueError()):
+        sys.excepthook(type(error), error, None)
+    assert told == [ValueError]

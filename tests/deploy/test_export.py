@@ -167,7 +167,7 @@ def test_a_missing_extra_says_what_to_install(tmp_path: Path, monkeypatch: pytes
         "secateur.deploy.failures.importlib.import_module",
         lambda name: (_ for _ in ()).throw(ImportError(name)) if name == "onnxscript" else real(name),
     )
-    with pytest.raises(UsageError, match=r"onnxscript is not installed.*pip install 'secateur\[onnx\]'"):
+    with pytest.raises(UsageError, match=r"onnxscript is not installed.*pip install '\.\[onnx\]'"):
         export(Net(), tmp_path / "net.onnx", torch.randn(2, 3, 8, 8))
 
 

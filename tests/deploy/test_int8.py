@@ -189,7 +189,7 @@ def test_a_missing_package_says_what_to_install(
     monkeypatch.setattr("secateur.deploy.failures.importlib.import_module", without)
     extra = "onnx" if kind == "onnx" else "int8"
     seen = int8.read(IMAGES, None, 16)
-    with pytest.raises(sc.UsageError, match=re.escape(f"pip install 'secateur[{extra}]'")):
+    with pytest.raises(sc.UsageError, match=re.escape(f"pip install '.[{extra}]'")):
         int8.quantise(kind, tmp_path / "net", tmp_path / f"q.{kind}", seen, ((IMAGES[0],), {}), True)
 
 

@@ -209,7 +209,7 @@ def test_an_input_is_guessed_from_the_first_layer_and_said(
     before = {name: value.clone() for name, value in network.state_dict().items()}
     guess = sources.SourceModel(network, None, "net.py:build").inputs
     assert guess.shape == (1, channels, side, side)
-    assert f"net.py:build: takes 1x{channels}x{side}x{side}, as its first layer" in caplog.text
+    assert f"net.py:build: run on 1x{channels}x{side}x{side}: channels as its first layer has them" in caplog.text
     assert network.training
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from secateur.deploy.timing.machine import (
     weight_bytes,
 )
 from secateur.deploy.timing.result import BenchmarkResult, RoundToChoice, Row, Setting, Skipped, SpeedUp
-from secateur.deploy.turns import CLOCKS, Measurement, bound, interleaved
+from secateur.deploy.turns import CLOCKS, Measurement, bound, interleaved, quartiles
 from secateur.errors import PlanError, SecateurError, UsageError
 from secateur.network.copies import replica
 from secateur.network.inputs import arguments
@@ -322,8 +321,7 @@ def _prepare(network: nn.Module, example_inputs: ExampleInputs, way: _Way) -> Ca
 
 
 def _speed_up(before: Measurement, after: Measurement, theoretical: float | None, setting: Setting) -> SpeedUp:
-    ratios = [a / b for a, b in zip(before.raw_times, after.raw_times, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+    low, middle, high = quartiles(after.raw_times, before.raw_times)
     return SpeedUp(*setting, middle, low, high, theoretical)
 
 

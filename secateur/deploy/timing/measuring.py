@@ -102,7 +102,7 @@ def fingerprint(runtime: str, threads: int) -> dict[str, Any]:
     names = ("processor", "cores", "cpu_capability", "torch")
     found = {name: value for name, value in environment().items() if name in names}
     if runtime == "onnxruntime":
-        require("onnx", "onnxscript", "onnxruntime")
+        require("onnx", "onnxscript", "onnxruntime", instead=", or measure in PyTorch (--runtime eager)")
         found["onnxruntime"] = importlib.metadata.version("onnxruntime")
     return {**found, "runtime": runtime, "threads": threads, "dtype": "float32"}
 

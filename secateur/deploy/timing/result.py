@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from secateur.deploy.turns import within_noise
+
 Setting = tuple[str, str, str, str, int, int]
 """Backend, device, precision, memory format, threads, batch size."""
 
@@ -53,6 +55,11 @@ class SpeedUp:
     """Third quartile of that ratio."""
     theoretical: float | None
     """Ratio of MACs; None where they were not counted."""
+
+    @property
+    def within_noise(self) -> bool:
+        """Whether the rounds differ by as much as the networks do."""
+        return within_noise(self.low, self.measured, self.high)
 
 
 @dataclass(frozen=True)
