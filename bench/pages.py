@@ -8,13 +8,25 @@ sections of ``docs/results.md`` do. Each bench writes its own section in the sam
 
 from __future__ import annotations
 
-from bench import accuracy_tables, criteria, finetuning, gpu_tables, int8, latency, patterns, recipes, zoo_table
+from bench import (
+    accuracy_tables,
+    criteria,
+    finetuning,
+    gpu_tables,
+    int8,
+    latency,
+    optimisation,
+    patterns,
+    recipes,
+    zoo_table,
+)
 
 STORES = [
     patterns.STORE,
     zoo_table.STORE,
     *criteria.STORES.values(),
     finetuning.STORE,
+    optimisation.STORE,
     recipes.STORE,
     accuracy_tables.STORE,
     latency.STORE,
@@ -27,6 +39,7 @@ SECTIONS = [
     zoo_table.SECTION,
     *criteria.SECTIONS.values(),
     finetuning.SECTION,
+    optimisation.SECTION,
     recipes.SECTION,
     accuracy_tables.SECTION,
     latency.SECTION,
