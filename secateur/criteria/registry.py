@@ -29,6 +29,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from secateur.errors import CriterionError, UsageError
+from secateur.network.kinds import checked_class
 
 ENTRY_POINT_GROUP = "secateur.criteria"
 
@@ -93,6 +94,7 @@ class Selection:
     pairs: tuple[Pair, ...] = ()
 
 
+@checked_class
 @dataclass(frozen=True)
 class Criterion:
     """A way to tell which channels of a group matter least.

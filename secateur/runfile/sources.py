@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from secateur import criteria
 from secateur.criteria import Criterion
-from secateur.errors import DataError, UsageError
+from secateur.criteria.feature_maps import first_line
+from secateur.errors import DataError, SecateurError, UsageError
 from secateur.network.isolation import left_as_found
+from secateur.pruning.comparison import outputs
 from secateur.runfile import user_code, weight_files
 
 if TYPE_CHECKING:
@@ -187,10 +189,29 @@ def open_model(
         example = ([_noise(bundle.input_shape)],)
     elif bundle is not None:
         example = _noise((1, *bundle.input_shape))
+        _require_taken(found, example, bundle)
     built, plans = found.model, found.plans
     if weights is not None and version(weights) is None:
         built, plans = weight_files.filled(built, found.name, options, weights)
     return SourceModel(built.eval(), example, found.name, plans, options, bundle)
+
+
+def _require_taken(found: SourceModel, example: Tensor, bundle: DataBundle) -> None:
+    """Refuse data of a shape that the network fails on, before any work is done for them.
+
+    Raises:
+        UsageError: If it does.
+    """
+    try:
+        outputs(found.model, example)
+    except SecateurError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"{found.name}: fails on inputs of shape {tuple(example.shape)}, of DataBundle.input_shape of "
+            f"{bundle.name}: {first_line(error).rstrip('.')}. Build it for that shape (--model-option), or give data "
+            "of the shape that it takes."
+        ) from error
 
 
 def _in_channels(found: SourceModel, bundle: DataBundle) -> DataBundle:
@@ -259,6 +280,8 @@ def data(spec: str, options: Mapping[str, Any] | None = None) -> DataBundle:
     for part in ("train", "validation", "test"):
         if len(getattr(bundle, part)) == 0:
             raise DataError(f"{spec}: the {part} set is empty; nothing can be measured on it.")
+        if kind not in DATASETS:
+            _require_shape(getattr(bundle, part), f"{spec}: {part}", bundle)
         boxes = getattr(getattr(bundle, part), "boxes", None)
         if boxes == 0:
             raise DataError(
@@ -266,6 +289,24 @@ def data(spec: str, options: Mapping[str, Any] | None = None) -> DataBundle:
                 "split it otherwise, or give more of them."
             )
     return bundle
+
+
+def _require_shape(part: Any, where: str, bundle: DataBundle) -> None:
+    """Refuse data of another shape than they are said to be; photographs with boxes are of any size.
+
+    Raises:
+        DataError: If the first example is no pair, or of another shape.
+    """
+    first = part[0]
+    if isinstance(first, Mapping):  # of keyword arguments
+        return
+    if not isinstance(first, (tuple, list)) or len(first) != 2:
+        raise DataError(f"{where}: expected pairs (input, target); the first example is a {type(first).__name__}.")
+    if isinstance(first[0], Tensor) and bundle.task != "detection" and first[0].shape != tuple(bundle.input_shape):
+        raise DataError(
+            f"{where}: the first input is of shape {tuple(first[0].shape)}, and DataBundle.input_shape says "
+            f"{tuple(bundle.input_shape)}; make them agree."
+        )
 
 
 def method(spec: str) -> str | Criterion:
