@@ -117,7 +117,10 @@ def prune(
     report |= _figures(graph, plan, target) | {"verification": asdict(check)}
     report |= {"compensation": _compensated(model, small, plan, way, data, graph, example_inputs, steps)}
     _evaluate({"before": model, "after": small}, report, test, evaluation.chosen(metric), steps)
-    report |= {"parts": {**way.parts, "allocation": planner.allocated}, "notes": planner.notes}
+    parts = {**way.parts, "allocation": planner.allocated}
+    if target is None:  # ratios alone leave nothing to allocate
+        del parts["allocation"]
+    report |= {"parts": parts, "notes": planner.notes}
     return PruneResult(small, plan, check, graph, report | {"method": way.name, "allocation": planner.allocated})
 
 
