@@ -83,10 +83,10 @@ class DataBundle:
         where = f"data {self.name}"
         for part in ("train", "validation", "test"):
             require_dataset(getattr(self, part), f"{where}: {part}")
-        shape = self.input_shape
+        shape: Any = self.input_shape
         if not isinstance(shape, Sequence) or not shape or not all(isinstance(n, int) and n > 0 for n in shape):
             raise DataError(f"{where}: input_shape: expected that of one input, such as (3, 32, 32); found {shape!r}.")
-        names = self.classes
+        names: Any = self.classes
         if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
             raise DataError(f'{where}: classes: expected their names, such as ("cat", "dog"); found {names!r}.')
 
