@@ -114,6 +114,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    if not isinstance(value, type):  # a function: what it is given is of the right kind, or refused in one line
+        value = import_module(f"{__name__}.network.kinds").checked(value, name)
     globals()[name] = value
     return value
 

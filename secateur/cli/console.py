@@ -261,6 +261,7 @@ def graph_values(graph: ChannelGraph) -> dict[str, Any]:
 def show_graph(graph: ChannelGraph, name: str, seconds: float, figure: Path | None = None) -> None:
     """Print the groups of a network, what can't be pruned, a line that sums it up, and where the figure is."""
     from secateur.graph import cost
+    from secateur.graph.channels import MACS_OF_A_GROUP
 
     out = output()
     table = _table("group", "channels>", "written by", "read by", "constraint", "MACs>")
@@ -277,6 +278,8 @@ def show_graph(graph: ChannelGraph, name: str, seconds: float, figure: Path | No
             f"{macs / total:.1%}",
         )
     out.print(table)
+    if graph.groups:
+        out.print(f"MACs: {MACS_OF_A_GROUP}", markup=False, soft_wrap=True)
     if graph.refused:
         refused = _table("not pruned", "in module", "at", "because")
         for refusal in graph.refused:
@@ -299,7 +302,7 @@ def show_graph(graph: ChannelGraph, name: str, seconds: float, figure: Path | No
 def show_sensitivity(table: Sensitivity, name: str, seconds: float, files: Mapping[str, str | None]) -> None:
     """Print what each group loses, the most harmful first, and where table and figure are."""
     out = output()
-    out.print(str(table), markup=False, soft_wrap=True)
+    out.print(table.table(), markup=False, soft_wrap=True)
     out.print(
         f"\n{name}: {len(table.damage)} groups measured on {table.images} images in {seconds:.0f} s",
         style="bold",
@@ -437,13 +440,11 @@ def verdict(check: Mapping[str, Any], *, tuned: bool = False) -> str:
 
 
 def _group_macs(graph: ChannelGraph) -> list[int]:
-    """MACs, for one example, of the layers that write each group's channels."""
+    """MACs, for one example, that go with all of each group's channels."""
     from secateur.graph import cost
 
-    spent: dict[str, int] = {}
-    for layer in cost.layer_costs(graph):
-        spent[layer.module] = spent.get(layer.module, 0) + layer.macs
-    return [sum(spent.get(module, 0) for module in _layers(graph, group.producers)) for group in graph.groups]
+    total = cost.macs(graph)
+    return [round(total * graph.share_of_macs(group)) for group in graph.groups]
 
 
 def _prunable(graph: ChannelGraph) -> int:

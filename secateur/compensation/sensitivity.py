@@ -41,6 +41,7 @@ from secateur.network.named import tensors_named
 
 FORMAT_VERSION = 1
 LEVELS = 8
+_MOST_GROUPS = 20
 
 Share = Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]]
 """``share(name, measure)`` -> the table, as JSON data, that is kept under the name; what ``measure()`` returns if none.
@@ -50,7 +51,7 @@ what one would have measured oneself, bit for bit.
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sensitivity:
     """What each group's loss does to one network; ``allocation=`` of :func:`secateur.plan` takes it."""
 
@@ -123,12 +124,27 @@ class Sensitivity:
 
         return plotly_figure(self, plan)
 
+    def __repr__(self) -> str:
+        return f"Sensitivity({len(self.damage)} groups, {self.measure} on {self.images} images)"
+
     def __str__(self) -> str:
-        width = max((len(name) for name in self.damage), default=5)
+        """Return the table, of many groups the most harmful ones."""
+        return self.table(_MOST_GROUPS)
+
+    def table(self, groups: int | None = None) -> str:
+        """Return what each group loses at each width, the most harmful first.
+
+        Args:
+            groups: How many to show; all when None.
+        """
+        harm = sorted(self.damage.items(), key=lambda item: -max(item[1].values(), default=0.0))
+        width = max((len(name) for name, _ in harm[:groups]), default=5)
         lines = [f"{'group':<{width}}  channels  removed: damage ({self.measure})"]
-        for name, own in sorted(self.damage.items(), key=lambda item: -max(item[1].values(), default=0.0)):
+        for name, own in harm[:groups]:
             cells = "  ".join(f"{n}: {d:.2g}" for n, d in own.items())
             lines.append(f"{name:<{width}}  {self.sizes[name]:>8}  {cells}")
+        if groups is not None and len(harm) > groups:
+            lines.append(f"... and {len(harm) - groups} groups with less harm; print(table.table()) shows all")
         return "\n".join(lines)
 
 

@@ -29,6 +29,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from secateur.errors import CriterionError, UsageError
+from secateur.network.kinds import checked_class
 
 ENTRY_POINT_GROUP = "secateur.criteria"
 
@@ -85,14 +86,19 @@ class Pair:
     """How alike they are, e.g. Pearson's ρ, signed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Selection:
     """Channels of one group to remove, in the order in which the criterion picked them."""
 
     removed: tuple[int, ...]
     pairs: tuple[Pair, ...] = ()
 
+    def __repr__(self) -> str:
+        first = ", ".join(map(str, self.removed[:8])) + (", ..." if len(self.removed) > 8 else "")
+        return f"Selection({len(self.removed)} channels: {first})"
 
+
+@checked_class
 @dataclass(frozen=True)
 class Criterion:
     """A way to tell which channels of a group matter least.

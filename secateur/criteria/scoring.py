@@ -30,6 +30,25 @@ Unseen = Literal["skip", "weights", "error"]
 _LOG = logging.getLogger(__name__)
 
 
+class Scores(dict[str, Tensor]):
+    """Group name -> one score a channel; as a text, the range of each group's."""
+
+    def __repr__(self) -> str:
+        return f"Scores({len(self)} groups)"
+
+    def __str__(self) -> str:
+        width = max((len(name) for name in self), default=5)
+        lines = [f"{'group':<{width}}  channels   lowest  highest"]
+        for name, values in list(self.items())[:_MOST_GROUPS]:
+            lines.append(f"{name:<{width}}  {len(values):>8} {values.min():>8.3g} {values.max():>8.3g}")
+        if len(self) > _MOST_GROUPS:
+            lines.append(f"... and {len(self) - _MOST_GROUPS} more groups")
+        return "\n".join(lines)
+
+
+_MOST_GROUPS = 20
+
+
 @dataclass
 class _Scoring:
     """One criterion on its way over the groups of one network."""
@@ -159,7 +178,7 @@ def score(
     settings = {"loss": loss, "positions": positions, "exact": exact, "seed": seed, "memory": memory}
     names = _scored(graph, inexact) if groups is None else groups
     scoring = _prepare(model, graph, criterion, data, names, settings, unseen, options, selecting=False)
-    return scoring.each(lambda group: _scores(scoring.gatherer, group), lambda _, scores: scores)
+    return Scores(scoring.each(lambda group: _scores(scoring.gatherer, group), lambda _, scores: scores))
 
 
 def _scores(gatherer: Gatherer, group: ChannelGroup) -> Tensor:

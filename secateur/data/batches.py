@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from secateur.data.bundle import require_dataset
 from secateur.data.tensors import ImageTensors
 from secateur.errors import DataError, UsageError
 
@@ -42,7 +43,7 @@ class Batches:
 
     Raises:
         UsageError: If the batch size is below 1 or the number of workers below 0.
-        DataError: If the data set is empty, or holds no full batch where only full ones are taken.
+        DataError: If it is no data set or empty, or holds no full batch where only full ones are taken.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Batches:
         drop_last: bool = False,
         workers: int = 0,
     ) -> None:
+        require_dataset(dataset, "batches")
         if batch_size < 1 or workers < 0:
             raise UsageError(f"batches: batch_size is at least 1 and workers 0, found {batch_size} and {workers}.")
         self.dataset, self.batch_size = dataset, batch_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -73,6 +73,42 @@ class DataBundle:
     """One class an image; boxes; or a class for every pixel."""
     with_channels: Callable[[int], DataBundle] | None = field(default=None, compare=False, repr=False)
     """Gives the same images decoded to another number of channels; None where that is settled."""
+
+    def __post_init__(self) -> None:
+        """Refuse parts that are no data sets, a shape that is none, and classes without names.
+
+        Raises:
+            DataError: If one is not what it has to be.
+        """
+        where = f"data {self.name}"
+        for part in ("train", "validation", "test"):
+            require_dataset(getattr(self, part), f"{where}: {part}")
+        shape: Any = self.input_shape
+        if not isinstance(shape, Sequence) or not shape or not all(isinstance(n, int) and n > 0 for n in shape):
+            raise DataError(f"{where}: input_shape: expected that of one input, such as (3, 32, 32); found {shape!r}.")
+        names: Any = self.classes
+        if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
+            raise DataError(f'{where}: classes: expected their names, such as ("cat", "dog"); found {names!r}.')
+
+
+def require_dataset(value: Any, where: str) -> None:
+    """Refuse what is no data set: it has a length, and gives an element by its number.
+
+    Args:
+        value: What is to be one.
+        where: What it is called.
+
+    Raises:
+        DataError: If it is something else, such as batches or a tensor.
+    """
+    array = hasattr(value, "__array__") or isinstance(value, (str, bytes, Mapping))
+    lone = isinstance(value, (list, tuple)) and bool(value) and hasattr(value[0], "__array__")
+    if hasattr(value, "__len__") and hasattr(value, "__getitem__") and not array and not lone:
+        return
+    found = type(value).__name__ + (f" of {type(value[0]).__name__}" if lone else "")
+    loader = type(value).__name__ == "DataLoader"
+    remedy = "give its .dataset; batches are made of it." if loader else "TensorDataset(inputs, targets) is one."
+    raise DataError(f"{where}: expected a data set of pairs (input, target), with a length; found {found}: {remedy}")
 
 
 def stratified(labels: Sequence[int], share: float | int, seed: int, where: str) -> tuple[Tensor, Tensor]:

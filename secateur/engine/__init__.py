@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from secateur.criteria import Criterion
 from secateur.engine import ending, log, record
 from secateur.engine.events import Event, Progress
 from secateur.engine.loop import Engine
@@ -44,7 +45,7 @@ __all__ = [
 
 def compress(
     model: nn.Module,
-    method: Any = "auto",
+    method: str | Criterion | Callable[..., Any] = "auto",
     *,
     train: Batches,
     validation: Batches,
@@ -130,7 +131,7 @@ def resume(
     validation: Batches,
     test: Batches | None = None,
     example_inputs: Any = None,
-    method: Any = None,
+    method: str | Criterion | Callable[..., Any] | None = None,
     loss: Loss | None = None,
     metric: Metric | Any = None,
     progress: Progress | None = None,

@@ -111,6 +111,8 @@ class Scores(Selection):
             parts["allocation"] = "widths"
         elif parts["allocation"] == SENSITIVITY and not (state.table or {}).get("sizes"):
             parts["allocation"] = "normalized"
+        if not self.goals and self.target is None and self.options.ratios:  # they leave nothing to allocate
+            del parts["allocation"]
         return parts
 
     @staticmethod

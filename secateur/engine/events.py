@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Event:
 Progress = Callable[[Event], None]
 
 
+@runtime_checkable
 class Steps(Protocol):
     """Where a command shows which of its steps is running, and how far it is."""
 

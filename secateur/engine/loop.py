@@ -97,6 +97,8 @@ class Engine:
         self.runtime: Accelerator = stages.accelerator(self.settings.device)
         self.original = replica(unwrapped(model)).to(self.runtime.device)
         self.example_inputs = request.example(example_inputs, validation, self.runtime.device)
+        # First of all that runs the network: its error names the shape that the network fails on.
+        self.graph: ChannelGraph = trace(self.original, self.example_inputs)
         asked = self.settings
         self.arithmetic = self._agreed(
             lambda: decide(
@@ -108,7 +110,6 @@ class Engine:
         )
         computed = self.arithmetic
         self.settings = replace(filled, precision=computed.precision, channels_last=computed.channels_last)
-        self.graph: ChannelGraph = trace(self.original, self.example_inputs)
         self.selection: Selection = request.selection(
             self.original, self.graph, method, self.options, self.settings, target,
             train=train, loss=loss, seed=seed, example_inputs=self.example_inputs, runtime=self.runtime,

@@ -124,7 +124,10 @@ def prune(
         (report["before"].get("test"), report["after"].get("test")),
         "'secateur compress' prunes and trains it back; or let less go",
     )
-    report |= {"parts": {**way.parts, "allocation": planner.allocated}, "notes": planner.notes}
+    parts = {**way.parts, "allocation": planner.allocated}
+    if target is None:  # ratios alone leave nothing to allocate
+        del parts["allocation"]
+    report |= {"parts": parts, "notes": planner.notes}
     return PruneResult(small, plan, check, graph, report | {"method": way.name, "allocation": planner.allocated})
 
 

@@ -12,6 +12,7 @@ from secateur.compensation import parse
 from secateur.compensation.least_squares import refit
 from secateur.criteria.papers.singh2020cfp import Form, Order
 from secateur.errors import UsageError
+from secateur.network.kinds import checked_class
 from secateur.pruning.options import OptionKeywords, Options
 from secateur.training.arithmetic import PRECISIONS
 from secateur.training.stages import Distillation, TrainingSettings
@@ -20,6 +21,7 @@ Share = Literal["mean", "macs", "first"]
 """How the producers of a coupled group share in the score of its pairs."""
 
 
+@checked_class
 @dataclass(frozen=True)
 class Settings:
     """Settings of :func:`secateur.compress`; every field is a keyword of it and a key of ``settings:`` in a run file.

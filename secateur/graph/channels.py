@@ -7,7 +7,7 @@ the model, so it can be printed, compared and stored.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -46,13 +46,13 @@ class Member:
     """Qualified name of the module that owns it, e.g. ``layer1.0.conv1``; empty for the model itself."""
     dim: int
     role: Role
-    positions: IndexArray
-    channels: IndexArray
+    positions: IndexArray = field(repr=False)
+    channels: IndexArray = field(repr=False)
     blocks: int = 1
     read: bool = False
     """Whether the code reads channels along this dimension: of every consumer, and of a producer whose weight is tied
     to a consumer's."""
-    order: Order | None = None
+    order: Order | None = field(default=None, repr=False)
     """How ``positions`` lie behind a shuffle; None where none moves them."""
 
 
@@ -82,17 +82,17 @@ class ChannelGroup:
     name: str
     """Name of the first producer module in execution order."""
     size: int
-    members: tuple[Member, ...]
-    blocks: IndexArray
-    removable: NDArray[np.bool_]
+    members: tuple[Member, ...] = field(repr=False)
+    blocks: IndexArray = field(repr=False)
+    removable: NDArray[np.bool_] = field(repr=False)
     exact: bool = True
     """False where removal can't equal zeroing (a norm or softmax over the channels themselves)."""
     reason: str = ""
     """Why the group is inexact; empty when it is exact."""
-    schedule: IndexArray | None = None
+    schedule: IndexArray | None = field(default=None, repr=False)
     """How many channels each block has lost after each step, shape ``(steps, blocks)``; None where every block loses
     the same fraction, as all can but those behind a shuffle that is cut into halves of odd length."""
-    staying: tuple[Staying, ...] = ()
+    staying: tuple[Staying, ...] = field(default=(), repr=False)
     """Sets of channels some of which have to stay."""
     least: int = 1
     """How many channels have to stay: with fewer, code that computes with their number fails or does something else."""
@@ -258,7 +258,7 @@ class AttributeRule:
     channel: IndexArray
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ChannelGraph:
     """What :func:`secateur.trace` found: the groups that can be pruned, and what can't, each with its reason."""
 
@@ -302,33 +302,65 @@ class ChannelGraph:
         return found or member.tensor
 
     def share_of_macs(self, group: ChannelGroup) -> float:
-        """Return the share of all MACs that lies in layers which make or read the group's channels."""
-        index = self.groups.index(group)
-        touching = sum(
-            p.macs for p in self.layers if any(g is not None and (g == index).any() for g in (p.in_group, p.out_group))
-        )
-        return touching / max(sum(p.macs for p in self.layers), 1)
+        """Return the share of the network's MACs that would go with all the group's channels.
+
+        They lie in the layers that make or read the channels, each counted by its filters, and the slices of filters,
+        that go. A layer between two groups counts for both, so that the shares of all groups sum up to more than 1.
+        """
+        index, gone = self.groups.index(group), 0.0
+        for port in self.layers:
+            made, read = (0.0 if g is None else float((g == index).mean()) for g in (port.out_group, port.in_group))
+            depthwise = port.groups > 1 and port.groups == port.in_channels  # one filter reads one channel
+            gone += port.macs * (made if depthwise else 1 - (1 - made) * (1 - read))
+        return gone / max(sum(p.macs for p in self.layers), 1)
+
+    def __repr__(self) -> str:
+        channels = sum(group.size for group in self.groups)
+        return f"ChannelGraph({len(self.groups)} groups, {channels} channels, {len(self.refused)} refusals)"
 
     def __str__(self) -> str:
-        """Return the groups as a table, then what can't be pruned and why."""
+        """Return the groups as a table, then what can't be pruned and why; of many, those that matter most."""
+        return self.table(_MOST_GROUPS, _MOST_REFUSALS)
+
+    def table(self, groups: int | None = None, refusals: int | None = None) -> str:
+        """Return the groups as a table, then what can't be pruned and why.
+
+        Args:
+            groups: How many groups to show, those with the largest share of MACs; all when None.
+            refusals: How many refusals, and how many notes; all when None.
+        """
         header = ("group", "size", "MACs", "constraint", "producers", "consumers")
         rows = [header]
-        for group in self.groups:
+        shares = [self.share_of_macs(group) for group in self.groups]
+        shown = sorted(sorted(range(len(shares)), key=lambda i: -shares[i])[:groups])
+        for group, part in ((self.groups[i], shares[i]) for i in shown):
             rule = group.constraint if group.exact else ", ".join(filter(None, ("inexact", group.constraint)))
             producers = list(dict.fromkeys(self.layer_of(m) for m in group.producers))
             consumers = list(dict.fromkeys(self.layer_of(m) for m in group.consumers))
-            share = f"{self.share_of_macs(group):.1%}"
-            rows.append((group.name, str(group.size), share, rule or "-", _listed(producers), _listed(consumers)))
+            rows.append(
+                (group.name, str(group.size), f"{part:.1%}", rule or "-", _listed(producers), _listed(consumers))
+            )
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        if len(shown) < len(shares):
+            lines.append(f"... and {len(shares) - len(shown)} groups with less; print(graph.table()) shows all")
+        if shown:
+            lines.append(f"MACs: {MACS_OF_A_GROUP}")
         channels = sum(g.size for g in self.groups)
         lines.append(f"{len(self.groups)} groups, {channels} channels; {len(self.refused)} reasons why others stay:")
-        for refusal in self.refused:
+        for refusal in self.refused[:refusals]:
             where = ", ".join(filter(None, (refusal.module, refusal.source)))
             at = f" ({where})" if where else ""
             lines.append(f"  {_listed(list(refusal.tensors))}: {refusal.operator}{at}: {refusal.reason}")
-        lines.extend(f"  note: {note}" for note in self.notes)
+        if (left := len(self.refused) - len(self.refused[:refusals])) > 0:
+            lines.append(f"  ... and {left} more in graph.refused")
+        lines.extend(f"  note: {note}" for note in self.notes[:refusals])
         return "\n".join(lines)
+
+
+MACS_OF_A_GROUP = "the share that goes with all the group's channels; a layer between two groups counts for both"
+"""What tables call :meth:`ChannelGraph.share_of_macs`."""
+_MOST_GROUPS, _MOST_REFUSALS = 14, 5
 
 
 def _listed(names: list[str], most: int = 2) -> str:

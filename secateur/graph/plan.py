@@ -17,12 +17,13 @@ from secateur.graph.structure import Index, Indices, Record, checked, parsed
 FORMAT_VERSION = 1
 """Version of the plan's JSON form; raised when an older reader could misread a newer plan."""
 
+_MOST_GROUPS = 20
 
 Selection = dict[str, list[int]]
 """Group name -> channels of the group that are removed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PruningPlan:
     """What to keep of a network, as plain data: names and integers.
 
@@ -52,6 +53,20 @@ class PruningPlan:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Shape in the original model of every tensor that the plan touches, to refuse another model."""
     version: int = FORMAT_VERSION
+
+    def __repr__(self) -> str:
+        channels = sum(map(len, self.removed.values()))
+        return f"PruningPlan({channels} channels of {len(self.removed)} groups removed)"
+
+    def __str__(self) -> str:
+        """Return how many channels each group loses; of many groups, those that lose most."""
+        most = sorted(self.removed, key=lambda name: -len(self.removed[name]))[:_MOST_GROUPS]
+        width = max((len(name) for name in most), default=0)
+        lines = [f"{sum(map(len, self.removed.values()))} channels of {len(self.removed)} groups go"]
+        lines += [f"  {name:<{width}}  {len(self.removed[name])}" for name in self.removed if name in most]
+        if len(most) < len(self.removed):
+            lines.append(f"  ... and fewer of {len(self.removed) - len(most)} more in plan.removed")
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON data; integer keys become strings."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -39,6 +39,7 @@ class Table(Protocol):
         """Group -> channels removed -> damage."""
 
 
+@runtime_checkable
 class Times(Protocol):
     """Times of a network's layers over their widths on one machine, as :func:`secateur.latency` has measured them."""
 

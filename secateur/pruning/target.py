@@ -9,6 +9,7 @@ from secateur.errors import UsageError
 from secateur.graph import cost
 from secateur.graph.channels import ChannelGraph
 from secateur.graph.plan import PruningPlan
+from secateur.network.kinds import checked_class
 from secateur.pruning.allocation import Times
 
 QUANTITIES = ("macs", "params", "channels", "memory", "latency")
@@ -18,6 +19,7 @@ _SETTING: dict[str, Any] = {"batch": 8, "runtime": RUNTIMES[0], "threads": 1}
 """What latency is counted at, where the target does not say."""
 
 
+@checked_class
 @dataclass(frozen=True)
 class Target:
     """How much to remove: each a fraction of the unpruned network's, in (0, 1); exactly one is given."""

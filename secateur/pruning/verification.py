@@ -55,6 +55,15 @@ class VerificationReport:
         """Whether the pruned network runs in train mode, if the original does."""
         return not self.training_failure
 
+    def __str__(self) -> str:
+        """Return the finding in a line, then at most five of what differs and of what could not be checked."""
+        found = "exact" if self.exact else "not exact"
+        lines = [f"{found}: outputs differ by at most {self.max_error:.1e} of their largest value ({self.dtype})"]
+        for what, names in (("differs", self.mismatched), ("unchecked", self.refused), ("kept", self.kept)):
+            lines += [f"  {what}: {name}" for name in names[:5]]
+            lines += [f"  {what}: ... and {len(names) - 5} more"] if len(names) > 5 else []
+        return "\n".join(lines)
+
 
 def verify(
     model: nn.Module, small: nn.Module, plan: PruningPlan, example_inputs: Any, *, tolerance: float | None = None

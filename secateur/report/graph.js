@@ -27,7 +27,7 @@
   const brief = (group) => group.size + " channels, " + percent(group.macs) + " of the MACs";
   function about(group) {
     const free = group.removable < group.size ? ", " + group.removable + " removable" : "";
-    return group.size + " channels" + free + "; " + percent(group.macs) + " of the MACs are in layers that make or read them";
+    return group.size + " channels" + free + "; " + percent(group.macs) + " of the MACs go with all of them";
   }
 
   // ---- what is picked --------------------------------------------------------------------------------------------

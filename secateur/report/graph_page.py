@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from secateur.graph import cost
-from secateur.graph.channels import Role
+from secateur.graph.channels import MACS_OF_A_GROUP, Role
 from secateur.report import html
 from secateur.report.coupling import Coupling, Mark, Row, Strand, height, lay_out
 from secateur.report.figures import Cell, Table, percent, quantity
@@ -17,7 +17,7 @@ from secateur.report.figures import Cell, Table, percent, quantity
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from secateur.graph.channels import ChannelGraph, ChannelGroup, Member
+    from secateur.graph.channels import MACS_OF_A_GROUP, ChannelGraph, ChannelGroup, Member
 
 ROW = 20
 """Pixels from one row to the next; the style sheet has the same number."""
@@ -184,7 +184,7 @@ def _group_table(graph: ChannelGraph, shares: list[float]) -> Table:
         ]
         for group, share in zip(graph.groups, shares, strict=True)
     ]
-    caption = "The groups; MACs is the share of all that lies in layers which make or read the channels"
+    caption = f"The groups; MACs: {MACS_OF_A_GROUP}"
     return Table(columns, rows, caption, {"MACs": "percent"})
 
 

@@ -9,7 +9,6 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,7 +20,7 @@ from secateur import criteria
 from secateur.criteria import Criterion
 from secateur.errors import DataError, UsageError, install
 from secateur.network.isolation import left_as_found
-from secateur.runfile import user_code, weight_files
+from secateur.runfile import fitting, user_code, weight_files
 
 if TYPE_CHECKING:
     from secateur.data import DataBundle
@@ -174,13 +173,13 @@ def open_model(
     """
     options = dict(options or {})
     if bundle is not None:
-        options = {**_fitting(spec, bundle), **options}
+        options = {**fitting.options(spec, bundle), **options}
     found = model(spec, options, pretrained=version(weights))
     if bundle is not None:
         from secateur.training.tasks import require_fit
 
         require_fit(found.model, found.name, bundle)
-        bundle = _in_channels(found, bundle)
+        bundle = fitting.in_channels(found.model, found.name, _noise((1, *bundle.input_shape)), bundle)
     shapes = list(shapes)
     example = found.example_inputs
     if shapes:
@@ -190,46 +189,13 @@ def open_model(
         example = ([_noise(bundle.input_shape)],)
     elif bundle is not None:
         example = _noise((1, *bundle.input_shape))
+        fitting.require_taken(found.model, found.name, example, bundle)
     elif weights is not None and version(weights) is None and (kept := weight_files.shapes(weights)):
         example = inputs(kept)
     built, plans = found.model, found.plans
     if weights is not None and version(weights) is None:
         built, plans = weight_files.filled(built, found.name, options, weights)
     return SourceModel(built.eval(), example, found.name, plans, options, bundle)
-
-
-def _in_channels(found: SourceModel, bundle: DataBundle) -> DataBundle:
-    """Return the data with as many channels as the first layer that runs takes, where they leave that open."""
-    from secateur.data.imagefolder import MODES
-
-    if bundle.with_channels is None:
-        return bundle
-    name, taken = _first_convolution(found.model, _noise((1, *bundle.input_shape)))
-    if taken in (None, bundle.input_shape[0]):
-        return bundle
-    if taken not in MODES:
-        raise UsageError(
-            f"{found.name}: {name} takes {taken} channels, and {bundle.name} reads images of 1, 3 or 4; give data of "
-            "your own, --data path/to/file.py:FUNCTION."
-        )
-    return bundle.with_channels(taken)
-
-
-def _first_convolution(network: nn.Module, images: Tensor) -> tuple[str, int | None]:
-    """Return the name and the input channels of the first convolution that runs; None where none does."""
-    names = {layer: name for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d)}
-    reached: list[nn.Conv2d] = []
-
-    def stop(layer: nn.Module, _: Any) -> None:
-        reached.append(cast(nn.Conv2d, layer))
-        raise RuntimeError("the first layer is reached")
-
-    # What goes on before that layer is the user's own code, and may refuse a number of channels by any error.
-    with left_as_found(network), ExitStack() as hooks, suppress(Exception):
-        for layer in names:
-            hooks.callback(layer.register_forward_pre_hook(stop).remove)
-        network.eval()(images)
-    return (names[reached[0]], reached[0].in_channels) if reached else ("", None)
 
 
 def data(spec: str, options: Mapping[str, Any] | None = None) -> DataBundle:
@@ -264,6 +230,8 @@ def data(spec: str, options: Mapping[str, Any] | None = None) -> DataBundle:
     for part in ("train", "validation", "test"):
         if len(getattr(bundle, part)) == 0:
             raise DataError(f"{spec}: the {part} set is empty; nothing can be measured on it.")
+        if kind not in DATASETS:
+            fitting.require_shape(getattr(bundle, part), f"{spec}: {part}", bundle)
         boxes = getattr(getattr(bundle, part), "boxes", None)
         if boxes == 0:
             raise DataError(
@@ -361,25 +329,6 @@ def absolute(spec: str) -> str:
     if head.endswith(".py"):
         return f"{Path(head).expanduser().absolute()}{colon}{tail}"
     return spec
-
-
-def _fitting(spec: str, bundle: DataBundle) -> dict[str, Any]:
-    """Options that fit a known network to a data set: number of classes, image channels, image size."""
-    kind = spec.partition(":")[0]
-    channels, side = bundle.input_shape[0], bundle.input_shape[-1]
-    classes = len(bundle.classes)
-    scored = {"num_classes": classes} if classes else {}  # data without labels leave that open
-    if kind == "timm":
-        return {**scored, "in_chans": channels}
-    from secateur.models import MODELS
-    from secateur.models.detectors import DETECTORS
-
-    if kind == "torchvision" or spec in DETECTORS:
-        # Detectors count the background as a class.
-        return {"num_classes": classes + (bundle.task == "detection")} if classes else {}
-    wanted = {**scored, "in_channels": channels, "in_size": side}
-    known = inspect.signature(MODELS[spec]).parameters if spec in MODELS else {}
-    return {key: value for key, value in wanted.items() if key in known}
 
 
 def _torchvision(name: str, options: dict[str, Any], pretrained: str | None) -> SourceModel:

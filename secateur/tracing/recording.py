@@ -239,9 +239,14 @@ class _Run:
         except Exception as error:
             where = f" in {call.module}" if call.module else ""
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            # A tuple is positional arguments, and one of numbers alone was mostly meant as a shape.
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_of((positional, keyword)))
+            of = f" of shape {shapes}" if shapes else ""
+            shape = not keyword and len(positional) > 1 and all(isinstance(value, int) for value in positional)
+            remedy = "Check their shapes, types and device."
             raise TraceError(
-                f"trace: the model fails on the example inputs{where}: {type(error).__name__}: {text.rstrip('.')}. "
-                "Check their shapes, types and device."
+                f"trace: the model fails on the example inputs{of}{where}: {type(error).__name__}: {text.rstrip('.')}. "
+                + (f"For a shape, give torch.randn{tuple(positional)}." if shape else remedy)
             ) from error
         call.operator, call.module = "model output", ""
         keep_returned(call, returned)

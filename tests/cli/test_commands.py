@@ -150,7 +150,8 @@ def test_trace_as_json_agrees_with_the_table(capsys: pytest.CaptureFixture[str])
     assert shown["prunable_channels"] == 18
     # CFP eqs. 1-3: 24·24·25·4 + 8·8·25·4·6 + 96·8 + 8·10
     assert shown["macs"] == 57_600 + 38_400 + 768 + 80
-    assert [g["macs"] for g in shown["groups"]] == [57_600, 38_400, 768]
+    # What goes with a whole group: the layer that makes its channels, and the one that reads them.
+    assert [g["macs"] for g in shown["groups"]] == [57_600 + 38_400, 38_400 + 768, 768 + 80]
 
 
 def test_trace_draws_a_figure_beside_the_table_or_the_json(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

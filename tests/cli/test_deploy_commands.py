@@ -10,6 +10,7 @@ from secateur.deploy import timing
 from tests.report.synthetic import write_run
 
 TINY = ["lenet5", "--model-option", "widths=[2, 3]", "--model-option", "hidden=4", "--model-option", "in_size=16"]
+DIGITS = ["--data", "digits", "--data-option", "size=16"]
 
 
 def test_report_writes_page_and_numbers_and_shows_the_headline(
@@ -142,7 +143,23 @@ def test_prune_measures_which_multiple_of_channels_is_fastest(capsys: pytest.Cap
         (["export", *TINY, "--out", "{}/net.onnx", "--int8"], 2, "give --data"),
         (["export", *TINY, "--out", "{}/net.onnx", "--calibration", "64"], 2, "are for --int8"),
         (["export", *TINY, "--out", "{}/q.onnx", "--int8", "--data", "digits", "--against", "original"], 2, "fresh"),
-        (["export", *TINY, "--out", "{}/q.pt2", "--int8", "--data", "digits", "--calibration", "3"], 2, "16 images"),
+        (
+            [
+                "export",
+                *TINY,
+                "--out",
+                "{}/q.pt2",
+                "--int8",
+                "--data",
+                "digits",
+                "--data-option",
+                "size=16",
+                "--calibration",
+                "3",
+            ],
+            2,
+            "16 images",
+        ),
     ],
 )
 def test_a_wrong_request_is_one_line_and_leaves_nothing(

@@ -98,7 +98,7 @@ def test_prune_and_compress_follow_an_option_alike(kind: type[nn.Module], method
     assert run.plan.removed == once.plan.removed
     assert run.report["final"]["widths"] | once.report["widths"]["after"] == run.report["final"]["widths"]
     for part in ("allocation", "selection"):
-        assert run.report["parts"][part] == once.report["parts"][part]
+        assert run.report["parts"].get(part) == once.report["parts"].get(part)
 
 
 def test_what_a_threshold_selects_is_the_same() -> None:

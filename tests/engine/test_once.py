@@ -275,7 +275,7 @@ ERRORS: list[tuple[dict[str, Any], type[SecateurError], str]] = [
     ({"target": None}, UsageError, "prune: how much? Give a target, such as Target(macs=0.5) (--macs), or ratios"),
     ({"target": sc.Target(macs=0.999)}, PlanError, "target: cannot remove 0.999 of the macs"),
     ({"method": "l3"}, UsageError, "unknown criterion 'l3'"),
-    ({"method": 3}, UsageError, "criterion: is a name, a Criterion or a function, found int"),
+    ({"method": 3}, UsageError, "prune: method: expected a criterion"),
     ({"method": "corrnet"}, UsageError, "prune: criterion corrnet looks at feature maps; give data=batches (--data"),
     ({"compensate": "bn"}, UsageError, "prune: compensation bn looks at feature maps; give data=batches (--data"),
     ({"compensate": "glue"}, UsageError, "unknown compensation 'glue'"),

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 import secateur as sc
+from secateur.cli import console
 from secateur.cli.commands import main
 from secateur.cli.console import error_line
 from secateur.cli.run_commands import _show_run
@@ -65,6 +66,7 @@ def test_accelerate_launch_on_a_cpu_says_why_it_starts_one_process(monkeypatch: 
 def test_only_the_first_process_shows_and_writes_whatever_has_started_it(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(console, "_warned", [])  # of earlier commands in this process
     assert launched.process() == 0
     monkeypatch.setenv(name, "1")
     assert launched.process() == 1

@@ -113,7 +113,7 @@ def test_programs_of_two_modes_are_left_in_theirs_and_so_are_their_copies() -> N
 
 
 def test_what_is_no_network_yet_or_any_more_is_refused_in_a_line() -> None:
-    with pytest.raises(sc.UsageError, match=r"expected a torch\.nn\.Module, found function"):
+    with pytest.raises(sc.UsageError, match=r"expected a network, a torch\.nn\.Module; found a function"):
         sc.trace(lambda x: x, X)
     with pytest.raises(sc.TraceError, match="1 is a lazy layer, whose shape is not known yet: run the network once"):
         sc.trace(nn.Sequential(nn.ReLU(), nn.LazyConv2d(4, 3)), X)

@@ -76,7 +76,7 @@ def test_a_label_that_the_detector_has_no_class_for_is_one_line(name: str) -> No
 @pytest.mark.parametrize(
     ("element", "message"),
     [
-        (torch.zeros(3, 4, 4), "an element is an image"),
+        (torch.zeros(3, 4, 4), "expected a data set of pairs"),
         ((torch.zeros(4, 4), {}), "an element is an image"),
         ((torch.zeros(3, 4, 4), 7), "an element is an image"),
         ((torch.zeros(3, 4, 4), {"boxes": torch.zeros(0, 4)}), "this target has boxes"),

@@ -32,7 +32,7 @@ class Grid:
     """Between two multiples of a step, of channels in and out, a layer takes as long as at the upper one."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Latency:
     r"""Times of a network's layers on one machine; ``costs=`` of :func:`secateur.plan` takes it.
 
@@ -149,6 +149,9 @@ class Latency:
             ValueError: If they are of another form.
         """
         return checked(cls, dict(given))
+
+    def __repr__(self) -> str:
+        return f"Latency({len(self.grids)} layers, batch {self.batch}, {self.runtime}, {self.threads} threads)"
 
     def __str__(self) -> str:
         lines = [f"batch {self.batch}, {self.runtime}, {self.threads} threads, {self.machine.get('processor', '')}"]
