@@ -179,7 +179,8 @@ def trials(part: Part, rows: list[Row]) -> Iterator[Cell]:
 def peaks(rows: Iterable[Row]) -> dict[tuple[Any, ...], float]:
     """Return the peak of each arm that did best on the images held out, after one epoch with the first seed.
 
-    Where every peak was tried at more than one fraction, the one nearest to a half counts.
+    Of equal ones the larger: the weights were trained on the images held out, which favours what moves them less. Where
+    every peak was tried at more than one fraction, the one nearest to a half counts.
     """
     found: dict[tuple[Any, ...], dict[float, dict[float, float]]] = {}
     for row in rows:
@@ -191,7 +192,7 @@ def peaks(rows: Iterable[Row]) -> dict[tuple[Any, ...], float]:
         complete = [f for f, tried in fractions.items() if set(tried) >= set(peaks_of(trial[2]))]
         if complete:
             tried = fractions[min(complete, key=lambda f: (abs(f - 0.5), f))]
-            best[trial] = max(sorted(tried), key=lambda peak: tried[peak])
+            best[trial] = max(sorted(tried, reverse=True), key=lambda peak: tried[peak])
     return best
 
 

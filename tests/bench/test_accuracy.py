@@ -328,7 +328,7 @@ def test_a_peak_counts_once_all_were_tried() -> None:
     cells = [Cell("n", "inner", 0.5, "l1", 1, 300, distilled=True, peak=p) for p in PEAKS]
     found = [cell.row(validation=v, accuracy=0.0) for cell, v in zip(cells, (1.0, 3.0, 3.0), strict=True)]
     assert peaks(found[:2]) == {}
-    assert peaks(found) == {("n", "inner", "l1", 300, True): PEAKS[1]}
+    assert peaks(found) == {("n", "inner", "l1", 300, True): PEAKS[2]}  # of equal ones the larger
 
 
 def test_tables_show_chosen_peaks_means_and_deviations(rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
