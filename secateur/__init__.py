@@ -116,6 +116,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     if not isinstance(value, type):  # a function: what it is given is of the right kind, or refused in one line
         value = import_module(f"{__name__}.network.kinds").checked(value, name)
+        value.__module__ = __name__  # where processes that are sent it find the same function
     globals()[name] = value
     return value
 

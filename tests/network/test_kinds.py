@@ -1,6 +1,7 @@
 """Public functions called with the wrong things: each refuses them in one line of the project's errors."""
 
 import inspect
+import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -178,3 +179,8 @@ def test_batches_are_what_can_be_walked_through_batch_by_batch() -> None:
         assert are_batches(lawful)
     for wrong in (INPUTS, DATASET, INPUTS.numpy(), "text", {"x": INPUTS}, NETWORK, 3):
         assert not are_batches(wrong)
+
+
+@pytest.mark.parametrize("name", [name for name in sc.__all__ if inspect.isfunction(getattr(sc, name))])
+def test_another_process_can_be_sent_a_public_function(name: str) -> None:
+    assert pickle.loads(pickle.dumps(getattr(sc, name))) is getattr(sc, name)
