@@ -121,7 +121,7 @@ def test_the_pointer_is_told_what_lies_under_it(browser: Any, pages: dict[str, A
         [
             "group conv1",
             "conv2 reads them",
-            f"20 channels; {share} of the MACs are in layers that make or read them",
+            f"20 channels; {share} of the MACs go with all of them",
             "free: any of them may go",
         ],
     ]
