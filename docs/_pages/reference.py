@@ -47,9 +47,9 @@ shows its traceback, and warnings of other libraries are shown.
 
 FILE_HEAD = """# Run files
 
-A run is a YAML file. `secateur compress --config run.yaml` reads one, and every run directory keeps the one that it
-was made by, as `run.yaml`; options beside `--config` go before the file's keys. `secateur prune --config prune.yaml`
-reads a file of [its own keys](#a-file-for-prune).
+A run is a YAML file. `secateur compress --config run.yaml` reads one, and every run directory of the command keeps the
+one that it was made by, as `run.yaml`; options beside `--config` go before the file's keys. `secateur prune
+--config prune.yaml` reads a file of [its own keys](#a-file-for-prune).
 
 ```yaml
 model: lenet5

@@ -93,6 +93,11 @@ def export(
                 same = Path(against).is_file() and ":" not in against
                 of, built_with, filled = (name, built, against) if same else (against, None, None)
                 other = sources.open_model(of, built_with, filled, input_shape or (), bundle).model
+        if found.example_inputs is None:
+            raise UsageError(
+                f"export: nothing tells the shape of what {name} takes, and the file would be for that shape alone; "
+                "give --input SHAPE, e.g. 1x3x32x32, or --data."
+            )
         given: dict[str, Any] = {"format": format, "dynamic_batch": not fixed_batch, "tolerance": tolerance}
         report: ParityReport | Int8Report
         if int8 and bundle is not None:

@@ -75,7 +75,7 @@ class RunDirectory:
         """Plans that made the network with which the run begins."""
         self.share: Share | None = None
         """Where the run finds tables of sensitivity that others have measured; see :data:`Share`."""
-        self.resume_command = f"secateur resume {shlex.quote(str(self.path))}"
+        self.resume_command = f"secateur resume {shlex.quote(str(self.path))}" if self.of_a_file else self._from_python
         """What goes on with the run."""
 
     def __enter__(self) -> RunDirectory:
@@ -136,6 +136,15 @@ class RunDirectory:
         file = self.path / "result.json"
         return file.is_file() and "ended" not in _read_json(file, set())
 
+    @property
+    def of_a_file(self) -> bool:
+        """Whether the command line can go on with the run: it keeps the run's file there, and Python does not."""
+        return (self.path / "run.yaml").is_file()
+
+    @property
+    def _from_python(self) -> str:
+        return f"secateur.resume({str(self.path)!r}, model, train=..., validation=...)"
+
     def require_free(self) -> None:
         """Refuse a folder in which a run has begun.
 
@@ -148,6 +157,8 @@ class RunDirectory:
             raise UsageError(
                 f"{self.path}: holds a run already; go on with '{self.resume_command}' (or the same command "
                 f"and --resume), or {PLACE}."
+                if self.of_a_file
+                else f"{self.path}: holds a run begun from Python; go on with '{self._from_python}', or {PLACE}."
             )
         if (self.path / "history.jsonl").is_file():
             raise UsageError(f"{self.path}: holds a run whose checkpoint/ is gone, so that it can't go on; {PLACE}.")

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from secateur.compensation.sensitivity import Sensitivity
 from secateur.errors import DataError, RunError, UsageError
 from secateur.report.naming import drawn, name_of, names_of
-from secateur.runfile import trials
+from secateur.runfile import config as run_config
+from secateur.runfile import trials, trust
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -258,7 +259,7 @@ def read_run(run_dir: str | Path) -> Run:
     if not (path / "result.json").is_file():
         raise RunError(
             f"{path}: the run has not finished: {len(history)} round(s) and no result.json. "
-            f"Finish it with `secateur resume {path}`."
+            f"Finish it with `{_way_on(path)}`."
         )
     config = _read_json(path / "config.json")
     if not isinstance(config, dict):
@@ -273,6 +274,14 @@ def read_run(run_dir: str | Path) -> Run:
         benchmark=_validated(BenchmarkRows, _read_json(benchmark), str(benchmark)) if benchmark.is_file() else None,
         sensitivity=Sensitivity.load(table) if table.is_file() else None,
     )
+
+
+def _way_on(path: Path) -> str:
+    """Return what goes on with an unfinished run: a command, or Python where no file says what the run was."""
+    file = path / run_config.FILE
+    if not file.is_file():
+        return f"secateur.resume({str(path)!r}, model, train=..., validation=...)"
+    return trust.resume_command(path, run_config.load(file))
 
 
 def _read_history(path: Path) -> list[Episode]:

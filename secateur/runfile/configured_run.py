@@ -147,6 +147,11 @@ def go_on(
     """
     file = path / config.FILE
     if not file.is_file():
+        if (path / "config.json").is_file():
+            raise UsageError(
+                f"{path}: holds a run begun from Python, of which no file says model and data; go on with it there: "
+                f"secateur.resume({str(path)!r}, model, train=..., validation=...)."
+            )
         raise UsageError(f"{path}: holds no run to resume: there is no {config.FILE}; 'secateur compress' begins one.")
     folder = RunDirectory(path, write=process() == 0)
     if folder.finished:

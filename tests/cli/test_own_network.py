@@ -245,3 +245,9 @@ def test_the_log_of_one_round_counts_one_round(here: Path, capsys: pytest.Captur
     ):
         assert line.startswith(begin)
         assert line.endswith(f"; next: {end}")
+
+
+def test_export_needs_the_shape_that_the_file_is_for(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", *TRAINED, "--out", "whole.pt2"]) == 2
+    assert "nothing tells the shape of what net.py:build takes" in capsys.readouterr().err
+    assert not (here / "whole.pt2").exists()

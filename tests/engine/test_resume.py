@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from secateur.engine import Engine, Settings, State, compress, resume
+from secateur.cli.commands import main
+from secateur.engine import Engine, RunDirectory, Settings, State, compress, resume
+from secateur.errors import UsageError
 from tests.engine.nets import Small, digits, trained
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -162,3 +165,19 @@ def test_two_processes_train_one_network(tmp_path: Path) -> None:
     assert all(line["images"] % 160 == 0 for line in lines)
     assert all(line["test"] == line["alone"] for line in lines)
     assert (tmp_path / "result.json").is_file()
+
+
+def test_a_folder_of_python_names_the_call_that_goes_on_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run/checkpoint").mkdir(parents=True)
+    for file in ("config.json", "checkpoint/state.safetensors"):
+        (tmp_path / "run" / file).write_text("{}")
+    call = f"secateur.resume({str(tmp_path / 'run')!r}, model, train=..., validation=...)"
+    with pytest.raises(UsageError, match=re.escape(call)):
+        RunDirectory(tmp_path / "run").require_free()
+    assert main(["resume", str(tmp_path / "run")]) == 2
+    assert call in capsys.readouterr().err
+    (tmp_path / "run/run.yaml").write_text("model: lenet5")
+    with pytest.raises(UsageError, match="go on with 'secateur resume"):
+        RunDirectory(tmp_path / "run").require_free()

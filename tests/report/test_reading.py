@@ -39,7 +39,7 @@ def _lacking(run: Path) -> None:
 BAD = {
     "no history": (_without("history.jsonl"), UsageError, "no history.jsonl"),
     "no config": (_without("config.json"), UsageError, "no config.json"),
-    "unfinished": (_without("result.json"), RunError, r"not finished: 8 round.*secateur resume"),
+    "unfinished": (_without("result.json"), RunError, r"not finished: 8 round.*secateur.resume"),
     "half history": (_half("history.jsonl"), DataError, r"history.jsonl, line \d+: not JSON"),
     "half result": (_half("result.json"), DataError, r"result.json: not JSON \(line \d+"),
     "half weights": (
