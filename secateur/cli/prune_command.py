@@ -172,8 +172,8 @@ def prune(
         suspicions.of_fresh_weights(found, weights, "prune")
         if bundle is not None:
             suspicions.of_classes(found, bundle)
-        if bundle is not None and "test" not in read:
-            result.report["notes"].append(f"accuracy was not measured, as {bundle.name} holds no labels")
+            if "test" not in read:
+                result.report["notes"].append(f"accuracy was not measured, as {bundle.name} holds no labels")
         values = {
             "model": found.name,
             **result.report,

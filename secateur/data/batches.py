@@ -186,15 +186,15 @@ _NO_PAIR = "batches: an element is an image (C, H, W) and a mapping of its boxes
 
 
 def _subordinate(_: int) -> None:
-    """In a process that reads: leave Ctrl-C to the process that started it, which may hang up in mid-sentence."""
+    """In a process that reads: leave Ctrl-C to the process that started it, which may end while they talk."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     hook = sys.excepthook
 
-    def unless_hung_up(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
+    def unless_cut_off(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
         if not issubclass(kind, (ConnectionError, EOFError)):
             hook(kind, value, trace)
 
-    sys.excepthook = unless_hung_up
+    sys.excepthook = unless_cut_off
 
 
 _WORD = 0xFFFFFFFFFFFFFFFF

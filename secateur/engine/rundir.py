@@ -55,6 +55,11 @@ class HeldError(RunError):
     """Another process is running in the folder."""
 
 
+def resume_call(path: Path) -> str:
+    """Return the call that goes on with a run begun from Python, of which no file says model and data."""
+    return f"secateur.resume({str(path)!r}, model, train=..., validation=...)"
+
+
 class RunDirectory:
     """The folder of one run, held by one process at a time.
 
@@ -75,7 +80,9 @@ class RunDirectory:
         """Plans that made the network with which the run begins."""
         self.share: Share | None = None
         """Where the run finds tables of sensitivity that others have measured; see :data:`Share`."""
-        self.resume_command = f"secateur resume {shlex.quote(str(self.path))}" if self.of_a_file else self._from_python
+        self.resume_command = (
+            f"secateur resume {shlex.quote(str(self.path))}" if self.of_a_file else resume_call(self.path)
+        )
         """What goes on with the run."""
 
     def __enter__(self) -> RunDirectory:
@@ -141,10 +148,6 @@ class RunDirectory:
         """Whether the command line can go on with the run: it keeps the run's file there, and Python does not."""
         return (self.path / "run.yaml").is_file()
 
-    @property
-    def _from_python(self) -> str:
-        return f"secateur.resume({str(self.path)!r}, model, train=..., validation=...)"
-
     def require_free(self) -> None:
         """Refuse a folder in which a run has begun.
 
@@ -158,7 +161,7 @@ class RunDirectory:
                 f"{self.path}: holds a run already; go on with '{self.resume_command}' (or the same command "
                 f"and --resume), or {PLACE}."
                 if self.of_a_file
-                else f"{self.path}: holds a run begun from Python; go on with '{self._from_python}', or {PLACE}."
+                else f"{self.path}: holds a run begun from Python; go on with '{resume_call(self.path)}', or {PLACE}."
             )
         if (self.path / "history.jsonl").is_file():
             raise UsageError(f"{self.path}: holds a run whose checkpoint/ is gone, so that it can't go on; {PLACE}.")

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from secateur.compensation.sensitivity import Sensitivity
+from secateur.engine.rundir import resume_call
 from secateur.errors import DataError, RunError, UsageError
 from secateur.report.naming import drawn, name_of, names_of
 from secateur.runfile import config as run_config
@@ -280,7 +281,7 @@ def _way_on(path: Path) -> str:
     """Return what goes on with an unfinished run: a command, or Python where no file says what the run was."""
     file = path / run_config.FILE
     if not file.is_file():
-        return f"secateur.resume({str(path)!r}, model, train=..., validation=...)"
+        return resume_call(path)
     return trust.resume_command(path, run_config.load(file))
 
 

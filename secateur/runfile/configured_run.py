@@ -16,6 +16,7 @@ from secateur.data import DATASETS
 from secateur.engine import CompressResult, Engine, Event, RunDirectory, compress, log, resume
 from secateur.engine.events import Progress, Steps
 from secateur.engine.request import require_method
+from secateur.engine.rundir import resume_call
 from secateur.engine.tracking import Trackers, require
 from secateur.errors import UsageError
 from secateur.models import MODELS
@@ -150,7 +151,7 @@ def go_on(
         if (path / "config.json").is_file():
             raise UsageError(
                 f"{path}: holds a run begun from Python, of which no file says model and data; go on with it there: "
-                f"secateur.resume({str(path)!r}, model, train=..., validation=...)."
+                f"{resume_call(path)}."
             )
         raise UsageError(f"{path}: holds no run to resume: there is no {config.FILE}; 'secateur compress' begins one.")
     folder = RunDirectory(path, write=process() == 0)
